@@ -1,0 +1,22 @@
+"""A model zoo for ConvMixer ("Patches Are All You Need?")."""
+
+from convmixer.checkpoints import convert_checkpoint, load_checkpoint
+from convmixer.errors import ConvMixerError
+from convmixer.factory import create_model
+from convmixer.inference import predict
+from convmixer.model import ConvMixer
+from convmixer.registry import list_models, list_pretrained, model_info
+from convmixer.transforms import create_transform
+
+__all__ = [
+    "ConvMixer",
+    "ConvMixerError",
+    "convert_checkpoint",
+    "create_model",
+    "create_transform",
+    "list_models",
+    "list_pretrained",
+    "load_checkpoint",
+    "model_info",
+    "predict",
+]

@@ -1,0 +1,233 @@
+"""Tensors on disk: safetensors in and out, key remaps, and the checks before anything reaches a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from convmixer.errors import WeightsError
+from convmixer.registry import VARIANTS
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write the model's state dict as safetensors: contiguous, on the CPU, whatever the model's layout.
+
+    Args:
+        model: Any module.
+        path: File to write; replaced as a whole or not at all.
+        metadata: Written into the header; values other than strings as JSON.
+    """
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", **header}))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped from disk rather than copied; all of them finite.
+
+    Raises:
+        WeightsError: The file is missing, a pickle, cut short or corrupt, or holds values that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {str(path)!r}: give the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        if _is_pickle(path):
+            raise WeightsError(
+                f"{str(path)!r} is a pickle, which can run code when it is opened. Convert it once: "
+                f"convmixer convert {path.name} {path.name.split('.')[0]}.safetensors"
+            ) from error
+        raise WeightsError(
+            f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): {error}. Fetch it again"
+        ) from error
+    for key, tensor in tensors.items():
+        # The sum is one fast pass; it is finite unless a value is not, or in rare cases overflows.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise WeightsError(f"{str(path)!r}: {key} has {bad} of {tensor.numel()} values that are not finite")
+    return tensors
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start[:2] == b"\x80\x02" or (start == b"PK\x03\x04") or path.suffix in PICKLES
+
+
+def check_keys(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    source: str,
+    *,
+    may_differ: tuple[str, ...] = (),
+) -> None:
+    """Raise WeightsError unless `tensors` has the keys and shapes of `expected`.
+
+    Args:
+        tensors: From a file.
+        expected: A model's state dict.
+        source: Named in the error.
+        may_differ: Keys that may be missing or have another shape, because the caller adapts them.
+    """
+    missing = [k for k in expected if k not in tensors and k not in may_differ]
+    extra = [k for k in tensors if k not in expected and k not in may_differ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing ({_first(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} unexpected ({_first(extra)})")
+    wrong = [
+        f"{k} expected {tuple(expected[k].shape)}, found {tuple(tensors[k].shape)}"
+        for k in expected
+        if k in tensors and k not in may_differ and tensors[k].shape != expected[k].shape
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})")
+    if problems:
+        raise WeightsError(f"{source} does not fit this model: {', '.join(problems)}. Is it another variant?")
+
+
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into a model whose keys and shapes it must match exactly.
+
+    The file is checked as a whole first: an error leaves the model as it was.
+
+    Args:
+        model: A ConvMixer, or any module.
+        path: A .safetensors file.
+
+    Raises:
+        WeightsError: The file is missing, a pickle, corrupt, not finite, or does not fit the model.
+    """
+    tensors = read_tensors(path)
+    check_keys(tensors, model.state_dict(), str(path))
+    model.load_state_dict(tensors)
+
+
+# ---- conversion of old checkpoints ----------------------------------------------------------------------------------
+
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIXES = ("module.", "model.", "_orig_mod.", "net.")
+
+
+def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
+    for _ in range(4):
+        nested = [k for k in _NESTED if isinstance(content, Mapping) and isinstance(content.get(k), Mapping)]
+        if not nested:
+            break
+        content = content[nested[0]]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{source} holds no state dict: found {type(content).__name__}")
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise WeightsError(f"{source} holds no tensors: its keys are {_first([str(k) for k in content])}")
+    while True:
+        prefix = next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None)
+        if prefix is None:
+            return tensors
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+
+
+def _rename_flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of the paper's one flat Sequential (stem 0 to 2, blocks from 3, head last) to this package's."""
+    if "0.weight" not in tensors:
+        return tensors
+    head = max(int(k.split(".")[0]) for k in tensors)
+
+    def rename(key: str) -> str:
+        number, rest = key.split(".", 1)
+        index = int(number)
+        if index == head:
+            return f"head.{rest}"
+        if index < 3:
+            return f"stem.{key}"
+        return f"blocks.{index - 3}.{rest}"
+
+    if not all(re.fullmatch(r"\d+\..+", k) for k in tensors):
+        return tensors
+    return {rename(k): v for k, v in tensors.items()}
+
+
+def convert_checkpoint(source: str | Path, destination: str | Path) -> str:
+    """Turn a pickled checkpoint into safetensors with this package's keys.
+
+    Read are the paper's flat Sequential keys, timm's keys, state dicts nested under `state_dict`, `model` or an EMA's
+    name, and the prefixes that wrappers add. The file is opened with `weights_only=True`: it cannot run code.
+
+    Args:
+        source: A .pth, .pth.tar, .pt, .bin or .ckpt file.
+        destination: The .safetensors file to write.
+
+    Returns:
+        The name of the variant whose shapes the tensors have.
+
+    Raises:
+        WeightsError: The file cannot be read safely, or is no ConvMixer that the registry knows.
+    """
+    source = Path(source)
+    if not source.is_file():
+        raise WeightsError(f"no checkpoint at {str(source)!r}")
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error class of its own
+        raise WeightsError(f"cannot read {str(source)!r} without running code from it: {error}") from error
+    tensors = _rename_flat(_unwrap(content, repr(str(source))))
+    try:
+        stem = tensors["stem.0.weight"].shape
+        depth = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
+        kernel = tensors["blocks.0.0.fn.0.weight"].shape[-1]
+        shape = (stem[0], depth, kernel, stem[-1])
+    except (KeyError, ValueError, IndexError) as error:
+        raise WeightsError(f"{str(source)!r} is no ConvMixer: its keys are {_first(list(tensors))}") from error
+    names = [v.name for v in VARIANTS if (v.dim, v.depth, v.kernel_size, v.patch_size) == shape]
+    if not names:
+        raise WeightsError(
+            f"{str(source)!r} has dim, depth, kernel_size, patch_size = {shape}, which no variant of the registry has"
+        )
+    header = {"format": "pt", "architecture": names[0]}
+    tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
+    write_atomically(destination, lambda temporary: save_file(tensors, temporary, header))
+    return names[0]

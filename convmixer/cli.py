@@ -1,0 +1,252 @@
+"""The command line: parse, call one public function, print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from convmixer.checkpoints import convert_checkpoint
+from convmixer.errors import ConvMixerError, ImageError
+from convmixer.factory import create_model
+from convmixer.inference import predict as predict_images
+from convmixer.inference import read_image
+from convmixer.registry import Variant, list_models, model_info
+from convmixer.training import Recipe, get_recipe
+from convmixer.training import train as run_training
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif"}
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConvMixerError as error:
+            _complain(error)
+            ctx.exit(2)
+
+
+def _plain(text: object) -> str:
+    """Text that a terminal shows as it is: no markup, no control sequences."""
+    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)))
+
+
+def _say(text: object) -> None:
+    OUT.print(_plain(text), soft_wrap=True)
+
+
+def _complain(error: object) -> None:
+    ERR.print(f"[red]error:[/red] {_plain(error)}", soft_wrap=True)
+
+
+def _progress(items: Iterable[Any], description: str = "") -> Iterator[Any]:
+    """A progress bar on standard error, where a person is looking."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
+        yield from bar.track(items, description=description)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="convmixer")
+def main() -> None:
+    """ConvMixer models: list them, classify images, train, convert checkpoints."""
+
+
+# ---- the registry ---------------------------------------------------------------------------------------------------
+
+
+def _record(variant: Variant) -> dict[str, Any]:
+    derived = {"parameters": variant.parameters, "macs": variant.macs}
+    record = dataclasses.asdict(variant) | derived
+    for entry, weights in zip(record["weights"], variant.weights, strict=True):
+        entry["source"] = weights.source
+    return record
+
+
+@main.command("list")
+@click.argument("pattern", default="*")
+@click.option("--pretrained", is_flag=True, help="Only models that have weights.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
+    """List the models whose name matches PATTERN."""
+    variants = [model_info(name) for name in list_models(pattern, pretrained=pretrained)]
+    if as_json:
+        click.echo(json.dumps([_record(variant) for variant in variants], indent=2))
+        return
+    table = Table(box=None, header_style="bold")
+    for title in ("model", "input", "params", "MACs", "weights", "top-1"):
+        table.add_column(title, no_wrap=True, justify="right" if title in ("params", "MACs", "top-1") else "left")
+    for v in variants:
+        tags = "\n".join(f"{w.tag} ({'package' if w.path else 'Hub'})" for w in v.weights)
+        top1 = "\n".join(f"{w.metrics[0].value:.2f}" for w in v.weights)
+        table.add_row(v.name, f"{v.input_size[1]}", f"{v.parameters / 1e6:.2f} M", f"{v.macs / 1e9:.2f} G", tags, top1)
+    OUT.print(table)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(name: str, as_json: bool) -> None:
+    """Say all about the model NAME."""
+    variant = model_info(name)
+    if as_json:
+        click.echo(json.dumps(_record(variant), indent=2))
+        return
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows: list[tuple[str, object]] = [
+        ("model", variant.name),
+        ("dim / depth", f"{variant.dim} / {variant.depth}"),
+        ("kernel / patch", f"{variant.kernel_size} / {variant.patch_size}"),
+        ("activation", variant.act_layer),
+        ("parameters", f"{variant.parameters:,}"),
+        ("MACs", f"{variant.macs:,}"),
+        ("input", "x".join(map(str, variant.input_size))),
+        ("mean, std", f"{variant.mean}, {variant.std}"),
+        ("resize", f"{variant.interpolation}, crop {variant.crop_pct}"),
+        ("classes", variant.num_classes),
+    ]
+    if variant.note:
+        rows.append(("note", variant.note))
+    for weights in variant.weights:
+        rows += [
+            ("", ""),
+            ("weights", f"{variant.name}.{weights.tag}"),
+            ("source", weights.source),
+            ("licence", weights.licence),
+            ("sha256", weights.sha256 or "unknown"),
+            ("size", f"{weights.size:,} bytes" if weights.size else "unknown"),
+            ("trained on", weights.training_data),
+            ("recipe", weights.recipe),
+        ]
+        rows += [(m.name, f"{m.value:.2f} % {m.dataset} ({m.measured_by})") for m in weights.metrics]
+    for title, value in rows:
+        table.add_row(title, _plain(value))
+    OUT.print(table)
+
+
+# ---- images ---------------------------------------------------------------------------------------------------------
+
+
+def _find_images(paths: Iterable[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise ImageError(f"no images in the folder {str(path)!r}")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+@main.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", "name", default="convmixer_256_8.cifar10", show_default=True, help="Any name of create_model.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="A .safetensors file to load in place of its weights."
+)
+@click.option("--topk", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_context
+def predict(
+    ctx: click.Context,
+    images: tuple[Path, ...],
+    name: str,
+    checkpoint: Path | None,
+    topk: int,
+    batch_size: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Classify IMAGES: files, and folders with all that they hold.
+
+    The exit status is 1 if an image could not be read; the others are classified all the same.
+    """
+    paths = _find_images(images)
+    model = create_model(name, pretrained=True, device=device, checkpoint=checkpoint)
+    results: list[dict[str, Any]] = []
+    for start in range(0, len(paths), batch_size):
+        readable, opened = [], []
+        for path in paths[start : start + batch_size]:
+            results.append({"image": str(path)})
+            try:
+                opened.append(read_image(path, model.in_chans))
+                readable.append(results[-1])
+            except ImageError as error:
+                results[-1]["error"] = str(error)
+                _complain(error)
+        if opened:
+            for result, prediction in zip(readable, predict_images(model, opened, topk), strict=True):
+                result["predictions"] = [{"label": label, "probability": p} for label, p in prediction]
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    elif any("predictions" in result for result in results):
+        table = Table("image", "label", "probability", box=None, header_style="bold")
+        table.columns[2].justify = "right"
+        for result in results:
+            for i, guess in enumerate(result.get("predictions", ())):
+                shown = _plain(result["image"]) if i == 0 else ""
+                table.add_row(shown, _plain(guess["label"]), f"{100 * guess['probability']:.1f} %")
+        OUT.print(table)
+    if any("error" in result for result in results):
+        ctx.exit(1)
+
+
+# ---- training and conversion ----------------------------------------------------------------------------------------
+
+
+def _recipe_value(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    if not equals or name not in fields:
+        raise click.BadParameter(f"{text!r}: give FIELD=VALUE with a field of {', '.join(fields)}")
+    kind: Any = type(fields[name].default)
+    try:
+        if kind is tuple:
+            return name, tuple(tuple(item) if isinstance(item, list) else item for item in json.loads(value))
+        return name, kind(value)
+    except (ValueError, TypeError) as error:
+        what = "list such as [2, 12]" if kind is tuple else kind.__name__
+        raise click.BadParameter(f"{text!r}: {value!r} is no {what}") from error
+
+
+@main.command()
+@click.argument("recipe")
+@click.option("--data", required=True, help="Folder, .tar, or a name such as torch/cifar10.")
+@click.option("--test", "tests", multiple=True, help="A further test set; may be given again.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/RECIPE]")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe.")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where torch/ data sets lie.  [default: OUTPUT]")
+@click.option("--download", is_flag=True, help="Let torch/ data sets download.")
+@click.option("--resume", is_flag=True, help="Go on after the last finished epoch of OUTPUT.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
+def train(recipe: str, data: str, output: Path | None, settings: tuple[str, ...], **options: Any) -> None:
+    """Train by RECIPE: cifar10 (25 epochs), or cifar10-cpu (10 epochs made for a CPU)."""
+    chosen = get_recipe(recipe, **dict(_recipe_value(text) for text in settings))
+    run_training(chosen, data, output or Path("runs") / recipe, progress=_progress, report=_say, **options)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+def convert(source: Path, destination: Path) -> None:
+    """Turn the pickled checkpoint SOURCE into the safetensors file DESTINATION."""
+    _say(f"{destination}: {convert_checkpoint(source, destination)}")

@@ -1,0 +1,45 @@
+"""Every error that this package raises on purpose.
+
+ConvMixerError
+├── ArgumentError          a value that makes no sense (also a ValueError)
+├── UnknownModelError      a model or weights name that is not in the registry (also a LookupError)
+├── WeightsError           a weights file that is missing, foreign, short, corrupt or non-finite
+├── ImageError             an image that cannot be read or does not fit the model
+└── DataError              a data set that cannot be found or read
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConvMixerError(Exception):
+    """Base of every error raised on purpose: the value received, what is valid, what to do next."""
+
+
+class ArgumentError(ConvMixerError, ValueError):
+    """An argument has a value that makes no sense."""
+
+
+class UnknownModelError(ConvMixerError, LookupError):
+    """No model or weights of that name."""
+
+
+class WeightsError(ConvMixerError):
+    """Weights that cannot be found, read or fitted to the model."""
+
+
+class ImageError(ConvMixerError):
+    """An image that cannot be read or does not fit the model."""
+
+
+class DataError(ConvMixerError):
+    """A data set that cannot be found or read."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A sentence that names the nearest valid spellings, or all of them where none is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(valid)}"

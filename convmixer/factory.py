@@ -1,0 +1,307 @@
+"""`create_model`, and timm's entrypoints from the same table: where names, files and the module meet."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, load_pretrained, register_model
+from torch import Tensor, nn
+
+from convmixer import hub
+from convmixer.checkpoints import check_keys, read_metadata, read_tensors
+from convmixer.errors import ArgumentError, UnknownModelError, WeightsError, nearest
+from convmixer.model import ConvMixer
+from convmixer.registry import VARIANTS, Variant, Weights, get_variant
+
+__all__ = ["create_model"]
+
+# What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
+_MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
+_FEATURE_ARGS = ["features_only", "out_indices"]
+# What a config.json may say about preprocessing and labels.
+_CONFIG_KEYS = [
+    "input_size",
+    "test_input_size",
+    "min_input_size",
+    "interpolation",
+    "crop_pct",
+    "test_crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "label_names",
+    "label_descriptions",
+    "license",
+    "tag",
+]
+
+
+def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
+    """timm's pretrained_cfg of a variant and, if given, one set of its weights."""
+    patches = tuple(side // variant.patch_size for side in variant.input_size[1:])
+    config: dict[str, Any] = {
+        "architecture": variant.name,
+        "num_classes": variant.num_classes,
+        "input_size": variant.input_size,
+        "pool_size": patches,
+        "crop_pct": variant.crop_pct,
+        "interpolation": variant.interpolation,
+        "mean": variant.mean,
+        "std": variant.std,
+        "first_conv": "stem.0",
+        "classifier": "head",
+        "paper_ids": "arXiv:2201.09792",
+        "paper_name": "Patches Are All You Need?",
+    }
+    if weights is not None:
+        config |= {"tag": weights.tag, "license": weights.licence.lower(), "label_names": weights.label_names}
+        if weights.path is not None:
+            config |= {"file": str(weights.path)}
+        else:
+            config |= {"hf_hub_id": weights.hub_id, "hf_hub_filename": weights.file}
+    return config
+
+
+def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> nn.Module:
+    """timm's builder with the variant's architecture; model_args come on top."""
+    feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
+    model: nn.Module = build_model_with_cfg(
+        ConvMixer, variant.name, pretrained, feature_cfg=feature_cfg, **{**variant.architecture, **model_args}
+    )
+    return model
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Source:
+    """What a name stands for: an architecture, its configuration, and a weights file (None: there is none)."""
+
+    variant: Variant
+    config: dict[str, Any]
+    model_args: dict[str, Any]
+    weights: Path | None
+
+
+def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: Any) -> _Source:
+    scheme, _, rest = name.partition(":")
+    if scheme == "local-dir":
+        folder = Path(rest).expanduser()
+        weights_file = folder / "model.safetensors" if pretrained else None
+        return _from_config(folder / "config.json", weights_file, name)
+    if scheme == "hf-hub":
+        repo_id, _, at = rest.partition("@")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+            raise ArgumentError(f"{name!r}: give hf-hub:owner/repo or hf-hub:owner/repo@revision")
+        if at and revision and at != revision:
+            raise ArgumentError(f"{name!r} names one revision and revision={revision!r} another: give one of them")
+        options = {"revision": at or revision, **hub_options}
+        config = hub.fetch(repo_id, "config.json", **options)
+        return _from_config(config, hub.fetch(repo_id, "model.safetensors", **options) if pretrained else None, name)
+    if rest:
+        raise ArgumentError(
+            f"{name!r}: unknown kind of name {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:"
+        )
+    variant, weights = get_variant(name)
+    source = _Source(variant, _config(variant, weights), {}, None)
+    if pretrained:
+        if weights is None:
+            raise WeightsError(f"{variant.name} has no weights. {variant.note}")
+        options = {"revision": revision or weights.revision, **hub_options}
+        path = weights.path
+        source.weights = path or hub.fetch(weights.hub_id, weights.file, prefer_cache=True, **options)
+    return source
+
+
+def _from_config(path: Path, weights: Path | None, name: str) -> _Source:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{name}: cannot read {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise WeightsError(f"{name}: {str(path)!r} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise WeightsError(f"{name}: {str(path)!r} names no architecture, as timm's config.json does")
+    architecture = config["architecture"].partition(".")[0]
+    names = [v.name for v in VARIANTS]
+    if architecture not in names:
+        raise UnknownModelError(f"{name} is a {architecture!r}, not a ConvMixer; {nearest(architecture, names)}")
+    variant, _ = get_variant(architecture)
+    model_args = config.get("model_args") or {}
+    preprocessing = config.get("pretrained_cfg") or {}
+    if not isinstance(model_args, dict) or not isinstance(preprocessing, dict):
+        raise WeightsError(f"{name}: model_args and pretrained_cfg in {str(path)!r} must be objects")
+    _check_names(model_args, _MODEL_ARGS, f"{name}: model argument")
+    merged = _config(variant, None)
+    merged |= {k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items() if k in _CONFIG_KEYS}
+    labels = {k: config[k] for k in ("label_names", "label_descriptions") if config.get(k)}
+    merged |= labels | {"num_classes": config.get("num_classes", preprocessing.get("num_classes", variant.num_classes))}
+    return _Source(variant, merged, model_args, weights)
+
+
+def _check_names(given: dict[str, Any], valid: list[str], what: str) -> None:
+    for name in given:
+        if name not in valid:
+            raise ArgumentError(f"{what} {name!r} is unknown; {nearest(name, valid)}")
+
+
+# ---- the factory ----------------------------------------------------------------------------------------------------
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    channels_last: bool | None = None,
+    checkpoint: str | Path | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **model_args: Any,
+) -> Any:
+    """Build a ConvMixer, load weights into it, and move it to a device. It comes in training mode, as in timm.
+
+    Args:
+        name: `variant`, `variant.tag`, `hf-hub:owner/repo[@revision]` or `local-dir:path`; see `list_models` and
+            `list_pretrained`.
+        pretrained: Load the weights that the name stands for: from the package, else from the Hub's local cache, else
+            from the Hub.
+        device: "auto" takes the accelerator if there is one, else the CPU.
+        dtype: Type of the parameters, such as `torch.bfloat16`; None keeps float32.
+        channels_last: Memory layout of the convolution weights, which the activations follow. None takes
+            channels_last where it is known to be faster: on CPUs, and with 7x7 kernels on GPUs.
+        checkpoint: A .safetensors file to load in place of the named weights. Its number of classes and channels hold
+            unless `model_args` say otherwise.
+        revision: Branch, tag or commit of a Hub repository.
+        cache_dir: In place of the Hub's own cache folder.
+        token: Access token for the Hub.
+        local_files_only: Never touch the network, like `HF_HUB_OFFLINE=1`.
+        **model_args: Arguments of `ConvMixer`, and `features_only=True` with `out_indices` for a backbone that returns
+            a list of feature maps. A `num_classes` other than the weights' gives a new random head; other `in_chans`
+            adapt the first convolution as timm does.
+
+    Returns:
+        A `ConvMixer`; with `features_only` timm's `FeatureGetterNet` around one.
+
+    Raises:
+        UnknownModelError: No such model or weights.
+        ArgumentError: An unknown or senseless argument.
+        WeightsError: Weights that cannot be found, read or fitted. No half-loaded model is left behind.
+    """
+    _check_names(model_args, [*_MODEL_ARGS, *_FEATURE_ARGS], "argument")
+    features_only = bool(model_args.get("features_only", False))
+    if "out_indices" in model_args and not features_only:
+        raise ArgumentError("out_indices chooses feature maps: set features_only=True with it")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16")
+    target = _device(device)
+    hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+    source = _resolve(name, pretrained and checkpoint is None, revision, **hub_options)
+    weights = Path(checkpoint) if checkpoint is not None else source.weights
+    config = source.config
+    tensors = None
+    if weights is not None:
+        tensors = read_tensors(weights)
+        if checkpoint is not None:
+            config |= _config_of_checkpoint(weights, tensors, config)
+    arguments = {**source.model_args, **model_args, "pretrained_cfg": config}
+    if tensors is None:
+        model = _build(source.variant, device=target, dtype=dtype, **arguments)
+    else:
+        # Without storage until the file's tensors are put in place: nothing is initialised only to be overwritten.
+        model = _build(source.variant, device="meta", **arguments)
+        inner: Any = model.model if features_only else model
+        _load(inner, tensors, config, str(weights))
+        model.to(device=target, dtype=dtype)
+    if channels_last is None:
+        kernel_size = arguments.get("kernel_size", source.variant.kernel_size)
+        channels_last = target.type == "cpu" or (target.type == "cuda" and kernel_size == 7)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArgumentError(
+            f"device={device!r} is not to be had here ({reason}); valid: auto, cpu, cuda, ..."
+        ) from error
+    return target
+
+
+def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    """What a bare weights file tells of itself: classes and channels by its shapes, class names by its metadata."""
+    found: dict[str, Any] = {"label_names": None, "tag": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
+    if tensors.get("head.weight") is not None:
+        found["num_classes"] = tensors["head.weight"].shape[0]
+    stem = tensors.get("stem.0.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
+        found["input_size"] = (stem.shape[1], *config["input_size"][1:])
+    labels = read_metadata(path).get("label_names")
+    if labels:
+        found["label_names"] = tuple(json.loads(labels))
+    return found
+
+
+def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], source: str) -> None:
+    """Fill a model on the meta device: head and first convolution adapted, pruned blocks left out."""
+    new_head = model.num_classes != config["num_classes"]
+    adapted: tuple[str, ...] = ("head.weight", "head.bias") if new_head else ()
+    if model.in_chans != config["input_size"][0]:
+        adapted += ("stem.0.weight",)
+    pruned = re.compile(r"blocks\.(\d+)\.")
+    depth = len(model.blocks)
+
+    def kept(key: str) -> bool:
+        match = pruned.match(key)
+        return match is None or int(match[1]) < depth
+
+    tensors = {key: tensor for key, tensor in tensors.items() if kept(key)}
+    check_keys(tensors, model.state_dict(), source, may_differ=adapted)
+    load_pretrained(model, {**config, "state_dict": tensors}, num_classes=model.num_classes, in_chans=model.in_chans)
+    for module in model.modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+            module.reset_parameters()  # type: ignore[operator]
+
+
+# ---- timm's entrypoints ---------------------------------------------------------------------------------------------
+
+_OURS = [variant for variant in VARIANTS if not timm.is_model(variant.name)]
+# timm's register_model looks for this name in the module of the entrypoint.
+default_cfgs = generate_default_cfgs(
+    {
+        f"{variant.name}.{weights.tag}" if weights else variant.name: _config(variant, weights)
+        for variant in _OURS
+        for weights in variant.weights or (None,)
+    }
+)
+
+
+def _register(variant: Variant) -> None:
+    def entrypoint(pretrained: bool = False, **model_args: Any) -> nn.Module:
+        return _build(variant, pretrained, **model_args)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = variant.name
+    entrypoint.__doc__ = f"{variant.name} for `timm.create_model`."
+    globals()[variant.name] = register_model(entrypoint)
+
+
+for _variant in _OURS:
+    _register(_variant)

@@ -1,0 +1,372 @@
+"""ConvMixer (Trockman & Kolter, "Patches Are All You Need?", https://arxiv.org/abs/2201.09792).
+
+    stem    Conv2d(in_chans, dim, p, stride=p) -> act -> BatchNorm
+    block   x + BatchNorm(act(depthwise k x k (x))),  then  BatchNorm(act(1x1 (.)))      `depth` times
+    head    global pool -> dropout -> Linear
+
+The activation comes before BatchNorm everywhere, every convolution has a bias, and resolution never changes after
+the stem. Parameter names are those of timm's `convmixer.py` (Apache-2.0), so that its weights load strictly; the code
+is this package's own. Deviations from timm: dropout before every block and stochastic depth (both off by default),
+activations by name, inputs checked, and on CPUs a faster weight gradient under `torch.compile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast, overload
+
+import torch
+from timm.layers import DropPath, SelectAdaptivePool2d, get_act_layer, get_device_dtype
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from convmixer import ops
+from convmixer.errors import ArgumentError, ImageError, nearest
+
+GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
+ACTIVATIONS = [
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "celu",
+    "selu",
+    "silu",
+    "swish",
+    "mish",
+    "hard_sigmoid",
+    "hard_swish",
+    "hard_mish",
+    "sigmoid",
+    "tanh",
+    "prelu",
+    "identity",
+]
+
+
+def _activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
+    if not isinstance(act_layer, str):
+        if isinstance(act_layer, type) and issubclass(act_layer, nn.Module):
+            return act_layer
+        raise ArgumentError(f"act_layer={act_layer!r}: give a name such as 'gelu' or a class derived from nn.Module")
+    if act_layer not in ACTIVATIONS:
+        raise ArgumentError(f"unknown act_layer {act_layer!r}; {nearest(act_layer, ACTIVATIONS)}")
+    if act_layer in ("gelu", "relu"):  # PyTorch's own classes, as in the published models
+        return nn.GELU if act_layer == "gelu" else nn.ReLU
+    return cast("type[nn.Module]", get_act_layer(act_layer))
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name}={value!r}: give a whole number of at least {least}")
+
+
+def _check_rate(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ArgumentError(f"{name}={value!r}: give a probability in [0, 1)")
+
+
+@torch.fx.wrap
+def _check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
+    """Raise ImageError where the shape of x does not fit; skipped inside tracers and compilers."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return
+    shape = tuple(x.shape)
+    if len(shape) != 4:
+        raise ImageError(f"input of shape {shape}: a batch of images (B, {in_chans}, H, W) is needed")
+    if shape[1] != in_chans:
+        hint = "; it looks channels-last: permute(0, 3, 1, 2) it" if shape[3] == in_chans else ""
+        raise ImageError(
+            f"input of shape {shape} has {shape[1]} channels, this model takes in_chans={in_chans}{hint}. "
+            f"For other channel counts build the model with in_chans={shape[1]}"
+        )
+    if min(shape[2:]) < patch_size:
+        raise ImageError(
+            f"image of {shape[2]}x{shape[3]} pixels is smaller than one {patch_size}x{patch_size} patch: resize it"
+        )
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """Depthwise k x k convolution that keeps the resolution, (B, dim, H, W) -> (B, dim, H, W)."""
+
+    def __init__(
+        self, dim: int, kernel_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(dim, dim, kernel_size, groups=dim, padding="same", device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                if x.device.type == "cpu" and self.weight.requires_grad and torch.is_grad_enabled():
+                    autocast = torch.is_autocast_enabled("cpu")
+                    dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
+                    bias = None if self.bias is None else self.bias.to(dtype)
+                    return ops.depthwise_conv2d(x.to(dtype), self.weight.to(dtype), bias)
+        result: Tensor = self._conv_forward(x, self.weight, self.bias)
+        return result
+
+
+class Residual(nn.Module):
+    """`x + drop_path(fn(x))`."""
+
+    def __init__(self, fn: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.fn = fn
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.drop_path(self.fn(x))
+        return result
+
+
+def _block(
+    dim: int,
+    kernel_size: int,
+    act: type[nn.Module],
+    drop_path: float,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Sequential:
+    spatial = nn.Sequential(
+        DepthwiseConv2d(dim, kernel_size, device=device, dtype=dtype),
+        act(),
+        nn.BatchNorm2d(dim, device=device, dtype=dtype),
+    )
+    return nn.Sequential(
+        Residual(spatial, drop_path),
+        nn.Conv2d(dim, dim, kernel_size=1, device=device, dtype=dtype),
+        act(),
+        nn.BatchNorm2d(dim, device=device, dtype=dtype),
+    )
+
+
+class ConvMixer(nn.Module):
+    """A ConvMixer with timm's interface for classification and feature extraction.
+
+    Args:
+        dim: Channels of every layer.
+        depth: Number of blocks.
+        kernel_size: Side of the depthwise kernels, odd or even.
+        patch_size: Side and stride of the patch embedding; features are (B, dim, H // patch_size, W // patch_size).
+        in_chans: Channels of the input.
+        num_classes: Outputs of the head; 0 leaves the head out.
+        global_pool: One of `GLOBAL_POOLS`; "" with num_classes=0 returns the feature map itself.
+        act_layer: Name from `ACTIVATIONS`, or an `nn.Module` class that is constructed without arguments.
+        drop_rate: Dropout before the head.
+        block_drop_rate: Dropout before every block, as the Keras example of ConvMixer has it.
+        drop_path_rate: Stochastic depth: the last block's spatial branch is dropped per image with this probability,
+            earlier ones with linearly less.
+        device: Where parameters are created.
+        dtype: Type of the parameters.
+
+    Raises:
+        ArgumentError: A value that makes no sense.
+        ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least patch_size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        kernel_size: int = 9,
+        patch_size: int = 7,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        act_layer: str | type[nn.Module] = nn.GELU,
+        drop_rate: float = 0.0,
+        block_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        counts = {"dim": dim, "depth": depth, "kernel_size": kernel_size, "patch_size": patch_size}
+        for name, value in {**counts, "in_chans": in_chans}.items():
+            _check_count(name, value, 1)
+        rates = {"drop_rate": drop_rate, "block_drop_rate": block_drop_rate, "drop_path_rate": drop_path_rate}
+        for name, rate in rates.items():
+            _check_rate(name, rate)
+        act = _activation(act_layer)
+        super().__init__()
+        self.dim = dim
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.num_features = dim
+        self.grad_checkpointing = False
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype),
+            act(),
+            nn.BatchNorm2d(dim, device=device, dtype=dtype),
+        )
+        drop_paths = [drop_path_rate * (i + 1) / depth for i in range(depth)]
+        self.blocks = nn.Sequential(*(_block(dim, kernel_size, act, p, device, dtype) for p in drop_paths))
+        self.block_drop = nn.Dropout(block_drop_rate)
+        self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)]
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_head(num_classes, global_pool, {"device": device, "dtype": dtype})
+
+    def _set_head(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
+        _check_count("num_classes", num_classes, 0)
+        if global_pool not in GLOBAL_POOLS:
+            raise ArgumentError(f"unknown global_pool {global_pool!r}; {nearest(global_pool, GLOBAL_POOLS)}")
+        if num_classes and not global_pool:
+            raise ArgumentError(
+                f"num_classes={num_classes} with global_pool='': a head needs a pool; use num_classes=0, or 'avg'"
+            )
+        self.num_classes = num_classes
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.head_hidden_size: int = self.num_features * self.global_pool.feat_mult()
+        self.head: nn.Module = (
+            nn.Linear(self.head_hidden_size, num_classes, **factory) if num_classes else nn.Identity()
+        )
+
+    # ---- forward ------------------------------------------------------------------------------------------------
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last block's output, (B, dim, H // patch_size, W // patch_size)."""
+        if not torch.jit.is_scripting():
+            _check_input(x, self.in_chans, self.patch_size)
+        x = self.stem(x)
+        for block in self.blocks:
+            x = self.block_drop(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> logits (B, num_classes); with pre_logits the pooled features, (B, head_hidden_size)."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = ...,
+        norm: bool = ...,
+        stop_early: bool = ...,
+        output_fmt: str = ...,
+        intermediates_only: Literal[False] = ...,
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    @overload
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = ...,
+        norm: bool = ...,
+        stop_early: bool = ...,
+        output_fmt: str = ...,
+        *,
+        intermediates_only: Literal[True],
+    ) -> list[Tensor]: ...
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """Features after chosen blocks.
+
+        Args:
+            x: Images, (B, in_chans, H, W).
+            indices: The last n blocks if a number, the given blocks (negative ones count from the end) if a sequence,
+                all of them if None.
+            norm: Without effect: every block ends with its BatchNorm. Part of timm's interface.
+            stop_early: Do not compute blocks after the last one asked for.
+            output_fmt: Layout of the intermediates, "NCHW" or "NHWC".
+            intermediates_only: Return the list alone.
+
+        Returns:
+            (last features computed, intermediates), or the intermediates alone.
+
+        Raises:
+            ArgumentError: An index that no block has, or an unknown layout.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
+        taken, last = self._take_indices(indices)
+        _check_input(x, self.in_chans, self.patch_size)
+        x = self.stem(x)
+        intermediates: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if stop_early and i > last:
+                break
+            x = self.block_drop(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+            if i in taken:
+                intermediates.append(x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
+        return intermediates if intermediates_only else (x, intermediates)
+
+    # ---- timm's contract ----------------------------------------------------------------------------------------
+
+    def _take_indices(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """Block indices as non-negative numbers, and the largest of them."""
+        depth = len(self.blocks)
+        if indices is None:
+            return list(range(depth)), depth - 1
+        if isinstance(indices, int):
+            if not 1 <= indices <= depth:
+                raise ArgumentError(f"indices={indices}: the number of last blocks to take is 1 to {depth}")
+            return list(range(depth - indices, depth)), depth - 1
+        if not indices or not all(-depth <= i < depth for i in indices):
+            raise ArgumentError(f"indices={indices!r}: give block indices from {-depth} to {depth - 1}")
+        taken = [i % depth for i in indices]
+        return taken, max(taken)
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the blocks after the last one in `indices`, and the head; return the indices counted from 0."""
+        taken, last = self._take_indices(indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def get_classifier(self) -> nn.Module:
+        """The head: a Linear, or Identity without classes."""
+        return self.head
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new, randomly initialised one for `num_classes` (0: none), and the pool if given."""
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self._set_head(num_classes, pool, get_device_dtype(self))
+        self.global_pool.train(self.training)
+        self.head.train(self.training)
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns that sort parameters into layers, for layer-wise learning rates."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass in place of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def no_weight_decay(self) -> set[str]:
+        """Parameters exempt from weight decay beside biases and norms, which timm's optimizer factory exempts: none."""
+        return set()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in `nn.Module`; a model on the meta device, which has no storage to copy into, takes the tensors over."""
+        return super().load_state_dict(state_dict, strict, assign or any(p.is_meta for p in self.parameters()))

@@ -1,0 +1,283 @@
+"""Every variant and every set of weights, as one literal table. Standard library only.
+
+Sources of shapes and figures: the paper and its repositories (github.com/locuslab/convmixer and convmixer-cifar10, both
+MIT), timm's model cards and results tables, and for our own weights the run kept in `docs/runs/`. A figure that nobody
+has published in a form that can be checked is not in the table.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from convmixer.errors import UnknownModelError, nearest
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured figure, in percent, on a named test set, and who measured it."""
+
+    name: str
+    value: float
+    dataset: str
+    measured_by: str
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of trained weights of a variant.
+
+    Attributes:
+        tag: Second half of the full name, `variant.tag`.
+        file: Name of the safetensors file, in the package or in the Hub repository.
+        hub_id: Hub repository; empty for weights that ship with the package.
+        revision: Branch, tag or commit of that repository.
+        licence: SPDX identifier.
+        sha256: Of the file, where it was at hand; else empty.
+        size: Of the file in bytes, where it was at hand; else 0.
+        labels: Label set: "cifar10", or "imagenet-1k" for the thousand of timm's ImageNetInfo.
+        metrics: Measured figures.
+        training_data: What the weights were trained on.
+        recipe: How.
+    """
+
+    tag: str
+    file: str
+    licence: str
+    labels: str
+    metrics: tuple[Metric, ...]
+    training_data: str
+    recipe: str
+    hub_id: str = ""
+    revision: str = "main"
+    sha256: str = ""
+    size: int = 0
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from: "package", or the Hub file."""
+        return f"hf-hub:{self.hub_id}/{self.file}@{self.revision}" if self.hub_id else "package"
+
+    @property
+    def path(self) -> Path | None:
+        """The file inside the package, or None for weights on the Hub."""
+        return None if self.hub_id else WEIGHTS_FOLDER / self.file
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Class names by index; None for ImageNet-1k, whose thousand names timm carries."""
+        return CIFAR10_CLASSES if self.labels == "cifar10" else None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One named architecture with its preprocessing; the first of `weights` is the default."""
+
+    name: str
+    dim: int
+    depth: int
+    kernel_size: int
+    patch_size: int
+    act_layer: str = "gelu"
+    num_classes: int = 1000
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    crop_pct: float = 0.96
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    weights: tuple[Weights, ...] = ()
+    note: str = ""
+
+    @property
+    def architecture(self) -> dict[str, int | str]:
+        """The constructor's arguments that define the variant."""
+        shape: dict[str, int | str] = {"dim": self.dim, "depth": self.depth, "kernel_size": self.kernel_size}
+        return {**shape, "patch_size": self.patch_size, "act_layer": self.act_layer}
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters: every convolution has a bias, every BatchNorm a scale and a shift."""
+        h, k, p, n = self.dim, self.kernel_size, self.patch_size, self.num_classes
+        stem = self.input_size[0] * h * p * p + h + 2 * h
+        block = h * k * k + h + 2 * h + h * h + h + 2 * h
+        return stem + self.depth * block + h * n + n
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one forward pass at `input_size`, depthwise convolutions counted."""
+        h, k, p = self.dim, self.kernel_size, self.patch_size
+        channels, height, width = self.input_size
+        pixels = (height // p) * (width // p)
+        return pixels * (channels * p * p * h + self.depth * (h * k * k + h * h)) + h * self.num_classes
+
+
+def _imagenet(name: str, top1: float, real: float, v2: float, recipe: str) -> tuple[Weights, ...]:
+    results = "timm's published results table"
+    return (
+        Weights(
+            tag="in1k",
+            file="model.safetensors",
+            licence="MIT",
+            labels="imagenet-1k",
+            metrics=(
+                Metric("top-1", top1, "ImageNet-1k validation", "the authors, locuslab/convmixer"),
+                Metric("top-1", real, "ImageNet ReaL", results),
+                Metric("top-1", v2, "ImageNet-V2", results),
+            ),
+            training_data="ImageNet-1k",
+            recipe=recipe,
+            hub_id=f"timm/{name}.in1k",
+        ),
+    )
+
+
+_PAPER_RECIPE = "AdamW, RandAugment, mixup, CutMix, random erasing, {} epochs at 224 pixels"
+_UNTRAINED = "No public weights are known: build it with pretrained=False and train it."
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        name="convmixer_1536_20",
+        dim=1536,
+        depth=20,
+        kernel_size=9,
+        patch_size=7,
+        weights=_imagenet("convmixer_1536_20", 81.37, 86.90, 71.16, _PAPER_RECIPE.format(150)),
+    ),
+    Variant(
+        name="convmixer_768_32",
+        dim=768,
+        depth=32,
+        kernel_size=7,
+        patch_size=7,
+        act_layer="relu",
+        weights=_imagenet("convmixer_768_32", 80.16, 86.22, 69.48, _PAPER_RECIPE.format(300)),
+    ),
+    Variant(
+        name="convmixer_1024_20_ks9_p14",
+        dim=1024,
+        depth=20,
+        kernel_size=9,
+        patch_size=14,
+        weights=_imagenet("convmixer_1024_20_ks9_p14", 76.94, 83.68, 65.44, "The paper's recipe for ImageNet-1k"),
+    ),
+    Variant(
+        name="convmixer_1024_16",
+        dim=1024,
+        depth=16,
+        kernel_size=9,
+        patch_size=7,
+        note=_UNTRAINED,
+    ),
+    Variant(
+        name="convmixer_1024_12",
+        dim=1024,
+        depth=12,
+        kernel_size=8,
+        patch_size=7,
+        note=f"Later papers quote 77.8 % ImageNet-1k top-1. {_UNTRAINED}",
+    ),
+    Variant(
+        name="convmixer_512_16",
+        dim=512,
+        depth=16,
+        kernel_size=8,
+        patch_size=7,
+        note=f"Later papers quote 73.8 % ImageNet-1k top-1. {_UNTRAINED}",
+    ),
+    Variant(
+        name="convmixer_512_12",
+        dim=512,
+        depth=12,
+        kernel_size=8,
+        patch_size=7,
+        note=_UNTRAINED,
+    ),
+    Variant(
+        name="convmixer_256_8",
+        dim=256,
+        depth=8,
+        kernel_size=5,
+        patch_size=2,
+        num_classes=10,
+        input_size=(3, 32, 32),
+        crop_pct=1.0,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+    ),
+    Variant(
+        name="convmixer_256_8_ks9_p1",
+        dim=256,
+        depth=8,
+        kernel_size=9,
+        patch_size=1,
+        num_classes=10,
+        input_size=(3, 32, 32),
+        crop_pct=1.0,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+        note=f"The paper reports 96.03 % CIFAR-10 top-1 after 200 epochs. {_UNTRAINED}",
+    ),
+    Variant(
+        name="convmixer_128_8_ks7_p2",
+        dim=128,
+        depth=8,
+        kernel_size=7,
+        patch_size=2,
+        num_classes=10,
+        input_size=(3, 32, 32),
+        crop_pct=1.0,
+        mean=CIFAR10_MEAN,
+        std=CIFAR10_STD,
+        note=f"From a post that trains it with Flux in Julia. {_UNTRAINED}",
+    ),
+)
+_BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+def get_variant(name: str) -> tuple[Variant, Weights | None]:
+    """The variant, and the weights that `variant.tag` names; without a tag its default weights, or None.
+
+    Raises:
+        UnknownModelError: No such variant, or no such weights of it.
+    """
+    base, _, tag = name.partition(".")
+    if base not in _BY_NAME:
+        raise UnknownModelError(f"unknown model {name!r}; {nearest(base, _BY_NAME)}")
+    variant = _BY_NAME[base]
+    if not tag:
+        return variant, variant.weights[0] if variant.weights else None
+    for weights in variant.weights:
+        if weights.tag == tag:
+            return variant, weights
+    known = ", ".join(f"{base}.{w.tag}" for w in variant.weights)
+    raise UnknownModelError(f"{base} has no weights {tag!r}; {f'valid: {known}' if known else variant.note}")
+
+
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """Names of the variants that match a shell pattern, sorted; with `pretrained` only those that have weights."""
+    found = (v.name for v in VARIANTS if v.weights or not pretrained)
+    return sorted(fnmatch.filter(found, pattern))
+
+
+def list_pretrained(pattern: str = "*") -> list[str]:
+    """`variant.tag` names of all weights that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter((f"{v.name}.{w.tag}" for v in VARIANTS for w in v.weights), pattern))
+
+
+def model_info(name: str) -> Variant:
+    """The record of a variant: parameters, MACs, input size, and for each set of weights its source, licence, sha256,
+    size, metrics, training data and recipe. With `variant.tag`, `weights` holds just that set.
+
+    Raises:
+        UnknownModelError: No such variant, or no such weights of it.
+    """
+    variant, weights = get_variant(name)
+    if weights is None or "." not in name:
+        return variant
+    return replace(variant, weights=(weights,))

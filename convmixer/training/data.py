@@ -1,0 +1,178 @@
+"""Images decoded once into memory, and augmentation of whole batches of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import v2
+
+from convmixer.errors import ArgumentError, DataError
+from convmixer.training.recipes import Recipe
+
+READERS = ("torch/", "hfds/", "tfds/")
+# Images that share one draw of RandAugment and of the colour changes: few enough to vary, enough to be fast.
+GROUP = 8
+
+
+@dataclass
+class Images:
+    """A split in memory: `pixels` uint8 (N, C, H, W), `labels` int64 (N,), class names by label."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Images:
+        return Images(self.pixels.to(device), self.labels.to(device), self.classes)
+
+    def subset(self, index: Tensor) -> Images:
+        return Images(self.pixels[index], self.labels[index], self.classes)
+
+
+def _find_split(source: Path, split: str) -> Path:
+    if source.is_file() and source.suffix == ".tar":
+        return source
+    if not source.is_dir():
+        raise DataError(
+            f"no data at {str(source)!r}: give a folder, a .tar of class folders, or a name that starts with "
+            f"{', '.join(READERS)} such as torch/cifar10 with --download"
+        )
+    names = {"train": ["train"], "test": ["test", "val", "validation"]}[split]
+    found = [p for name in names for p in (source / f"{name}.tar", source / name) if p.exists()]
+    if found:
+        return found[0]
+    if split == "train" and any(child.is_dir() for child in source.iterdir()):
+        return source
+    looked_for = ", ".join(f"{name}.tar, {name}/" for name in names)
+    raise DataError(f"no {split} split in {str(source)!r}: looked for {looked_for}")
+
+
+def load_images(
+    source: str | Path,
+    split: str,
+    size: tuple[int, int, int],
+    *,
+    classes: tuple[str, ...] | None = None,
+    root: str | Path | None = None,
+    download: bool = False,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Images:
+    """Decode a split through timm's readers.
+
+    Args:
+        source: A folder with `train` and `test` as tars or folders of class folders, one such tar or folder, or a
+            name for timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
+        split: "train" or "test".
+        size: (C, H, W): larger or smaller images are resized (shorter side) and cropped to the centre.
+        classes: Class names that the labels must follow, as when a test set must agree with a training set.
+        root: Where `torch/` data sets lie.
+        download: Let `torch/` data sets download what is missing.
+        progress: Wraps the iteration, for a progress bar.
+
+    Raises:
+        DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
+    """
+    mode = {1: "L", 3: "RGB"}.get(size[0])
+    if mode is None:
+        raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
+    name = str(source)
+    try:
+        if name.startswith(READERS):
+            dataset = create_dataset(name, root=root and str(root), split=split, download=download, input_img_mode=None)
+        else:
+            class_map = {name: i for i, name in enumerate(classes)} if classes else None
+            path = _find_split(Path(source), split)
+            dataset = create_dataset("", root=str(path), class_map=class_map, search_split=False, input_img_mode=mode)
+    except DataError:
+        raise
+    except Exception as error:  # each reader has its own; the message must name the source
+        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}") from error
+    found = _class_names(dataset)
+    if classes and found != classes:
+        raise DataError(f"{name!r} has the classes {found}, the training data has {classes}")
+    fit = v2.Compose([v2.Resize(min(size[1:]), antialias=True), v2.CenterCrop(size[1:])])
+    pixels = torch.empty(len(dataset), *size, dtype=torch.uint8)
+    labels = torch.empty(len(dataset), dtype=torch.int64)
+    for i in progress(range(len(dataset))):
+        try:
+            image, label = dataset[i]
+            tensor = v2.functional.pil_to_tensor(image.convert(mode))
+        except Exception as error:
+            raise DataError(f"cannot read image {i} of {name!r}: {error}") from error
+        pixels[i] = tensor if tensor.shape == size else fit(tensor)
+        labels[i] = label
+    return Images(pixels, labels, found)
+
+
+def _class_names(dataset: Any) -> tuple[str, ...]:
+    names = getattr(dataset, "classes", None)  # torchvision
+    reader = getattr(dataset, "reader", None)
+    if names is None and reader is not None:
+        table = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+        # A data set of the Hub has no table, but named features.
+        names = sorted(table, key=table.__getitem__) if table else reader.dataset.features[reader.label_key].names
+    return tuple(str(name) for name in names or ())
+
+
+def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
+    """Split into (training, validation) at random, the same way for one seed."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    count = round(len(images) * fraction)
+    return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
+
+
+class Augment:
+    """uint8 (B, C, H, W) -> normalised float (B, C, S, S), each image changed at random.
+
+    Args:
+        recipe: Which changes, and how strong.
+        mean: Per channel, of pixels in [0, 1].
+        std: Likewise.
+        device: Where the batches are.
+    """
+
+    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        self.recipe = recipe
+        self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+        group: list[v2.Transform] = []
+        if recipe.rand_augment[0]:
+            group.append(v2.RandAugment(*recipe.rand_augment))
+        if recipe.color_jitter:
+            strength = recipe.color_jitter
+            group.append(v2.ColorJitter(strength, strength, strength, min(strength, 0.5)))
+        self.group = v2.Compose(group) if group else None
+        self.erase: Any = RandomErasing(recipe.random_erasing, mode="pixel", device=str(device))
+
+    def __call__(self, pixels: Tensor, size: int | None = None) -> Tensor:
+        if self.group is not None:
+            pixels = torch.cat([self.group(group) for group in pixels.split(GROUP)])
+        flipped = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < self.recipe.flip
+        pixels = torch.where(flipped, pixels.flip(3), pixels)
+        if self.recipe.shift:
+            pixels = _shift(pixels, self.recipe.shift)
+        if size is not None and pixels.shape[-2:] != (size, size):
+            pixels = v2.functional.resize(pixels, [size, size], antialias=True)
+        result: Tensor = self.normalize(pixels)
+        return self.erase(result) if self.recipe.random_erasing else result
+
+
+def _shift(pixels: Tensor, most: int) -> Tensor:
+    """Translate each image by its own whole number of pixels in [-most, most], borders reflected."""
+    count, _, height, width = pixels.shape
+    padded = F.pad(pixels.float(), (most,) * 4, mode="reflect").to(pixels.dtype)
+    top, left = torch.randint(2 * most + 1, (2, count, 1), device=pixels.device)
+    rows = top + torch.arange(height, device=pixels.device)  # (B, H)
+    columns = left + torch.arange(width, device=pixels.device)  # (B, W)
+    image = torch.arange(count, device=pixels.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

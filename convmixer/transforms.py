@@ -1,0 +1,56 @@
+"""The preprocessing that belongs to a model or its weights, built by timm."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import create_transform as timm_create_transform
+from timm.data import resolve_data_config
+from torch import nn
+
+from convmixer.errors import ArgumentError, nearest
+from convmixer.registry import get_variant
+
+_PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+
+
+def create_transform(model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any) -> Callable[..., Any]:
+    """From a PIL image to the normalised tensor (C, H, W) that the model was trained with.
+
+    Args:
+        model_or_name: A model from `create_model`, or a registry name with or without a tag.
+        is_training: timm's training augmentation in place of resize and centre crop.
+        **overrides: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`, and any further argument of
+            `timm.data.create_transform`, such as `auto_augment` or `re_prob`.
+
+    Raises:
+        UnknownModelError: No such name.
+        ArgumentError: An override that timm does not have, or a model without preprocessing.
+    """
+    if isinstance(model_or_name, str):
+        variant, _ = get_variant(model_or_name)
+        config = {name: getattr(variant, name) for name in _PREPROCESSING if name != "crop_mode"}
+    else:
+        found = getattr(model_or_name, "pretrained_cfg", None)
+        if not found:
+            raise ArgumentError(
+                f"this {type(model_or_name).__name__} says nothing about its preprocessing: build it with "
+                "convmixer.create_model, or pass a registry name"
+            )
+        config = dict(found)
+        channels = getattr(model_or_name, "in_chans", 3)
+        if channels != len(config["mean"]):
+            # The first convolution was adapted to other channels: each gets the mean of the old statistics.
+            config["input_size"] = (channels, *config["input_size"][1:])
+            for name in ("mean", "std"):
+                config[name] = (sum(config[name]) / len(config[name]),) * channels
+    valid = set(inspect.signature(timm_create_transform).parameters) - {"is_training"} | set(_PREPROCESSING)
+    for name in overrides:
+        if name not in valid:
+            raise ArgumentError(f"unknown argument {name!r} of create_transform; {nearest(name, valid)}")
+    data_config = resolve_data_config({k: overrides[k] for k in _PREPROCESSING if k in overrides}, config)
+    further = {k: v for k, v in overrides.items() if k not in _PREPROCESSING}
+    transform: Callable[..., Any] = timm_create_transform(**data_config, **further, is_training=is_training)
+    return transform
