@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convmixer.errors import WeightsError
+from convmixer.errors import ArgumentError, WeightsError
+from convmixer.model import ConvMixer
 from convmixer.registry import VARIANTS
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
@@ -24,6 +27,8 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)
@@ -68,17 +73,23 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if _is_pickle(path):
             raise WeightsError(
                 f"{str(path)!r} is a pickle, which can run code when it is opened. Convert it once: "
-                f"convmixer convert {path.name} {path.name.split('.')[0]}.safetensors"
+                f"convmixer convert {shlex.quote(str(path))} {shlex.quote(path.name.split('.')[0])}.safetensors"
             ) from error
         raise WeightsError(
             f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): {error}. Fetch it again"
         ) from error
-    for key, tensor in tensors.items():
-        # The sum is one fast pass; it is finite unless a value is not, or in rare cases overflows.
-        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            raise WeightsError(f"{str(path)!r}: {key} has {bad} of {tensor.numel()} values that are not finite")
+    _check_finite(tensors, repr(str(path)))
     return tensors
+
+
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sum
+            # The sum is one fast pass; it is finite unless a value is not, or in rare cases overflows.
+            if not values.sum().isfinite() and not values.isfinite().all():
+                bad = int((~values.isfinite()).sum())
+                raise WeightsError(f"{source}: {key} has {bad} of {tensor.numel()} values that are not finite")
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -173,7 +184,7 @@ def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
 
 def _rename_flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys of the paper's one flat Sequential (stem 0 to 2, blocks from 3, head last) to this package's."""
-    if "0.weight" not in tensors:
+    if "0.weight" not in tensors or not all(re.fullmatch(r"\d+\..+", k) for k in tensors):
         return tensors
     head = max(int(k.split(".")[0]) for k in tensors)
 
@@ -186,8 +197,6 @@ def _rename_flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return f"stem.{key}"
         return f"blocks.{index - 3}.{rest}"
 
-    if not all(re.fullmatch(r"\d+\..+", k) for k in tensors):
-        return tensors
     return {rename(k): v for k, v in tensors.items()}
 
 
@@ -211,23 +220,31 @@ def convert_checkpoint(source: str | Path, destination: str | Path) -> str:
     if not source.is_file():
         raise WeightsError(f"no checkpoint at {str(source)!r}")
     try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments so
+            content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error class of its own
-        raise WeightsError(f"cannot read {str(source)!r} without running code from it: {error}") from error
-    tensors = _rename_flat(_unwrap(content, repr(str(source))))
+        # PyTorch's text goes on to explain how to run the code.
+        found = re.search(r"Unsupported (global|class|operand)[^\n]*", str(error))
+        reason = found[0] if found else type(error).__name__
+        raise WeightsError(f"cannot read {str(source)!r} without running code from it: {reason}") from error
+    named = repr(str(source))
+    tensors = _rename_flat(_unwrap(content, named))
     try:
-        stem = tensors["stem.0.weight"].shape
+        stem, head = tensors["stem.0.weight"].shape, tensors["head.weight"].shape
         depth = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
-        kernel = tensors["blocks.0.0.fn.0.weight"].shape[-1]
-        shape = (stem[0], depth, kernel, stem[-1])
+        kernel_size = tensors["blocks.0.0.fn.0.weight"].shape[-1]
+        shape = (stem[0], depth, kernel_size, stem[-1])
     except (KeyError, ValueError, IndexError) as error:
-        raise WeightsError(f"{str(source)!r} is no ConvMixer: its keys are {_first(list(tensors))}") from error
-    names = [v.name for v in VARIANTS if (v.dim, v.depth, v.kernel_size, v.patch_size) == shape]
-    if not names:
+        raise WeightsError(f"{named} is no ConvMixer: its keys are {_first(list(tensors))}") from error
+    variant = next((v for v in VARIANTS if (v.dim, v.depth, v.kernel_size, v.patch_size) == shape), None)
+    if variant is None:
         raise WeightsError(
-            f"{str(source)!r} has dim, depth, kernel_size, patch_size = {shape}, which no variant of the registry has"
+            f"{named} has dim, depth, kernel_size, patch_size = {shape}, which no variant of the registry has"
         )
-    header = {"format": "pt", "architecture": names[0]}
+    model = ConvMixer(*shape, in_chans=stem[1], num_classes=head[0], act_layer=variant.act_layer, device="meta")
+    check_keys(tensors, model.state_dict(), named)
+    _check_finite(tensors, named)
+    header = {"format": "pt", "architecture": variant.name}
     tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
     write_atomically(destination, lambda temporary: save_file(tensors, temporary, header))
-    return names[0]
+    return variant.name

@@ -23,8 +23,8 @@ from convmixer.registry import Variant, list_models, model_info
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
+OUT = Console(highlight=False, emoji=False)
+ERR = Console(stderr=True, highlight=False, emoji=False)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif"}
 
 
@@ -144,7 +144,7 @@ def _find_images(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
                 raise ImageError(f"no images in the folder {str(path)!r}")
             found += inside
@@ -232,7 +232,7 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--test", "tests", multiple=True, help="A further test set; may be given again.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/RECIPE]")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe.")
-@click.option("--data-root", type=click.Path(path_type=Path), help="Where torch/ data sets lie.  [default: OUTPUT]")
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded data sets lie.")
 @click.option("--download", is_flag=True, help="Let torch/ data sets download.")
 @click.option("--resume", is_flag=True, help="Go on after the last finished epoch of OUTPUT.")
 @click.option("--device", default="auto", show_default=True)

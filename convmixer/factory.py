@@ -107,11 +107,10 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
         config = hub.fetch(repo_id, "config.json", **options)
         return _from_config(config, hub.fetch(repo_id, "model.safetensors", **options) if pretrained else None, name)
     if rest:
-        raise ArgumentError(
-            f"{name!r}: unknown kind of name {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:"
-        )
+        raise ArgumentError(f"{name!r}: unknown scheme {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:")
     variant, weights = get_variant(name)
-    source = _Source(variant, _config(variant, weights), {}, None)
+    # Without its weights a model knows nothing of their classes.
+    source = _Source(variant, _config(variant, weights if pretrained else None), {}, None)
     if pretrained:
         if weights is None:
             raise WeightsError(f"{variant.name} has no weights. {variant.note}")
@@ -239,9 +238,7 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArgumentError(
-            f"device={device!r} is not to be had here ({reason}); valid: auto, cpu, cuda, ..."
-        ) from error
+        raise ArgumentError(f"no device {device!r} here ({reason}); valid: auto, cpu, cuda, ...") from error
     return target
 
 
@@ -253,9 +250,12 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
     stem = tensors.get("stem.0.weight")
     if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
         found["input_size"] = (stem.shape[1], *config["input_size"][1:])
-    labels = read_metadata(path).get("label_names")
-    if labels:
-        found["label_names"] = tuple(json.loads(labels))
+    try:
+        labels = json.loads(read_metadata(path).get("label_names", "null"))
+    except ValueError as error:
+        raise WeightsError(f"label_names in the header of {str(path)!r} is not JSON: {error}") from error
+    if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
+        found["label_names"] = tuple(labels)
     return found
 
 

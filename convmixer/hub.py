@@ -43,7 +43,8 @@ def fetch(
         if not offline:
             return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, token=token))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise WeightsError(f"cannot get {_describe(repo_id, filename, revision)}: {error}") from error
+        reason = " ".join(str(error).split())  # the Hub's texts have several lines
+        raise WeightsError(f"cannot get {_describe(repo_id, filename, revision)}: {reason}") from error
     where = f" in {str(cache_dir)!r}" if cache_dir else ""
     option = " --revision " + revision if revision else ""
     raise WeightsError(

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from convmixer.errors import ArgumentError, ImageError
+from convmixer.model import evaluating
 from convmixer.transforms import create_transform
 
 Prediction = list[tuple[str, float]]
@@ -45,14 +46,24 @@ def read_image(source: Any, channels: int = 3) -> Image.Image:
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ImageError(f"cannot read {str(source)!r}: {error}") from error
     elif isinstance(source, Image.Image):
-        image = ImageOps.exif_transpose(source)
+        try:
+            image = ImageOps.exif_transpose(source)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:  # Pillow reads pixels late
+            raise ImageError(f"cannot read {source!r}: {error}") from error
     else:
         image = _from_array(source)
     return _to_8_bit(image).convert("L" if channels == 1 else "RGB")
 
 
 def _from_array(source: Any) -> Image.Image:
-    array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else np.asarray(source)
+    if isinstance(source, torch.Tensor):
+        tensor = source.detach().cpu()
+        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
+    else:
+        try:
+            array = np.asarray(source)
+        except ValueError as error:
+            raise ImageError(f"{type(source).__name__} that is no array: {error}") from error
     if isinstance(source, torch.Tensor) and array.ndim == 3 and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
@@ -138,16 +149,12 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
     parameter = next(model.parameters())
     transform, names = create_transform(model), label_names(model)
     channels: int = model.in_chans  # type: ignore[assignment]
-    training = model.training
-    model.eval()
-    try:
-        predictions: list[Prediction] = []
+    predictions: list[Prediction] = []
+    with evaluating(model):
         for start in range(0, len(sources), batch_size):
             batch = torch.stack([transform(read_image(s, channels)) for s in sources[start : start + batch_size]])
             logits = model(batch.to(parameter.device, parameter.dtype)).float()
             values, indices = logits.softmax(1).topk(min(topk, len(names)))
             for row, probabilities in zip(indices.tolist(), values.tolist(), strict=True):
                 predictions.append([(names[i], p) for i, p in zip(row, probabilities, strict=True)])
-    finally:
-        model.train(training)
     return predictions if many else predictions[0]

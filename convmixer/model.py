@@ -12,10 +12,12 @@ activations by name, inputs checked, and on CPUs a faster weight gradient under 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast, overload
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, SelectAdaptivePool2d, get_act_layer, get_device_dtype
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -89,13 +91,30 @@ def _check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
         )
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of a `with` block; each module then returns to the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise k x k convolution that keeps the resolution, (B, dim, H, W) -> (B, dim, H, W)."""
 
     def __init__(
         self, dim: int, kernel_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__(dim, dim, kernel_size, groups=dim, padding="same", device=device, dtype=dtype)
+        before, after = (kernel_size - 1) // 2, kernel_size // 2
+        padding = before if before == after else 0
+        super().__init__(dim, dim, kernel_size, groups=dim, padding=padding, device=device, dtype=dtype)
+        # Even kernels need one more row and column at the end, which convolutions cannot do by themselves.
+        self.even_kernel = before != after
+        self.border = [before, after, before, after]
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -105,6 +124,8 @@ class DepthwiseConv2d(nn.Conv2d):
                     dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
                     bias = None if self.bias is None else self.bias.to(dtype)
                     return ops.depthwise_conv2d(x.to(dtype), self.weight.to(dtype), bias)
+        if self.even_kernel:
+            x = F.pad(x, self.border)
         result: Tensor = self._conv_forward(x, self.weight, self.bias)
         return result
 

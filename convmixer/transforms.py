@@ -50,7 +50,27 @@ def create_transform(model_or_name: nn.Module | str, is_training: bool = False, 
     for name in overrides:
         if name not in valid:
             raise ArgumentError(f"unknown argument {name!r} of create_transform; {nearest(name, valid)}")
+    _check(overrides, config)
     data_config = resolve_data_config({k: overrides[k] for k in _PREPROCESSING if k in overrides}, config)
     further = {k: v for k, v in overrides.items() if k not in _PREPROCESSING}
     transform: Callable[..., Any] = timm_create_transform(**data_config, **further, is_training=is_training)
     return transform
+
+
+def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
+    """timm checks these by assertions, late, or not at all."""
+    size = overrides.get("input_size", config["input_size"])
+    if not (isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
+        raise ArgumentError(f"input_size={size!r}: give (channels, height, width)")
+    for name in ("mean", "std"):
+        value = overrides.get(name, config[name])
+        if not (isinstance(value, tuple | list) and len(value) in (1, size[0])):
+            raise ArgumentError(f"{name}={value!r}: give one number per channel, {size[0]} of them")
+    if overrides.get("crop_mode", "center") not in ("center", "squash", "border"):
+        raise ArgumentError(f"crop_mode={overrides['crop_mode']!r}; valid: center, squash, border")
+    if not 0 < overrides.get("crop_pct", 1) <= 1:
+        raise ArgumentError(f"crop_pct={overrides['crop_pct']!r}: give a part of the image in (0, 1]")
+    if "interpolation" in overrides:
+        known = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
+        if overrides["interpolation"] not in known:
+            raise ArgumentError(f"interpolation={overrides['interpolation']!r}; valid: {', '.join(known)}")

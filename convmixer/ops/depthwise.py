@@ -15,12 +15,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def _correlate(x: Tensor, weight: Tensor, bias: Tensor | None, before: int, after: int) -> Tensor:
+    if before == after:
+        return F.conv2d(x, weight, bias, padding=before, groups=x.shape[1])
+    return F.conv2d(F.pad(x, (before, after, before, after)), weight, bias, groups=x.shape[1])
+
+
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return F.conv2d(x, weight, bias, padding="same", groups=x.shape[1])
+        return _correlate(x, weight, bias, (weight.shape[-1] - 1) // 2, weight.shape[-1] // 2)
 
     @staticmethod
     @once_differentiable
@@ -30,10 +36,8 @@ class _DepthwiseConv2d(torch.autograd.Function):
         before, after = (size - 1) // 2, size // 2
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            # The transpose of a correlation is one with the flipped kernel; an even kernel pads the other side more.
-            padded_grad = grad if before == after else F.pad(grad, (after, before, after, before))
-            padding = before if before == after else 0
-            grad_x = F.conv2d(padded_grad, weight.flip(-2, -1), padding=padding, groups=x.shape[1])
+            # The transpose of a correlation is one with the flipped kernel, padded the other way round.
+            grad_x = _correlate(grad, weight.flip(-2, -1), None, after, before)
         if ctx.needs_input_grad[1]:
             height, width = x.shape[-2:]
             padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, before, after, before, after)).float()  # (B, H+k-1, W+k-1, C)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_dataset
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -17,7 +18,7 @@ from torchvision.transforms import v2
 from convmixer.errors import ArgumentError, DataError
 from convmixer.training.recipes import Recipe
 
-READERS = ("torch/", "hfds/", "tfds/")
+READERS = ("torch/", "hfds/")
 # Images that share one draw of RandAugment and of the colour changes: few enough to vary, enough to be fast.
 GROUP = 8
 
@@ -40,22 +41,37 @@ class Images:
         return Images(self.pixels[index], self.labels[index], self.classes)
 
 
+SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
+
+
 def _find_split(source: Path, split: str) -> Path:
+    """The folder or tar of a split inside `source`; `source` itself if it is a tar or holds classes, not splits."""
     if source.is_file() and source.suffix == ".tar":
         return source
     if not source.is_dir():
         raise DataError(
             f"no data at {str(source)!r}: give a folder, a .tar of class folders, or a name that starts with "
-            f"{', '.join(READERS)} such as torch/cifar10 with --download"
+            f"{' or '.join(READERS)} such as torch/cifar10 with --download"
         )
-    names = {"train": ["train"], "test": ["test", "val", "validation"]}[split]
-    found = [p for name in names for p in (source / f"{name}.tar", source / name) if p.exists()]
+    places = {name: [source / f"{name}.tar", source / name] for names in SPLITS.values() for name in names}
+    found = [place for name in SPLITS[split] for place in places[name] if place.exists()]
     if found:
         return found[0]
-    if split == "train" and any(child.is_dir() for child in source.iterdir()):
-        return source
-    looked_for = ", ".join(f"{name}.tar, {name}/" for name in names)
-    raise DataError(f"no {split} split in {str(source)!r}: looked for {looked_for}")
+    other = [place.name for candidates in places.values() for place in candidates if place.exists()]
+    if other or not any(child.is_dir() for child in source.iterdir()):
+        looked_for = ", ".join(f"{name}.tar, {name}/" for name in SPLITS[split])
+        raise DataError(f"no {split} split in {str(source)!r}: looked for {looked_for} or folders of classes")
+    return source
+
+
+def has_split(source: str | Path, split: str) -> bool:
+    """Whether a source has its own training or test split; a named data set is taken to have both."""
+    if str(source).startswith(READERS):
+        return True
+    try:
+        return split == "train" or _find_split(Path(source), split) != Path(source)
+    except DataError:
+        return False
 
 
 def load_images(
@@ -75,8 +91,9 @@ def load_images(
             name for timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
         split: "train" or "test".
         size: (C, H, W): larger or smaller images are resized (shorter side) and cropped to the centre.
-        classes: Class names that the labels must follow, as when a test set must agree with a training set.
-        root: Where `torch/` data sets lie.
+        classes: Class names that the labels must follow, as when a test set must agree with a training set; the source
+            may lack some of them.
+        root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
         progress: Wraps the iteration, for a progress bar.
 
@@ -88,41 +105,71 @@ def load_images(
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
     name = str(source)
     try:
-        if name.startswith(READERS):
-            dataset = create_dataset(name, root=root and str(root), split=split, download=download, input_img_mode=None)
+        if name.startswith("torch/"):
+            dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
+        elif name.startswith("hfds/"):
+            dataset = create_dataset(name, root=root and str(root), split=split, **_columns(name, split, root))
         else:
-            class_map = {name: i for i, name in enumerate(classes)} if classes else None
-            path = _find_split(Path(source), split)
-            dataset = create_dataset("", root=str(path), class_map=class_map, search_split=False, input_img_mode=mode)
+            dataset = create_dataset("", root=str(_find_split(Path(source), split)), search_split=False)
     except DataError:
         raise
     except Exception as error:  # each reader has its own; the message must name the source
-        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}") from error
+        hint = ". Add --download to fetch it" if name.startswith("torch/") and not download else ""
+        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}{hint}") from error
     found = _class_names(dataset)
-    if classes and found != classes:
-        raise DataError(f"{name!r} has the classes {found}, the training data has {classes}")
+    foreign = [label for label in found if classes and label not in classes]
+    if foreign:
+        raise DataError(f"{name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes or ())}")
     fit = v2.Compose([v2.Resize(min(size[1:]), antialias=True), v2.CenterCrop(size[1:])])
     pixels = torch.empty(len(dataset), *size, dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.int64)
     for i in progress(range(len(dataset))):
         try:
-            image, label = dataset[i]
-            tensor = v2.functional.pil_to_tensor(image.convert(mode))
+            tensor, label = _decode(dataset, i, mode)
         except Exception as error:
             raise DataError(f"cannot read image {i} of {name!r}: {error}") from error
         pixels[i] = tensor if tensor.shape == size else fit(tensor)
         labels[i] = label
-    return Images(pixels, labels, found)
+    archive = getattr(getattr(dataset, "reader", None), "tar_state", None)
+    if archive is not None:
+        archive.tf.close()  # timm keeps it open for the next image
+    if classes:
+        labels = torch.tensor([classes.index(label) for label in found])[labels]
+    return Images(pixels, labels, classes or found)
+
+
+def _decode(dataset: Any, index: int, mode: str) -> tuple[Tensor, int]:
+    reader = getattr(dataset, "reader", None)
+    if reader is None:  # torchvision
+        image, label = dataset[index]
+        return v2.functional.pil_to_tensor(image.convert(mode)), label
+    # Not through timm's data set, which puts the next image in the place of one that it cannot read.
+    file, label = reader[index][:2]
+    with file, Image.open(file) as image:
+        return v2.functional.pil_to_tensor(image.convert(mode)), label
+
+
+def _columns(name: str, split: str, root: str | Path | None) -> dict[str, str]:
+    """Which columns of a Hugging Face data set hold images and labels: timm expects "image" and "label"."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{name!r} needs the datasets library: pip install 'convmixer[train]'") from error
+    loaded = datasets.load_dataset(name.removeprefix("hfds/"), split=split, cache_dir=root and str(root))
+    kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}
+    found = {key: [c for c, f in loaded.features.items() if isinstance(f, kind)] for key, kind in kinds.items()}
+    if not all(found.values()):
+        raise DataError(f"{name!r} has no column of images or none of class labels: {loaded.features}")
+    return {key: columns[0] for key, columns in found.items()}
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
     names = getattr(dataset, "classes", None)  # torchvision
-    reader = getattr(dataset, "reader", None)
-    if names is None and reader is not None:
-        table = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-        # A data set of the Hub has no table, but named features.
-        names = sorted(table, key=table.__getitem__) if table else reader.dataset.features[reader.label_key].names
-    return tuple(str(name) for name in names or ())
+    if names is None:
+        reader = dataset.reader
+        table = reader.class_name_to_idx if hasattr(reader, "class_name_to_idx") else reader.class_to_idx
+        names = sorted(table, key=table.__getitem__)
+    return tuple(str(name) for name in names)
 
 
 def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:

@@ -24,8 +24,8 @@ from torchvision.transforms import v2
 from convmixer.checkpoints import save_weights, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.factory import create_model
-from convmixer.model import ConvMixer
-from convmixer.training.data import Augment, Images, hold_out, load_images
+from convmixer.model import ConvMixer, evaluating
+from convmixer.training.data import READERS, Augment, Images, has_split, hold_out, load_images
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.recipes import Recipe
 
@@ -83,27 +83,28 @@ def evaluate(
     """
     device = next(model.parameters()).device
     normalize = _normalize(model)
-    training = model.training
-    model.eval()
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     batches = list(zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True))
-    for pixels, labels in progress(batches, "validating"):
-        with _autocast(device, precision):
-            logits = model(normalize(pixels.to(device))).float()
-        labels = labels.to(device)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-    model.train(training)
+    with evaluating(model):
+        for pixels, labels in progress(batches, "validating"):
+            with _autocast(device, precision):
+                logits = model(normalize(pixels.to(device))).float()
+            labels = labels.to(device)
+            loss += F.cross_entropy(logits, labels, reduction="sum")
+            correct += (logits.argmax(1) == labels).sum()
     count = max(len(images), 1)
     return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": len(images)}
 
 
-def _new_model(recipe: Recipe, classes: int, device: torch.device | str) -> ConvMixer:
+def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device | str) -> ConvMixer:
     rates = {n: getattr(recipe, n) for n in ("drop_rate", "block_drop_rate", "drop_path_rate")}
     pretrained = "." in recipe.model
     torch.manual_seed(recipe.seed)
-    model: ConvMixer = create_model(recipe.model, pretrained=pretrained, device=device, num_classes=classes, **rates)
+    model: ConvMixer = create_model(
+        recipe.model, pretrained=pretrained, device=device, num_classes=len(classes), **rates
+    )
+    model.pretrained_cfg |= {"label_names": classes, "num_classes": len(classes)}  # type: ignore[operator]
     return model
 
 
@@ -124,8 +125,11 @@ def _load_state(path: Path, recipe: Recipe, model: nn.Module, optimizer: Any) ->
     except Exception as error:
         raise ConvMixerError(f"cannot resume from {str(path)!r}: {error}. Delete it to start anew") from error
     asked = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    # Another length is no other recipe: the schedule goes on at the same epoch of the new length.
     changed = [
-        f"{name} was {saved.get(name)!r}, is {asked[name]!r}" for name in asked if saved.get(name) != asked[name]
+        f"{name} was {saved.get(name)!r}, is {new!r}"
+        for name, new in asked.items()
+        if saved.get(name) != new and name != "epochs"
     ]
     if changed:
         raise ArgumentError(f"cannot resume {str(path)!r} with another recipe: {'; '.join(changed)}")
@@ -157,12 +161,13 @@ def train(
         output: Folder of the run. It will hold `recipe.json`, `metrics.csv`, `last.pt` (all that resuming needs),
             `model.safetensors` and `result.json`.
         tests: Further test sets.
-        data_root: Where `torch/` data sets lie; by default `output`.
+        data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
-        resume: Go on after the last finished epoch of `output`, exactly as if there had been no interruption.
+        resume: Go on after the last finished epoch of `output`, exactly as if there had been no interruption. Of the
+            recipe only `epochs` may have changed.
         device: "auto" takes the accelerator if there is one.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has products for it.
-        compile: Use `torch.compile`, which on a CPU needs a C++ compiler; nearly twice as fast there.
+        compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
         progress: Called as `progress(iterable, description)`, for a progress bar.
         report: Takes each line of text.
 
@@ -181,7 +186,6 @@ def train(
     probe = create_model(recipe.model, device="meta")
     config: dict[str, Any] = probe.pretrained_cfg
     size: tuple[int, int, int] = tuple(config["input_size"])
-    folder.mkdir(parents=True, exist_ok=True)
 
     def read(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Images:
         return load_images(
@@ -189,26 +193,26 @@ def train(
             split,
             size,
             classes=classes,
-            root=data_root or folder,
+            root=data_root,
             download=download,
             progress=lambda items: progress(items, f"reading {split}"),
         )
 
     images = read(data, "train")
     test_sets = {}
-    for i, source in enumerate((data, *tests)):
-        name = str(source) if str(source).startswith("torch/") else Path(source).name
-        if i or not str(data).endswith(".tar"):
-            test_sets[name] = read(source, "test", images.classes)
+    for source in ([data] if has_split(data, "test") else []) + list(tests):
+        name = str(source) if str(source).startswith(READERS) else Path(source).name
+        test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)
     training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
     if len(training) < recipe.batch_size:
         raise ArgumentError(f"{len(training)} training images do not fill one batch of {recipe.batch_size}")
     del images
 
-    model = _new_model(recipe, len(training.classes), device)
+    model = _new_model(recipe, training.classes, device)
     where = next(model.parameters()).device
     optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
     history = _load_state(last, recipe, model, optimizer) if resume else []
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / "recipe.json",
         lambda path: path.write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"),

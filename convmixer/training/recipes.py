@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
+
+from timm.optim import list_optimizers
 
 from convmixer.errors import ArgumentError, nearest
 
@@ -61,10 +64,20 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("knee", "rand_augment", *(["image_sizes"] if self.image_sizes else [])):
+            value = getattr(self, name)
+            rows = value if name == "image_sizes" else (value,)
+            fine = isinstance(rows, tuple) and all(
+                isinstance(row, tuple) and len(row) == 2 and all(isinstance(n, int | float) for n in row)
+                for row in rows
+            )
+            self._check(name, fine, "pairs of numbers" if name == "image_sizes" else "two numbers")
+        known = self.opt.removeprefix("lookahead_") in list_optimizers()
+        self._check("opt", known, "an optimizer of timm.optim.list_optimizers()")
         for name in ("epochs", "batch_size"):
             self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "at least 1")
         self._check("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number of at least 0")
-        self._check("lr", self.lr > 0, "above 0")
+        self._check("lr", 0 < self.lr < math.inf, "above 0")
         for name in ("weight_decay", "clip_grad", "shift", "color_jitter"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("flip", "random_erasing"):

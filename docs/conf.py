@@ -1,0 +1,170 @@
+"""Sphinx configuration. Tables of figures are written from the package's own records while the site is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from importlib import metadata
+
+import timm
+from docutils.nodes import Node
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from convmixer import registry
+from convmixer.training import RECIPES, Recipe, recipes
+
+project = "convmixer"
+author = "The convmixer developers"
+release = version = metadata.version("convmixer")
+copyright = author
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "runs"]
+html_theme = "furo"
+html_title = f"convmixer {release}"
+html_copy_source = False
+
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+maximum_signature_line_length = 88
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+
+# ---- tables from the records ----------------------------------------------------------------------------------------
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def _models() -> str:
+    shape = ("dim / depth", "kernel", "patch", "activation", "input", "classes")
+    rows = [
+        (
+            f"`{v.name}`",
+            f"{v.dim} / {v.depth}",
+            v.kernel_size,
+            v.patch_size,
+            v.act_layer,
+            f"{v.input_size[1]} x {v.input_size[2]}",
+            v.num_classes,
+            f"{v.parameters / 1e6:.2f} M",
+            f"{v.macs / 1e9:.2f} G",
+            ", ".join(f"`{w.tag}`" for w in v.weights) or "none",
+        )
+        for v in registry.VARIANTS
+    ]
+    return _table(("name", *shape, "parameters", "MACs", "weights"), rows)
+
+
+def _notes() -> str:
+    return "\n".join(f"- `{v.name}`: {v.note}" for v in registry.VARIANTS if v.note)
+
+
+def _metrics() -> str:
+    rows = [
+        (f"`{v.name}.{w.tag}`", m.name, f"{m.value:.2f} %", m.dataset, m.measured_by)
+        for v in registry.VARIANTS
+        for w in v.weights
+        for m in w.metrics
+    ]
+    return _table(("weights", "metric", "value", "test set", "measured by"), rows)
+
+
+def _weights() -> str:
+    rows = [
+        (
+            f"`{v.name}.{w.tag}`",
+            "the package" if w.path else f"`{w.hub_id}` on the Hub",
+            w.licence,
+            w.training_data,
+            f"`{w.recipe}`" if w.recipe.startswith("convmixer ") else w.recipe,
+        )
+        for v in registry.VARIANTS
+        for w in v.weights
+    ]
+    return _table(("weights", "file from", "licence", "training data", "recipe"), rows)
+
+
+def _timm_names(ours: bool) -> str:
+    def registered_here(name: str) -> bool:
+        return timm.model_entrypoint(name).__module__.startswith("convmixer.")
+
+    return "\n".join(f"- `{v.name}`" for v in registry.VARIANTS if registered_here(v.name) == ours)
+
+
+def _recipes() -> str:
+    attributes = inspect.cleandoc(Recipe.__doc__ or "").partition("Attributes:\n")[2]
+    meanings = {
+        name: " ".join(text.split())
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", attributes, flags=re.MULTILINE)
+    }
+
+    def shown(value: object) -> str:
+        return f"`{value}`" if value != () else "none"
+
+    rows = [
+        (f"`{f.name}`", meanings[f.name], *(shown(getattr(recipe, f.name)) for recipe in RECIPES.values()))
+        for f in dataclasses.fields(Recipe)
+    ]
+    return _table(("field", "meaning", *(f"`{name}`" for name in RECIPES)), rows)
+
+
+def _requirements() -> str:
+    needed = [r for r in metadata.requires("convmixer") or () if "extra ==" not in r]
+    return "\n".join(f"- `{requirement}`" for requirement in needed)
+
+
+_RECORDS: dict[str, Callable[[], str]] = {
+    "models": _models,
+    "notes": _notes,
+    "metrics": _metrics,
+    "weights": _weights,
+    "timm-registered-here": lambda: _timm_names(ours=True),
+    "timm-own": lambda: _timm_names(ours=False),
+    "recipes": _recipes,
+    "python": lambda: f"Python {metadata.metadata('convmixer')['Requires-Python']}".replace(">=", "") + " or newer.",
+    "requirements": _requirements,
+}
+
+
+class Records(SphinxDirective):
+    """`{records} NAME`: the text that the function of that name in `_RECORDS` writes."""
+
+    required_arguments = 1
+
+    def run(self) -> list[Node]:
+        for module in (registry, recipes):
+            self.env.note_dependency(inspect.getfile(module))
+        return self.parse_text_to_nodes(_RECORDS[self.arguments[0]]())
+
+
+# ---- docstrings -----------------------------------------------------------------------------------------------------
+
+
+def _code(text: str) -> list[str]:
+    """Docstrings write code in single backticks, as in Markdown; reStructuredText wants two."""
+    return re.sub(r"(?<![`:])`([^`]+)`(?!`)", r"``\1``", text).split("\n")
+
+
+def _before_napoleon(_app: Sphinx, _what: str, _name: str, _obj: object, _options: object, lines: list[str]) -> None:
+    lines[:] = _code("\n".join(lines))
+
+
+def _after_napoleon(_app: Sphinx, what: str, _name: str, obj: object, _options: object, lines: list[str]) -> None:
+    if what == "property":  # napoleon takes what stands before a colon for a type
+        lines[:] = _code(inspect.getdoc(obj) or "")
+
+
+def setup(app: Sphinx) -> None:
+    app.add_directive("records", Records)
+    app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", _after_napoleon, priority=600)

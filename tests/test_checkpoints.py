@@ -1,0 +1,517 @@
+"""Files in and out: round trips, every way in which a file can be wrong, and conversion of old checkpoints."""
+
+import argparse
+import json
+import os
+import pickle
+import stat
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from safetensors.torch import save_file
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+from timm.utils import CheckpointSaver
+from torch import nn
+
+import convmixer
+from convmixer import ConvMixer
+from convmixer.checkpoints import read_metadata, save_weights, write_atomically
+from convmixer.errors import WeightsError
+
+
+def shake(model):
+    """Give every BatchNorm statistics and scales of its own: fresh ones would hide keys that are mixed up."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return model.eval()
+
+
+def small(**changes):
+    return shake(ConvMixer(**{"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 2, "num_classes": 4, **changes}))
+
+
+def snapshot(model):
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+@torch.no_grad()
+def logits(model, size=28):
+    return model(torch.linspace(-2, 2, 2 * 3 * size * size).view(2, 3, size, size))
+
+
+@pytest.fixture
+def model():
+    return small()
+
+
+@pytest.fixture
+def file(model, tmp_path):
+    """A good file, with the weights of `model`."""
+    path = tmp_path / "good.safetensors"
+    save_weights(model, path)
+    return path
+
+
+def refuses(model, path, *texts):
+    """The error has all the texts, and the model is as it was."""
+    before = snapshot(model)
+    with pytest.raises(WeightsError) as caught:
+        convmixer.load_checkpoint(model, path)
+    for text in (path.name, *texts):
+        assert text in str(caught.value)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# ---- round trip -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("loaded", [torch.contiguous_format, torch.channels_last])
+def test_round_trip(tmp_path, saved, loaded):
+    source, target = small().to(memory_format=saved), small().to(memory_format=loaded)
+    assert not torch.equal(logits(source), logits(target))
+    save_weights(source, tmp_path / "a.safetensors")
+    convmixer.load_checkpoint(target, tmp_path / "a.safetensors")
+    for key, tensor in source.state_dict().items():
+        assert torch.equal(target.state_dict()[key], tensor)
+    assert target.blocks[0][1].weight.is_contiguous(memory_format=loaded)
+    torch.testing.assert_close(logits(target), logits(source), rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_is_plain_safetensors(model, tmp_path):
+    """Read with nothing but the format's definition: a length, a JSON header, little-endian numbers."""
+    path = tmp_path / "a.safetensors"
+    save_weights(model.to(memory_format=torch.channels_last), str(path), {"note": "text", "labels": ["a", "b"]})
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    assert metadata == {"format": "pt", "note": "text", "labels": '["a", "b"]'} == read_metadata(path)
+    assert header.keys() == model.state_dict().keys()
+    begin, end = header["stem.0.weight"]["data_offsets"]
+    numbers = np.frombuffer(content[8 + length :][begin:end], "<f4").reshape(header["stem.0.weight"]["shape"])
+    np.testing.assert_array_equal(numbers, model.stem[0].weight.detach().numpy())
+
+
+def test_training_after_a_load_leaves_the_file_alone(model, file):
+    """Tensors are mapped from disk: they must be copied into the model, not shared with the file."""
+    before = file.read_bytes()
+    convmixer.load_checkpoint(model, file)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert file.read_bytes() == before
+
+
+def test_values_of_another_type_take_the_type_of_the_model(model, file):
+    target = small().bfloat16()
+    convmixer.load_checkpoint(target, file)
+    assert target.head.weight.dtype == torch.bfloat16
+    assert torch.equal(target.head.weight, model.head.weight.bfloat16())
+
+
+# ---- files that are no good -----------------------------------------------------------------------------------------
+
+
+def test_missing_file_and_folder(model, tmp_path):
+    refuses(model, tmp_path / "none.safetensors", "no weights file at")
+    refuses(model, tmp_path, "no weights file at")
+
+
+@pytest.mark.parametrize("name", ["old.pth", "old.pth.tar", "old.bin", "pytorch_model.safetensors"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickle(model, tmp_path, name, zipped):
+    torch.save(model.state_dict(), tmp_path / name, _use_new_zipfile_serialization=zipped)
+    refuses(model, tmp_path / name, "is a pickle", "Convert it once: convmixer convert ")
+
+
+def test_pickle_of_python(model, tmp_path):
+    (tmp_path / "old.pkl").write_bytes(pickle.dumps({"weights": [1.0]}, protocol=5))
+    refuses(model, tmp_path / "old.pkl", "is a pickle", "convmixer convert ", "old.safetensors")
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 100, 0.5, 0.9, -1])
+def test_truncated(model, file, length):
+    content = file.read_bytes()
+    length = int(length * len(content)) if isinstance(length, float) else length
+    file.write_bytes(content[:length])
+    refuses(model, file, "is not a whole safetensors file", f"({len(content[:length])} bytes)", "Fetch it again")
+
+
+def _header(entries):
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+_TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**20) + b"{}",
+        _header(b"{" * 64),
+        _header(b"\xff" * 64),
+        _header(b"[1, 2, 3]") + bytes(8),
+        _header({"a": {**_TENSOR, "dtype": "F99"}}) + bytes(8),
+        _header({"a": {**_TENSOR, "shape": [3]}}) + bytes(8),
+        _header({"a": {**_TENSOR, "data_offsets": [0, 800]}}) + bytes(8),
+        _header({"a": {**_TENSOR, "data_offsets": [8, 0]}}) + bytes(8),
+        _header({"a": _TENSOR, "b": _TENSOR}) + bytes(8),
+        _header({"a": _TENSOR}) + bytes(80),
+        np.random.default_rng(0).bytes(5000),
+        b"<!DOCTYPE html><html><body>404</body></html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    ],
+    ids=["huge length", "long length", "no JSON", "no text", "list", "unknown type", "shape", "past the end",
+         "backwards", "overlap", "bytes left over", "random", "web page", "LFS pointer"],
+)  # fmt: skip
+def test_corrupt(model, tmp_path, content):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    refuses(model, path, "is not a whole safetensors file", f"({len(content)} bytes)")
+
+
+def test_a_changed_header_is_noticed(model, file):
+    """Any one byte of the header's first kilobyte: the file is refused, or says the same."""
+    content = bytearray(file.read_bytes())
+    for position in range(8, 1000, 61):
+        changed = content.copy()
+        changed[position] ^= 0x05
+        file.write_bytes(changed)
+        with pytest.raises(WeightsError):
+            convmixer.load_checkpoint(model, file)
+
+
+def test_foreign_keys(model, tmp_path):
+    path = tmp_path / "resnet.safetensors"
+    save_file({f"layer{i}.weight": torch.zeros(2) for i in range(5)}, path)
+    count = len(model.state_dict())
+    refuses(
+        model,
+        path,
+        f"{count} missing (stem.0.weight, stem.0.bias, stem.2.weight, ...)",
+        "5 unexpected (layer0.weight, layer1.weight, layer2.weight, ...)",
+    )
+
+
+def test_one_missing_and_one_extra_key(model, tmp_path):
+    tensors = snapshot(model)
+    tensors["neck.bias"] = tensors.pop("blocks.1.3.running_var")
+    save_file(tensors, tmp_path / "near.safetensors")
+    refuses(model, tmp_path / "near.safetensors", "1 missing (blocks.1.3.running_var)", "1 unexpected (neck.bias)")
+
+
+def test_wrong_shapes(model, tmp_path):
+    path = tmp_path / "shapes.safetensors"
+    save_file({**snapshot(model), "head.weight": torch.zeros(5, 8), "head.bias": torch.zeros(5)}, path)
+    refuses(model, path, "2 of another shape", "head.weight expected (4, 8), found (5, 8)", "expected (4,), found (5,)")
+    assert "missing" not in str(_error(model, path))
+
+
+def test_another_variant(model, tmp_path):
+    save_weights(small(depth=3), tmp_path / "deeper.safetensors")
+    refuses(model, tmp_path / "deeper.safetensors", "14 unexpected (blocks.2.0.fn.0", "Is it another variant?")
+    save_weights(small(kernel_size=5), tmp_path / "wider.safetensors")
+    refuses(model, tmp_path / "wider.safetensors", "blocks.0.0.fn.0.weight expected (8, 1, 3, 3), found (8, 1, 5, 5)")
+
+
+def _error(model, path):
+    with pytest.raises(WeightsError) as caught:
+        convmixer.load_checkpoint(model, path)
+    return caught.value
+
+
+@pytest.mark.parametrize("key", ["stem.0.weight", "blocks.1.0.fn.2.running_var", "head.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(model, tmp_path, key, value):
+    tensors = snapshot(model)
+    tensors[key].view(-1)[:2] = value
+    save_file(tensors, tmp_path / "bad.safetensors")
+    refuses(model, tmp_path / "bad.safetensors", f"{key} has 2 of {tensors[key].numel()} values that are not finite")
+
+
+def test_infinities_that_cancel_are_seen(model, tmp_path):
+    tensors = snapshot(model)
+    tensors["head.bias"][:] = torch.tensor([float("inf"), float("-inf"), 0, 0])
+    save_file(tensors, tmp_path / "bad.safetensors")
+    refuses(model, tmp_path / "bad.safetensors", "head.bias has 2 of 4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_finite_values_are_no_error(dtype, tmp_path):
+    """Their sum overflows; they are finite all the same."""
+    model = small().to(dtype)
+    with torch.no_grad():
+        model.head.weight.fill_(torch.finfo(dtype).max)
+    save_weights(model, tmp_path / "large.safetensors")
+    target = small().to(dtype)
+    convmixer.load_checkpoint(target, tmp_path / "large.safetensors")
+    assert torch.equal(target.head.weight, model.head.weight)
+
+
+def test_float8_values_are_checked_like_others(model, tmp_path):
+    """The type that PyTorch cannot add up."""
+    path = tmp_path / "eight.safetensors"
+    save_file({"scale": torch.ones(4).to(torch.float8_e4m3fn)}, path)
+    refuses(model, path, "1 unexpected (scale)")
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def half(temporary):
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_failed_first_write_leaves_nothing(tmp_path):
+    def fail(temporary):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(tmp_path / "file", fail)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    seen = []
+
+    def write(temporary):
+        temporary.write_text("new")
+        seen.append(path.read_text())
+
+    write_atomically(str(path), write)
+    assert seen == ["old"]
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_follow_the_umask(model, tmp_path, umask, mode):
+    path = tmp_path / "a.safetensors"
+    before = os.umask(umask)
+    try:
+        save_weights(model, path)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_saving_replaces_a_file_that_is_open_elsewhere(model, file):
+    """A reader that has the old file mapped keeps reading the old one."""
+    with safetensors.safe_open(file, framework="pt") as reader:
+        old = model.head.weight.detach().clone()
+        save_weights(small(), file)
+        assert torch.equal(reader.get_tensor("head.weight"), old)
+
+
+# ---- conversion -----------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x) + x
+
+
+def paper_convmixer(dim, depth, kernel_size, patch_size, classes, act=nn.GELU):
+    """The architecture as the paper's appendix writes it: one flat Sequential."""
+    return nn.Sequential(
+        nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size),
+        act(),
+        nn.BatchNorm2d(dim),
+        *[
+            nn.Sequential(
+                Residual(
+                    nn.Sequential(
+                        nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same"), act(), nn.BatchNorm2d(dim)
+                    )
+                ),
+                nn.Conv2d(dim, dim, kernel_size=1),
+                act(),
+                nn.BatchNorm2d(dim),
+            )
+            for _ in range(depth)
+        ],
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(dim, classes),
+    )
+
+
+def timm_convmixer(classes=10):
+    """timm's own class in the shape of convmixer_256_8."""
+    return shake(TimmConvMixer(dim=256, depth=8, kernel_size=5, patch_size=2, num_classes=classes))
+
+
+def loaded(name, path, **arguments):
+    model = convmixer.create_model(name, device="cpu", **arguments).eval()
+    convmixer.load_checkpoint(model, path)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "act", "size"),
+    [("convmixer_256_8", (256, 8, 5, 2, 10), nn.GELU, 28), ("convmixer_768_32", (768, 32, 7, 7, 1000), nn.ReLU, 28)],
+)
+def test_flat_checkpoint_of_the_paper(tmp_path, name, shape, act, size):
+    theirs = shake(paper_convmixer(*shape, act=act))
+    source, destination = tmp_path / "old.pth.tar", tmp_path / "new.safetensors"
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}, source)
+    assert convmixer.convert_checkpoint(source, destination) == name
+    torch.testing.assert_close(logits(loaded(name, destination), size), logits(theirs, size), rtol=1e-4, atol=1e-4)
+    assert read_metadata(destination)["architecture"] == name
+
+
+@pytest.mark.parametrize("nesting", [(), ("state_dict",), ("state_dict_ema",), ("model",), ("model_ema",),
+                                     ("model", "state_dict")])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+def test_nesting_and_prefixes(tmp_path, nesting, prefix):
+    tensors = timm_convmixer().state_dict()
+    content = {prefix + key: tensor for key, tensor in tensors.items()}
+    for name in nesting:
+        content = {name: content, "epoch": 1}
+    torch.save(content, tmp_path / "old.pth")
+    assert convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors") == "convmixer_256_8"
+    with safetensors.safe_open(tmp_path / "new.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(key), tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_checkpoint_that_timm_wrote(tmp_path, ema):
+    """timm's training script keeps its command line in the file; of two models the averaged one is taken."""
+    model, average = timm_convmixer(), timm_convmixer()
+    optimizer = torch.optim.AdamW(model.parameters())
+    CheckpointSaver(
+        model,
+        optimizer,
+        args=argparse.Namespace(model="convmixer_256_8", lr=0.1, data_dir=None),
+        model_ema=average if ema else None,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    ).save_checkpoint(epoch=0, metric=50.0)
+    assert convmixer.convert_checkpoint(tmp_path / "last.pth.tar", tmp_path / "new.safetensors") == "convmixer_256_8"
+    mine = loaded("convmixer_256_8", tmp_path / "new.safetensors")
+    torch.testing.assert_close(logits(mine), logits(average if ema else model), rtol=1e-4, atol=1e-4)
+
+
+def test_other_class_counts_and_half_precision(tmp_path):
+    theirs = timm_convmixer(classes=7)
+    torch.save(theirs.half().state_dict(), tmp_path / "old.pth")
+    assert convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors") == "convmixer_256_8"
+    mine = loaded("convmixer_256_8", tmp_path / "new.safetensors", num_classes=7)
+    torch.testing.assert_close(logits(mine), logits(theirs.float()), rtol=1e-4, atol=1e-4)
+
+
+class Evil:
+    """Unpickling it would create the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["old.pth", "old.safetensors"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_not_run(tmp_path, model, name, zipped):
+    trap, source, destination = tmp_path / "trap", tmp_path / name, tmp_path / "new.safetensors"
+    content = {"state_dict": model.state_dict(), "note": Evil(trap)}
+    torch.save(content, source, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError, match="without running code from it"):
+        convmixer.convert_checkpoint(source, destination)
+    refuses(model, source, "is a pickle")
+    assert not trap.exists()
+    assert not destination.exists()
+    torch.load(source.rename(tmp_path / "opened.pth"), weights_only=False)
+    assert trap.exists()  # the trap works
+
+
+def test_the_refusal_does_not_tell_to_run_the_code(tmp_path):
+    """PyTorch's own text goes on to say how to switch the protection off, in bold."""
+    torch.save({"a": subprocess.Popen}, tmp_path / "old.pth")
+    with pytest.raises(WeightsError) as caught:
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors")
+    assert "\x1b" not in str(caught.value)
+    assert "weights_only=False" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([1, 2], "holds no state dict: found list"),
+        ({}, "holds no state dict"),
+        ({"epoch": 1, "lr": 0.1}, "holds no tensors: its keys are epoch, lr"),
+        ({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, "is no ConvMixer: its keys are conv1.weight"),
+        ({"0.weight": torch.zeros(8, 3, 2, 2)}, "is no ConvMixer"),
+        ({"0.weight": torch.zeros(8, 3, 2, 2), "fc.bias": torch.zeros(3)}, "is no ConvMixer"),
+        ({"stem.0.weight": torch.zeros(()), "blocks.0.0.fn.0.weight": torch.zeros(())}, "is no ConvMixer"),
+    ],
+    ids=["list", "empty", "no tensors", "resnet", "one flat layer", "flat and named", "scalars"],
+)
+def test_what_is_no_convmixer(tmp_path, content, text):
+    torch.save(content, tmp_path / "old.pth")
+    with pytest.raises(WeightsError, match=r"old\.pth") as caught:
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors")
+    assert text in str(caught.value)
+    assert os.listdir(tmp_path) == ["old.pth"]
+
+
+def test_shapes_of_no_variant(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "old.pth")
+    with pytest.raises(WeightsError, match=r"dim, depth, kernel_size, patch_size = \(8, 2, 3, 2\), which no variant"):
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors")
+
+
+def test_a_checkpoint_with_a_hole_is_not_converted(tmp_path):
+    tensors = timm_convmixer().state_dict()
+    del tensors["blocks.3.1.weight"]
+    torch.save(tensors, tmp_path / "old.pth")
+    with pytest.raises(WeightsError, match=r"blocks\.3\.1\.weight"):
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors")
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02", b"some text\n"])
+def test_what_is_no_pickle_either(tmp_path, content):
+    (tmp_path / "old.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"cannot read .*old\.pth"):
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors")
+
+
+def test_missing_source_and_missing_destination_folder(tmp_path):
+    with pytest.raises(WeightsError, match=r"no checkpoint at .*none\.pth"):
+        convmixer.convert_checkpoint(tmp_path / "none.pth", tmp_path / "new.safetensors")
+    torch.save(timm_convmixer().state_dict(), tmp_path / "old.pth")
+    with pytest.raises(convmixer.ConvMixerError, match="nowhere"):
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "nowhere" / "new.safetensors")

@@ -1,0 +1,292 @@
+"""create_model: every form of name, every option, every source, and what goes wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hub_server import serve
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import convmixer
+from convmixer.checkpoints import save_weights
+from convmixer.errors import ArgumentError, ConvMixerError, UnknownModelError, WeightsError
+
+NAME = "convmixer_256_8"
+X = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return convmixer.create_model(NAME, pretrained=True, device="cpu").eval()
+
+
+@pytest.fixture
+def folder(tmp_path, shipped) -> Path:
+    """A folder in the Hub's format, with an architecture of its own size."""
+    model = convmixer.ConvMixer(16, 2, 3, 2, num_classes=4, act_layer="relu")
+    save_weights(model, tmp_path / "model.safetensors")
+    config = {
+        "architecture": NAME,
+        "num_classes": 4,
+        "label_names": ["a", "b", "c", "d"],
+        "model_args": {"dim": 16, "depth": 2, "kernel_size": 3, "act_layer": "relu"},
+        "pretrained_cfg": {
+            "input_size": [3, 24, 24],
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.2, 0.2, 0.2],
+            "hf_hub_id": "x",
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_equals_timm_with_the_same_weights(shipped):
+    theirs = timm.models.convmixer.ConvMixer(256, 8, 5, 2, num_classes=10).eval()
+    theirs.load_state_dict(shipped.state_dict())
+    assert (shipped(X) - theirs(X)).norm() <= 1e-5 * theirs(X).norm()
+
+
+@pytest.mark.parametrize("name", ["convmixer_768_32", "convmixer_1024_20_ks9_p14", "convmixer_1536_20"])
+def test_equals_timms_own_three(name, tmp_path):
+    theirs = timm.create_model(name).eval()
+    save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
+    ours = convmixer.create_model(name, checkpoint=tmp_path / "weights.safetensors", device="cpu").eval()
+    x = torch.randn(1, 3, 70, 84)
+    with torch.inference_mode():
+        a, b = ours.forward_intermediates(x), theirs.forward_intermediates(x)
+        pairs = [(ours(x), theirs(x)), (a[0], b[0]), *zip(a[1], b[1], strict=True)]
+    assert all((p - q).norm() <= 1e-5 * q.norm() for p, q in pairs)
+
+
+def test_tag_and_no_tag(shipped):
+    tagged = convmixer.create_model(f"{NAME}.cifar10", pretrained=True, device="cpu").eval()
+    assert torch.equal(tagged(X), shipped(X))
+    assert tagged.pretrained_cfg["tag"] == "cifar10"
+    assert not torch.equal(convmixer.create_model(NAME, device="cpu").eval()(X), shipped(X))
+
+
+def test_comes_in_training_mode_with_all_parameters_trainable(shipped):
+    model = convmixer.create_model(NAME, pretrained=True, device="cpu")
+    assert model.training
+    assert all(p.requires_grad and p.is_leaf and p.device.type == "cpu" for p in model.parameters())
+    model(X).sum().backward()
+    before = shipped.state_dict()["head.weight"].clone()
+    torch.optim.SGD(model.parameters(), 1.0).step()
+    # The tensors are mapped from the file: a step must change neither it nor another model.
+    again = convmixer.create_model(NAME, pretrained=True, device="cpu")
+    assert torch.equal(again.head.weight, before)
+    assert not torch.equal(model.head.weight, before)
+
+
+def test_new_classes_keep_the_rest(shipped):
+    model = convmixer.create_model(NAME, pretrained=True, device="cpu", num_classes=37).eval()
+    assert model(X).shape == (2, 37)
+    assert torch.equal(model.forward_features(X), shipped.forward_features(X))
+    assert 0 < model.head.weight.std() < 0.1
+    assert convmixer.create_model(NAME, pretrained=True, device="cpu", num_classes=0)(X).shape == (2, 256)
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4, 13])
+def test_new_channels_are_adapted_as_timm_does(in_chans):
+    ours = convmixer.create_model(NAME, pretrained=True, device="cpu", in_chans=in_chans)
+    theirs = timm.create_model(NAME, pretrained=True, in_chans=in_chans)
+    assert torch.equal(ours.stem[0].weight, theirs.stem[0].weight)
+    assert ours(torch.randn(2, in_chans, 32, 32)).shape == (2, 10)
+
+
+def test_features_only(shipped):
+    model = convmixer.create_model(NAME, pretrained=True, device="cpu", features_only=True, out_indices=(1, -2)).eval()
+    expected = shipped.forward_intermediates(X, [1, 6], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(model(X), expected, strict=True))
+    assert (model.feature_info.channels(), model.feature_info.reduction()) == ([256, 256], [2, 2])
+    assert len(model.model.blocks) == 7
+    assert len(convmixer.create_model(NAME, features_only=True, device="cpu")(X)) == 3
+
+
+def test_dtype_layout_and_device():
+    model = convmixer.create_model(NAME, pretrained=True, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    stem = convmixer.create_model(NAME, device="cpu").stem[0].weight
+    assert stem.is_contiguous(memory_format=torch.channels_last)
+    assert convmixer.create_model(NAME, device="cpu", channels_last=False).stem[0].weight.is_contiguous()
+    assert all(p.is_meta for p in convmixer.create_model(NAME, pretrained=True, device="meta").parameters())
+    auto = next(convmixer.create_model(NAME, device="auto").parameters()).device.type
+    assert auto == (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
+
+
+def test_layout_does_not_change_the_result():
+    outputs = [
+        convmixer.create_model(NAME, pretrained=True, device="cpu", channels_last=last).eval()(X)
+        for last in (True, False)
+    ]
+    assert (outputs[0] - outputs[1]).norm() <= 1e-5 * outputs[1].norm()
+
+
+def test_checkpoint_brings_its_classes_and_names(tmp_path):
+    trained = convmixer.create_model(NAME, device="cpu", num_classes=3, in_chans=1)
+    save_weights(trained, tmp_path / "w.safetensors", {"label_names": ["x", "y", "z"]})
+    weights = {"checkpoint": tmp_path / "w.safetensors", "device": "cpu"}
+    model = convmixer.create_model(NAME, **weights, in_chans=1)
+    assert model.pretrained_cfg["label_names"] == ("x", "y", "z")
+    assert torch.equal(model.head.weight, trained.head.weight)
+    adapted = convmixer.create_model(NAME, **weights, in_chans=3)
+    assert adapted(X).shape == (2, 3)
+    renewed = convmixer.create_model(
+        NAME, checkpoint=tmp_path / "w.safetensors", device="cpu", in_chans=1, num_classes=5
+    )
+    assert torch.equal(renewed.stem[0].weight, trained.stem[0].weight)
+    assert renewed.num_classes == 5
+
+
+def test_local_folder(folder):
+    model = convmixer.create_model(f"local-dir:{folder}", pretrained=True, device="cpu").eval()
+    assert (model.dim, len(model.blocks), model.num_classes) == (16, 2, 4)
+    assert convmixer.predict(model, torch.rand(3, 24, 24), topk=1)[0][0] in "abcd"
+    assert model.pretrained_cfg["input_size"] == (3, 24, 24)
+    x = torch.randn(2, 3, 24, 24)
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert (model(x) - theirs(x)).norm() <= 1e-5 * theirs(x).norm()
+    assert convmixer.create_model(f"local-dir:{folder}", device="cpu").num_classes == 4
+
+
+# ---- the Hub, played by a server on this machine -------------------------------------------------------------------
+
+
+def run(code: str, cache: Path, endpoint: str, **environment: str) -> list[str]:
+    """The lines that code prints in a new process: huggingface_hub reads its environment when it is imported."""
+    settings = {
+        "HF_HOME": str(cache),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code],
+        env={**os.environ, **settings, "HF_HUB_DOWNLOAD_TIMEOUT": "5", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+PRELUDE = """
+import convmixer, torch
+def total(name, **options):
+    print(convmixer.create_model(name, pretrained=True, device="cpu", **options).head.weight.sum().item())
+def error(name, **options):
+    try:
+        convmixer.create_model(name, pretrained=True, **options)
+    except convmixer.ConvMixerError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_hub(folder, tmp_path_factory):
+    root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
+    repository = root / "me" / "small"
+    repository.mkdir(parents=True)
+    for file in folder.iterdir():
+        file.rename(repository / file.name)
+    expected = load_file(repository / "model.safetensors")["head.weight"].sum().item()
+    with serve(root) as (endpoint, requests):
+        online = "total('hf-hub:me/small@v2'); error('hf-hub:me/other'); error('hf-hub:me/small@v9')"
+        loaded, missing, unknown = run(online, cache, endpoint)
+        assert float(loaded) == expected
+        assert any("/me/small/resolve/v2/model.safetensors" in r for r in requests)
+        assert missing.startswith("WeightsError cannot get 'config.json' of hf-hub:me/other: 404")
+        assert unknown.startswith("WeightsError cannot get 'config.json' of hf-hub:me/small@v9: 404")
+        requests.clear()
+        for options, environment in (", local_files_only=True", {}), ("", {"HF_HUB_OFFLINE": "1"}):
+            offline = f"total('hf-hub:me/small@v2'{options}); error('hf-hub:me/other@v2'{options})"
+            loaded, missing = run(offline, cache, endpoint, **environment)
+            assert float(loaded) == expected
+            assert "'config.json' of hf-hub:me/other@v2 is not in the local cache" in missing
+            assert "hf download me/other config.json --revision v2" in missing
+        assert requests == []
+
+
+def test_registry_weights_come_from_the_cache_first(tmp_path_factory):
+    root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
+    name = "convmixer_1024_20_ks9_p14"
+    repository = root / "timm" / f"{name}.in1k"
+    repository.mkdir(parents=True)
+    source = timm.create_model(name)
+    save_file(source.state_dict(), repository / "model.safetensors")
+    with serve(root) as (endpoint, requests):
+        code = f"total('{name}'); total('{name}'); error('convmixer_768_32', local_files_only=True); total('{NAME}')"
+        first, second, missing, _ = run(code, cache, endpoint)
+        assert float(first) == float(second) == source.head.weight.sum().item()
+        assert len([r for r in requests if r.startswith("GET")]) == 1
+        assert not any("convmixer_768_32" in r or NAME in r for r in requests)
+        assert "hf download timm/convmixer_768_32.in1k model.safetensors" in missing
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"name": "convmixer_256_9"}, UnknownModelError, "did you mean convmixer_256_8"),
+        ({"name": "hub:me/x"}, ArgumentError, "unknown scheme 'hub'; valid: variant, variant.tag, hf-hub:, local-dir:"),
+        ({"name": "hf-hub:x"}, ArgumentError, "give hf-hub:owner/repo"),
+        ({"name": "hf-hub:me/x@1", "revision": "2"}, ArgumentError, "names one revision and revision='2' another"),
+        ({"name": "local-dir:/nowhere"}, WeightsError, "cannot read '/nowhere/config.json': No such file or directory"),
+        ({"name": "convmixer_512_12", "pretrained": True}, WeightsError, "convmixer_512_12 has no weights. No public"),
+        ({"numclasses": 3}, ArgumentError, "argument 'numclasses' is unknown; did you mean num_classes"),
+        ({"out_indices": (1,)}, ArgumentError, "set features_only=True"),
+        ({"features_only": True, "out_indices": (9,)}, ArgumentError, "give block indices from -8 to 7"),
+        ({"num_classes": -1}, ArgumentError, "num_classes=-1"),
+        ({"device": "gpu"}, ArgumentError, "no device 'gpu' here"),
+        ({"device": "cuda:99"}, ArgumentError, "no device 'cuda:99' here"),
+        ({"dtype": torch.int8}, ArgumentError, "dtype=torch.int8: give a floating point type"),
+        ({"dtype": "bfloat16"}, ArgumentError, "dtype='bfloat16'"),
+        ({"checkpoint": "/nowhere.safetensors"}, WeightsError, "no weights file at '/nowhere.safetensors'"),
+        ({"pretrained": True, "dim": 64}, WeightsError, "expected (64, 3, 2, 2), found (256, 3, 2, 2)"),
+        ({"pretrained": True, "depth": 9}, WeightsError, "missing (blocks.8."),
+    ],
+    ids=str,
+)
+def test_errors(arguments, error, text):
+    with pytest.raises(error, match=re.escape(text)) as caught:
+        convmixer.create_model(**{"name": NAME, "device": "cpu", **arguments})
+    assert isinstance(caught.value, ConvMixerError)
+
+
+def test_checkpoint_of_another_variant(tmp_path):
+    save_weights(convmixer.ConvMixer(256, 8, 9, 1, num_classes=10), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"stem.0.weight expected \(256, 3, 2, 2\), found \(256, 3, 1, 1\)"):
+        convmixer.create_model(NAME, checkpoint=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "text"),
+    [
+        ("[", WeightsError, "is not JSON"),
+        ("[]", WeightsError, "names no architecture"),
+        ('{"architecture": "resnet50"}', UnknownModelError, "is a 'resnet50', not a ConvMixer"),
+        (f'{{"architecture": "{NAME}", "model_args": {{"width": 3}}}}', ArgumentError, "argument 'width' is unknown"),
+        (f'{{"architecture": "{NAME}", "model_args": [1]}}', WeightsError, "must be objects"),
+    ],
+)
+def test_bad_config(folder, config, error, text):
+    (folder / "config.json").write_text(config)
+    with pytest.raises(error, match=re.escape(text)):
+        convmixer.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_no_pickle_from_a_folder(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(nn.Linear(1, 1).state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="no weights file at"):
+        convmixer.create_model(f"local-dir:{folder}", pretrained=True)

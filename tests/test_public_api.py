@@ -1,0 +1,97 @@
+"""The public surface, pinned; and what importing the package may and may not do."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import convmixer
+
+PACKAGE = Path(convmixer.__file__).parent
+FLOORS = {"errors": 0, "registry": 0, "ops": 0, "model": 1, "checkpoints": 2, "transforms": 1, "hub": 2, "factory": 3}
+FLOORS |= {"inference": 4, "training": 4, "cli": 5, "__main__": 6, "__init__": 6}
+
+
+def test_exported_names():
+    names = [
+        "ConvMixer",
+        "ConvMixerError",
+        "convert_checkpoint",
+        "create_model",
+        "create_transform",
+        "list_models",
+        "list_pretrained",
+        "load_checkpoint",
+        "model_info",
+        "predict",
+    ]
+    assert names == convmixer.__all__ == sorted(names)
+    assert all(hasattr(convmixer, name) for name in convmixer.__all__)
+
+
+def test_signature_of_create_model():
+    parameters = inspect.signature(convmixer.create_model).parameters
+    assert list(parameters) == [
+        "name",
+        "pretrained",
+        "device",
+        "dtype",
+        "channels_last",
+        "checkpoint",
+        "revision",
+        "cache_dir",
+        "token",
+        "local_files_only",
+        "model_args",
+    ]
+    assert parameters["device"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_every_public_object_has_a_docstring():
+    assert all(inspect.getdoc(getattr(convmixer, name)) for name in convmixer.__all__)
+
+
+def _imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_imports_go_down_the_floors():
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for name in _imports(path):
+            parts = name.split(".")
+            if parts[0] == "convmixer" and len(parts) > 1 and parts[1] in FLOORS and parts[1] != module:
+                below = FLOORS[parts[1]] < FLOORS[module]
+                beside = FLOORS[parts[1]] == FLOORS[module] and parts[1] in ("errors", "registry")
+                assert below or beside, f"{path.name} imports {name}"
+
+
+def test_registry_needs_only_the_standard_library():
+    outside = {name.split(".")[0] for name in _imports(PACKAGE / "registry.py")} - {"convmixer"}
+    assert outside <= set(sys.stdlib_module_names)
+    assert {n for n in _imports(PACKAGE / "registry.py") if n.startswith("convmixer")} <= {
+        "convmixer.errors", "convmixer.errors.UnknownModelError", "convmixer.errors.nearest"
+    }  # fmt: skip
+
+
+def test_only_hub_imports_huggingface_hub():
+    users = {p.name for p in PACKAGE.rglob("*.py") if any(n.startswith("huggingface_hub") for n in _imports(p))}
+    assert users == {"hub.py"}
+
+
+def test_import_prints_nothing_and_changes_no_environment():
+    code = (
+        "import os, torch, timm; state = lambda: (dict(os.environ), torch.get_num_threads(), torch.initial_seed());"
+        "before = state();"
+        "import convmixer;"
+        "assert before == state()"
+    )
+    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -1,0 +1,414 @@
+"""Recipes, data and the loop, on real images: scikit-learn's digits."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10
+
+import convmixer
+from convmixer.errors import ArgumentError, ConvMixerError, DataError
+from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
+from convmixer.training.data import Augment, Images, hold_out, load_images
+from convmixer.training.loop import bf16_is_faster
+
+QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """300 training and 60 test images of handwritten digits 0 to 3, as folders of PNG files."""
+    root = tmp_path_factory.mktemp("digits")
+    bunch = load_digits(n_class=4)
+    for i, (pixels, label) in enumerate(zip(bunch.images[:360], bunch.target[:360], strict=True)):
+        folder = root / ("train" if i < 300 else "test") / f"digit {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i:04}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _small_model(monkeypatch):
+    """8x8 images and two blocks, so that an epoch takes a second."""
+    from convmixer.training import loop
+
+    def create(name, pretrained=False, **options):
+        model = convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
+        model.pretrained_cfg["input_size"] = (3, 8, 8)
+        return model
+
+    monkeypatch.setattr(loop, "create_model", create)
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+
+def test_published_recipe():
+    recipe = RECIPES["cifar10"]
+    assert (recipe.epochs, recipe.batch_size, recipe.opt, recipe.lr, recipe.weight_decay) == (
+        25,
+        512,
+        "adamw",
+        0.05,
+        0.005,
+    )
+    assert (recipe.rand_augment, recipe.validation_fraction) == ((2, 12), 0.1)
+
+
+def test_triangular_schedule():
+    recipe = RECIPES["cifar10"]
+    at = [recipe.learning_rate(p) for p in (0, 0.2, 0.4, 0.6, 0.8, 0.9, 1)]
+    assert at == pytest.approx([0, 0.025, 0.05, 0.02625, 0.0025, 0.00125, 0])
+    assert Recipe(warmup=0.0, knee=(1.0, 0.0)).learning_rate(0) == 0.05
+
+
+def test_image_sizes_change_at_their_part_of_the_run():
+    recipe = Recipe(image_sizes=((0.0, 16), (0.5, 32)))
+    assert [recipe.image_size(p) for p in (0, 0.49, 0.5, 1)] == [16, 16, 32, 32]
+    assert Recipe().image_size(0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"epoch": 3}, "unknown recipe field 'epoch'; did you mean epochs"),
+        ({"epochs": 0}, "recipe field epochs=0: give at least 1"),
+        ({"lr": -1.0}, "recipe field lr=-1.0"),
+        ({"flip": 2}, "recipe field flip=2: give in [0, 1]"),
+        ({"rand_augment": (2, 31)}, "recipe field rand_augment=(2, 31)"),
+        ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
+        ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
+        ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
+    ],
+)
+def test_senseless_recipes(fields, text):
+    with pytest.raises(ArgumentError, match=re.escape(text)):
+        get_recipe("cifar10", **fields)
+
+
+def test_unknown_recipe():
+    with pytest.raises(ArgumentError, match="unknown recipe 'cifar'; did you mean cifar10"):
+        get_recipe("cifar")
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_and_tar_hold_the_same_images(digits, tmp_path):
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for file in sorted((digits / split).rglob("*.png")):
+                archive.add(file, file.relative_to(digits / split))
+    folder, packed = (load_images(source, "train", (3, 8, 8)) for source in (digits, tmp_path))
+    assert len(folder) == 300
+    assert folder.classes == packed.classes == ("digit 0", "digit 1", "digit 2", "digit 3")
+    assert torch.equal(folder.pixels, packed.pixels)
+    assert torch.equal(folder.labels, packed.labels)
+    first = np.asarray(Image.open(sorted((digits / "train" / "digit 2").iterdir())[0]))
+    index = int((folder.labels == 2).nonzero()[0])
+    assert np.array_equal(folder.pixels[index].permute(1, 2, 0).numpy(), first)
+
+
+def test_sizes_and_channels_are_fitted(digits):
+    images = load_images(digits / "test", "test", (1, 12, 16))
+    assert images.pixels.shape == (60, 1, 12, 16)
+
+
+def test_torchvision_data_set(digits, tmp_path, monkeypatch):
+    """CIFAR-10's own file format, with digits for pictures and so with other checksums than the real archive."""
+    images = load_images(digits, "test", (3, 32, 32))
+    content = {b"data": images.pixels.flatten(1).numpy(), b"labels": images.labels.tolist()}
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, value in {"test_batch": content, "data_batch_1": content}.items():
+        (folder / name).write_bytes(pickle.dumps({k.decode(): v for k, v in value.items()}))
+    names = {"label_names": ["a", "b", "c", "d"]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    md5 = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", md5["data_batch_1"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5["batches.meta"]})
+    for split in ("train", "test"):
+        read = load_images("torch/cifar10", split, (3, 32, 32), root=tmp_path)
+        assert read.classes == ("a", "b", "c", "d")
+        assert torch.equal(read.pixels, images.pixels)
+        assert torch.equal(read.labels, images.labels)
+
+
+def test_hugging_face_data_set(digits, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
+    images = load_images(digits, "test", (3, 8, 8))
+    columns = {
+        "img": [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels],
+        "label": images.labels.tolist(),
+    }
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(images.classes))})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "test-0.parquet")
+    read = load_images(f"hfds/{tmp_path / 'set'}", "test", (3, 8, 8), root=tmp_path / "cache")
+    assert read.classes == images.classes
+    assert torch.equal(read.pixels, images.pixels)
+    assert torch.equal(read.labels, images.labels)
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "text"),
+    [
+        ("nowhere", "train", "no data at 'nowhere': give a folder"),
+        ("{digits}/train/digit 0", "train", "no train split in .*: looked for train.tar, train/ or folders of classes"),
+        ("{tmp}", "test", "no test split in .*: looked for test.tar, test/, val.tar"),
+        ("torch/cifar10", "train", "cannot open 'torch/cifar10'"),
+    ],
+)
+def test_data_that_is_not_there(digits, tmp_path, source, split, text):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match=text):
+        load_images(source.format(digits=digits, tmp=tmp_path), split, (3, 8, 8), root=tmp_path)
+
+
+def test_labels_follow_the_classes_that_are_asked_for(digits):
+    classes = ("zebra", "digit 3", "digit 2", "digit 1", "digit 0")
+    asked, plain = load_images(digits, "test", (3, 8, 8), classes=classes), load_images(digits, "test", (3, 8, 8))
+    assert asked.classes == classes
+    assert torch.equal(asked.labels, 4 - plain.labels)
+    with pytest.raises(DataError, match="has the classes digit 0, digit 1, digit 2, digit 3; the model knows cat, dog"):
+        load_images(digits, "test", (3, 8, 8), classes=("cat", "dog"))
+
+
+def test_an_unreadable_image_is_named(digits, tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot read image 0 of"):
+        load_images(tmp_path, "train", (3, 8, 8))
+
+
+def test_hold_out_is_a_partition_that_the_seed_decides():
+    images = Images(torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(100), ("a",))
+    training, validation = hold_out(images, 0.1, 3)
+    assert (len(training), len(validation)) == (90, 10)
+    assert sorted([*training.labels.tolist(), *validation.labels.tolist()]) == list(range(100))
+    assert torch.equal(hold_out(images, 0.1, 3)[1].labels, validation.labels)
+    assert not torch.equal(hold_out(images, 0.1, 4)[1].labels, validation.labels)
+    assert len(hold_out(images, 0.0, 3)[1]) == 0
+
+
+def _augment(**fields) -> Augment:
+    plain = {"flip": 0.0, "shift": 0, "rand_augment": (0, 0)}
+    return Augment(Recipe(**{**plain, **fields}), MEAN, STD, torch.device("cpu"))
+
+
+def _denormalize(x: torch.Tensor) -> torch.Tensor:
+    return ((x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255).round().to(torch.uint8)
+
+
+PIXELS = torch.randint(256, (64, 3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_no_augmentation_only_normalises():
+    assert torch.equal(_denormalize(_augment()(PIXELS)), PIXELS)
+
+
+def test_flip():
+    assert torch.equal(_denormalize(_augment(flip=1.0)(PIXELS)), PIXELS.flip(3))
+    result = _denormalize(_augment(flip=0.5)(PIXELS))
+    flipped = [torch.equal(a, b.flip(2)) for a, b in zip(result, PIXELS, strict=True)]
+    kept = [torch.equal(a, b) for a, b in zip(result, PIXELS, strict=True)]
+    assert 16 < sum(flipped) < 48
+    assert sum(flipped) + sum(kept) == 64
+
+
+def test_shift_is_one_of_all_translations_of_the_reflected_image():
+    result = _denormalize(_augment(shift=1)(PIXELS))
+    padded = np.pad(PIXELS.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+    seen = set()
+    for image, source in zip(result.numpy(), padded, strict=True):
+        match = [(i, j) for i in range(3) for j in range(3) if np.array_equal(image, source[:, i : i + 9, j : j + 9])]
+        assert len(match) == 1
+        seen.add(match[0])
+    assert len(seen) == 9
+
+
+@pytest.mark.parametrize("fields", [{"rand_augment": (2, 12)}, {"color_jitter": 0.3}, {"random_erasing": 1.0}])
+def test_other_augmentation_changes_images_differently(fields):
+    result = _augment(**fields)(PIXELS[:1].expand(64, -1, -1, -1))
+    assert result.shape == (64, 3, 9, 9)
+    assert result.isfinite().all()
+    assert len({image.numpy().tobytes() for image in result}) > 4
+
+
+def test_small_images():
+    assert _augment()(PIXELS, size=6).shape == (64, 3, 6, 6)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+def test_learns_and_leaves_its_records(digits, tmp_path):
+    lines: list[str] = []
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=lines.append)
+    assert result.test_accuracy[digits.name] > 80
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "last.pt", "metrics.csv", "model.safetensors", "recipe.json", "result.json"
+    ]  # fmt: skip
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["lr"] == 0.01
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["test_accuracy"] == result.test_accuracy
+    assert any("validation loss" in line for line in lines)
+    model = convmixer.create_model(
+        "convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu", depth=2, dim=16
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x), result.model.eval()(x))
+    assert model.pretrained_cfg["label_names"] == ("digit 0", "digit 1", "digit 2", "digit 3")
+    images = load_images(digits, "test", (3, 8, 8))
+    normalised = (images.pixels / 255 - torch.tensor(model.pretrained_cfg["mean"]).view(3, 1, 1)) / torch.tensor(
+        model.pretrained_cfg["std"]
+    ).view(3, 1, 1)
+    correct = (model(normalised).argmax(1) == images.labels).float().mean().item() * 100
+    assert result.test_accuracy[digits.name] == pytest.approx(correct)
+
+
+def test_classes_without_a_test_split(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    result = train(recipe, digits / "train", tmp_path / "a", device="cpu", report=quiet)
+    assert result.test_accuracy == {}
+    result = train(recipe, digits / "train", tmp_path / "b", tests=[digits / "test"], device="cpu", report=quiet)
+    assert list(result.test_accuracy) == ["test"]
+    assert convmixer.predict(result.model, torch.rand(3, 8, 8), topk=1)[0][0].startswith("digit ")
+
+
+def test_same_seed_same_weights_other_seed_other_weights(digits, tmp_path):
+    weights = []
+    for i, seed in enumerate((1, 1, 2)):
+        recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "seed": seed, "rand_augment": (2, 12)})
+        result = train(recipe, digits, tmp_path / str(i), device="cpu", report=quiet)
+        weights.append(load_file(result.weights)["head.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_resume_is_exact(digits, tmp_path):
+    changes = {**QUICK, "epochs": 3, "rand_augment": (1, 9), "random_erasing": 0.5, "drop_rate": 0.1, "shift": 1}
+    recipe = get_recipe("cifar10", **changes)
+    whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("epoch   2"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(recipe, digits, tmp_path / "parts", device="cpu", report=interrupt)
+    parts = train(recipe, digits, tmp_path / "parts", device="cpu", resume=True, report=quiet)
+    a, b = load_file(whole.weights), load_file(parts.weights)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    strip = {"seconds": 0.0, "images_per_second": 0.0}
+    rows = [[dataclasses.replace(r, **strip) for r in result.history] for result in (whole, parts)]
+    assert rows[0] == rows[1]
+
+
+def test_a_killed_process_can_be_resumed(digits, tmp_path):
+    command = [sys.executable, "-m", "convmixer", "train", "cifar10", "--data", str(digits), "--device", "cpu"]
+    command += ["--output", str(tmp_path / "run"), "--set", "batch_size=100", "--set", "rand_augment=[0, 0]"]
+    command += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "image_sizes=[[0, 4]]"]
+    process = subprocess.Popen([*command, "--set", "epochs=50"], stdout=subprocess.DEVNULL, env=os.environ)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert len(done["history"]) >= 1
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(lines) - 1 in (len(done["history"]), len(done["history"]) - 1)
+
+
+def test_resume_refuses_another_recipe_and_an_empty_folder(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    with pytest.raises(ArgumentError, match="nothing to resume"):
+        train(recipe, digits, tmp_path / "run", resume=True, report=quiet)
+    train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    with pytest.raises(ArgumentError, match=r"holds a run: resume it \(--resume\) or choose another folder"):
+        train(recipe, digits, tmp_path / "run", report=quiet)
+    with pytest.raises(ArgumentError, match=re.escape("lr was 0.01, is 0.02")):
+        train(recipe.override(lr=0.02), digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+    longer = train(recipe.override(epochs=2), digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+    assert [row.epoch for row in longer.history] == [1, 2]
+    (tmp_path / "run" / "last.pt").write_bytes(b"garbage")
+    with pytest.raises(ConvMixerError, match="cannot resume from"):
+        train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+
+
+def test_a_loss_that_explodes_stops_the_run(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "opt": "sgd", "lr": 1e30, "warmup": 0.0})
+    with pytest.raises(ConvMixerError, match="lower lr or set clip_grad"):
+        train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_too_few_images(digits, tmp_path):
+    with pytest.raises(ArgumentError, match="270 training images do not fill one batch of 512"):
+        train(get_recipe("cifar10"), digits, tmp_path / "run", report=quiet)
+
+
+def test_fine_tuning_starts_from_the_weights(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    recipe = get_recipe("cifar10", **{**QUICK, "model": "convmixer_256_8.cifar10", "epochs": 1, "lr": 1e-9})
+    recipe = recipe.override(image_sizes=((0.0, 8),))
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    source = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+    for a, b in zip(result.model.blocks.parameters(), source.blocks.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert result.model.num_classes == 4
+
+
+def test_evaluate_restores_the_mode(digits):
+    model = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=4)
+    scores = evaluate(model, load_images(digits, "test", (3, 8, 8)), batch_size=7)
+    assert model.training
+    assert scores["count"] == 60
+    assert 0 <= scores["top1"] <= 100
+
+
+def test_unknown_precision(digits, tmp_path):
+    with pytest.raises(ArgumentError, match="unknown precision 'fp8'; valid: auto, float32, bfloat16"):
+        train(get_recipe("cifar10", **QUICK), digits, tmp_path / "run", device="cpu", precision="fp8", report=quiet)
+    assert isinstance(bf16_is_faster(torch.device("cpu")), bool)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
+    assert train(recipe, digits, tmp_path / "run", device="cuda", report=quiet).test_accuracy[digits.name] > 80
