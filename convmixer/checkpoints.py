@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -87,7 +88,7 @@ def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         if tensor.is_floating_point():
             values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sum
             # The sum is one fast pass; it is finite unless a value is not, or in rare cases overflows.
-            if not values.sum().isfinite() and not values.isfinite().all():
+            if not math.isfinite(values.sum().item()) and not values.isfinite().all():
                 bad = int((~values.isfinite()).sum())
                 raise WeightsError(f"{source}: {key} has {bad} of {tensor.numel()} values that are not finite")
 

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -220,13 +220,21 @@ def create_model(
     else:
         # Without storage until the file's tensors are put in place: nothing is initialised only to be overwritten.
         model = _build(source.variant, device="meta", **arguments)
-        inner: Any = model.model if features_only else model
-        _load(inner, tensors, config, str(weights))
+        _load(_inner(model), tensors, config, str(weights))
         model.to(device=target, dtype=dtype)
     if channels_last is None:
         kernel_size = arguments.get("kernel_size", source.variant.kernel_size)
         channels_last = target.type == "cpu" or (target.type == "cuda" and kernel_size == 7)
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    if channels_last:
+        # The other weights, 1x1 and depthwise, lie the same way in both layouts; the activations follow the stem.
+        stem: Any = _inner(model).stem[0]
+        stem.weight.data = stem.weight.data.to(memory_format=torch.channels_last)
+    return model
+
+
+def _inner(model: nn.Module) -> ConvMixer:
+    """The ConvMixer itself, also out of timm's feature extractor."""
+    return model if isinstance(model, ConvMixer) else cast("ConvMixer", model.model)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -118,7 +118,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            if self.training and torch.compiler.is_compiling():
                 if x.device.type == "cpu" and self.weight.requires_grad and torch.is_grad_enabled():
                     autocast = torch.is_autocast_enabled("cpu")
                     dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype

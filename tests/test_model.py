@@ -114,6 +114,13 @@ def test_export_with_dynamic_shapes(kernel_size):
     assert close(program(x), model(x))
 
 
+def test_export_in_training_mode():
+    model = make()
+    program = torch.export.export(model, (torch.randn(4, 3, 16, 16),)).module()
+    x = torch.randn(4, 3, 16, 16)
+    assert close(program(x), model(x))
+
+
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_compile_without_graph_breaks(mode):
     torch._dynamo.reset()
@@ -133,7 +140,7 @@ def test_onnx(tmp_path):
     pytest.importorskip("onnxscript", reason="the export extra is not installed")
     model = make(kernel_size=4).eval()
     x = torch.randn(2, 3, 16, 16)
-    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, opset_version=18, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     result = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     assert close(torch.from_numpy(result), model(x))
