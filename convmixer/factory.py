@@ -20,7 +20,7 @@ from convmixer.errors import ArgumentError, UnknownModelError, WeightsError, nea
 from convmixer.model import ConvMixer
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "resolve_device"]
 
 # What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
 _MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
@@ -204,7 +204,7 @@ def create_model(
         raise ArgumentError("out_indices chooses feature maps: set features_only=True with it")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16")
-    target = _device(device)
+    target = resolve_device(device)
     hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     source = _resolve(name, pretrained and checkpoint is None, revision, **hub_options)
     weights = Path(checkpoint) if checkpoint is not None else source.weights
@@ -237,7 +237,8 @@ def _inner(model: nn.Module) -> ConvMixer:
     return model if isinstance(model, ConvMixer) else cast("ConvMixer", model.model)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device meant; "auto" is the accelerator if there is one, else the CPU. An ArgumentError if it is not here."""
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")

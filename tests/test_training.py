@@ -402,9 +402,11 @@ def test_evaluate_restores_the_mode(digits):
     assert 0 <= scores["top1"] <= 100
 
 
-def test_unknown_precision(digits, tmp_path):
+def test_settings_are_checked_before_data_are_read(tmp_path):
+    with pytest.raises(ArgumentError, match="no device 'gpu' here"):
+        train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="gpu", report=quiet)
     with pytest.raises(ArgumentError, match="unknown precision 'fp8'; valid: auto, float32, bfloat16"):
-        train(get_recipe("cifar10", **QUICK), digits, tmp_path / "run", device="cpu", precision="fp8", report=quiet)
+        train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", precision="fp8", report=quiet)
     assert isinstance(bf16_is_faster(torch.device("cpu")), bool)
 
 

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from convmixer.checkpoints import save_weights, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError
-from convmixer.factory import create_model
+from convmixer.factory import create_model, resolve_device
 from convmixer.model import ConvMixer, evaluating
 from convmixer.training.data import READERS, Augment, Images, has_split, hold_out, load_images
 from convmixer.training.history import Epoch, write_history
@@ -56,8 +56,6 @@ def bf16_is_faster(device: torch.device) -> bool:
 
 
 def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ArgumentError(f"unknown precision {precision!r}; valid: auto, float32, bfloat16")
     enabled = precision == "bfloat16" or (precision == "auto" and bf16_is_faster(device))
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
@@ -97,7 +95,7 @@ def evaluate(
     return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": len(images)}
 
 
-def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device | str) -> ConvMixer:
+def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> ConvMixer:
     rates = {n: getattr(recipe, n) for n in ("drop_rate", "block_drop_rate", "drop_path_rate")}
     pretrained = "." in recipe.model
     torch.manual_seed(recipe.seed)
@@ -182,6 +180,9 @@ def train(
         raise ArgumentError(f"{str(folder)!r} holds a run: resume it (--resume) or choose another folder")
     if resume and not last.exists():
         raise ArgumentError(f"nothing to resume: {str(last)!r} does not exist")
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ArgumentError(f"unknown precision {precision!r}; valid: auto, float32, bfloat16")
+    where = resolve_device(device)
     started = time.time()
     probe = create_model(recipe.model, device="meta")
     config: dict[str, Any] = probe.pretrained_cfg
@@ -208,8 +209,7 @@ def train(
         raise ArgumentError(f"{len(training)} training images do not fill one batch of {recipe.batch_size}")
     del images
 
-    model = _new_model(recipe, training.classes, device)
-    where = next(model.parameters()).device
+    model = _new_model(recipe, training.classes, where)
     optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
     history = _load_state(last, recipe, model, optimizer) if resume else []
     folder.mkdir(parents=True, exist_ok=True)
