@@ -115,7 +115,7 @@ def info(name: str, as_json: bool) -> None:
         ("MACs", f"{variant.macs:,}"),
         ("input", "x".join(map(str, variant.input_size))),
         ("mean, std", f"{variant.mean}, {variant.std}"),
-        ("resize", f"{variant.interpolation}, crop {variant.crop_pct}"),
+        ("resize", f"{variant.interpolation}, {variant.crop_mode}, crop {variant.crop_pct}"),
         ("classes", variant.num_classes),
     ]
     if variant.note:

@@ -52,6 +52,7 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
         "input_size": variant.input_size,
         "pool_size": patches,
         "crop_pct": variant.crop_pct,
+        "crop_mode": variant.crop_mode,
         "interpolation": variant.interpolation,
         "mean": variant.mean,
         "std": variant.std,

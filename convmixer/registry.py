@@ -77,7 +77,11 @@ class Weights:
 
 @dataclass(frozen=True)
 class Variant:
-    """One named architecture with its preprocessing; the first of `weights` is the default."""
+    """One named architecture with its preprocessing; the first of `weights` is the default.
+
+    `crop_mode` is "center", or "squash" where photographs are resized as a whole: at 32 pixels a crop would cut off too
+    much of what they show.
+    """
 
     name: str
     dim: int
@@ -88,6 +92,7 @@ class Variant:
     num_classes: int = 1000
     input_size: tuple[int, int, int] = (3, 224, 224)
     crop_pct: float = 0.96
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -207,6 +212,7 @@ VARIANTS: tuple[Variant, ...] = (
         num_classes=10,
         input_size=(3, 32, 32),
         crop_pct=1.0,
+        crop_mode="squash",
         mean=CIFAR10_MEAN,
         std=CIFAR10_STD,
     ),
@@ -219,6 +225,7 @@ VARIANTS: tuple[Variant, ...] = (
         num_classes=10,
         input_size=(3, 32, 32),
         crop_pct=1.0,
+        crop_mode="squash",
         mean=CIFAR10_MEAN,
         std=CIFAR10_STD,
         note=f"The paper reports 96.03 % CIFAR-10 top-1 after 200 epochs. {_UNTRAINED}",
@@ -232,6 +239,7 @@ VARIANTS: tuple[Variant, ...] = (
         num_classes=10,
         input_size=(3, 32, 32),
         crop_pct=1.0,
+        crop_mode="squash",
         mean=CIFAR10_MEAN,
         std=CIFAR10_STD,
         note=f"From a post that trains it with Flux in Julia. {_UNTRAINED}",

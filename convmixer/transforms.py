@@ -31,7 +31,7 @@ def create_transform(model_or_name: nn.Module | str, is_training: bool = False, 
     """
     if isinstance(model_or_name, str):
         variant, _ = get_variant(model_or_name)
-        config = {name: getattr(variant, name) for name in _PREPROCESSING if name != "crop_mode"}
+        config = {name: getattr(variant, name) for name in _PREPROCESSING}
     else:
         found = getattr(model_or_name, "pretrained_cfg", None)
         if not found:

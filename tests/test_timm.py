@@ -53,7 +53,11 @@ def test_configuration(name):
     assert config["first_conv"] + ".weight" in state
     data = timm.data.resolve_model_data_config(model)
     assert (data["input_size"], data["mean"], data["std"]) == (variant.input_size, variant.mean, variant.std)
-    assert (data["interpolation"], data["crop_pct"]) == (variant.interpolation, variant.crop_pct)
+    assert [data[k] for k in ("interpolation", "crop_pct", "crop_mode")] == [
+        variant.interpolation,
+        variant.crop_pct,
+        variant.crop_mode,
+    ]
     full = timm.create_model(name, device="meta")
     assert full.forward_features(torch.empty(1, *variant.input_size, device="meta")).shape[-2:] == config["pool_size"]
 
