@@ -28,6 +28,8 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one."""
     path = Path(path)
+    if path.is_dir():
+        raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
     if not path.parent.is_dir():
         raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -102,7 +104,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def _is_pickle(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(4)
-    return start[:2] == b"\x80\x02" or (start == b"PK\x03\x04") or path.suffix in PICKLES
+    # A pickle names its protocol, 2 to 5, and goes on; a safetensors header's length ends in zero bytes.
+    protocol = len(start) == 4 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[2:] != b"\0\0"
+    return protocol or start == b"PK\x03\x04" or path.suffix in PICKLES
 
 
 def check_keys(
@@ -134,6 +138,11 @@ def check_keys(
     ]
     if wrong:
         problems.append(f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})")
+    integers = [
+        k for k in expected if k in tensors and expected[k].is_floating_point() > tensors[k].is_floating_point()
+    ]
+    if integers:
+        problems.append(f"{len(integers)} of whole numbers ({_first(integers)})")
     if problems:
         raise WeightsError(f"{source} does not fit this model: {', '.join(problems)}. Is it another variant?")
 
@@ -231,7 +240,8 @@ def convert_checkpoint(source: str | Path, destination: str | Path) -> str:
     named = repr(str(source))
     tensors = _rename_flat(_unwrap(content, named))
     try:
-        stem, head = tensors["stem.0.weight"].shape, tensors["head.weight"].shape
+        stem = tensors["stem.0.weight"].shape
+        in_chans, num_classes = stem[1], tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
         depth = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
         kernel_size = tensors["blocks.0.0.fn.0.weight"].shape[-1]
         shape = (stem[0], depth, kernel_size, stem[-1])
@@ -242,7 +252,7 @@ def convert_checkpoint(source: str | Path, destination: str | Path) -> str:
         raise WeightsError(
             f"{named} has dim, depth, kernel_size, patch_size = {shape}, which no variant of the registry has"
         )
-    model = ConvMixer(*shape, in_chans=stem[1], num_classes=head[0], act_layer=variant.act_layer, device="meta")
+    model = ConvMixer(*shape, in_chans=in_chans, num_classes=num_classes, act_layer=variant.act_layer, device="meta")
     check_keys(tensors, model.state_dict(), named)
     _check_finite(tensors, named)
     header = {"format": "pt", "architecture": variant.name}

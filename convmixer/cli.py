@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_record(variant) for variant in variants], indent=2))
         return
+    if not variants:
+        _say(f"no model matches {pattern!r}")
     table = Table(box=None, header_style="bold")
     for title in ("model", "input", "params", "MACs", "weights", "top-1"):
         table.add_column(title, no_wrap=True, justify="right" if title in ("params", "MACs", "top-1") else "left")
@@ -143,7 +146,7 @@ def info(name: str, as_json: bool) -> None:
 def _find_images(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):  # Path.is_dir raises where a folder may not be entered
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
                 raise ImageError(f"no images in the folder {str(path)!r}")

@@ -115,8 +115,12 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
     if pretrained:
         if weights is None:
             raise WeightsError(f"{variant.name} has no weights. {variant.note}")
-        options = {"revision": revision or weights.revision, **hub_options}
         path = weights.path
+        if path and revision:
+            raise ArgumentError(
+                f"revision={revision!r}: {variant.name}.{weights.tag} ships with the package; leave it out"
+            )
+        options = {"revision": revision or weights.revision, **hub_options}
         source.weights = path or hub.fetch(weights.hub_id, weights.file, prefer_cache=True, **options)
     return source
 
@@ -143,7 +147,14 @@ def _from_config(path: Path, weights: Path | None, name: str) -> _Source:
     merged = _config(variant, None)
     merged |= {k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items() if k in _CONFIG_KEYS}
     labels = {k: config[k] for k in ("label_names", "label_descriptions") if config.get(k)}
-    merged |= labels | {"num_classes": config.get("num_classes", preprocessing.get("num_classes", variant.num_classes))}
+    counts = (config.get("num_classes"), preprocessing.get("num_classes"), variant.num_classes)
+    merged |= labels | {"num_classes": next(count for count in counts if count is not None)}
+    size = merged["input_size"]
+    if not isinstance(merged["num_classes"], int) or not isinstance(size, tuple) or len(size) != 3:
+        raise WeightsError(
+            f"{name}: num_classes={merged['num_classes']!r}, input_size={size!r} in {str(path)!r}: "
+            "a whole number and three of them are needed"
+        )
     return _Source(variant, merged, model_args, weights)
 
 
@@ -199,11 +210,13 @@ def create_model(
         ArgumentError: An unknown or senseless argument.
         WeightsError: Weights that cannot be found, read or fitted. No half-loaded model is left behind.
     """
+    if not isinstance(name, str):
+        raise ArgumentError(f"name={name!r}: give a string; for a folder local-dir:PATH")
     _check_names(model_args, [*_MODEL_ARGS, *_FEATURE_ARGS], "argument")
     features_only = bool(model_args.get("features_only", False))
     if "out_indices" in model_args and not features_only:
         raise ArgumentError("out_indices chooses feature maps: set features_only=True with it")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16")
     target = resolve_device(device)
     hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
@@ -221,7 +234,8 @@ def create_model(
     else:
         # Without storage until the file's tensors are put in place: nothing is initialised only to be overwritten.
         model = _build(source.variant, device="meta", **arguments)
-        _load(_inner(model), tensors, config, str(weights))
+        depth = arguments.get("depth", source.variant.depth)  # more than is left of a pruned backbone
+        _load(_inner(model), tensors, config, depth, str(weights))
         model.to(device=target, dtype=dtype)
     if channels_last is None:
         kernel_size = arguments.get("kernel_size", source.variant.kernel_size)
@@ -255,9 +269,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
     """What a bare weights file tells of itself: classes and channels by its shapes, class names by its metadata."""
     found: dict[str, Any] = {"label_names": None, "tag": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
-    if tensors.get("head.weight") is not None:
-        found["num_classes"] = tensors["head.weight"].shape[0]
-    stem = tensors.get("stem.0.weight")
+    head, stem = tensors.get("head.weight"), tensors.get("stem.0.weight")
+    if head is not None and head.ndim == 2:
+        found["num_classes"] = head.shape[0]
     if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
         found["input_size"] = (stem.shape[1], *config["input_size"][1:])
     try:
@@ -269,21 +283,18 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
     return found
 
 
-def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], source: str) -> None:
-    """Fill a model on the meta device: head and first convolution adapted, pruned blocks left out."""
+def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], depth: int, source: str) -> None:
+    """Fill a model on the meta device from the weights of one with `depth` blocks; head and stem may be adapted."""
     new_head = model.num_classes != config["num_classes"]
     adapted: tuple[str, ...] = ("head.weight", "head.bias") if new_head else ()
     if model.in_chans != config["input_size"][0]:
         adapted += ("stem.0.weight",)
-    pruned = re.compile(r"blocks\.(\d+)\.")
-    depth = len(model.blocks)
-
-    def kept(key: str) -> bool:
-        match = pruned.match(key)
-        return match is None or int(match[1]) < depth
-
-    tensors = {key: tensor for key, tensor in tensors.items() if kept(key)}
-    check_keys(tensors, model.state_dict(), source, may_differ=adapted)
+    pruned = tuple(f"blocks.{i}." for i in range(len(model.blocks), depth))
+    expected = model.state_dict()
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(pruned)}
+    check_keys(tensors, expected, source, may_differ=adapted)
+    # The file's tensors become the model's parameters, so they must have their type.
+    tensors = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in tensors.items()}
     load_pretrained(model, {**config, "state_dict": tensors}, num_classes=model.num_classes, in_chans=model.in_chans)
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):

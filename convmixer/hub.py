@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from convmixer.errors import WeightsError
 
@@ -42,11 +42,12 @@ def fetch(
                 return Path(cached)
         if not offline:
             return Path(hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir, token=token))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the client's HTTP library has its own errors, and differs between versions
         reason = " ".join(str(error).split())  # the Hub's texts have several lines
         raise WeightsError(f"cannot get {_describe(repo_id, filename, revision)}: {reason}") from error
     where = f" in {str(cache_dir)!r}" if cache_dir else ""
-    option = " --revision " + revision if revision else ""
+    option = f" --revision {shlex.quote(revision)}" if revision else ""
+    option += f" --cache-dir {shlex.quote(str(cache_dir))}" if cache_dir else ""
     raise WeightsError(
         f"{_describe(repo_id, filename, revision)} is not in the local cache{where}, and the network is off "
         f"({'local_files_only=True' if local_files_only else 'HF_HUB_OFFLINE'}). Where there is a network, run: "

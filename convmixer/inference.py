@@ -43,15 +43,17 @@ def read_image(source: Any, channels: int = 3) -> Image.Image:
             raise ImageError(f"no image at {str(source)!r}") from error
         except UnidentifiedImageError as error:
             raise ImageError(f"{str(source)!r} is not an image that Pillow can read") from error
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each of Pillow's plugins has its own
             raise ImageError(f"cannot read {str(source)!r}: {error}") from error
     elif isinstance(source, Image.Image):
         try:
             image = ImageOps.exif_transpose(source)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:  # Pillow reads pixels late
+        except Exception as error:  # Pillow reads pixels late
             raise ImageError(f"cannot read {source!r}: {error}") from error
     else:
         image = _from_array(source)
+    if 0 in image.size:
+        raise ImageError(f"image of {image.width}x{image.height} pixels: there is nothing to classify")
     return _to_8_bit(image).convert("L" if channels == 1 else "RGB")
 
 
@@ -110,7 +112,7 @@ def label_names(model: nn.Module) -> tuple[str, ...]:
     names = config.get("label_names")
     if names and len(names) == count:
         return tuple(str(name) for name in names)
-    if count == 1000 and config.get("num_classes") == 1000 and config.get("hf_hub_id"):
+    if count == 1000 and str(config.get("tag") or "").startswith("in1k"):
         return _imagenet_labels()
     return tuple(f"class {i}" for i in range(count))
 
@@ -143,8 +145,9 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
     many = isinstance(images, list | tuple)
     if not getattr(model, "num_classes", 0):
         raise ArgumentError("this model has no classes: build it without features_only and with num_classes above 0")
-    if topk < 1 or batch_size < 1:
-        raise ArgumentError(f"topk={topk}, batch_size={batch_size}: give at least 1")
+    for argument, value in {"topk": topk, "batch_size": batch_size}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{argument}={value!r}: give a whole number of at least 1")
     sources: Sequence[Any] = images if many else [images]
     parameter = next(model.parameters())
     transform, names = create_transform(model), label_names(model)

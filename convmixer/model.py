@@ -51,9 +51,15 @@ ACTIVATIONS = [
 
 def _activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
     if not isinstance(act_layer, str):
-        if isinstance(act_layer, type) and issubclass(act_layer, nn.Module):
-            return act_layer
-        raise ArgumentError(f"act_layer={act_layer!r}: give a name such as 'gelu' or a class derived from nn.Module")
+        try:
+            fine = isinstance(act_layer, type) and isinstance(act_layer(), nn.Module)
+        except TypeError:
+            fine = False
+        if not fine:
+            raise ArgumentError(
+                f"act_layer={act_layer!r}: give a name such as 'gelu', or an nn.Module class that needs no arguments"
+            )
+        return act_layer
     if act_layer not in ACTIVATIONS:
         raise ArgumentError(f"unknown act_layer {act_layer!r}; {nearest(act_layer, ACTIVATIONS)}")
     if act_layer in ("gelu", "relu"):  # PyTorch's own classes, as in the published models
@@ -306,7 +312,7 @@ class ConvMixer(nn.Module):
         Args:
             x: Images, (B, in_chans, H, W).
             indices: The last n blocks if a number, the given blocks (negative ones count from the end) if a sequence,
-                all of them if None.
+                all of them if None. Features come in the order of the blocks.
             norm: Without effect: every block ends with its BatchNorm. Part of timm's interface.
             stop_early: Do not compute blocks after the last one asked for.
             output_fmt: Layout of the intermediates, "NCHW" or "NHWC".
@@ -344,9 +350,10 @@ class ConvMixer(nn.Module):
             if not 1 <= indices <= depth:
                 raise ArgumentError(f"indices={indices}: the number of last blocks to take is 1 to {depth}")
             return list(range(depth - indices, depth)), depth - 1
-        if not indices or not all(-depth <= i < depth for i in indices):
-            raise ArgumentError(f"indices={indices!r}: give block indices from {-depth} to {depth - 1}")
-        taken = [i % depth for i in indices]
+        fine = all(isinstance(i, int) and -depth <= i < depth for i in indices)
+        taken = [i % depth for i in indices] if fine else []
+        if not taken or len(set(taken)) < len(taken):
+            raise ArgumentError(f"indices={indices!r}: give different block indices from {-depth} to {depth - 1}")
         return taken, max(taken)
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]

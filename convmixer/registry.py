@@ -254,11 +254,11 @@ def get_variant(name: str) -> tuple[Variant, Weights | None]:
     Raises:
         UnknownModelError: No such variant, or no such weights of it.
     """
-    base, _, tag = name.partition(".")
+    base, dot, tag = name.partition(".")
     if base not in _BY_NAME:
         raise UnknownModelError(f"unknown model {name!r}; {nearest(base, _BY_NAME)}")
     variant = _BY_NAME[base]
-    if not tag:
+    if not dot:
         return variant, variant.weights[0] if variant.weights else None
     for weights in variant.weights:
         if weights.tag == tag:

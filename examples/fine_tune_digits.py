@@ -1,4 +1,4 @@
-"""Fine-tune the shipped weights to another real set: scikit-learn's handwritten digits. A minute on a CPU.
+"""Fine-tune the shipped weights to another real set: scikit-learn's handwritten digits.
 
 pip install scikit-learn && python examples/fine_tune_digits.py
 """
@@ -19,8 +19,9 @@ images = (F.interpolate(images, size=(16, 16), mode="bilinear") - 0.5) / 0.25
 labels = torch.tensor(digits.target)
 train, test = train_test_split(torch.arange(len(labels)), test_size=0.25, random_state=0)
 
-# One input channel and ten new classes: the stem is adapted, the head is new, the blocks are trained on CIFAR-10.
-model = convmixer.create_model("convmixer_256_8", pretrained=True, in_chans=1, num_classes=10)
+# One input channel: the stem is adapted. Ten classes are as many as CIFAR-10 has, so the new head is asked for.
+model = convmixer.create_model("convmixer_256_8", pretrained=True, in_chans=1)
+model.reset_classifier(10)
 device = next(model.parameters()).device
 images, labels = images.to(device), labels.to(device)
 steps = EPOCHS * (len(train) // BATCH)

@@ -488,7 +488,7 @@ def test_models_without_classes(arrow, arguments):
 @pytest.mark.parametrize("wrong", [{"topk": 0}, {"topk": -1}, {"batch_size": 0}])
 def test_senseless_counts(model, arrow, wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ArgumentError, match=f"{name}={value}.*give at least 1"):
+    with pytest.raises(ArgumentError, match=f"{name}={value}: give a whole number of at least 1"):
         convmixer.predict(model, arrow, **wrong)
 
 

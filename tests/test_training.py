@@ -343,14 +343,19 @@ def test_a_killed_process_can_be_resumed(digits, tmp_path):
     command += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "image_sizes=[[0, 4]]"]
     process = subprocess.Popen([*command, "--set", "epochs=50"], stdout=subprocess.DEVNULL, env=os.environ)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.csv").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert len(done["history"]) >= 1
-    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert len(lines) - 1 in (len(done["history"]), len(done["history"]) - 1)
+    done = len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["history"])
+    assert done >= 1
+    result = subprocess.run([*command, "--resume", "--set", f"epochs={done + 1}"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(done + 1)]
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_resume_refuses_another_recipe_and_an_empty_folder(digits, tmp_path):
@@ -364,6 +369,8 @@ def test_resume_refuses_another_recipe_and_an_empty_folder(digits, tmp_path):
         train(recipe.override(lr=0.02), digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
     longer = train(recipe.override(epochs=2), digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
     assert [row.epoch for row in longer.history] == [1, 2]
+    with pytest.raises(ArgumentError, match="has 2 epochs behind it: give epochs of at least that"):
+        train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
     (tmp_path / "run" / "last.pt").write_bytes(b"garbage")
     with pytest.raises(ConvMixerError, match="cannot resume from"):
         train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)

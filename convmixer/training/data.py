@@ -114,7 +114,8 @@ def load_images(
     except DataError:
         raise
     except Exception as error:  # each reader has its own; the message must name the source
-        hint = ". Add --download to fetch it" if name.startswith("torch/") and not download else ""
+        missing = isinstance(error, RuntimeError) and name.startswith("torch/") and not download
+        hint = ". Add --download to fetch it" if missing else ""
         raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}{hint}") from error
     found = _class_names(dataset)
     foreign = [label for label in found if classes and label not in classes]

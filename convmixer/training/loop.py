@@ -91,7 +91,7 @@ def evaluate(
             labels = labels.to(device)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
-    count = max(len(images), 1)
+    count = len(images) or math.nan  # no images, no figures
     return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": len(images)}
 
 
@@ -131,6 +131,8 @@ def _load_state(path: Path, recipe: Recipe, model: nn.Module, optimizer: Any) ->
     ]
     if changed:
         raise ArgumentError(f"cannot resume {str(path)!r} with another recipe: {'; '.join(changed)}")
+    if recipe.epochs < len(state["history"]):
+        raise ArgumentError(f"{str(path)!r} has {len(state['history'])} epochs behind it: give epochs of at least that")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return [Epoch(**row) for row in state["history"]]
@@ -161,8 +163,8 @@ def train(
         tests: Further test sets.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
-        resume: Go on after the last finished epoch of `output`, exactly as if there had been no interruption. Of the
-            recipe only `epochs` may have changed.
+        resume: Go on after the last finished epoch of `output`; with the same data and options, exactly as if there
+            had been no interruption. Of the recipe only `epochs` may have changed.
         device: "auto" takes the accelerator if there is one.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has products for it.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
@@ -286,7 +288,7 @@ def train(
     result = {
         "command": " ".join(["convmixer", *sys.argv[1:]]) if Path(sys.argv[0]).name == "convmixer" else None,
         "recipe": dataclasses.asdict(recipe),
-        "validation_accuracy": history[-1].validation_accuracy,
+        "validation_accuracy": history[-1].validation_accuracy if len(validation) else None,
         "test_accuracy": accuracy,
         "test_images": {name: len(images) for name, images in test_sets.items()},
         "train_seconds": round(sum(row.seconds for row in history)),

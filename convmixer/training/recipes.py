@@ -118,7 +118,8 @@ class Recipe:
 
 
 RECIPES = {
-    # The settings published with the paper's CIFAR-10 code, 92.60 there; unverified here.
+    # The settings published with the paper's CIFAR-10 code, 92.60 there; unverified here. One difference: groups of
+    # images share a draw of RandAugment (GROUP in data.py).
     "cifar10": Recipe(),
     # For a CPU: few epochs, small images first, and augmentation that costs nothing.
     "cifar10-cpu": Recipe(
