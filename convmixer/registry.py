@@ -215,6 +215,22 @@ VARIANTS: tuple[Variant, ...] = (
         crop_mode="squash",
         mean=CIFAR10_MEAN,
         std=CIFAR10_STD,
+        weights=(
+            Weights(
+                tag="cifar10",
+                file="convmixer_256_8.cifar10.safetensors",
+                licence="MIT",
+                labels="cifar10",
+                metrics=(
+                    Metric("top-1", 86.89, "CIFAR-10 test, re-encoded as JPEG (10,000 images)", "us, docs/runs"),
+                    Metric("top-1", 88.89, "CIFAR-10 test, first 1,017 images, lossless", "us, docs/runs"),
+                ),
+                training_data="CIFAR-10 train, re-encoded as JPEG, 45,000 of its 50,000 images",
+                recipe="convmixer train cifar10-cpu --data cifar10-jpeg --test cifar10-png-subset --compile",
+                sha256="f21041a64ccb43da7ddfe49176b483319c53c22378746dab6e21d65130c464c3",
+                size=2422320,
+            ),
+        ),
     ),
     Variant(
         name="convmixer_256_8_ks9_p1",
