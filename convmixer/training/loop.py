@@ -70,7 +70,7 @@ def evaluate(
     model: ConvMixer,
     images: Images,
     *,
-    batch_size: int = 256,
+    batch_size: int = 64,  # larger activations are mapped anew for every batch on a CPU
     precision: str = "float32",
     progress: Progress = _no_progress,
 ) -> dict[str, float]:
