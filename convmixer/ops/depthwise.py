@@ -1,7 +1,7 @@
 """Depthwise convolution with a weight gradient that a compiler can fuse.
 
-PyTorch's own weight gradient of a depthwise convolution is slow on CPUs. Written as one product and sum per kernel tap it
-is slower still in eager mode; compiled by `torch.compile`, all taps become one pass over the two tensors. So
+PyTorch's own weight gradient of a depthwise convolution is slow on CPUs. Written as one product and sum per kernel tap
+it is slower still in eager mode; compiled by `torch.compile`, all taps become one pass over the two tensors. So
 `convmixer.model` uses this function only while it is being compiled for a CPU; `benchmarks/train_step.py` measures it.
 """
 
