@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, load_pretrained, register_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from convmixer import hub
 from convmixer.checkpoints import check_keys, read_metadata, read_tensors
@@ -233,10 +234,12 @@ def create_model(
         model = _build(source.variant, device=target, dtype=dtype, **arguments)
     else:
         # Without storage until the file's tensors are put in place: nothing is initialised only to be overwritten.
-        model = _build(source.variant, device="meta", **arguments)
+        with _NoInit():
+            model = _build(source.variant, device="meta", **arguments)
         depth = arguments.get("depth", source.variant.depth)  # more than is left of a pruned backbone
         _load(_inner(model), tensors, config, depth, str(weights))
-        model.to(device=target, dtype=dtype)
+        if target.type != "cpu" or dtype is not None:
+            model.to(device=target, dtype=dtype)
     if channels_last is None:
         kernel_size = arguments.get("kernel_size", source.variant.kernel_size)
         channels_last = target.type == "cpu" or (target.type == "cuda" and kernel_size == 7)
@@ -245,6 +248,17 @@ def create_model(
         stem: Any = _inner(model).stem[0]
         stem.weight.data = stem.weight.data.to(memory_format=torch.channels_last)
     return model
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out initialisers: on the meta device there is nothing to fill, and the calls are a third of the time."""
+
+    FILLS = (nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.fill_, Tensor.zero_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (args or list((kwargs or {}).values()))[0] if func in self.FILLS else func(*args, **(kwargs or {}))
 
 
 def _inner(model: nn.Module) -> ConvMixer:
