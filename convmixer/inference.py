@@ -98,23 +98,31 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _imagenet_labels() -> tuple[str, ...]:
+def imagenet_labels() -> tuple[str, ...]:
+    """ImageNet-1k's classes in words, in the order of the weights."""
     from timm.data import ImageNetInfo  # reads its tables when it is constructed
 
     info = ImageNetInfo()
     return tuple(info.index_to_description(i) for i in range(1000))
 
 
-def label_names(model: nn.Module) -> tuple[str, ...]:
-    """The model's class names by index; "class 0", ... where nothing says what they are."""
-    count: int = model.num_classes  # type: ignore[assignment]
+def known_labels(model: nn.Module) -> tuple[str, ...] | None:
+    """The model's class names by index; None where nothing says what they are. An ArgumentError without a head."""
+    count: int = getattr(model, "num_classes", 0)
+    if not count:
+        raise ArgumentError("this model has no classes: build it without features_only and with num_classes above 0")
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("label_names")
     if names and len(names) == count:
         return tuple(str(name) for name in names)
     if count == 1000 and str(config.get("tag") or "").startswith("in1k"):
-        return _imagenet_labels()
-    return tuple(f"class {i}" for i in range(count))
+        return imagenet_labels()
+    return None
+
+
+def label_names(model: nn.Module) -> tuple[str, ...]:
+    """The model's class names by index; "class 0", ... where nothing says what they are."""
+    return known_labels(model) or tuple(f"class {i}" for i in range(model.num_classes))  # type: ignore[arg-type]
 
 
 @overload
@@ -143,14 +151,13 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
         ArgumentError: A model without a head, or a topk below 1.
     """
     many = isinstance(images, list | tuple)
-    if not getattr(model, "num_classes", 0):
-        raise ArgumentError("this model has no classes: build it without features_only and with num_classes above 0")
+    names = label_names(model)
     for argument, value in {"topk": topk, "batch_size": batch_size}.items():
         if not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{argument}={value!r}: give a whole number of at least 1")
     sources: Sequence[Any] = images if many else [images]
     parameter = next(model.parameters())
-    transform, names = create_transform(model), label_names(model)
+    transform = create_transform(model)
     channels: int = model.in_chans  # type: ignore[assignment]
     predictions: list[Prediction] = []
     with evaluating(model):

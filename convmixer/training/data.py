@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
 
 def _find_split(source: Path, split: str) -> Path:
     """The folder or tar of a split inside `source`; `source` itself if it is a tar or holds classes, not splits."""
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r} of {str(source)!r}; valid: {', '.join(SPLITS)}")
     if source.is_file() and source.suffix == ".tar":
         return source
     if not source.is_dir():
@@ -72,6 +74,71 @@ def has_split(source: str | Path, split: str) -> bool:
         return split == "train" or _find_split(Path(source), split) != Path(source)
     except DataError:
         return False
+
+
+@dataclass(frozen=True)
+class Split:
+    """An open split of a data set, whose images are decoded one at a time; class names by label."""
+
+    name: str
+    dataset: Any
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int, prepare: Callable[[Image.Image], Tensor]) -> tuple[Tensor, int]:
+        """What `prepare` makes of an image, and its label. A DataError if the image cannot be read."""
+        reader = getattr(self.dataset, "reader", None)
+        try:
+            if reader is None:  # torchvision
+                image, label = self.dataset[index]
+                return prepare(image), label
+            # Not through timm's data set, which puts the next image in the place of one that it cannot read.
+            file, label = reader[index][:2]
+            with file, Image.open(file) as image:
+                return prepare(image), label
+        except Exception as error:
+            raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
+
+    def labels_in(self, classes: Sequence[str]) -> Tensor:
+        """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
+        foreign = [label for label in self.classes if label not in classes]
+        if foreign:
+            known = ", ".join(classes)
+            raise DataError(f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {known}")
+        return torch.tensor([classes.index(label) for label in self.classes])
+
+    def close(self) -> None:
+        """Close a tar, which timm keeps open for the next image."""
+        archive = getattr(getattr(self.dataset, "reader", None), "tar_state", None)
+        if archive is not None:
+            archive.tf.close()
+
+
+def open_split(source: str | Path, split: str, *, root: str | Path | None = None, download: bool = False) -> Split:
+    """Open a split through timm's readers; the arguments are those of `load_images`.
+
+    Raises:
+        DataError: Nothing there, or no images.
+    """
+    name = str(source)
+    try:
+        if name.startswith("torch/"):
+            dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
+        elif name.startswith("hfds/"):
+            dataset = create_dataset(name, root=root and str(root), split=split, **_columns(name, split, root))
+        else:
+            dataset = create_dataset("", root=str(_find_split(Path(source), split)), search_split=False)
+    except DataError:
+        raise
+    except Exception as error:  # each reader has its own; the message must name the source
+        missing = isinstance(error, RuntimeError) and name.startswith("torch/") and not download
+        hint = ". Add --download to fetch it" if missing else ""
+        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}{hint}") from error
+    if not len(dataset):
+        raise DataError(f"no images in the {split} split of {name!r}")
+    return Split(name, dataset, _class_names(dataset))
 
 
 def load_images(
@@ -103,51 +170,17 @@ def load_images(
     mode = {1: "L", 3: "RGB"}.get(size[0])
     if mode is None:
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
-    name = str(source)
-    try:
-        if name.startswith("torch/"):
-            dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
-        elif name.startswith("hfds/"):
-            dataset = create_dataset(name, root=root and str(root), split=split, **_columns(name, split, root))
-        else:
-            dataset = create_dataset("", root=str(_find_split(Path(source), split)), search_split=False)
-    except DataError:
-        raise
-    except Exception as error:  # each reader has its own; the message must name the source
-        missing = isinstance(error, RuntimeError) and name.startswith("torch/") and not download
-        hint = ". Add --download to fetch it" if missing else ""
-        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}{hint}") from error
-    found = _class_names(dataset)
-    foreign = [label for label in found if classes and label not in classes]
-    if foreign:
-        raise DataError(f"{name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes or ())}")
+    opened = open_split(source, split, root=root, download=download)
+    index = opened.labels_in(classes or opened.classes)
     fit = v2.Compose([v2.Resize(min(size[1:]), antialias=True), v2.CenterCrop(size[1:])])
-    pixels = torch.empty(len(dataset), *size, dtype=torch.uint8)
-    labels = torch.empty(len(dataset), dtype=torch.int64)
-    for i in progress(range(len(dataset))):
-        try:
-            tensor, label = _decode(dataset, i, mode)
-        except Exception as error:
-            raise DataError(f"cannot read image {i} of {name!r}: {error}") from error
+    pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
+    labels = torch.empty(len(opened), dtype=torch.int64)
+    for i in progress(range(len(opened))):
+        tensor, label = opened.read(i, lambda image: v2.functional.pil_to_tensor(image.convert(mode)))
         pixels[i] = tensor if tensor.shape == size else fit(tensor)
         labels[i] = label
-    archive = getattr(getattr(dataset, "reader", None), "tar_state", None)
-    if archive is not None:
-        archive.tf.close()  # timm keeps it open for the next image
-    if classes:
-        labels = torch.tensor([classes.index(label) for label in found])[labels]
-    return Images(pixels, labels, classes or found)
-
-
-def _decode(dataset: Any, index: int, mode: str) -> tuple[Tensor, int]:
-    reader = getattr(dataset, "reader", None)
-    if reader is None:  # torchvision
-        image, label = dataset[index]
-        return v2.functional.pil_to_tensor(image.convert(mode)), label
-    # Not through timm's data set, which puts the next image in the place of one that it cannot read.
-    file, label = reader[index][:2]
-    with file, Image.open(file) as image:
-        return v2.functional.pil_to_tensor(image.convert(mode)), label
+    opened.close()
+    return Images(pixels, index[labels], classes or opened.classes)
 
 
 def _columns(name: str, split: str, root: str | Path | None) -> dict[str, str]:

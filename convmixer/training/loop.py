@@ -55,7 +55,10 @@ def bf16_is_faster(device: torch.device) -> bool:
     return False
 
 
-def _autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Computes in bfloat16 by `precision`: "float32", "bfloat16", or "auto" (bfloat16 where it is faster)."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ArgumentError(f"unknown precision {precision!r}; valid: auto, float32, bfloat16")
     enabled = precision == "bfloat16" or (precision == "auto" and bf16_is_faster(device))
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
@@ -86,7 +89,7 @@ def evaluate(
     batches = list(zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True))
     with evaluating(model):
         for pixels, labels in progress(batches, "validating"):
-            with _autocast(device, precision):
+            with autocast(device, precision):
                 logits = model(normalize(pixels.to(device))).float()
             labels = labels.to(device)
             loss += F.cross_entropy(logits, labels, reduction="sum")
@@ -182,9 +185,8 @@ def train(
         raise ArgumentError(f"{str(folder)!r} holds a run: resume it (--resume) or choose another folder")
     if resume and not last.exists():
         raise ArgumentError(f"nothing to resume: {str(last)!r} does not exist")
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ArgumentError(f"unknown precision {precision!r}; valid: auto, float32, bfloat16")
     where = resolve_device(device)
+    autocast(where, precision)  # what is wrong with it is said before data are read
     started = time.time()
     probe = create_model(recipe.model, device="meta")
     config: dict[str, Any] = probe.pretrained_cfg
@@ -249,7 +251,7 @@ def train(
             inputs = augment(training.pixels[index], recipe.image_size(done))
             if channels_last:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
-            with _autocast(where, precision):
+            with autocast(where, precision):
                 logits: Tensor = step_model(inputs)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
