@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from convmixer.checkpoints import convert_checkpoint
-from convmixer.errors import ConvMixerError, ImageError
+from convmixer.checkpoints import convert_checkpoint, write_atomically
+from convmixer.errors import ArgumentError, ConvMixerError, ImageError
+from convmixer.evaluation import ClassAccuracy, Evaluation
+from convmixer.evaluation import validate as validate_model
 from convmixer.factory import create_model
 from convmixer.inference import predict as predict_images
 from convmixer.inference import read_image
@@ -253,3 +255,92 @@ def train(recipe: str, data: str, output: Path | None, settings: tuple[str, ...]
 def convert(source: Path, destination: Path) -> None:
     """Turn the pickled checkpoint SOURCE into the safetensors file DESTINATION."""
     _say(f"{destination}: {convert_checkpoint(source, destination)}")
+
+
+# ---- validation -----------------------------------------------------------------------------------------------------
+
+
+def _open_model(name: str, checkpoint: Path | None, device: str) -> Any:
+    """A model of `create_model`, or of the run that `convmixer train` left in the folder `name`."""
+    folder = Path(name)
+    if folder.is_dir():
+        try:
+            name = json.loads((folder / "recipe.json").read_text())["model"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(
+                f"{str(folder)!r} is no folder of a run, its recipe.json cannot be read: "
+                f"give a run, a name of `convmixer list`, or local-dir:{folder}"
+            ) from error
+        checkpoint = checkpoint or folder / "model.safetensors"
+    return create_model(name, pretrained=True, device=device, checkpoint=checkpoint)
+
+
+def _show(result: Evaluation) -> None:
+    table = Table(box=None, show_header=result.flip is not None, header_style="bold")
+    table.add_column("", style="bold", no_wrap=True)
+    columns = [result] if result.flip is None else [result, result.flip]
+    for title in ("images as they are", "with mirror images")[: len(columns)]:
+        table.add_column(title, justify="right")
+    table.add_row("top-1", *(f"{s.top1:.2f} %" for s in columns))
+    table.add_row("top-5", *(f"{s.top5:.2f} %" for s in columns))
+    table.add_row("loss", *(f"{s.loss:.4f}" for s in columns))
+    table.add_row("calibration error", *(f"{s.calibration_error:.2f} %" for s in columns))
+    table.add_row("images", f"{result.count:,}")
+    table.add_row("images per second", f"{result.images_per_second:,.0f}")
+    OUT.print(table)
+    _show_classes(result.classes)
+
+
+def _show_classes(classes: Sequence[ClassAccuracy]) -> None:
+    """All of a few classes; of many the worst."""
+    many = len(classes) > 20
+    shown = sorted(classes, key=lambda c: c.top1)[:10] if many else classes
+    table = Table(f"worst 10 of {len(classes)} classes" if many else "class", "top-1", "images", box=None)
+    table.header_style = "bold"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in shown:
+        table.add_row(_plain(row.label), f"{row.top1:.2f} %", f"{row.count:,}")
+    OUT.print()
+    OUT.print(table)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", required=True, help="Folder, .tar, or a name such as torch/cifar10.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="A .safetensors file to load in place of its weights."
+)
+@click.option("--split", default="test", show_default=True, help="train or test; of hfds/ data any that there is.")
+@click.option("--flip", is_flag=True, help="Also score with flip test-time augmentation.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded data sets lie.")
+@click.option("--download", is_flag=True, help="Let torch/ data sets download.")
+@click.option("--output", type=click.Path(path_type=Path), help="A file to write the JSON to.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def validate(
+    model: str,
+    data: str,
+    checkpoint: Path | None,
+    device: str,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure MODEL on labelled images: accuracy, loss, calibration, accuracy per class.
+
+    MODEL is any name of create_model, or the folder of a run of `convmixer train`.
+    """
+    opened = _open_model(model, checkpoint, device)
+    result = validate_model(opened, data, progress=lambda items: _progress(items, "validating"), **options)
+    asked = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
+    asked |= {name: options[name] for name in ("split", "precision")}
+    text = json.dumps(asked | dataclasses.asdict(result), indent=2)
+    if as_json:
+        click.echo(text)
+    else:
+        _show(result)
+    if output:
+        write_atomically(output, lambda path: path.write_text(text + "\n"))

@@ -10,7 +10,7 @@ import convmixer
 
 PACKAGE = Path(convmixer.__file__).parent
 FLOORS = {"errors": 0, "registry": 0, "ops": 0, "model": 1, "checkpoints": 2, "transforms": 1, "hub": 2, "factory": 3}
-FLOORS |= {"inference": 4, "training": 4, "cli": 5, "__main__": 6, "__init__": 6}
+FLOORS |= {"inference": 4, "training": 4, "evaluation": 5, "cli": 6, "__main__": 7, "__init__": 7}
 
 
 def test_exported_names():

@@ -1,0 +1,206 @@
+"""Measure a classifier on a labelled data set, with the preprocessing of `predict`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from convmixer.errors import ArgumentError, DataError
+from convmixer.inference import imagenet_labels, known_labels, read_image
+from convmixer.model import evaluating
+from convmixer.training.data import Split, open_split
+from convmixer.training.loop import autocast
+from convmixer.transforms import create_transform
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good the probabilities are.
+
+    Attributes:
+        top1: Percent of images whose class is the most probable one.
+        top5: Percent of images whose class is among the five most probable ones; 100 with five classes or fewer.
+        loss: Mean cross entropy, in nats.
+        calibration_error: Expected calibration error in percent; see `calibration_error`.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    calibration_error: float
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """Percent top-1 over the `count` images of one class."""
+
+    label: str
+    top1: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Evaluation(Scores):
+    """What `validate` found.
+
+    Attributes:
+        count: Number of images.
+        images_per_second: Of one pass through the model, reading and preprocessing left out.
+        classes: Accuracy per class that the data hold, in the model's order.
+        flip: The scores with flip test-time augmentation, if asked for.
+    """
+
+    count: int
+    images_per_second: float
+    classes: tuple[ClassAccuracy, ...]
+    flip: Scores | None
+
+
+@torch.inference_mode()
+def validate(
+    model: nn.Module,
+    data: str | Path,
+    *,
+    split: str = "test",
+    classes: Sequence[str] | None = None,
+    flip: bool = False,
+    batch_size: int = 64,
+    precision: str = "float32",
+    data_root: str | Path | None = None,
+    download: bool = False,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Evaluation:
+    """Accuracy, loss and calibration of a classifier on a split.
+
+    Images are read one batch at a time and prepared as `predict` does it: turned upright, then through
+    `create_transform(model)`. The data's classes are matched by name to the model's; for ImageNet-1k's weights they may
+    also be called by their WordNet numbers. The data may lack some classes.
+
+    Args:
+        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        data: A folder, a tar, or a name such as `torch/cifar10`; see `convmixer.training.data.load_images`.
+        split: "train" or "test"; of an `hfds/` data set any split that it has.
+        classes: The model's class names by index, in place of those that came with its weights. A model without names
+            is taken to have those of the data, in their order, if there are as many.
+        flip: Also score the mean of the probabilities of each image and of its mirror image.
+        batch_size: Images computed at a time.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has products for it.
+        data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
+        download: Let `torch/` data sets download what is missing.
+        progress: Wraps the iteration over batches, for a progress bar.
+
+    Raises:
+        ArgumentError: A model without a head, or an argument that makes no sense.
+        DataError: Data that cannot be found or read, or classes that the model does not know.
+    """
+    names = tuple(classes) if classes is not None else known_labels(model)
+    if classes is not None and len(classes) != model.num_classes:
+        raise ArgumentError(f"{len(classes)} class names for a model with {model.num_classes} classes")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size={batch_size!r}: give a whole number of at least 1")
+    parameter = next(model.parameters())
+    autocast(parameter.device, precision)  # what is wrong with it is said before data are read
+    transform = create_transform(model)
+    channels: int = model.in_chans  # type: ignore[assignment]
+
+    def prepare(image: Image.Image) -> Tensor:
+        return transform(read_image(image, channels))  # type: ignore[no-any-return]
+
+    def compute(batch: Tensor) -> Tensor:
+        with autocast(batch.device, precision):
+            logits = model(batch)
+        return logits.float().log_softmax(1).cpu()  # type: ignore[no-any-return]
+
+    plain, mirrored, labels, seconds = [], [], [], 0.0
+    with evaluating(model), contextlib.closing(open_split(data, split, root=data_root, download=download)) as opened:
+        names, index = _match(opened, names, model.num_classes)  # type: ignore[arg-type]
+        for start in progress(range(0, len(opened), batch_size)):
+            images = [opened.read(i, prepare) for i in range(len(opened))[start : start + batch_size]]
+            labels += [label for _, label in images]
+            batch = torch.stack([tensor for tensor, _ in images]).to(parameter.device, parameter.dtype)
+            begun = time.perf_counter()
+            plain.append(compute(batch))
+            seconds += time.perf_counter() - begun
+            if flip:
+                mirrored.append(compute(batch.flip(3)))
+    truth = index[labels]
+    log_p = torch.cat(plain)
+    return Evaluation(
+        **asdict(_scores(log_p, truth)),
+        count=len(truth),
+        images_per_second=len(truth) / seconds,
+        classes=_per_class(log_p, truth, names),
+        flip=_scores(torch.logaddexp(log_p, torch.cat(mirrored)) - math.log(2), truth) if flip else None,
+    )
+
+
+def _match(data: Split, names: tuple[str, ...] | None, count: int) -> tuple[tuple[str, ...], Tensor]:
+    """The names of the model's `count` classes, and for each label of the data the model's label."""
+    if names is None:
+        if len(data.classes) != count:
+            raise DataError(
+                f"{data.name!r} has {len(data.classes)} classes, the model has {count} and no names for them: "
+                "pass classes=, or weights whose header holds label_names"
+            )
+        names = data.classes
+    if count == 1000 and names == imagenet_labels():
+        from timm.data import ImageNetInfo  # reads its tables when it is constructed
+
+        numbers = ImageNetInfo().label_names()
+        if data.classes[0] in numbers:
+            return names, data.labels_in(numbers)
+    return names, data.labels_in(names)
+
+
+def _hits(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Which of the five most probable classes is the right one, (N, C), (N,) -> (N, 5)."""
+    return log_p.topk(min(5, log_p.shape[1])).indices == labels[:, None]
+
+
+def _scores(log_p: Tensor, labels: Tensor) -> Scores:
+    hits = _hits(log_p, labels)
+    return Scores(
+        top1=100 * hits[:, 0].double().mean().item(),
+        top5=100 * hits.any(1).double().mean().item(),
+        loss=F.nll_loss(log_p, labels).item(),
+        calibration_error=100 * calibration_error(log_p.amax(1).exp(), hits[:, 0]),
+    )
+
+
+def _per_class(log_p: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[ClassAccuracy, ...]:
+    counts = labels.bincount(minlength=len(names)).tolist()
+    correct = labels[_hits(log_p, labels)[:, 0]].bincount(minlength=len(names)).tolist()
+    rows = zip(names, correct, counts, strict=True)
+    return tuple(ClassAccuracy(name, 100 * right / count, count) for name, right, count in rows if count)
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence is from accuracy, on average over images.
+
+    Images are put into bins ((m-1)/bins, m/bins] by confidence; the gap between mean confidence and accuracy of a bin
+    is weighted by its share of the images. Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3
+    (arXiv:1706.04599), with their 15 bins.
+
+    Args:
+        confidence: Probability of the predicted class (N,), in [0, 1].
+        correct: Whether that class is the right one (N,).
+        bins: Number of bins, all of one width.
+
+    Returns:
+        A part in [0, 1].
+    """
+    confidence = confidence.double()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
+    gaps = torch.zeros(bins, dtype=torch.float64)  # summed over the images of each bin
+    gaps.index_add_(0, torch.bucketize(confidence, edges), confidence - correct.double())
+    return gaps.abs().sum().item() / len(confidence)
