@@ -23,7 +23,7 @@ from convmixer.factory import create_model
 from convmixer.inference import predict as predict_images
 from convmixer.inference import read_image
 from convmixer.registry import Variant, list_models, model_info
-from convmixer.training import Recipe, get_recipe
+from convmixer.training import Recipe, TrainingStopped, get_recipe
 from convmixer.training import train as run_training
 
 OUT = Console(highlight=False, emoji=False)
@@ -243,10 +243,21 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
-def train(recipe: str, data: str, output: Path | None, settings: tuple[str, ...], **options: Any) -> None:
-    """Train by RECIPE: cifar10 (25 epochs), or cifar10-cpu (10 epochs made for a CPU)."""
+@click.option("--tracker", "trackers", multiple=True, help="A tracker of accelerate's, such as tensorboard.")
+@click.pass_context
+def train(
+    ctx: click.Context, recipe: str, data: str, output: Path | None, settings: tuple[str, ...], **options: Any
+) -> None:
+    """Train by RECIPE, such as cifar10 or, made for a CPU, cifar10-cpu.
+
+    SIGTERM and Ctrl-C save the run to the step; --resume goes on from there.
+    """
     chosen = get_recipe(recipe, **dict(_recipe_value(text) for text in settings))
-    run_training(chosen, data, output or Path("runs") / recipe, progress=_progress, report=_say, **options)
+    try:
+        run_training(chosen, data, output or Path("runs") / recipe, progress=_progress, report=_say, **options)
+    except TrainingStopped as stop:
+        _complain(stop)
+        ctx.exit(128 + stop.signal)
 
 
 @main.command()

@@ -4,8 +4,10 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
+import random
 import re
 import signal
 import subprocess
@@ -24,9 +26,10 @@ from torchvision.datasets import CIFAR10
 
 import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, DataError
-from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
+from convmixer.training import RECIPES, Recipe, TrainingStopped, evaluate, get_recipe, train
 from convmixer.training.data import Augment, Images, hold_out, load_images
-from convmixer.training.loop import bf16_is_faster
+from convmixer.training.loop import _diagnose, bf16_is_faster
+from convmixer.training.run import Run
 
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -100,6 +103,11 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
         ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
         ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
+        ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give in (0, 1]"),
+        ({"patience": 3, "validation_fraction": 0.0}, "contradictory recipe: patience needs validation images"),
+        ({"frozen": 0.5}, "contradictory recipe: frozen=0.5 keeps a backbone that was never trained"),
+        ({"accumulate": 3}, "contradictory recipe: batch_size=512 does not divide into accumulate=3 parts"),
+        ({"mixup": 0.1, "batch_size": 9}, "contradictory recipe: mixup and cutmix pair images: batch_size=9"),
     ],
 )
 def test_senseless_recipes(fields, text):
@@ -230,6 +238,10 @@ def test_no_augmentation_only_normalises():
     assert torch.equal(_denormalize(_augment()(PIXELS)), PIXELS)
 
 
+def test_vertical_flip():
+    assert torch.equal(_denormalize(_augment(vertical_flip=1.0)(PIXELS)), PIXELS.flip(2))
+
+
 def test_flip():
     assert torch.equal(_denormalize(_augment(flip=1.0)(PIXELS)), PIXELS.flip(3))
     result = _denormalize(_augment(flip=0.5)(PIXELS))
@@ -250,7 +262,7 @@ def test_shift_is_one_of_all_translations_of_the_reflected_image():
     assert len(seen) == 9
 
 
-@pytest.mark.parametrize("fields", [{"rand_augment": (2, 12)}, {"color_jitter": 0.3}, {"random_erasing": 1.0}])
+@pytest.mark.parametrize("fields", [{"rand_augment": (2, 12)}, {"color_jitter": 0.3}, {"random_erasing": 1.0}, {"crop_scale": 0.3}])
 def test_other_augmentation_changes_images_differently(fields):
     result = _augment(**fields)(PIXELS[:1].expand(64, -1, -1, -1))
     assert result.shape == (64, 3, 9, 9)
@@ -271,7 +283,8 @@ def test_learns_and_leaves_its_records(digits, tmp_path):
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=lines.append)
     assert result.test_accuracy[digits.name] > 80
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "last.pt", "metrics.csv", "model.safetensors", "recipe.json", "result.json"
+        ".lock", "best.safetensors", "last.pt", "last.safetensors", "metrics.csv", "metrics.json", "model.safetensors",
+        "plots", "recipe.json", "result.json", "train.log"
     ]  # fmt: skip
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -337,27 +350,6 @@ def test_resume_is_exact(digits, tmp_path):
     assert rows[0] == rows[1]
 
 
-def test_a_killed_process_can_be_resumed(digits, tmp_path):
-    command = [sys.executable, "-m", "convmixer", "train", "cifar10", "--data", str(digits), "--device", "cpu"]
-    command += ["--output", str(tmp_path / "run"), "--set", "batch_size=100", "--set", "rand_augment=[0, 0]"]
-    command += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "image_sizes=[[0, 4]]"]
-    process = subprocess.Popen([*command, "--set", "epochs=50"], stdout=subprocess.DEVNULL, env=os.environ)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.csv").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["history"])
-    assert done >= 1
-    result = subprocess.run([*command, "--resume", "--set", f"epochs={done + 1}"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(done + 1)]
-    assert (tmp_path / "run" / "model.safetensors").exists()
-
-
 def test_resume_refuses_another_recipe_and_an_empty_folder(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
     with pytest.raises(ArgumentError, match="nothing to resume"):
@@ -378,9 +370,234 @@ def test_resume_refuses_another_recipe_and_an_empty_folder(digits, tmp_path):
 
 def test_a_loss_that_explodes_stops_the_run(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "opt": "sgd", "lr": 1e30, "warmup": 0.0})
-    with pytest.raises(ConvMixerError, match="lower lr or set clip_grad"):
+    with pytest.raises(ConvMixerError, match=r"in epoch 1, step \d.*: .* is not finite\. Set a lower lr, or clip_grad"):
         train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_the_layer_that_overflows_is_named():
+    model = convmixer.ConvMixer(8, 3, 3, 2, num_classes=2).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert "gradients" in _diagnose(model, images)
+    assert _diagnose(model, images * math.nan) == "the images are not finite"
+    model.blocks[1][1].bias.data.fill_(3e38)
+    model.blocks[1][1].weight.data.fill_(3e38)
+    assert _diagnose(model, images) == "the output of blocks.1.1 is not finite"
+    model.head.bias.data.fill_(math.inf)
+    assert _diagnose(model, images) == "head.bias is not finite"
+
+
+def test_early_stopping_restores_the_best_weights(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 30, "lr": 0.02, "patience": 2, "min_delta": 0.01})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    losses = [row.validation_loss for row in result.history]
+    assert len(losses) < 30
+    best = 0
+    for i, loss in enumerate(losses):
+        if loss < losses[best] - 0.01:
+            best = i
+    assert len(losses) == best + 3
+    images = load_images(digits, "train", (3, 8, 8))
+    validation = hold_out(images, recipe.validation_fraction, recipe.seed)[1]
+    assert evaluate(result.model, validation)["loss"] == pytest.approx(losses[best], rel=1e-5)
+    kept, named = load_file(result.weights), load_file(tmp_path / "run" / "best.safetensors")
+    assert all(torch.equal(kept[key], named[key]) for key in kept)
+
+
+def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    created = []
+    monkeypatch.setattr(loop, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1])
+    tiny = {"image_sizes": ((0.0, 8),), "epochs": 1, "batch_size": 135}
+    frozen = get_recipe("finetune", frozen=1.0, **tiny)
+    result = train(frozen, digits, tmp_path / "frozen", device="cpu", report=quiet)
+    source = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu").state_dict()
+    for key, value in result.model.state_dict().items():
+        assert torch.equal(value, source[key]) or key.startswith("head.")
+
+    rates = {}
+    real = loop.create_optimizer_v2
+
+    def spy(model, **options):
+        optimizer = real(model, **options)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        rates.update({names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]})
+        return optimizer
+
+    monkeypatch.setattr(loop, "create_optimizer_v2", spy)
+    train(get_recipe("finetune", layer_decay=0.5, **tiny), digits, tmp_path / "decay", device="cpu", report=quiet)
+    assert rates["head.weight"] == 1
+    assert rates["blocks.7.1.weight"] / rates["blocks.6.1.weight"] == pytest.approx(2)
+    assert rates["blocks.0.1.weight"] < rates["blocks.7.1.weight"] / 100
+
+
+def test_the_average_of_the_weights_is_what_is_kept(digits, tmp_path):
+    """With a rate of 0 after the first epoch the weights stand still and the average must reach them."""
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "ema_decay": 0.5})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    kept = load_file(result.weights)
+    assert all(torch.equal(kept[key], state["average"][key]) for key in kept)
+    assert not torch.equal(state["average"]["head.weight"], state["model"]["head.weight"])
+
+
+@pytest.mark.parametrize("fields", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0, "crop_scale": 0.5}])
+def test_mixing_images_still_learns(digits, tmp_path, fields):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0, **fields})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    assert result.test_accuracy[digits.name] > 60
+
+
+def test_tracker(digits, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", trackers=["tensorboard"], report=quiet)
+    log = events.EventAccumulator(str(tmp_path / "run" / "convmixer")).Reload()
+    logged = [(event.step, event.value) for event in log.Scalars("train_loss")]
+    assert logged == [(row.epoch, pytest.approx(row.train_loss)) for row in result.history]
+    with pytest.raises(ArgumentError, match="trackers="):
+        train(recipe, digits, tmp_path / "other", device="cpu", trackers=["nothing"], report=quiet)
+
+
+# ---- runs that survive ----------------------------------------------------------------------------------------------
+
+
+COMMAND = ["train", "cifar10", "--device", "cpu", "--set", "batch_size=90", "--set", "rand_augment=[1, 9]"]
+COMMAND += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "image_sizes=[[0, 4]]", "--set", "random_erasing=0.5"]
+
+
+def _start(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
+    command = [*launcher, "-m", "convmixer", *COMMAND, "--data", str(digits), "--output", str(folder), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    return output
+
+
+def _wait_for(process: subprocess.Popen, file: Path, rows: int) -> None:
+    deadline = time.monotonic() + 120
+    while not file.exists() or len(file.read_text().splitlines()) <= rows:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole_run(digits, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The weights after ten epochs without an interruption."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    _finish(_start(digits, folder, "--set", "epochs=10"))
+    return load_file(folder / "model.safetensors")
+
+
+def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_killed_at_random_and_resumed_gives_the_same_weights(digits, tmp_path, whole_run):
+    folder, rows = tmp_path / "run", 0
+    for _ in range(2):
+        resume = ["--resume"] if (folder / "last.pt").exists() else []
+        process = _start(digits, folder, "--set", "epochs=10", *resume)
+        _wait_for(process, folder / "metrics.csv", rows + random.randint(1, 3))
+        time.sleep(random.random() / 5)
+        process.kill()
+        process.communicate()
+        rows = len(torch.load(folder / "last.pt", weights_only=True)["history"])
+    if rows < 10:
+        _finish(_start(digits, folder, "--set", "epochs=10", "--resume"))
+    _assert_equal(folder, whole_run)
+    with (folder / "metrics.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(10)]
+
+
+def test_sigterm_saves_the_step_and_exits(digits, tmp_path, whole_run):
+    folder = tmp_path / "run"
+    process = _start(digits, folder, "--set", "epochs=10")
+    _wait_for(process, folder / "metrics.csv", 1)
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert re.search(r"stopped (in|after) epoch .* saved: go on with --resume", output)
+    _finish(_start(digits, folder, "--set", "epochs=10", "--resume"))
+    _assert_equal(folder, whole_run)
+
+
+def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, "rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2})
+    whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
+    real, count = loop._Trainer.step, []
+
+    def step(self, *arguments):
+        count.append(1)
+        if len(count) == 11:  # of eight steps an epoch
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(loop._Trainer, "step", step)
+    with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 8, and saved") as stop:
+        train(recipe, digits, tmp_path / "parts", device="cpu", report=quiet)
+    assert stop.value.signal == signal.SIGTERM
+    parts = train(recipe, digits, tmp_path / "parts", device="cpu", resume=True, report=quiet)
+    _assert_equal(tmp_path / "parts", load_file(whole.weights))
+    assert parts.history[1].train_loss == pytest.approx(whole.history[1].train_loss, rel=1e-6)
+    assert parts.history[1].train_accuracy == whole.history[1].train_accuracy
+
+
+def test_a_folder_is_trained_in_by_one_process(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    with Run(tmp_path / "run", recipe, resume=False).locked():
+        code = (
+            "from convmixer.training import *; import sys;"
+            "train(get_recipe('cifar10'), sys.argv[1], sys.argv[2], device='cpu')"
+        )
+        command = [sys.executable, "-c", code, str(digits), str(tmp_path / "run")]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "another process is training in" in second.stderr
+    train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+
+
+def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 3})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(line: str) -> None:
+        if line.startswith("epoch   1"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(ConvMixerError, match="cannot write .*safe.*What was saved before is whole: make room"):
+            train(recipe, digits, tmp_path / "run", device="cpu", report=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [p for p in (tmp_path / "run").iterdir() if re.match(r"\.(?!lock)", p.name)]
+    result = train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+    whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
+    _assert_equal(tmp_path / "run", load_file(whole.weights))
+    assert len(result.history) == 3
+
+
+def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
+    _finish(_start(digits, tmp_path / "two", *common, launcher=launcher))
+    _finish(_start(digits, tmp_path / "one", *common, "--set", "accumulate=2"))
+    histories = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    for one, two in zip(*histories, strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert two["train_accuracy"] == pytest.approx(one["train_accuracy"], abs=0.5)
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
 
 
 def test_too_few_images(digits, tmp_path):

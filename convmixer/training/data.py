@@ -227,6 +227,8 @@ class Augment:
         self.recipe = recipe
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
         group: list[v2.Transform] = []
+        if recipe.crop_scale < 1:
+            group.append(_Crop((recipe.crop_scale, 1.0)))
         if recipe.rand_augment[0]:
             group.append(v2.RandAugment(*recipe.rand_augment))
         if recipe.color_jitter:
@@ -238,14 +240,27 @@ class Augment:
     def __call__(self, pixels: Tensor, size: int | None = None) -> Tensor:
         if self.group is not None:
             pixels = torch.cat([self.group(group) for group in pixels.split(GROUP)])
-        flipped = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < self.recipe.flip
-        pixels = torch.where(flipped, pixels.flip(3), pixels)
+        for probability, dim in ((self.recipe.flip, 3), (self.recipe.vertical_flip, 2)):
+            if probability:
+                flipped = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < probability
+                pixels = torch.where(flipped, pixels.flip(dim), pixels)
         if self.recipe.shift:
             pixels = _shift(pixels, self.recipe.shift)
         if size is not None and pixels.shape[-2:] != (size, size):
             pixels = v2.functional.resize(pixels, [size, size], antialias=True)
         result: Tensor = self.normalize(pixels)
         return self.erase(result) if self.recipe.random_erasing else result
+
+
+class _Crop(v2.RandomResizedCrop):
+    """A crop of random place and area, resized to the size that the images had."""
+
+    def __init__(self, scale: tuple[float, float]) -> None:
+        super().__init__(1, scale=scale, antialias=True)
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        result: Tensor = v2.functional.resized_crop(inpt, **params, size=list(inpt.shape[-2:]), antialias=True)
+        return result
 
 
 def _shift(pixels: Tensor, most: int) -> Tensor:

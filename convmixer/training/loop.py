@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import hashlib
 import math
 import platform
 import random
@@ -12,22 +12,33 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from convmixer.checkpoints import save_weights, write_atomically
+from convmixer.checkpoints import read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.factory import create_model, resolve_device
 from convmixer.model import ConvMixer, evaluating
+from convmixer.plots import plot_history
 from convmixer.training.data import READERS, Augment, Images, has_split, hold_out, load_images
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.recipes import Recipe
+from convmixer.training.run import Run, TrainingStopped, stop_signals
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CHECK_EVERY = 50  # steps between looks at the loss, which make a GPU wait
+_START = {"step": 0, "loss": 0.0, "correct": 0.0, "seconds": 0.0}  # of an epoch
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -63,9 +74,9 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
-def _normalize(model: nn.Module) -> v2.Transform:
+def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])])
+    return config["mean"], config["std"]
 
 
 @torch.inference_mode()
@@ -83,7 +94,7 @@ def evaluate(
         `{"loss": mean cross entropy, "top1": percent, "count": images}`.
     """
     device = next(model.parameters()).device
-    normalize = _normalize(model)
+    normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*_normalization(model))])
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     batches = list(zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True))
@@ -109,36 +120,164 @@ def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -
     return model
 
 
-def _save_state(folder: Path, recipe: Recipe, model: nn.Module, optimizer: Any, history: list[Epoch]) -> None:
-    state = {
-        "recipe": json.dumps(dataclasses.asdict(recipe)),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": [dataclasses.asdict(epoch) for epoch in history],
-    }
-    write_atomically(folder / "last.pt", lambda path: torch.save(state, path))
+def _seed(*numbers: int) -> None:
+    """Let all randomness follow from these numbers, however many processes share the work."""
+    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest())
+    torch.manual_seed(seed)
+    random.seed(seed)  # timm's random erasing
+    np.random.seed(seed % 2**32)  # timm's mixup
 
 
-def _load_state(path: Path, recipe: Recipe, model: nn.Module, optimizer: Any) -> list[Epoch]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = json.loads(state["recipe"])
-    except Exception as error:
-        raise ConvMixerError(f"cannot resume from {str(path)!r}: {error}. Delete it to start anew") from error
-    asked = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    # Another length is no other recipe: the schedule goes on at the same epoch of the new length.
-    changed = [
-        f"{name} was {saved.get(name)!r}, is {new!r}"
-        for name, new in asked.items()
-        if saved.get(name) != new and name != "epochs"
-    ]
-    if changed:
-        raise ArgumentError(f"cannot resume {str(path)!r} with another recipe: {'; '.join(changed)}")
-    if recipe.epochs < len(state["history"]):
-        raise ArgumentError(f"{str(path)!r} has {len(state['history'])} epochs behind it: give epochs of at least that")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return [Epoch(**row) for row in state["history"]]
+def _best(recipe: Recipe, history: Sequence[Epoch]) -> int:
+    """Number of the epoch with the lowest validation loss, later ones lower by more than `min_delta`; 0 is none."""
+    best, lowest = 0, math.inf
+    for row in history:
+        if row.validation_loss < lowest - recipe.min_delta:
+            best, lowest = row.epoch, row.validation_loss
+    return best
+
+
+@torch.no_grad()
+def _diagnose(model: ConvMixer, inputs: Tensor) -> str:
+    """Where values stop being finite: a parameter, the input, or the first layer whose output has them."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"{name} is not finite"
+    if not inputs.isfinite().all():
+        return "the images are not finite"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    model(inputs)
+    for handle in hooks:
+        handle.remove()
+    return f"the output of {found[0]} is not finite" if found else "the gradients of the step before were not finite"
+
+
+class _Trainer:
+    """Model, optimizer and average of the weights, and what one step does to them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        images: Images,
+        where: torch.device,
+        accelerator: Accelerator,
+        *,
+        precision: str,
+        compile: bool,
+    ) -> None:
+        self.recipe, self.where, self.accelerator = recipe, where, accelerator
+        self.precision, self.compile = precision, compile
+        self.images = images.to(where)
+        self.model = _new_model(recipe, images.classes, where)
+        self.optimizer = create_optimizer_v2(
+            self.model,
+            opt=recipe.opt,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            eps=recipe.eps,
+            layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
+        )
+        self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.augment = Augment(recipe, *_normalization(self.model), where)
+        self.mixup: Any = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(
+                mixup_alpha=recipe.mixup,
+                cutmix_alpha=recipe.cutmix,
+                label_smoothing=recipe.label_smoothing,
+                num_classes=len(images.classes),
+            )
+        self.parts = recipe.accumulate * accelerator.num_processes
+        self.steps = len(images) // recipe.batch_size
+        self.channels_last = not next(self.model.parameters()).is_contiguous()  # the layout that the factory chose
+        self.head_only: bool | None = None
+        self.compiled: Any = None
+
+    @property
+    def kept(self) -> ConvMixer:
+        """What is validated and saved."""
+        return cast("ConvMixer", self.average.module) if self.average else self.model
+
+    def state(self) -> dict[str, Any]:
+        average = self.average.module.state_dict() if self.average else None
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": average}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.module.load_state_dict(state["average"])
+
+    def _set_phase(self, *, head_only: bool) -> None:
+        """All layers learn, or the head alone; a frozen backbone keeps its BatchNorm statistics."""
+        if self.head_only is head_only:
+            return
+        self.head_only = head_only
+        for part in (self.model.stem, self.model.blocks):
+            part.requires_grad_(not head_only)
+        self.compiled = self.model
+        if self.accelerator.num_processes > 1:
+            self.compiled = self.accelerator.prepare_model(self.compiled)
+        if self.compile:  # one compilation per image size is faster than one for all of them
+            self.compiled = torch.compile(self.compiled, dynamic=False)
+
+    def train_mode(self) -> None:
+        self.model.train()
+        if self.head_only:
+            self.model.stem.eval()
+            self.model.blocks.eval()
+
+    def step(self, batch: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """One step on the images with these indices.
+
+        Returns:
+            This process's part of the mean loss, its number of correct images, its last inputs, and the learning rate.
+        """
+        recipe = self.recipe
+        length = recipe.epochs * self.steps
+        done = (epoch * self.steps + step) / length
+        if self.head_only is not (done < recipe.frozen):
+            self._set_phase(head_only=done < recipe.frozen)
+            self.train_mode()
+        rate = recipe.learning_rate(done + 0.5 / length)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        loss_sum, correct = torch.zeros(2, device=self.where)
+        for i in range(recipe.accumulate):
+            part = self.accelerator.process_index * recipe.accumulate + i
+            _seed(recipe.seed, epoch, step, part)
+            index = batch.view(self.parts, -1)[part]
+            labels = self.images.labels[index]
+            inputs = self.augment(self.images.pixels[index], recipe.image_size(done))
+            if self.channels_last:
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            targets, smoothing = labels, recipe.label_smoothing
+            if self.mixup:
+                (inputs, targets), smoothing = self.mixup(inputs, labels), 0.0
+            more = i < recipe.accumulate - 1
+            with self.accelerator.no_sync(self.compiled) if more else contextlib.nullcontext():
+                with autocast(self.where, self.precision):
+                    logits: Tensor = self.compiled(inputs)
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                self.accelerator.backward(loss / recipe.accumulate)
+            loss_sum += loss.detach() / self.parts
+            correct += (logits.detach().argmax(1) == labels).sum()
+        if recipe.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(self.model, step=epoch * self.steps + step)
+        return loss_sum, correct, inputs, rate
 
 
 def train(
@@ -153,43 +292,217 @@ def train(
     device: str | torch.device = "auto",
     precision: str = "auto",
     compile: bool = False,
+    trackers: Sequence[str] = (),
     progress: Progress = _no_progress,
     report: Callable[[str], None] = print,
 ) -> TrainingResult:
     """Train a model, validate after every epoch, test at the end.
 
+    Under `torchrun` or `accelerate launch` the processes share each step: `recipe.batch_size` counts the images of
+    all of them, and BatchNorm sees those of its own process. Two processes compute what one does with
+    `accumulate=2`, but for the running statistics of BatchNorm, of which the first process's are kept.
+
     Args:
         recipe: From `get_recipe`.
         data: Source of the training split, and of the test split where it has one; see `load_images`.
-        output: Folder of the run. It will hold `recipe.json`, `metrics.csv`, `last.pt` (all that resuming needs),
-            `model.safetensors` and `result.json`.
+        output: Folder of the run; `convmixer.training.run` says what it will hold.
         tests: Further test sets.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
-        resume: Go on after the last finished epoch of `output`; with the same data and options, exactly as if there
-            had been no interruption. Of the recipe only `epochs` may have changed.
+        resume: Go on where `output` was left; with the same data and options, exactly as if there had been no
+            interruption. Of the recipe only `epochs` may have changed.
         device: "auto" takes the accelerator if there is one.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has products for it.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
+        trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
         progress: Called as `progress(iterable, description)`, for a progress bar.
         report: Takes each line of text.
 
     Raises:
         ArgumentError: A setting that makes no sense, or a run in `output` that may not be continued or replaced.
         DataError: Data that cannot be found or read.
-        ConvMixerError: The loss became infinite or not a number.
+        TrainingStopped: SIGTERM or SIGINT came; what was done is saved, to the step.
+        ConvMixerError: The loss became infinite or not a number, or the disk is full.
     """
-    folder = Path(output)
-    last = folder / "last.pt"
-    if last.exists() and not resume:
-        raise ArgumentError(f"{str(folder)!r} holds a run: resume it (--resume) or choose another folder")
-    if resume and not last.exists():
-        raise ArgumentError(f"nothing to resume: {str(last)!r} does not exist")
+    run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
     autocast(where, precision)  # what is wrong with it is said before data are read
-    started = time.time()
-    probe = create_model(recipe.model, device="meta")
-    config: dict[str, Any] = probe.pretrained_cfg
+    accelerator = _accelerator(where, trackers, run.folder)
+    from accelerate.utils import broadcast_object_list
+
+    if accelerator.num_processes > 1:
+        where = accelerator.device
+    first = accelerator.is_main_process
+    progress_here = progress if first else _no_progress
+    parts = recipe.accumulate * accelerator.num_processes
+    if recipe.batch_size % parts or (recipe.mixup or recipe.cutmix) and recipe.batch_size // parts % 2:
+        raise ArgumentError(
+            f"batch_size={recipe.batch_size} does not divide into {accelerator.num_processes} processes with "
+            f"accumulate={recipe.accumulate} equal parts each, even ones for mixup and cutmix"
+        )
+
+    def say(line: str) -> None:
+        if first:
+            report(line)
+            run.log(line)
+
+    with run.locked() if first else contextlib.nullcontext(), stop_signals() as stopped:
+        started = time.time()
+        with accelerator.main_process_first() if download else contextlib.nullcontext():
+            training, validation, test_sets = _read(recipe, data, tests, data_root, download, progress_here)
+        if len(training) < recipe.batch_size:
+            raise ArgumentError(f"{len(training)} training images do not fill one batch of {recipe.batch_size}")
+        trainer = _Trainer(recipe, training, where, accelerator, precision=precision, compile=compile)
+        steps = trainer.steps
+        history: list[Epoch] = []
+        place = _START
+        if resume:
+            state = run.load()
+            trainer.load(state)
+            history = [Epoch(**row) for row in state["history"]]
+            place = state["place"]
+
+        def save(**at: float) -> None:
+            if first:
+                rows = [dataclasses.asdict(row) for row in history]
+                run.save(**trainer.state(), history=rows, place={**_START, **at})
+
+        def total(*values: Tensor) -> list[float]:
+            return accelerator.reduce(torch.stack(values)).tolist()  # type: ignore[no-any-return]
+
+        if first:
+            run.write_json("recipe.json", dataclasses.asdict(recipe))
+        names = {"architecture": recipe.model.split(".")[0], "label_names": list(training.classes)}
+        say(
+            f"{recipe.model} on {accelerator.num_processes} x {where.type}: {len(training)} training, "
+            f"{len(validation)} validation images, "
+            f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
+        )
+        for epoch in range(len(history), recipe.epochs):
+            if recipe.patience and epoch - _best(recipe, history) >= recipe.patience:
+                say(f"no better validation loss in {recipe.patience} epochs: stopped")
+                break
+            begun = time.perf_counter() - place["seconds"]
+            _seed(recipe.seed, epoch)
+            order = torch.randperm(len(training)).to(where)
+            # What was done of the epoch before an interruption counts for the first process.
+            loss_sum, correct = torch.tensor([place["loss"], place["correct"]], device=where) * first
+            rate = 0.0
+            trainer.train_mode()
+            for step in progress_here(range(int(place["step"]), steps), f"epoch {epoch + 1}/{recipe.epochs}"):
+                batch = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+                loss, right, inputs, rate = trainer.step(batch, epoch, step)
+                loss_sum += loss
+                correct += right
+                look = step % CHECK_EVERY == CHECK_EVERY - 1
+                if (look or step == steps - 1) and not loss_sum.isfinite():
+                    raise ConvMixerError(
+                        f"the loss became {loss_sum.item()} in epoch {epoch + 1}, step {step + 1} or shortly before, "
+                        f"at a learning rate of {rate:.2g}: {_diagnose(trainer.model, inputs)}. Set a lower lr, or "
+                        f"clip_grad; the epochs before it are kept in {str(run.folder)!r}"
+                    )
+                number = stopped()
+                if accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
+                    number = int(max(total(torch.tensor(float(number), device=where)))) if look else 0
+                if number and step < steps - 1:
+                    done = dict(zip(("loss", "correct"), total(loss_sum, correct), strict=True))
+                    save(step=step + 1, seconds=time.perf_counter() - begun, **done)
+                    raise TrainingStopped(
+                        f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}, and saved: go on with --resume",
+                        number,
+                    )
+            loss_total, correct_total = total(loss_sum, correct)
+            seconds = time.perf_counter() - begun
+            place = _START
+            scores = evaluate(trainer.kept, validation, precision=precision) if first else {}
+            scores = broadcast_object_list([scores])[0]
+            row = Epoch(
+                epoch=epoch + 1,
+                learning_rate=rate,
+                train_loss=loss_total / steps,
+                train_accuracy=100 * correct_total / (steps * recipe.batch_size),
+                validation_loss=scores["loss"],
+                validation_accuracy=scores["top1"],
+                seconds=seconds,
+                images_per_second=steps * recipe.batch_size / seconds,
+            )
+            history.append(row)
+            if first:
+                run.write("last.safetensors", lambda path: save_weights(trainer.kept, path, names))
+                if _best(recipe, history) == row.epoch:
+                    run.write("best.safetensors", lambda path: save_weights(trainer.kept, path, names))
+                save()
+                run.write("metrics.csv", lambda path: write_history(path, history))
+                run.write_json("metrics.json", [dataclasses.asdict(row) for row in history])
+                run.write("plots/history.png", lambda path: plot_history(history).savefig(path, format="png"))
+            accelerator.log({k: v for k, v in dataclasses.asdict(row).items() if k != "epoch"}, step=row.epoch)
+            say(str(row))
+            if stopped() and accelerator.num_processes == 1 and row.epoch < recipe.epochs:
+                raise TrainingStopped(f"stopped after epoch {row.epoch}, and saved: go on with --resume", stopped())
+
+        model = trainer.kept
+        if recipe.patience and _best(recipe, history):
+            model.load_state_dict(read_tensors(run.folder / "best.safetensors"))
+            say(f"the weights of epoch {_best(recipe, history)} are the best and are kept")
+        weights = run.folder / "model.safetensors"
+        accuracy: dict[str, float] = {}
+        if first:
+            run.write(weights.name, lambda path: save_weights(model, path, names))
+            accuracy = {n: evaluate(model, s, progress=progress_here)["top1"] for n, s in test_sets.items()}
+            result = {
+                "command": " ".join(["convmixer", *sys.argv[1:]]) if Path(sys.argv[0]).name == "convmixer" else None,
+                "recipe": dataclasses.asdict(recipe),
+                "validation_accuracy": history[-1].validation_accuracy if len(validation) else None,
+                "test_accuracy": accuracy,
+                "test_images": {name: len(images) for name, images in test_sets.items()},
+                "train_seconds": round(sum(row.seconds for row in history)),
+                "last_session_seconds": round(time.time() - started),
+                "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name(),
+                "processes": accelerator.num_processes,
+                "threads": torch.get_num_threads(),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+            }
+            run.write_json("result.json", result)
+            for name, top1 in accuracy.items():
+                say(f"test {name}: top-1 {top1:.2f} % of {len(test_sets[name])} images")
+        accuracy = broadcast_object_list([accuracy])[0]
+        accelerator.end_training()
+    return TrainingResult(model, history, accuracy, weights)
+
+
+def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path) -> Accelerator:
+    """The processes of this run, and its trackers."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise ArgumentError("training needs the accelerate library: pip install 'convmixer[train]'") from error
+    # What accelerate remembers of an earlier run in this process, perhaps on another device, does not hold for this one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(
+            cpu=where.type == "cpu", mixed_precision="no", log_with=list(trackers) or None, project_dir=str(folder)
+        )
+    except ValueError as error:
+        raise ArgumentError(f"trackers={list(trackers)!r}: {error}") from error
+    missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    if missing:
+        raise ArgumentError(f"trackers={list(trackers)!r}: install {', '.join(sorted(missing))} first")
+    if trackers:
+        accelerator.init_trackers("convmixer")
+    return accelerator
+
+
+def _read(
+    recipe: Recipe,
+    data: str | Path,
+    tests: Sequence[str | Path],
+    data_root: str | Path | None,
+    download: bool,
+    progress: Progress,
+) -> tuple[Images, Images, dict[str, Images]]:
+    """Training, validation and test images, at the size that the model takes."""
+    config: dict[str, Any] = create_model(recipe.model, device="meta").pretrained_cfg
     size: tuple[int, int, int] = tuple(config["input_size"])
 
     def read(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Images:
@@ -208,101 +521,7 @@ def train(
     for source in ([data] if has_split(data, "test") else []) + list(tests):
         name = str(source) if str(source).startswith(READERS) else Path(source).name
         test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)
-    training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
-    if len(training) < recipe.batch_size:
-        raise ArgumentError(f"{len(training)} training images do not fill one batch of {recipe.batch_size}")
-    del images
-
-    model = _new_model(recipe, training.classes, where)
-    optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    history = _load_state(last, recipe, model, optimizer) if resume else []
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / "recipe.json",
-        lambda path: path.write_text(json.dumps(dataclasses.asdict(recipe), indent=2) + "\n"),
-    )
-    training = training.to(where)
-    augment = Augment(recipe, config["mean"], config["std"], where)
-    # One compilation per image size is faster than one for all of them.
-    step_model = torch.compile(model, dynamic=False) if compile else model
-    report(
-        f"{recipe.model} on {where.type}: {len(training)} training, {len(validation)} validation images, "
-        f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
-    )
-    steps = len(training) // recipe.batch_size
-    channels_last = not next(model.parameters()).is_contiguous()  # the layout that the factory chose
-    for epoch in range(len(history), recipe.epochs):
-        # All randomness of an epoch follows from (seed, epoch), so that a resumed run repeats it exactly.
-        torch.manual_seed(recipe.seed * 100_003 + epoch)
-        random.seed(recipe.seed * 100_003 + epoch)
-        begun = time.perf_counter()
-        order = torch.randperm(len(training)).to(where)
-        loss_sum = torch.zeros((), device=where)
-        correct = torch.zeros((), device=where)
-        rate = 0.0
-        model.train()
-        for step in progress(range(steps), f"epoch {epoch + 1}/{recipe.epochs}"):
-            done = (epoch * steps + step) / (recipe.epochs * steps)
-            rate = recipe.learning_rate(done + 0.5 / (recipe.epochs * steps))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            labels = training.labels[index]
-            inputs = augment(training.pixels[index], recipe.image_size(done))
-            if channels_last:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            with autocast(where, precision):
-                logits: Tensor = step_model(inputs)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if recipe.clip_grad:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-            optimizer.step()
-            loss_sum += loss.detach()
-            correct += (logits.detach().argmax(1) == labels).sum()
-        train_loss = loss_sum.item() / steps
-        seconds = time.perf_counter() - begun
-        if not math.isfinite(train_loss):
-            raise ConvMixerError(
-                f"the loss became {train_loss} in epoch {epoch + 1} at a learning rate of up to {rate:.2g}: lower lr "
-                f"or set clip_grad; the epochs before it are kept in {str(folder)!r}"
-            )
-        scores = evaluate(model, validation, precision=precision)
-        row = Epoch(
-            epoch=epoch + 1,
-            learning_rate=rate,
-            train_loss=train_loss,
-            train_accuracy=100 * correct.item() / (steps * recipe.batch_size),
-            validation_loss=scores["loss"],
-            validation_accuracy=scores["top1"],
-            seconds=seconds,
-            images_per_second=steps * recipe.batch_size / seconds,
-        )
-        history.append(row)
-        _save_state(folder, recipe, model, optimizer, history)
-        write_history(folder / "metrics.csv", history)
-        report(str(row))
-
-    weights = folder / "model.safetensors"
-    save_weights(model, weights, {"architecture": recipe.model.split(".")[0], "label_names": list(training.classes)})
-    accuracy = {n: evaluate(model, s, progress=progress)["top1"] for n, s in test_sets.items()}
-    result = {
-        "command": " ".join(["convmixer", *sys.argv[1:]]) if Path(sys.argv[0]).name == "convmixer" else None,
-        "recipe": dataclasses.asdict(recipe),
-        "validation_accuracy": history[-1].validation_accuracy if len(validation) else None,
-        "test_accuracy": accuracy,
-        "test_images": {name: len(images) for name, images in test_sets.items()},
-        "train_seconds": round(sum(row.seconds for row in history)),
-        "last_session_seconds": round(time.time() - started),
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
-    }
-    write_atomically(folder / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
-    for name, top1 in accuracy.items():
-        report(f"test {name}: top-1 {top1:.2f} % of {len(test_sets[name])} images")
-    return TrainingResult(model, history, accuracy, weights)
+    return *hold_out(images, recipe.validation_fraction, recipe.seed), test_sets
 
 
 def _cpu_name() -> str:

@@ -1,0 +1,153 @@
+"""The folder of a run: its lock, its checkpoints and its records, each written whole or not at all.
+
+    recipe.json        every field of the recipe
+    train.log          what was reported, line by line
+    metrics.csv/.json  one row per epoch
+    last.pt            all that resuming needs: weights, optimizer, average, place in the epoch
+    last.safetensors   the weights after the last finished epoch
+    best.safetensors   those with the lowest validation loss
+    model.safetensors  the result, and result.json what it reached; written at the end
+    plots/history.png  loss, accuracy and learning rate by epoch
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from convmixer.checkpoints import write_atomically
+from convmixer.errors import ArgumentError, ConvMixerError
+from convmixer.training.recipes import Recipe
+
+
+class TrainingStopped(ConvMixerError):
+    """Training was asked to stop, by SIGTERM or SIGINT, and has saved its place.
+
+    Attributes:
+        signal: Number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+class Run:
+    """A run folder; as a context manager it is locked against a second process."""
+
+    def __init__(self, folder: str | Path, recipe: Recipe, *, resume: bool) -> None:
+        self.folder = Path(folder)
+        self.recipe = recipe
+        self.state = self.folder / "last.pt"
+        if self.folder.is_file():
+            raise ArgumentError(f"output={str(self.folder)!r} is a file: give a folder")
+        if self.state.exists() and not resume:
+            raise ArgumentError(f"{str(self.folder)!r} holds a run: resume it (--resume) or choose another folder")
+        if resume and not self.state.exists():
+            raise ArgumentError(f"nothing to resume: {str(self.state)!r} does not exist")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ArgumentError(
+                f"another process is training in {str(self.folder)!r}: wait for it or choose another folder"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Write a file of the run atomically; a disk that is full is an error that leaves the old file as it was."""
+        try:
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            write_atomically(self.folder / name, write)
+        except (OSError, SafetensorError) as error:
+            raise ConvMixerError(
+                f"cannot write {str(self.folder / name)!r}: {error}. What was saved before is whole: "
+                "make room and go on with --resume"
+            ) from error
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def log(self, line: str) -> None:
+        with contextlib.suppress(OSError), (self.folder / "train.log").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def save(self, **state: Any) -> None:
+        """Keep all that resuming needs."""
+        state["recipe"] = json.dumps(dataclasses.asdict(self.recipe))
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:  # torch.save given a path turns errors of the disk into RuntimeError
+                torch.save(state, file)
+
+        self.write("last.pt", write)
+
+    def load(self) -> dict[str, Any]:
+        """What `save` kept, after a check that the recipe is still the same; nothing in the file is executed.
+
+        Raises:
+            ArgumentError: Another recipe, or fewer epochs than are done. Another length is no other recipe: the
+                schedule goes on at the same epoch of the new length.
+            ConvMixerError: A file that cannot be read.
+        """
+        try:
+            state: dict[str, Any] = torch.load(self.state, map_location="cpu", weights_only=True)
+            saved = json.loads(state["recipe"])
+        except Exception as error:
+            raise ConvMixerError(
+                f"cannot resume from {str(self.state)!r}: {error}. Delete it to start anew"
+            ) from error
+        asked = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        changed = [
+            f"{name} was {saved.get(name)!r}, is {new!r}"
+            for name, new in asked.items()
+            if saved.get(name) != new and name not in ("epochs", "note")
+        ]
+        if changed:
+            raise ArgumentError(f"cannot resume {str(self.state)!r} with another recipe: {'; '.join(changed)}")
+        done = len(state["history"])
+        if self.recipe.epochs < done:
+            raise ArgumentError(f"{str(self.state)!r} has {done} epochs behind it: give epochs of at least that")
+        return state
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within the block SIGTERM and SIGINT are noted, not obeyed: the function given tells which came, or 0.
+
+    A second one interrupts as usual. Outside the main thread, which alone may set handlers, nothing is changed.
+    """
+    caught: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: caught[0] if caught else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
