@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from convmixer import plots
 from convmixer.checkpoints import convert_checkpoint, write_atomically
-from convmixer.errors import ArgumentError, ConvMixerError, ImageError
+from convmixer.errors import ArgumentError, ConvMixerError, ImageError, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
 from convmixer.factory import create_model
+from convmixer.inference import label_names, read_image
 from convmixer.inference import predict as predict_images
-from convmixer.inference import read_image
 from convmixer.registry import Variant, list_models, model_info
 from convmixer.training import Recipe, TrainingStopped, get_recipe
 from convmixer.training import train as run_training
+from convmixer.training.data import load_images
+from convmixer.training.history import read_history
 
 OUT = Console(highlight=False, emoji=False)
 ERR = Console(stderr=True, highlight=False, emoji=False)
@@ -63,7 +68,7 @@ def _progress(items: Iterable[Any], description: str = "") -> Iterator[Any]:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="convmixer")
 def main() -> None:
-    """ConvMixer models: list them, classify images, train, convert checkpoints."""
+    """ConvMixer models: list them, classify images, train, convert checkpoints, draw figures."""
 
 
 # ---- the registry ---------------------------------------------------------------------------------------------------
@@ -271,18 +276,23 @@ def convert(source: Path, destination: Path) -> None:
 # ---- validation -----------------------------------------------------------------------------------------------------
 
 
+def _recipe_model(run: Path) -> str:
+    """The model that was trained in a run's folder."""
+    try:
+        name: str = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArgumentError(
+            f"{str(run)!r} is no folder of a run, which has a recipe.json that names a model "
+            f"({type(error).__name__}: {error}): give a run, or a model's name such as those of `convmixer list`"
+        ) from error
+    return name
+
+
 def _open_model(name: str, checkpoint: Path | None, device: str) -> Any:
     """A model of `create_model`, or of the run that `convmixer train` left in the folder `name`."""
-    folder = Path(name)
-    if folder.is_dir():
-        try:
-            name = json.loads((folder / "recipe.json").read_text())["model"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArgumentError(
-                f"{str(folder)!r} is no folder of a run, its recipe.json cannot be read: "
-                f"give a run, a name of `convmixer list`, or local-dir:{folder}"
-            ) from error
-        checkpoint = checkpoint or folder / "model.safetensors"
+    if os.path.isdir(name):
+        weights = checkpoint or Path(name) / "model.safetensors"
+        return create_model(_recipe_model(Path(name)), checkpoint=weights, device=device)
     return create_model(name, pretrained=True, device=device, checkpoint=checkpoint)
 
 
@@ -355,3 +365,63 @@ def validate(
         _show(result)
     if output:
         write_atomically(output, lambda path: path.write_text(text + "\n"))
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def _figures(source: str, data: str | None, image: Path | None, device: str) -> Iterator[tuple[str, Any]]:
+    """Names and figures of all that can be drawn."""
+    if os.path.isdir(source):
+        history = read_history(Path(source) / "metrics.csv")
+        finished = (Path(source) / "model.safetensors").exists()
+        model = _open_model(source, None, device) if finished else None
+        if model is None and (data or image):
+            raise ArgumentError(
+                f"--data and --image need weights, and {source!r} has no model.safetensors, which the end of a run "
+                "writes: leave them out, or give the name of a model"
+            )
+        yield "history", plots.plot_history(history)
+    else:
+        try:
+            model = create_model(source, pretrained=True, device=device)
+        except UnknownModelError as error:
+            raise UnknownModelError(f"no folder {source!r}, and no model: {error}") from error
+    if model is None:
+        return
+    yield "patch_embedding", plots.plot_patch_embedding(model)
+    yield "depthwise_kernels", plots.plot_depthwise_kernels(model)
+    if image:
+        yield "class_activation", plots.plot_class_activation(model, image)
+    if data:
+        size = tuple(model.pretrained_cfg["input_size"])
+        reading = functools.partial(_progress, description="reading test")
+        images = load_images(data, "test", size, classes=label_names(model), progress=reading)
+        computing = functools.partial(_progress, description="classifying")
+        probabilities = plots.class_probabilities(model, images.pixels, progress=computing)
+        yield "confusion", plots.plot_confusion(images.labels, probabilities.argmax(1), images.classes)
+        yield "mistakes", plots.plot_mistakes(images.pixels, images.labels, probabilities, images.classes)
+
+
+@main.command()
+@click.argument("source", metavar="RUN_OR_MODEL")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to write.  [default: RUN/plots or plots/MODEL]")
+@click.option("--data", help="Test images for confusion and mistakes: folder, .tar, or a name such as torch/cifar10.")
+@click.option("--image", type=click.Path(path_type=Path), help="An image to show the class activation on.")
+@click.option("--device", default="auto", show_default=True)
+def plot(source: str, output: Path | None, data: str | None, image: Path | None, device: str) -> None:
+    """Draw a run's history and a model's weights and mistakes.
+
+    RUN_OR_MODEL is the folder of a run, or any name of create_model.
+    """
+    if output is None:
+        named = Path("plots") / re.sub(r"[^\w.-]+", "_", source)
+        output = Path(source) / "plots" if os.path.isdir(source) else named
+    for name, figure in _figures(source, data, image, device):
+        path = output / f"{name}.png"
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"cannot make the folder {str(output)!r}: {error.strerror}; set --output") from error
+        plots.write_figure(figure, path)
+        _say(path)

@@ -5,7 +5,8 @@ ConvMixerError
 ├── UnknownModelError      a model or weights name that is not in the registry (also a LookupError)
 ├── WeightsError           a weights file that is missing, foreign, short, corrupt or non-finite
 ├── ImageError             an image that cannot be read or does not fit the model
-└── DataError              a data set that cannot be found or read
+├── DataError              a data set or a run's record that cannot be found or read
+└── DependencyError        an optional library that is not installed (also an ImportError)
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class ImageError(ConvMixerError):
 
 
 class DataError(ConvMixerError):
-    """A data set that cannot be found or read."""
+    """A data set or a run's record that cannot be found or read."""
+
+
+class DependencyError(ConvMixerError, ImportError):
+    """An optional library that is not installed."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -61,7 +61,7 @@ def pictures(cat, tmp_path):
 
 def test_help_names_every_command():
     text = run("--help").stdout
-    for name in ("list", "info", "predict", "train", "convert"):
+    for name in ("list", "info", "predict", "train", "convert", "plot"):
         assert re.search(rf"^  {name} ", text, re.MULTILINE)
     assert run("-h").stdout == text
 

@@ -10,7 +10,8 @@ import convmixer
 
 PACKAGE = Path(convmixer.__file__).parent
 FLOORS = {"errors": 0, "registry": 0, "ops": 0, "model": 1, "checkpoints": 2, "transforms": 1, "hub": 2, "factory": 3}
-FLOORS |= {"inference": 4, "training": 4, "evaluation": 5, "cli": 6, "__main__": 7, "__init__": 7}
+FLOORS |= {"inference": 4, "plots": 4, "training": 4, "evaluation": 5, "cli": 6, "__main__": 7, "__init__": 7}
+NEIGHBOURS = ("inference", "plots", "training")  # of one floor; a cycle among them fails at import
 
 
 def test_exported_names():
@@ -69,7 +70,7 @@ def test_imports_go_down_the_floors():
             parts = name.split(".")
             if parts[0] == "convmixer" and len(parts) > 1 and parts[1] in FLOORS and parts[1] != module:
                 below = FLOORS[parts[1]] < FLOORS[module]
-                beside = FLOORS[parts[1]] == FLOORS[module] and parts[1] in ("errors", "registry")
+                beside = FLOORS[parts[1]] == FLOORS[module] and parts[1] in ("errors", "registry", *NEIGHBOURS)
                 assert below or beside, f"{path.name} imports {name}"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convmixer.checkpoints import write_atomically
+from convmixer.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,3 +42,26 @@ def write_history(path: Path, history: Sequence[Epoch]) -> None:
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()}
         rows.writerow(rounded)
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
+
+
+def read_history(path: str | Path) -> list[Epoch]:
+    """The rows that `write_history` wrote, to six decimals.
+
+    Raises:
+        DataError: There is no such file, or it is another kind of file.
+    """
+    path, names = Path(path), [field.name for field in dataclasses.fields(Epoch)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = [line for line in csv.reader(file) if line]
+        if not lines or lines[0] != names:
+            raise ValueError(f"its first line is not {','.join(names)}")
+        if uneven := [line for line in lines if len(line) != len(names)]:
+            raise ValueError(f"the row {','.join(uneven[0])!r} has {len(uneven[0])} values, not {len(names)}")
+        return [Epoch(int(line[0]), *map(float, line[1:])) for line in lines[1:]]
+    except FileNotFoundError as error:
+        raise DataError(f"no history at {str(path)!r}: give the metrics.csv of a run of convmixer train") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(
+            f"{str(path)!r} is no history of a run: {error}. Give the metrics.csv that convmixer train wrote"
+        ) from error

@@ -1,0 +1,361 @@
+"""Figures of a run and of a model: curves, confusion, mistakes, weights, class activation.
+
+Each function returns a `matplotlib.figure.Figure` that belongs to no window and to no global state of pyplot, so any
+thread may draw, with or without a display. `write_figure` makes a PNG file of it. matplotlib and captum come with
+`pip install 'convmixer[train]'` and are imported when a figure is drawn.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as F
+
+from convmixer.checkpoints import write_atomically
+from convmixer.errors import ArgumentError, DependencyError
+from convmixer.inference import label_names, read_image
+from convmixer.model import evaluating
+from convmixer.transforms import create_transform
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from convmixer.training.history import Epoch
+
+Array = Tensor | npt.NDArray[Any] | Sequence[Any]
+MOST_CELL_TEXTS = 20  # classes up to which a confusion matrix has room for figures in its cells
+MOST_TICK_LABELS = 150
+MOST_KERNELS = 256  # of one block
+SHOWN_SIDE = 224  # pixels; smaller inputs are drawn from the same part of the image at a higher resolution
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise DependencyError(
+            f"this figure needs {library}, which is missing: pip install 'convmixer[train]'"
+        ) from error
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of that many inches."""
+    figure: Figure = _optional("matplotlib.figure").Figure((width, height), layout="constrained")
+    return figure
+
+
+def write_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as a PNG file of 150 dots per inch, replaced as a whole or not at all.
+
+    Raises:
+        ArgumentError: There is no such folder, or `path` is one.
+    """
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def _array(values: Array) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = torch.as_tensor(values).detach().cpu().numpy()
+    return array
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+def plot_history(history: Sequence[Epoch]) -> Figure:
+    """Loss, accuracy and learning rate by epoch.
+
+    Args:
+        history: One row per epoch, from `read_history` or `TrainingResult.history`. A run without validation has NaN
+            for it, which is left out.
+
+    Raises:
+        ArgumentError: No epoch at all.
+    """
+    if not history:
+        raise ArgumentError("this history has no epochs: draw it after the first one")
+    figure = _figure(12, 3.6)
+    panels: tuple[Axes, Axes, Axes] = figure.subplots(1, 3)
+    epochs = [row.epoch for row in history]
+    for axes, name, unit in zip(panels, ("loss", "accuracy"), ("cross entropy", "top-1 (%)"), strict=False):
+        for split in ("train", "validation"):
+            values = [getattr(row, f"{split}_{name}") for row in history]
+            if not all(map(math.isnan, values)):
+                axes.plot(epochs, values, ".-", label=split)
+        axes.legend()
+        axes.set(title=name, ylabel=unit)
+    panels[2].plot(epochs, [row.learning_rate for row in history], ".-", color="tab:green")
+    panels[2].set(title="learning rate", ylabel="at the end of the epoch")
+    for axes in panels:
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(_optional("matplotlib.ticker").MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+    return figure
+
+
+# ---- predictions ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def class_probabilities(
+    model: nn.Module,
+    pixels: Tensor,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Tensor:
+    """What a classifier makes of images that are decoded already, as `load_images` does.
+
+    Args:
+        model: A classifier from `create_model`.
+        pixels: uint8 (N, C, H, W).
+        batch_size: Images computed at a time.
+        progress: Wraps the iteration, for a progress bar.
+
+    Returns:
+        float32 (N, num_classes) on the CPU; rows sum to 1.
+    """
+    parameter = next(model.parameters())
+    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    batches = []
+    with evaluating(model):
+        for batch in progress(pixels.split(batch_size)):
+            inputs = F.normalize(batch.to(parameter.device).float() / 255, config["mean"], config["std"])
+            batches.append(model(inputs.to(parameter.dtype)).float().softmax(1).cpu())
+    return torch.cat(batches)
+
+
+def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) -> Figure:
+    """Confusion matrix: for each true class (row), how its images were classified (columns), in percent of the row.
+
+    Shades follow the square root of the percentage, so that rare confusions are seen too. Up to 20 classes each cell
+    also says its percentage and its number of images; empty cells say nothing.
+
+    Args:
+        labels: True classes, integers (N,).
+        predictions: Predicted classes, integers (N,).
+        classes: Names by class.
+
+    Raises:
+        ArgumentError: No images, lengths that differ, or an integer that is no class.
+    """
+    true, predicted = _array(labels), _array(predictions)
+    count = len(classes)
+    if true.shape != predicted.shape or true.ndim != 1 or not true.size:
+        raise ArgumentError(f"labels {true.shape} and predictions {predicted.shape}: give both as (N,), N at least 1")
+    for name, values in {"labels": true, "predictions": predicted}.items():
+        if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= count:
+            raise ArgumentError(f"{name} from {values.min()} to {values.max()}: give integers from 0 to {count - 1}")
+    matrix = np.bincount(true.astype(np.int64) * count + predicted, minlength=count**2).reshape(count, count)
+    totals = matrix.sum(1, keepdims=True)
+    percent = 100 * matrix / np.maximum(totals, 1)
+    side = min(max(0.72 * count, 4), 16)
+    figure = _figure(side + 1.5, side)
+    axes = figure.subplots()
+    root = _optional("matplotlib.colors").PowerNorm(0.5, vmin=0, vmax=100)
+    shown = axes.imshow(percent, cmap="Blues", norm=root)
+    figure.colorbar(shown, ax=axes, label="% of the true class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"top-1 {100 * matrix.trace() / true.size:.2f} % of {true.size} images")
+    if count <= MOST_TICK_LABELS:
+        size = min(10.0, 72 * side / count * 0.6)
+        slope: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(count), classes, fontsize=size, **slope if count <= MOST_CELL_TEXTS else {"rotation": 90})
+        axes.set_yticks(range(count), classes, fontsize=size)
+    if count <= MOST_CELL_TEXTS:
+        for row, column in np.argwhere(matrix):
+            text = f"{percent[row, column]:.1f}%\n{matrix[row, column]}"
+            color = "white" if percent[row, column] > 30 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
+    return figure
+
+
+def plot_mistakes(
+    images: Tensor, labels: Array, probabilities: Array, classes: Sequence[str], count: int = 25
+) -> Figure:
+    """The misclassified images whose wrong class got the highest probability, most confident first.
+
+    Args:
+        images: uint8 (N, C, H, W), C 1 or 3.
+        labels: True classes, integers (N,).
+        probabilities: (N, number of classes), as from `class_probabilities`.
+        classes: Names by class.
+        count: Most images to show.
+
+    Raises:
+        ArgumentError: Shapes that do not fit together, or a count below 1.
+    """
+    true, share = _array(labels), _array(probabilities)
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
+        raise ArgumentError(f"images {tuple(images.shape)} of {images.dtype}: give uint8 (N, 1 or 3, H, W)")
+    if true.shape != (len(images),) or share.shape != (len(images), len(classes)):
+        raise ArgumentError(
+            f"{len(images)} images of {len(classes)} classes with labels {true.shape} and probabilities {share.shape}: "
+            f"give ({len(images)},) and ({len(images)}, {len(classes)})"
+        )
+    if count < 1:
+        raise ArgumentError(f"count={count}: give at least 1")
+    predicted, confidence = share.argmax(1), share.max(1)
+    wrong = np.flatnonzero(predicted != true)
+    chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
+    columns = math.ceil(math.sqrt(max(len(chosen), 1)))
+    rows = math.ceil(max(len(chosen), 1) / columns)
+    figure = _figure(max(1.9 * columns, 4), 2.1 * rows + 0.4)
+    figure.suptitle(f"{len(wrong)} mistakes among {len(images)} images")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, i in zip(grid.flat, chosen, strict=False):
+        axes.imshow(_array(images[i].permute(1, 2, 0)), cmap="gray", vmin=0, vmax=255)
+        title = f"{classes[true[i]]} -> {classes[predicted[i]]} {100 * confidence[i]:.1f}%"
+        axes.set_title(textwrap.fill(title, 26), fontsize=8)
+    return figure
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def _weight(model: nn.Module, name: str) -> npt.NDArray[Any]:
+    try:
+        return _array(model.get_parameter(name).float())
+    except AttributeError as error:
+        raise ArgumentError(
+            f"this {type(model).__name__} has no {name}: give a ConvMixer, built without features_only"
+        ) from error
+
+
+def _mosaic(tiles: npt.NDArray[Any], gap: float) -> npt.NDArray[Any]:
+    """(N, h, w, ...) -> one nearly square picture, row by row, neighbours one pixel of the value `gap` apart."""
+    count, height, width, *channels = tiles.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    border = [(0, rows * columns - count), (0, 1), (0, 1)] + [(0, 0)] * len(channels)
+    tiles = np.pad(tiles, border, constant_values=gap)
+    grid = tiles.reshape(rows, columns, height + 1, width + 1, *channels).swapaxes(1, 2)
+    picture: npt.NDArray[Any] = grid.reshape(rows * (height + 1), columns * (width + 1), *channels)
+    return picture[:-1, :-1]
+
+
+def plot_patch_embedding(model: nn.Module) -> Figure:
+    """The filters of the stem as colour tiles, as the paper shows them in its Figure 4 (arXiv:2201.09792).
+
+    Each filter is scaled by itself, its lowest weight to 0 and its highest to 1 over all its channels, so that hues
+    within a filter are true and strengths of different filters cannot be compared. Three channels are shown as red,
+    green and blue; of any other number the mean, as grey.
+
+    Args:
+        model: A ConvMixer.
+
+    Raises:
+        ArgumentError: Another model.
+    """
+    weight = _weight(model, "stem.0.weight").transpose(0, 2, 3, 1)  # (dim, p, p, in_chans)
+    if weight.shape[3] != 3:
+        weight = weight.mean(3, keepdims=True)
+    low, high = weight.min((1, 2, 3), keepdims=True), weight.max((1, 2, 3), keepdims=True)
+    tiles = (weight - low) / np.maximum(high - low, np.finfo(weight.dtype).tiny)
+    figure = _figure(7, 7.3)
+    axes = figure.subplots()
+    axes.imshow(_mosaic(tiles, gap=1).squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(f"patch embedding: {len(tiles)} filters of {tiles.shape[1]}x{tiles.shape[2]}")
+    return figure
+
+
+def plot_depthwise_kernels(model: nn.Module, block: int | None = None) -> Figure:
+    """The first 256 depthwise kernels of one block, or of up to four blocks from the first to the last.
+
+    Colours run from blue (negative) through white (0) to red; their range is that of the panel's largest weight.
+
+    Args:
+        model: A ConvMixer.
+        block: Index of the block, counted from the end if negative; None takes several, evenly spread.
+
+    Raises:
+        ArgumentError: Another model, or no such block.
+    """
+    _weight(model, "blocks.0.0.fn.0.weight")
+    depth = len(model.blocks)  # type: ignore[arg-type]
+    if block is not None and not -depth <= block < depth:
+        raise ArgumentError(f"block={block}: this model has the blocks 0 to {depth - 1}")
+    chosen = sorted({round(i * (depth - 1) / 3) for i in range(4)}) if block is None else [block % depth]
+    columns = min(len(chosen), 2)
+    rows = math.ceil(len(chosen) / columns)
+    figure = _figure(6.4 * columns, 5.8 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, i in zip(grid.flat, chosen, strict=False):
+        weight = _weight(model, f"blocks.{i}.0.fn.0.weight")  # (dim, 1, k, k)
+        kernels = weight[:MOST_KERNELS, 0]
+        most = np.abs(kernels).max()
+        shown = axes.imshow(_mosaic(kernels, gap=np.nan), cmap="RdBu_r", vmin=-most, vmax=most, interpolation="nearest")
+        figure.colorbar(shown, ax=axes, shrink=0.8)
+        axes.set_title(f"block {i}: {len(kernels)} of {len(weight)} kernels, {kernels.shape[1]}x{kernels.shape[2]}")
+    return figure
+
+
+# ---- class activation -----------------------------------------------------------------------------------------------
+
+
+def plot_class_activation(model: nn.Module, image: Any, target: int | None = None) -> Figure:
+    """Grad-CAM: which places of an image speak for a class, by the last block's output and its gradient.
+
+    On the left is what the model sees; on the right the activation, scaled to at most 1 and interpolated between the
+    centres of the patches, over the same part of the image. Method: Selvaraju et al., "Grad-CAM", arXiv:1610.02391;
+    captum's `LayerGradCam` computes it.
+
+    Args:
+        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        image: Whatever `read_image` takes; it is preprocessed as by `predict`.
+        target: Index of the class; None takes the most probable one.
+
+    Raises:
+        ImageError: An image that cannot be read.
+        ArgumentError: A model without a head, or no such class.
+    """
+    _weight(model, "stem.0.weight")
+    names = label_names(model)
+    if target is not None and not 0 <= target < len(names):
+        raise ArgumentError(f"target={target}: this model has the classes 0 to {len(names) - 1}")
+    attribution = _optional("captum.attr")
+    channels: int = model.in_chans  # type: ignore[assignment]
+    opened, transform = read_image(image, channels), create_transform(model)
+    parameter = next(model.parameters())
+    inputs = transform(opened)[None].to(parameter.device, parameter.dtype).requires_grad_()  # weights may be frozen
+    with evaluating(model):
+        probabilities = model(inputs).detach().float().softmax(1)[0]
+        best = int(probabilities.argmax())
+        index = best if target is None else target
+        grad_cam = attribution.LayerGradCam(model, model.blocks[-1])  # type: ignore[index]
+        activation = grad_cam.attribute(inputs, target=index, relu_attributions=True).detach().float()
+    height, width = inputs.shape[2:]
+    scale = math.ceil(SHOWN_SIDE / min(height, width))
+    raw: dict[str, Any] = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    seen, picture = (
+        _array(create_transform(model, input_size=(channels, k * height, k * width), **raw)(opened).permute(1, 2, 0))
+        for k in (1, scale)
+    )
+    overlay = attribution.LayerAttribution.interpolate(activation, picture.shape[:2], "bilinear")[0, 0]
+    figure = _figure(9, 4.6)
+    left, right = figure.subplots(1, 2)
+    for axes, pixels in ((left, seen), (right, picture)):
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+        axes.set_axis_off()
+    overlay = _array(overlay / overlay.max().clamp(min=torch.finfo(overlay.dtype).tiny))
+    shown = right.imshow(overlay, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * overlay**0.5)
+    figure.colorbar(shown, ax=right, label="activation, relative", shrink=0.8)
+    left.set_title(f"the model's input, {width}x{height}")
+    right.set_title(f"activation for {names[index]}, {100 * probabilities[index]:.1f} %")
+    figure.suptitle(f"predicted: {names[best]} {100 * probabilities[best]:.1f} %")
+    return figure
