@@ -251,7 +251,7 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--tracker", "trackers", multiple=True, help="A tracker of accelerate's, such as tensorboard.")
 @click.pass_context
 def train(
-    ctx: click.Context, recipe: str, data: str, output: Path | None, settings: tuple[str, ...], **options: Any
+    ctx: click.Context, /, recipe: str, data: str, output: Path | None, settings: tuple[str, ...], **options: Any
 ) -> None:
     """Train by RECIPE, such as cifar10 or, made for a CPU, cifar10-cpu.
 

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pickle
 import random
 import re
@@ -262,7 +261,9 @@ def test_shift_is_one_of_all_translations_of_the_reflected_image():
     assert len(seen) == 9
 
 
-@pytest.mark.parametrize("fields", [{"rand_augment": (2, 12)}, {"color_jitter": 0.3}, {"random_erasing": 1.0}, {"crop_scale": 0.3}])
+@pytest.mark.parametrize(
+    "fields", [{"rand_augment": (2, 12)}, {"color_jitter": 0.3}, {"random_erasing": 1.0}, {"crop_scale": 0.3}]
+)
 def test_other_augmentation_changes_images_differently(fields):
     result = _augment(**fields)(PIXELS[:1].expand(64, -1, -1, -1))
     assert result.shape == (64, 3, 9, 9)
@@ -408,7 +409,9 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
     from convmixer.training import loop
 
     created = []
-    monkeypatch.setattr(loop, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1])
+    monkeypatch.setattr(
+        loop, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1]
+    )
     tiny = {"image_sizes": ((0.0, 8),), "epochs": 1, "batch_size": 135}
     frozen = get_recipe("finetune", frozen=1.0, **tiny)
     result = train(frozen, digits, tmp_path / "frozen", device="cpu", report=quiet)
@@ -467,13 +470,28 @@ COMMAND = ["train", "cifar10", "--device", "cpu", "--set", "batch_size=90", "--s
 COMMAND += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "image_sizes=[[0, 4]]", "--set", "random_erasing=0.5"]
 
 
-def _start(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.Popen:
-    command = [*launcher, "-m", "convmixer", *COMMAND, "--data", str(digits), "--output", str(folder), *options]
+def _start(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "convmixer",
+        *COMMAND,
+        "--data",
+        str(digits),
+        "--output",
+        str(folder),
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def _finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=180)
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert process.returncode == 0, output
     return output
 
@@ -576,7 +594,7 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
 
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(ConvMixerError, match="cannot write .*safe.*What was saved before is whole: make room"):
+        with pytest.raises(ConvMixerError, match=r"cannot write .*safe.*What was saved before is whole: make room"):
             train(recipe, digits, tmp_path / "run", device="cpu", report=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -589,7 +607,7 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
 
 
 def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path):
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
     _finish(_start(digits, tmp_path / "two", *common, launcher=launcher))
     _finish(_start(digits, tmp_path / "one", *common, "--set", "accumulate=2"))

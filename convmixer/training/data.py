@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,9 +227,9 @@ class Augment:
     def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
         self.recipe = recipe
         self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
-        group: list[v2.Transform] = []
+        group: list[Callable[[Tensor], Tensor]] = []
         if recipe.crop_scale < 1:
-            group.append(_Crop((recipe.crop_scale, 1.0)))
+            group.append(partial(_crop, least=recipe.crop_scale))
         if recipe.rand_augment[0]:
             group.append(v2.RandAugment(*recipe.rand_augment))
         if recipe.color_jitter:
@@ -252,15 +253,10 @@ class Augment:
         return self.erase(result) if self.recipe.random_erasing else result
 
 
-class _Crop(v2.RandomResizedCrop):
-    """A crop of random place and area, resized to the size that the images had."""
-
-    def __init__(self, scale: tuple[float, float]) -> None:
-        super().__init__(1, scale=scale, antialias=True)
-
-    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        result: Tensor = v2.functional.resized_crop(inpt, **params, size=list(inpt.shape[-2:]), antialias=True)
-        return result
+def _crop(pixels: Tensor, least: float) -> Tensor:
+    """A crop of random place and area, the same for all images, resized to the size that they had."""
+    result: Tensor = v2.RandomResizedCrop(list(pixels.shape[-2:]), scale=(least, 1.0), antialias=True)(pixels)
+    return result
 
 
 def _shift(pixels: Tensor, most: int) -> Tensor:

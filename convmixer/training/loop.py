@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.errors import ArgumentError, ConvMixerError
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
 from convmixer.factory import create_model, resolve_device
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history
@@ -111,10 +111,14 @@ def evaluate(
 
 def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> ConvMixer:
     rates = {n: getattr(recipe, n) for n in ("drop_rate", "block_drop_rate", "drop_path_rate")}
-    pretrained = "." in recipe.model
     torch.manual_seed(recipe.seed)
     model: ConvMixer = create_model(
-        recipe.model, pretrained=pretrained, device=device, num_classes=len(classes), **rates
+        recipe.model,
+        pretrained="." in recipe.model,
+        checkpoint=recipe.checkpoint or None,
+        device=device,
+        num_classes=len(classes),
+        **rates,
     )
     model.pretrained_cfg |= {"label_names": classes, "num_classes": len(classes)}  # type: ignore[operator]
     return model
@@ -122,7 +126,7 @@ def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -
 
 def _seed(*numbers: int) -> None:
     """Let all randomness follow from these numbers, however many processes share the work."""
-    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest())
+    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")
     torch.manual_seed(seed)
     random.seed(seed)  # timm's random erasing
     np.random.seed(seed % 2**32)  # timm's mixup
@@ -335,7 +339,7 @@ def train(
     first = accelerator.is_main_process
     progress_here = progress if first else _no_progress
     parts = recipe.accumulate * accelerator.num_processes
-    if recipe.batch_size % parts or (recipe.mixup or recipe.cutmix) and recipe.batch_size // parts % 2:
+    if recipe.batch_size % parts or ((recipe.mixup or recipe.cutmix) and recipe.batch_size // parts % 2):
         raise ArgumentError(
             f"batch_size={recipe.batch_size} does not divide into {accelerator.num_processes} processes with "
             f"accumulate={recipe.accumulate} equal parts each, even ones for mixup and cutmix"
@@ -372,6 +376,8 @@ def train(
 
         if first:
             run.write_json("recipe.json", dataclasses.asdict(recipe))
+        if trackers:
+            accelerator.init_trackers("convmixer")
         names = {"architecture": recipe.model.split(".")[0], "label_names": list(training.classes)}
         say(
             f"{recipe.model} on {accelerator.num_processes} x {where.type}: {len(training)} training, "
@@ -408,7 +414,8 @@ def train(
                     done = dict(zip(("loss", "correct"), total(loss_sum, correct), strict=True))
                     save(step=step + 1, seconds=time.perf_counter() - begun, **done)
                     raise TrainingStopped(
-                        f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}, and saved: go on with --resume",
+                        f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}, and saved: "
+                        "go on with --resume",
                         number,
                     )
             loss_total, correct_total = total(loss_sum, correct)
@@ -450,7 +457,9 @@ def train(
             run.write(weights.name, lambda path: save_weights(model, path, names))
             accuracy = {n: evaluate(model, s, progress=progress_here)["top1"] for n, s in test_sets.items()}
             result = {
-                "command": " ".join(["convmixer", *sys.argv[1:]]) if Path(sys.argv[0]).name == "convmixer" else None,
+                "command": " ".join(["convmixer", *sys.argv[1:]])
+                if Path(sys.argv[0]).name in ("convmixer", "__main__.py")
+                else None,
                 "recipe": dataclasses.asdict(recipe),
                 "validation_accuracy": history[-1].validation_accuracy if len(validation) else None,
                 "test_accuracy": accuracy,
@@ -471,13 +480,16 @@ def train(
 
 
 def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path) -> Accelerator:
-    """The processes of this run, and its trackers."""
+    """The processes of this run."""
     try:
+        import matplotlib.figure  # noqa: F401 - for the curves, after an epoch's work
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError as error:
-        raise ArgumentError("training needs the accelerate library: pip install 'convmixer[train]'") from error
-    # What accelerate remembers of an earlier run in this process, perhaps on another device, does not hold for this one.
+        raise DependencyError(
+            f"training needs accelerate and matplotlib ({error}): pip install 'convmixer[train]'"
+        ) from error
+    # What accelerate remembers of an earlier run in this process, perhaps on another device, holds no longer.
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         accelerator = Accelerator(
@@ -488,8 +500,6 @@ def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path) -> 
     missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing:
         raise ArgumentError(f"trackers={list(trackers)!r}: install {', '.join(sorted(missing))} first")
-    if trackers:
-        accelerator.init_trackers("convmixer")
     return accelerator
 
 

@@ -18,6 +18,7 @@ class Recipe:
 
     Attributes:
         model: Variant to train, or `variant.tag` to start from those weights.
+        checkpoint: A .safetensors file to start from, in place of the weights that `model` names.
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes; the last, smaller batch of an epoch is left out.
         accumulate: Parts in which each process computes its share of a step, to save memory. BatchNorm sees one part
@@ -57,6 +58,7 @@ class Recipe:
     """
 
     model: str = "convmixer_256_8"
+    checkpoint: str = ""
     epochs: int = 25
     batch_size: int = 512
     accumulate: int = 1
@@ -130,8 +132,8 @@ class Recipe:
         conflicts = {
             "patience needs validation images: give validation_fraction above 0": self.patience
             and not self.validation_fraction,
-            f"frozen={self.frozen} keeps a backbone that was never trained: give model=VARIANT.TAG": self.frozen
-            and "." not in self.model,
+            f"frozen={self.frozen} keeps a backbone that was never trained: give model=VARIANT.TAG, or a "
+            "checkpoint": self.frozen and "." not in self.model and not self.checkpoint,
             f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} parts": self.batch_size
             % self.accumulate,
             f"mixup and cutmix pair images: batch_size={self.batch_size} over accumulate={self.accumulate} is odd": (
@@ -218,6 +220,22 @@ RECIPES = {
         image_sizes=((0.0, 16), (0.2, 20), (0.45, 26), (0.7, 32)),
         note="For a CPU: few epochs, small images first, and augmentation that costs nothing.",
     ),
+    "cifar10-cpu-2": Recipe(
+        epochs=8,
+        batch_size=64,
+        lr=0.006,
+        weight_decay=0.01,
+        warmup=0.06,
+        knee=(1.0, 0.0),
+        label_smoothing=0.1,
+        shift=3,
+        rand_augment=(1, 9),
+        random_erasing=0.2,
+        image_sizes=((0.0, 24), (0.25, 28), (0.5, 32)),
+        validation_fraction=0.02,
+        note="A second round for what `cifar10-cpu` has trained: give that as `--set checkpoint=`. With more "
+        "augmentation and fewer images held out.",
+    ),
     "cifar10-p1": dataclasses.replace(
         _STRONG,
         model="convmixer_256_8_ks9_p1",
@@ -234,7 +252,8 @@ RECIPES = {
         clip_grad=1.0,
         **_CONSTANT,
         **_PLAIN,
-        note="A post that trains a small ConvMixer in Julia with Flux: no augmentation and a constant rate (74 % there).",
+        note="A post that trains a small ConvMixer in Julia with Flux: no augmentation and a constant "
+        "rate (74 % there).",
     ),
     "keras-post": Recipe(
         epochs=50,
@@ -247,8 +266,8 @@ RECIPES = {
         color_jitter=0.1,
         patience=5,
         min_delta=0.01,
-        note="A post that trains a ConvMixer in Keras, with early stopping. Its open question is whether dropout helps: "
-        "compare with `--set drop_rate=0.15 --set block_drop_rate=0.15`.",
+        note="A post that trains a ConvMixer in Keras, with early stopping. Its open question is whether dropout "
+        "helps: compare with `--set drop_rate=0.15 --set block_drop_rate=0.15`.",
     ),
     "finetune": Recipe(
         model="convmixer_256_8.cifar10",

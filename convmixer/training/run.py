@@ -1,13 +1,13 @@
 """The folder of a run: its lock, its checkpoints and its records, each written whole or not at all.
 
-    recipe.json        every field of the recipe
-    train.log          what was reported, line by line
-    metrics.csv/.json  one row per epoch
-    last.pt            all that resuming needs: weights, optimizer, average, place in the epoch
-    last.safetensors   the weights after the last finished epoch
-    best.safetensors   those with the lowest validation loss
-    model.safetensors  the result, and result.json what it reached; written at the end
-    plots/history.png  loss, accuracy and learning rate by epoch
+recipe.json        every field of the recipe
+train.log          what was reported, line by line
+metrics.csv/.json  one row per epoch
+last.pt            all that resuming needs: weights, optimizer, average, place in the epoch
+last.safetensors   the weights after the last finished epoch
+best.safetensors   those with the lowest validation loss
+model.safetensors  the result, and result.json what it reached; written at the end
+plots/history.png  loss, accuracy and learning rate by epoch
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ class Run:
             yield
         finally:
             lock.release()
+            if [file.name for file in self.folder.iterdir()] == [".lock"]:  # it came to nothing
+                (self.folder / ".lock").unlink()
+                self.folder.rmdir()
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
         """Write a file of the run atomically; a disk that is full is an error that leaves the old file as it was."""
@@ -112,9 +115,7 @@ class Run:
             state: dict[str, Any] = torch.load(self.state, map_location="cpu", weights_only=True)
             saved = json.loads(state["recipe"])
         except Exception as error:
-            raise ConvMixerError(
-                f"cannot resume from {str(self.state)!r}: {error}. Delete it to start anew"
-            ) from error
+            raise ConvMixerError(f"cannot resume from {str(self.state)!r}: {error}. Delete it to start anew") from error
         asked = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
         changed = [
             f"{name} was {saved.get(name)!r}, is {new!r}"
