@@ -221,7 +221,7 @@ RECIPES = {
         note="For a CPU: few epochs, small images first, and augmentation that costs nothing.",
     ),
     "cifar10-cpu-2": Recipe(
-        epochs=8,
+        epochs=7,
         batch_size=64,
         lr=0.006,
         weight_decay=0.01,
