@@ -19,14 +19,14 @@ from rich.table import Table
 
 from convmixer import plots
 from convmixer.checkpoints import convert_checkpoint, write_atomically
-from convmixer.errors import ArgumentError, ConvMixerError, ImageError, UnknownModelError
+from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
 from convmixer.factory import create_model
 from convmixer.inference import label_names, read_image
 from convmixer.inference import predict as predict_images
 from convmixer.registry import Variant, list_models, model_info
-from convmixer.training import Recipe, TrainingStopped, get_recipe
+from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.data import load_images
 from convmixer.training.history import read_history

@@ -6,7 +6,8 @@ ConvMixerError
 ├── WeightsError           a weights file that is missing, foreign, short, corrupt or non-finite
 ├── ImageError             an image that cannot be read or does not fit the model
 ├── DataError              a data set or a run's record that cannot be found or read
-└── DependencyError        an optional library that is not installed (also an ImportError)
+├── DependencyError        an optional library that is not installed (also an ImportError)
+└── TrainingStopped        training was asked to stop, and has saved its place
 """
 
 from __future__ import annotations
@@ -41,6 +42,18 @@ class DataError(ConvMixerError):
 
 class DependencyError(ConvMixerError, ImportError):
     """An optional library that is not installed."""
+
+
+class TrainingStopped(ConvMixerError):
+    """Training was asked to stop, by SIGTERM or SIGINT, and has saved its place.
+
+    Attributes:
+        signal: Number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -24,8 +24,8 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 import convmixer
-from convmixer.errors import ArgumentError, ConvMixerError, DataError
-from convmixer.training import RECIPES, Recipe, TrainingStopped, evaluate, get_recipe, train
+from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped
+from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.data import Augment, Images, hold_out, load_images
 from convmixer.training.loop import _diagnose, bf16_is_faster
 from convmixer.training.run import Run

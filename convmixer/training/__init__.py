@@ -2,6 +2,5 @@
 
 from convmixer.training.loop import TrainingResult, evaluate, train
 from convmixer.training.recipes import RECIPES, Recipe, get_recipe
-from convmixer.training.run import TrainingStopped
 
-__all__ = ["RECIPES", "Recipe", "TrainingResult", "TrainingStopped", "evaluate", "get_recipe", "train"]
+__all__ = ["RECIPES", "Recipe", "TrainingResult", "evaluate", "get_recipe", "train"]

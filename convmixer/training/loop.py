@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped
 from convmixer.factory import create_model, resolve_device
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history
 from convmixer.training.data import READERS, Augment, Images, has_split, hold_out, load_images
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.recipes import Recipe
-from convmixer.training.run import Run, TrainingStopped, stop_signals
+from convmixer.training.run import Run, stop_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -30,18 +30,6 @@ from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.training.recipes import Recipe
 
 
-class TrainingStopped(ConvMixerError):
-    """Training was asked to stop, by SIGTERM or SIGINT, and has saved its place.
-
-    Attributes:
-        signal: Number of the signal.
-    """
-
-    def __init__(self, message: str, signal: int) -> None:
-        super().__init__(message)
-        self.signal = signal
-
-
 class Run:
     """A run folder; as a context manager it is locked against a second process."""
 
