@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CHECK_EVERY = 50  # steps between looks at the loss, which make a GPU wait
-_START = {"step": 0, "loss": 0.0, "correct": 0.0, "seconds": 0.0}  # of an epoch
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -165,6 +164,16 @@ def _diagnose(model: ConvMixer, inputs: Tensor) -> str:
     return f"the output of {found[0]} is not finite" if found else "the gradients of the step before were not finite"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """How far an epoch is: steps done, and over them the sum of losses, the correct images, the seconds."""
+
+    step: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+    seconds: float = 0.0
+
+
 class _Trainer:
     """Model, optimizer and average of the weights, and what one step does to them."""
 
@@ -240,22 +249,55 @@ class _Trainer:
             self.model.stem.eval()
             self.model.blocks.eval()
 
-    def step(self, batch: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    def rate(self, epoch: int, step: int) -> float:
+        """The learning rate of a step."""
+        return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
+
+    def epoch(self, epoch: int, place: _Place, stopped: Callable[[], int], progress: Progress) -> tuple[_Place, int]:
+        """Train from a place in an epoch to its end, or until a signal.
+
+        Returns:
+            The place reached, and the number of the signal, or 0.
+        """
+        begun = time.perf_counter() - place.seconds
+        _seed(self.recipe.seed, epoch)
+        order = torch.randperm(len(self.images)).to(self.where)
+        # What was done before an interruption counts for the first process.
+        sums = torch.tensor([place.loss, place.correct], device=self.where) * self.accelerator.is_main_process
+        number, step, size = 0, place.step - 1, self.recipe.batch_size
+        self.train_mode()
+        for step in progress(range(place.step, self.steps), f"epoch {epoch + 1}/{self.recipe.epochs}"):
+            inputs, result = self.step(order[step * size : (step + 1) * size], epoch, step)
+            sums += result
+            look = step % CHECK_EVERY == CHECK_EVERY - 1 or step == self.steps - 1
+            if look and not sums.isfinite().all():
+                raise ConvMixerError(
+                    f"the loss became {sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, at a "
+                    f"learning rate of {self.rate(epoch, step):.2g}: {_diagnose(self.model, inputs)}. Set a lower lr, "
+                    "or clip_grad; the epochs before it are kept, --resume starts from them"
+                )
+            number = stopped()
+            if self.accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
+                number = int(self.accelerator.reduce(torch.tensor(number, device=self.where)).item()) if look else 0
+            if number:
+                break
+        loss, correct = self.accelerator.reduce(sums).tolist()
+        return _Place(step + 1, loss, correct, time.perf_counter() - begun), number
+
+    def step(self, batch: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step on the images with these indices.
 
         Returns:
-            This process's part of the mean loss, its number of correct images, its last inputs, and the learning rate.
+            The last inputs, and this process's part of (mean loss, number of correct images).
         """
         recipe = self.recipe
-        length = recipe.epochs * self.steps
-        done = (epoch * self.steps + step) / length
+        done = (epoch * self.steps + step) / (recipe.epochs * self.steps)
         if self.head_only is not (done < recipe.frozen):
             self._set_phase(head_only=done < recipe.frozen)
             self.train_mode()
-        rate = recipe.learning_rate(done + 0.5 / length)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        loss_sum, correct = torch.zeros(2, device=self.where)
+            group["lr"] = self.rate(epoch, step) * group.get("lr_scale", 1.0)
+        sums = torch.zeros(2, device=self.where)
         for i in range(recipe.accumulate):
             part = self.accelerator.process_index * recipe.accumulate + i
             _seed(recipe.seed, epoch, step, part)
@@ -273,15 +315,14 @@ class _Trainer:
                     logits: Tensor = self.compiled(inputs)
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 self.accelerator.backward(loss / recipe.accumulate)
-            loss_sum += loss.detach() / self.parts
-            correct += (logits.detach().argmax(1) == labels).sum()
+            sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
         if recipe.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update(self.model, step=epoch * self.steps + step)
-        return loss_sum, correct, inputs, rate
+        return inputs, sums
 
 
 def train(
@@ -357,23 +398,12 @@ def train(
         if len(training) < recipe.batch_size:
             raise ArgumentError(f"{len(training)} training images do not fill one batch of {recipe.batch_size}")
         trainer = _Trainer(recipe, training, where, accelerator, precision=precision, compile=compile)
-        steps = trainer.steps
-        history: list[Epoch] = []
-        place = _START
+        steps, history, place = trainer.steps, list[Epoch](), _Place()
         if resume:
             state = run.load()
             trainer.load(state)
             history = [Epoch(**row) for row in state["history"]]
-            place = state["place"]
-
-        def save(**at: float) -> None:
-            if first:
-                rows = [dataclasses.asdict(row) for row in history]
-                run.save(**trainer.state(), history=rows, place={**_START, **at})
-
-        def total(*values: Tensor) -> list[float]:
-            return accelerator.reduce(torch.stack(values)).tolist()  # type: ignore[no-any-return]
-
+            place = _Place(**state["place"])
         if first:
             run.write_json("recipe.json", dataclasses.asdict(recipe))
         if trackers:
@@ -388,64 +418,37 @@ def train(
             if recipe.patience and epoch - _best(recipe, history) >= recipe.patience:
                 say(f"no better validation loss in {recipe.patience} epochs: stopped")
                 break
-            begun = time.perf_counter() - place["seconds"]
-            _seed(recipe.seed, epoch)
-            order = torch.randperm(len(training)).to(where)
-            # What was done of the epoch before an interruption counts for the first process.
-            loss_sum, correct = torch.tensor([place["loss"], place["correct"]], device=where) * first
-            rate = 0.0
-            trainer.train_mode()
-            for step in progress_here(range(int(place["step"]), steps), f"epoch {epoch + 1}/{recipe.epochs}"):
-                batch = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-                loss, right, inputs, rate = trainer.step(batch, epoch, step)
-                loss_sum += loss
-                correct += right
-                look = step % CHECK_EVERY == CHECK_EVERY - 1
-                if (look or step == steps - 1) and not loss_sum.isfinite():
-                    raise ConvMixerError(
-                        f"the loss became {loss_sum.item()} in epoch {epoch + 1}, step {step + 1} or shortly before, "
-                        f"at a learning rate of {rate:.2g}: {_diagnose(trainer.model, inputs)}. Set a lower lr, or "
-                        f"clip_grad; the epochs before it are kept in {str(run.folder)!r}"
-                    )
-                number = stopped()
-                if accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
-                    number = int(max(total(torch.tensor(float(number), device=where)))) if look else 0
-                if number and step < steps - 1:
-                    done = dict(zip(("loss", "correct"), total(loss_sum, correct), strict=True))
-                    save(step=step + 1, seconds=time.perf_counter() - begun, **done)
-                    raise TrainingStopped(
-                        f"stopped in epoch {epoch + 1} after step {step + 1} of {steps}, and saved: "
-                        "go on with --resume",
-                        number,
-                    )
-            loss_total, correct_total = total(loss_sum, correct)
-            seconds = time.perf_counter() - begun
-            place = _START
-            scores = evaluate(trainer.kept, validation, precision=precision) if first else {}
-            scores = broadcast_object_list([scores])[0]
-            row = Epoch(
-                epoch=epoch + 1,
-                learning_rate=rate,
-                train_loss=loss_total / steps,
-                train_accuracy=100 * correct_total / (steps * recipe.batch_size),
-                validation_loss=scores["loss"],
-                validation_accuracy=scores["top1"],
-                seconds=seconds,
-                images_per_second=steps * recipe.batch_size / seconds,
-            )
-            history.append(row)
+            place, number = trainer.epoch(epoch, place, stopped, progress_here)
+            finished = place.step == steps
+            if finished:
+                scores = evaluate(trainer.kept, validation, precision=precision) if first else {}
+                scores = broadcast_object_list([scores])[0]
+                row = Epoch(
+                    epoch=epoch + 1,
+                    learning_rate=trainer.rate(epoch, steps - 1),
+                    train_loss=place.loss / steps,
+                    train_accuracy=100 * place.correct / (steps * recipe.batch_size),
+                    validation_loss=scores["loss"],
+                    validation_accuracy=scores["top1"],
+                    seconds=place.seconds,
+                    images_per_second=steps * recipe.batch_size / place.seconds,
+                )
+                history.append(row)
+                place = _Place()
+            if first and finished:
+                _record(run, history, trainer.kept, names)
             if first:
-                run.write("last.safetensors", lambda path: save_weights(trainer.kept, path, names))
-                if _best(recipe, history) == row.epoch:
-                    run.write("best.safetensors", lambda path: save_weights(trainer.kept, path, names))
-                save()
-                run.write("metrics.csv", lambda path: write_history(path, history))
-                run.write_json("metrics.json", [dataclasses.asdict(row) for row in history])
-                run.write("plots/history.png", lambda path: plot_history(history).savefig(path, format="png"))
-            accelerator.log({k: v for k, v in dataclasses.asdict(row).items() if k != "epoch"}, step=row.epoch)
-            say(str(row))
-            if stopped() and accelerator.num_processes == 1 and row.epoch < recipe.epochs:
-                raise TrainingStopped(f"stopped after epoch {row.epoch}, and saved: go on with --resume", stopped())
+                rows = [dataclasses.asdict(row) for row in history]
+                run.save(**trainer.state(), history=rows, place=dataclasses.asdict(place))
+            if finished:
+                accelerator.log({k: v for k, v in dataclasses.asdict(row).items() if k != "epoch"}, step=row.epoch)
+                say(str(row))
+            if number and (not finished or epoch + 1 < recipe.epochs):
+                inside = f"in epoch {epoch + 1} after step {place.step} of {steps}"
+                raise TrainingStopped(
+                    f"stopped {f'after epoch {epoch + 1}' if finished else inside}, and saved: go on with --resume",
+                    number,
+                )
 
         model = trainer.kept
         if recipe.patience and _best(recipe, history):
@@ -457,19 +460,14 @@ def train(
             run.write(weights.name, lambda path: save_weights(model, path, names))
             accuracy = {n: evaluate(model, s, progress=progress_here)["top1"] for n, s in test_sets.items()}
             result = {
-                "command": " ".join(["convmixer", *sys.argv[1:]])
-                if Path(sys.argv[0]).name in ("convmixer", "__main__.py")
-                else None,
+                **_circumstances(where),
                 "recipe": dataclasses.asdict(recipe),
                 "validation_accuracy": history[-1].validation_accuracy if len(validation) else None,
                 "test_accuracy": accuracy,
                 "test_images": {name: len(images) for name, images in test_sets.items()},
                 "train_seconds": round(sum(row.seconds for row in history)),
                 "last_session_seconds": round(time.time() - started),
-                "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name(),
                 "processes": accelerator.num_processes,
-                "threads": torch.get_num_threads(),
-                "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
             }
             run.write_json("result.json", result)
             for name, top1 in accuracy.items():
@@ -477,6 +475,27 @@ def train(
         accuracy = broadcast_object_list([accuracy])[0]
         accelerator.end_training()
     return TrainingResult(model, history, accuracy, weights)
+
+
+def _record(run: Run, history: Sequence[Epoch], model: ConvMixer, names: dict[str, Any]) -> None:
+    """Write what an epoch adds to the run's folder, beside the state for resuming, which comes last."""
+    run.write("last.safetensors", lambda path: save_weights(model, path, names))
+    if _best(run.recipe, history) == history[-1].epoch:
+        run.write("best.safetensors", lambda path: save_weights(model, path, names))
+    run.write("metrics.csv", lambda path: write_history(path, history))
+    run.write_json("metrics.json", [dataclasses.asdict(row) for row in history])
+    run.write("plots/history.png", lambda path: plot_history(history).savefig(path, format="png"))
+
+
+def _circumstances(where: torch.device) -> dict[str, Any]:
+    """Command, hardware and versions."""
+    ours = Path(sys.argv[0]).name in ("convmixer", "__main__.py")
+    return {
+        "command": " ".join(["convmixer", *sys.argv[1:]]) if ours else None,
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+    }
 
 
 def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path) -> Accelerator:
