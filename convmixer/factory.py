@@ -288,10 +288,13 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
         found["num_classes"] = head.shape[0]
     if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
         found["input_size"] = (stem.shape[1], *config["input_size"][1:])
+    header = read_metadata(path)
     try:
-        labels = json.loads(read_metadata(path).get("label_names", "null"))
+        labels, size = (json.loads(header.get(name, "null")) for name in ("label_names", "input_size"))
     except ValueError as error:
-        raise WeightsError(f"label_names in the header of {str(path)!r} is not JSON: {error}") from error
+        raise WeightsError(f"label_names or input_size in the header of {str(path)!r} is not JSON: {error}") from error
+    if isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size):
+        found["input_size"] = (found.get("input_size", config["input_size"])[0], *size[1:])
     if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
         found["label_names"] = tuple(labels)
     return found

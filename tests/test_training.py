@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from torchvision.datasets import CIFAR10
 
 import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped
+from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.data import Augment, Images, hold_out, load_images
 from convmixer.training.loop import _diagnose, bf16_is_faster
@@ -102,6 +104,8 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
         ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
         ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
+        ({"in_chans": 2}, "recipe field in_chans=2: give 3 or 1"),
+        ({"input_size": (8,)}, "recipe field input_size=(8,): give height and width"),
         ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give in (0, 1]"),
         ({"patience": 3, "validation_fraction": 0.0}, "contradictory recipe: patience needs validation images"),
         ({"frozen": 0.5}, "contradictory recipe: frozen=0.5 keeps a backbone that was never trained"),
@@ -211,6 +215,36 @@ def test_an_unreadable_image_is_named(digits, tmp_path):
         load_images(tmp_path, "train", (3, 8, 8))
 
 
+def test_unreadable_images_are_left_out_on_request(digits, tmp_path):
+    shutil.copytree(digits / "test", tmp_path / "set")
+    spoiled = sorted((tmp_path / "set").rglob("*.png"))[::20]
+    for file in spoiled:
+        file.write_bytes(file.read_bytes()[:40])
+    lines: list[str] = []
+    images = load_images(tmp_path / "set", "test", (3, 8, 8), skip_unreadable=True, report=lines.append)
+    assert len(images) == 57
+    assert "3 of 60 images are left out" in lines[0]
+    assert all(f"{file.parent.name}/{file.name}" in lines[0] for file in spoiled)
+    whole = load_images(digits, "test", (3, 8, 8))
+    kept = [i for i, file in enumerate(sorted((tmp_path / "set").rglob("*.png"))) if file not in spoiled]
+    assert torch.equal(images.pixels, whole.pixels[kept])
+    assert torch.equal(images.labels, whole.labels[kept])
+    with pytest.raises(DataError, match=r"cannot read image 0 of .*\.png"):
+        load_images(tmp_path / "set", "test", (3, 8, 8))
+
+
+def test_squashed_images_keep_their_borders(tmp_path):
+    (tmp_path / "a").mkdir()
+    wide = np.zeros((8, 16, 3), dtype=np.uint8)
+    wide[:, 8:] = 255
+    wide[:, :2] = wide[:, -2:] = 99
+    Image.fromarray(wide).save(tmp_path / "a" / "wide.png")
+    cropped, squashed = (load_images(tmp_path, "test", (3, 8, 8), squash=s).pixels[0, 0, 0] for s in (False, True))
+    assert cropped.tolist() == [0] * 4 + [255] * 4
+    assert squashed[0] > 50
+    assert squashed[-1] < 200
+
+
 def test_hold_out_is_a_partition_that_the_seed_decides():
     images = Images(torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(100), ("a",))
     training, validation = hold_out(images, 0.1, 3)
@@ -307,6 +341,20 @@ def test_learns_and_leaves_its_records(digits, tmp_path):
     ).view(3, 1, 1)
     correct = (model(normalised).argmax(1) == images.labels).float().mean().item() * 100
     assert result.test_accuracy[digits.name] == pytest.approx(correct)
+
+
+def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    recipe = get_recipe("cifar10", **{**QUICK, "in_chans": 1, "input_size": (8, 12), "image_sizes": ((0.0, 6),)})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu")
+    assert model.in_chans == 1
+    assert model.pretrained_cfg["input_size"] == (1, 8, 12)
+    found = validate(model, digits)
+    assert found.count == 60
+    assert found.top1 == pytest.approx(result.test_accuracy[digits.name], abs=10)  # bicubic there, bilinear here
 
 
 def test_classes_without_a_test_split(digits, tmp_path):
@@ -504,48 +552,30 @@ def _wait_for(process: subprocess.Popen, file: Path, rows: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def whole_run(digits, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The weights after twelve epochs without an interruption."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    _finish(_start(digits, folder, "--set", "epochs=12"))
-    return load_file(folder / "model.safetensors")
-
-
 def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     found = load_file(folder / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_killed_at_random_and_resumed_gives_the_same_weights(digits, tmp_path, whole_run):
+def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path):
+    _finish(_start(digits, tmp_path / "whole", "--set", "epochs=12"))
     folder, rows = tmp_path / "run", 0
-    for _ in range(2):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         process = _start(digits, folder, "--set", "epochs=12", *resume)
         _wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2))
         time.sleep(random.random() / 5)
-        process.kill()
-        process.communicate()
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
         if (folder / "last.pt").exists():
             rows = len(torch.load(folder / "last.pt", weights_only=True)["history"])
-    if not (folder / "result.json").exists():
-        _finish(_start(digits, folder, "--set", "epochs=12", "--resume"))
-    _assert_equal(folder, whole_run)
-    with (folder / "metrics.csv").open(newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(12)]
-
-
-def test_sigterm_saves_the_step_and_exits(digits, tmp_path, whole_run):
-    folder = tmp_path / "run"
-    process = _start(digits, folder, "--set", "epochs=12")
-    _wait_for(process, folder / "metrics.csv", 1)
-    process.terminate()
-    output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     assert re.search(r"stopped (in|after) epoch .* saved: go on with --resume", output)
     _finish(_start(digits, folder, "--set", "epochs=12", "--resume"))
-    _assert_equal(folder, whole_run)
+    _assert_equal(folder, load_file(tmp_path / "whole" / "model.safetensors"))
+    with (folder / "metrics.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(12)]
 
 
 def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):

@@ -100,7 +100,8 @@ class Split:
             with file, Image.open(file) as image:
                 return prepare(image), label
         except Exception as error:
-            raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
+            named = f" ({reader.filename(index)})" if reader is not None and "hfds/" not in self.name else ""
+            raise DataError(f"cannot read image {index} of {self.name!r}{named}: {error}") from error
 
     def labels_in(self, classes: Sequence[str]) -> Tensor:
         """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
@@ -148,9 +149,12 @@ def load_images(
     size: tuple[int, int, int],
     *,
     classes: tuple[str, ...] | None = None,
+    squash: bool = False,
+    skip_unreadable: bool = False,
     root: str | Path | None = None,
     download: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    report: Callable[[str], None] = print,
 ) -> Images:
     """Decode a split through timm's readers.
 
@@ -159,11 +163,14 @@ def load_images(
             name for timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
         split: "train" or "test".
         size: (C, H, W): larger or smaller images are resized (shorter side) and cropped to the centre.
+        squash: Resize both sides instead, and crop nothing.
         classes: Class names that the labels must follow, as when a test set must agree with a training set; the source
             may lack some of them.
+        skip_unreadable: Leave out images that cannot be read, and report how many and which.
         root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
         progress: Wraps the iteration, for a progress bar.
+        report: Takes the line about unreadable images.
 
     Raises:
         DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
@@ -173,14 +180,29 @@ def load_images(
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
     opened = open_split(source, split, root=root, download=download)
     index = opened.labels_in(classes or opened.classes)
-    fit = v2.Compose([v2.Resize(min(size[1:]), antialias=True), v2.CenterCrop(size[1:])])
+    resize = v2.Resize(list(size[1:]) if squash else min(size[1:]), antialias=True)
+    fit = v2.Compose([resize, v2.CenterCrop(size[1:])])
     pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
     labels = torch.empty(len(opened), dtype=torch.int64)
+    errors: dict[int, str] = {}
     for i in progress(range(len(opened))):
-        tensor, label = opened.read(i, lambda image: v2.functional.pil_to_tensor(image.convert(mode)))
+        try:
+            tensor, label = opened.read(i, lambda image: v2.functional.pil_to_tensor(image.convert(mode)))
+        except DataError as error:
+            if not skip_unreadable:
+                raise
+            errors[i] = str(error)
+            continue
         pixels[i] = tensor if tensor.shape == size else fit(tensor)
         labels[i] = label
     opened.close()
+    if errors:
+        shown = "; ".join(list(errors.values())[:5]) + ("; ..." if len(errors) > 5 else "")
+        report(f"{len(errors)} of {len(opened)} images are left out: {shown}")
+        if len(errors) == len(opened):
+            raise DataError(f"no image of {opened.name!r} can be read: {shown}")
+        kept = torch.tensor([i for i in range(len(opened)) if i not in errors])
+        pixels, labels = pixels[kept], labels[kept]
     return Images(pixels, index[labels], classes or opened.classes)
 
 
@@ -247,8 +269,9 @@ class Augment:
                 pixels = torch.where(flipped, pixels.flip(dim), pixels)
         if self.recipe.shift:
             pixels = _shift(pixels, self.recipe.shift)
-        if size is not None and pixels.shape[-2:] != (size, size):
-            pixels = v2.functional.resize(pixels, [size, size], antialias=True)
+        if size is not None and size != min(pixels.shape[-2:]):
+            sides = [round(side * size / min(pixels.shape[-2:])) for side in pixels.shape[-2:]]
+            pixels = v2.functional.resize(pixels, sides, antialias=True)
         result: Tensor = self.normalize(pixels)
         return self.erase(result) if self.recipe.random_erasing else result
 

@@ -33,6 +33,7 @@ from convmixer.training.data import READERS, Augment, Images, has_split, hold_ou
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
+from convmixer.transforms import preprocessing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,7 +75,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    config = preprocessing(model)
     return config["mean"], config["std"]
 
 
@@ -117,9 +118,13 @@ def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -
         checkpoint=recipe.checkpoint or None,
         device=device,
         num_classes=len(classes),
+        in_chans=recipe.in_chans,
         **rates,
     )
-    model.pretrained_cfg |= {"label_names": classes, "num_classes": len(classes)}  # type: ignore[operator]
+    config = preprocessing(model)
+    size = (recipe.in_chans, *(recipe.input_size or config["input_size"][1:]))
+    config |= {"label_names": classes, "num_classes": len(classes), "input_size": size}
+    model.pretrained_cfg = config  # type: ignore[assignment]
     return model
 
 
@@ -333,6 +338,7 @@ def train(
     tests: Sequence[str | Path] = (),
     data_root: str | Path | None = None,
     download: bool = False,
+    skip_unreadable: bool = False,
     resume: bool = False,
     device: str | torch.device = "auto",
     precision: str = "auto",
@@ -354,6 +360,7 @@ def train(
         tests: Further test sets.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
+        skip_unreadable: Leave out images that cannot be read, and say which.
         resume: Go on where `output` was left; with the same data and options, exactly as if there had been no
             interruption. Of the recipe only `epochs` may have changed.
         device: "auto" takes the accelerator if there is one.
@@ -394,7 +401,9 @@ def train(
     with run.locked() if first else contextlib.nullcontext(), stop_signals() as stopped:
         started = time.time()
         with accelerator.main_process_first() if download else contextlib.nullcontext():
-            training, validation, test_sets = _read(recipe, data, tests, data_root, download, progress_here)
+            training, validation, test_sets = _read(
+                recipe, data, tests, data_root, download, skip_unreadable, progress_here, say
+            )
         if len(training) < recipe.batch_size:
             raise ArgumentError(f"{len(training)} training images do not fill one batch of {recipe.batch_size}")
         trainer = _Trainer(recipe, training, where, accelerator, precision=precision, compile=compile)
@@ -408,7 +417,11 @@ def train(
             run.write_json("recipe.json", dataclasses.asdict(recipe))
         if trackers:
             accelerator.init_trackers("convmixer")
-        names = {"architecture": recipe.model.split(".")[0], "label_names": list(training.classes)}
+        names = {
+            "architecture": recipe.model.split(".")[0],
+            "label_names": list(training.classes),
+            "input_size": list(trainer.model.pretrained_cfg["input_size"]),  # type: ignore[index]
+        }
         say(
             f"{recipe.model} on {accelerator.num_processes} x {where.type}: {len(training)} training, "
             f"{len(validation)} validation images, "
@@ -528,21 +541,26 @@ def _read(
     tests: Sequence[str | Path],
     data_root: str | Path | None,
     download: bool,
+    skip_unreadable: bool,
     progress: Progress,
+    say: Callable[[str], None],
 ) -> tuple[Images, Images, dict[str, Images]]:
     """Training, validation and test images, at the size that the model takes."""
     config: dict[str, Any] = create_model(recipe.model, device="meta").pretrained_cfg
-    size: tuple[int, int, int] = tuple(config["input_size"])
+    height, width = recipe.input_size or config["input_size"][1:]
 
     def read(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Images:
         return load_images(
             source,
             split,
-            size,
+            (recipe.in_chans, height, width),
             classes=classes,
+            squash=config["crop_mode"] == "squash",
+            skip_unreadable=skip_unreadable,
             root=data_root,
             download=download,
             progress=lambda items: progress(items, f"reading {split}"),
+            report=say,
         )
 
     images = read(data, "train")

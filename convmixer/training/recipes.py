@@ -19,6 +19,8 @@ class Recipe:
     Attributes:
         model: Variant to train, or `variant.tag` to start from those weights.
         checkpoint: A .safetensors file to start from, in place of the weights that `model` names.
+        in_chans: Channels of the images, 3 or 1.
+        input_size: (height, width) of the images that the model takes; empty: the model's own.
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes; the last, smaller batch of an epoch is left out.
         accumulate: Parts in which each process computes its share of a step, to save memory. BatchNorm sees one part
@@ -44,8 +46,8 @@ class Recipe:
         rand_augment: (operations, magnitude of 0 to 30) of RandAugment; 0 operations leave it out.
         color_jitter: Strength of brightness, contrast, saturation and hue changes.
         random_erasing: Probability that a rectangle is replaced by noise.
-        image_sizes: (part of the run, side in pixels): from there on images are resized to that side. Empty: always
-            the model's own size. Small images first cost less and cost little accuracy.
+        image_sizes: (part of the run, pixels): from there on the shorter side of images is that. Empty: always the
+            model's own size. Small images first cost less and cost little accuracy.
         drop_rate: Dropout before the head.
         block_drop_rate: Dropout before every block.
         drop_path_rate: Stochastic depth.
@@ -59,6 +61,8 @@ class Recipe:
 
     model: str = "convmixer_256_8"
     checkpoint: str = ""
+    in_chans: int = 3
+    input_size: tuple[int, ...] = ()
     epochs: int = 25
     batch_size: int = 512
     accumulate: int = 1
@@ -105,6 +109,9 @@ class Recipe:
         self._check("opt", known, "an optimizer of timm.optim.list_optimizers()")
         for name in ("epochs", "batch_size", "accumulate"):
             self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "at least 1")
+        self._check("in_chans", self.in_chans in (1, 3), "3 or 1")
+        fine = isinstance(self.input_size, tuple) and all(isinstance(n, int) and n > 0 for n in self.input_size)
+        self._check("input_size", fine and len(self.input_size) in (0, 2), "height and width in pixels")
         for name in ("seed", "patience"):
             fine = isinstance(getattr(self, name), int) and getattr(self, name) >= 0
             self._check(name, fine, "a whole number of at least 0")
