@@ -28,7 +28,7 @@ from convmixer.inference import predict as predict_images
 from convmixer.registry import Variant, list_models, model_info
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
-from convmixer.training.data import load_images
+from convmixer.training.data import fitting, load_images
 from convmixer.training.history import read_history
 
 OUT = Console(highlight=False, emoji=False)
@@ -397,7 +397,9 @@ def _figures(source: str, data: str | None, image: Path | None, device: str) -> 
     if data:
         size = tuple(model.pretrained_cfg["input_size"])
         reading = functools.partial(_progress, description="reading test")
-        images = load_images(data, "test", size, classes=label_names(model), progress=reading)
+        images = load_images(
+            data, "test", size, classes=label_names(model), progress=reading, **fitting(model.pretrained_cfg)
+        )
         computing = functools.partial(_progress, description="classifying")
         probabilities = plots.class_probabilities(model, images.pixels, progress=computing)
         yield "confusion", plots.plot_confusion(images.labels, probabilities.argmax(1), images.classes)

@@ -239,7 +239,9 @@ def test_squashed_images_keep_their_borders(tmp_path):
     wide[:, 8:] = 255
     wide[:, :2] = wide[:, -2:] = 99
     Image.fromarray(wide).save(tmp_path / "a" / "wide.png")
-    cropped, squashed = (load_images(tmp_path, "test", (3, 8, 8), squash=s).pixels[0, 0, 0] for s in (False, True))
+    cropped, squashed = (
+        load_images(tmp_path, "test", (3, 8, 8), crop_mode=mode).pixels[0, 0, 0] for mode in ("center", "squash")
+    )
     assert cropped.tolist() == [0] * 4 + [255] * 4
     assert squashed[0] > 50
     assert squashed[-1] < 200
@@ -354,7 +356,7 @@ def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
     assert model.pretrained_cfg["input_size"] == (1, 8, 12)
     found = validate(model, digits)
     assert found.count == 60
-    assert found.top1 == pytest.approx(result.test_accuracy[digits.name], abs=10)  # bicubic there, bilinear here
+    assert found.top1 == pytest.approx(result.test_accuracy[digits.name], abs=2)  # Pillow and torchvision round apart
 
 
 def test_classes_without_a_test_split(digits, tmp_path):

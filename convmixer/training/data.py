@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -149,7 +150,9 @@ def load_images(
     size: tuple[int, int, int],
     *,
     classes: tuple[str, ...] | None = None,
-    squash: bool = False,
+    interpolation: str = "bilinear",
+    crop_mode: str = "center",
+    crop_pct: float = 1.0,
     skip_unreadable: bool = False,
     root: str | Path | None = None,
     download: bool = False,
@@ -162,8 +165,10 @@ def load_images(
         source: A folder with `train` and `test` as tars or folders of class folders, one such tar or folder, or a
             name for timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
         split: "train" or "test".
-        size: (C, H, W): larger or smaller images are resized (shorter side) and cropped to the centre.
-        squash: Resize both sides instead, and crop nothing.
+        size: (C, H, W): images of another size are resized.
+        interpolation: "bilinear", "bicubic" or another of torchvision's modes.
+        crop_mode: "center" resizes the shorter side and crops to the centre, "squash" resizes both sides.
+        crop_pct: Part of the resized shorter side that the crop keeps.
         classes: Class names that the labels must follow, as when a test set must agree with a training set; the source
             may lack some of them.
         skip_unreadable: Leave out images that cannot be read, and report how many and which.
@@ -180,7 +185,9 @@ def load_images(
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
     opened = open_split(source, split, root=root, download=download)
     index = opened.labels_in(classes or opened.classes)
-    resize = v2.Resize(list(size[1:]) if squash else min(size[1:]), antialias=True)
+    squash = crop_mode == "squash"
+    sides = list(size[1:]) if squash else math.floor(min(size[1:]) / crop_pct)
+    resize = v2.Resize(sides, v2.InterpolationMode(interpolation), antialias=True)
     fit = v2.Compose([resize, v2.CenterCrop(size[1:])])
     pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
     labels = torch.empty(len(opened), dtype=torch.int64)
@@ -227,6 +234,11 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
         table = reader.class_name_to_idx if hasattr(reader, "class_name_to_idx") else reader.class_to_idx
         names = sorted(table, key=table.__getitem__)
     return tuple(str(name) for name in names)
+
+
+def fitting(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_images` by which images are fitted as a model's configuration says."""
+    return {name: config[name] for name in ("interpolation", "crop_mode", "crop_pct")}
 
 
 def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:

@@ -29,7 +29,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, Tra
 from convmixer.factory import create_model, resolve_device
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history
-from convmixer.training.data import READERS, Augment, Images, has_split, hold_out, load_images
+from convmixer.training.data import READERS, Augment, Images, fitting, has_split, hold_out, load_images
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
@@ -555,7 +555,7 @@ def _read(
             split,
             (recipe.in_chans, height, width),
             classes=classes,
-            squash=config["crop_mode"] == "squash",
+            **fitting(config),
             skip_unreadable=skip_unreadable,
             root=data_root,
             download=download,
