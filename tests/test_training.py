@@ -239,9 +239,8 @@ def test_squashed_images_keep_their_borders(tmp_path):
     wide[:, 8:] = 255
     wide[:, :2] = wide[:, -2:] = 99
     Image.fromarray(wide).save(tmp_path / "a" / "wide.png")
-    cropped, squashed = (
-        load_images(tmp_path, "test", (3, 8, 8), crop_mode=mode).pixels[0, 0, 0] for mode in ("center", "squash")
-    )
+    modes = ("center", "squash")
+    cropped, squashed = (load_images(tmp_path, "test", (3, 8, 8), crop_mode=mode).pixels[0, 0, 0] for mode in modes)
     assert cropped.tolist() == [0] * 4 + [255] * 4
     assert squashed[0] > 50
     assert squashed[-1] < 200
