@@ -16,6 +16,28 @@ from convmixer.registry import get_variant
 _PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
+def preprocessing(model: nn.Module) -> dict[str, Any]:
+    """The model's pretrained_cfg, with one mean and one std per channel that it takes.
+
+    Raises:
+        ArgumentError: It has none.
+    """
+    found = getattr(model, "pretrained_cfg", None)
+    if not found:
+        raise ArgumentError(
+            f"this {type(model).__name__} says nothing about its preprocessing: build it with "
+            "convmixer.create_model, or pass a registry name"
+        )
+    config = dict(found)
+    channels = getattr(model, "in_chans", 3)
+    if channels != len(config["mean"]):
+        # The first convolution was adapted to other channels: each gets the mean of the old statistics.
+        config["input_size"] = (channels, *config["input_size"][1:])
+        for name in ("mean", "std"):
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return config
+
+
 def create_transform(model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any) -> Callable[..., Any]:
     """From a PIL image to the normalised tensor (C, H, W) that the model was trained with.
 
@@ -33,19 +55,7 @@ def create_transform(model_or_name: nn.Module | str, is_training: bool = False, 
         variant, _ = get_variant(model_or_name)
         config = {name: getattr(variant, name) for name in _PREPROCESSING}
     else:
-        found = getattr(model_or_name, "pretrained_cfg", None)
-        if not found:
-            raise ArgumentError(
-                f"this {type(model_or_name).__name__} says nothing about its preprocessing: build it with "
-                "convmixer.create_model, or pass a registry name"
-            )
-        config = dict(found)
-        channels = getattr(model_or_name, "in_chans", 3)
-        if channels != len(config["mean"]):
-            # The first convolution was adapted to other channels: each gets the mean of the old statistics.
-            config["input_size"] = (channels, *config["input_size"][1:])
-            for name in ("mean", "std"):
-                config[name] = (sum(config[name]) / len(config[name]),) * channels
+        config = preprocessing(model_or_name)
     valid = set(inspect.signature(timm_create_transform).parameters) - {"is_training"} | set(_PREPROCESSING)
     for name in overrides:
         if name not in valid:
