@@ -3,6 +3,7 @@
 from convmixer.checkpoints import convert_checkpoint, load_checkpoint
 from convmixer.errors import ConvMixerError
 from convmixer.factory import create_model
+from convmixer.folding import optimize
 from convmixer.inference import predict
 from convmixer.model import ConvMixer
 from convmixer.registry import list_models, list_pretrained, model_info
@@ -18,5 +19,6 @@ __all__ = [
     "list_pretrained",
     "load_checkpoint",
     "model_info",
+    "optimize",
     "predict",
 ]

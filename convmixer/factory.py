@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from convmixer import hub
 from convmixer.checkpoints import check_keys, read_metadata, read_tensors
 from convmixer.errors import ArgumentError, UnknownModelError, WeightsError, nearest
-from convmixer.model import ConvMixer
+from convmixer.model import ConvMixer, check_dtype
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
 
 __all__ = ["create_model", "resolve_device"]
@@ -217,8 +217,8 @@ def create_model(
     features_only = bool(model_args.get("features_only", False))
     if "out_indices" in model_args and not features_only:
         raise ArgumentError("out_indices chooses feature maps: set features_only=True with it")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16")
+    if dtype is not None:
+        check_dtype(dtype)
     target = resolve_device(device)
     hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     source = _resolve(name, pretrained and checkpoint is None, revision, **hub_options)

@@ -77,8 +77,14 @@ def _check_rate(name: str, value: float) -> None:
         raise ArgumentError(f"{name}={value!r}: give a probability in [0, 1)")
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ArgumentError for a type in which a model cannot be computed."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16")
+
+
 @torch.fx.wrap
-def _check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
+def check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
     """Raise ImageError where the shape of x does not fit; skipped inside tracers and compilers."""
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
         return
@@ -95,6 +101,21 @@ def _check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
         raise ImageError(
             f"image of {shape[2]}x{shape[3]} pixels is smaller than one {patch_size}x{patch_size} patch: resize it"
         )
+
+
+def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[int], int]:
+    """Block indices as non-negative numbers, and the largest of them; see `ConvMixer.forward_intermediates`."""
+    if indices is None:
+        return list(range(depth)), depth - 1
+    if isinstance(indices, int):
+        if not 1 <= indices <= depth:
+            raise ArgumentError(f"indices={indices}: the number of last blocks to take is 1 to {depth}")
+        return list(range(depth - indices, depth)), depth - 1
+    fine = all(isinstance(i, int) and -depth <= i < depth for i in indices)
+    taken = [i % depth for i in indices] if fine else []
+    if not taken or len(set(taken)) < len(taken):
+        raise ArgumentError(f"indices={indices!r}: give different block indices from {-depth} to {depth - 1}")
+    return taken, max(taken)
 
 
 @contextmanager
@@ -255,7 +276,7 @@ class ConvMixer(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the last block's output, (B, dim, H // patch_size, W // patch_size)."""
         if not torch.jit.is_scripting():
-            _check_input(x, self.in_chans, self.patch_size)
+            check_input(x, self.in_chans, self.patch_size)
         x = self.stem(x)
         for block in self.blocks:
             x = self.block_drop(x)
@@ -326,8 +347,8 @@ class ConvMixer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
-        taken, last = self._take_indices(indices)
-        _check_input(x, self.in_chans, self.patch_size)
+        taken, last = take_indices(indices, len(self.blocks))
+        check_input(x, self.in_chans, self.patch_size)
         x = self.stem(x)
         intermediates: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -341,27 +362,12 @@ class ConvMixer(nn.Module):
 
     # ---- timm's contract ----------------------------------------------------------------------------------------
 
-    def _take_indices(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-        """Block indices as non-negative numbers, and the largest of them."""
-        depth = len(self.blocks)
-        if indices is None:
-            return list(range(depth)), depth - 1
-        if isinstance(indices, int):
-            if not 1 <= indices <= depth:
-                raise ArgumentError(f"indices={indices}: the number of last blocks to take is 1 to {depth}")
-            return list(range(depth - indices, depth)), depth - 1
-        fine = all(isinstance(i, int) and -depth <= i < depth for i in indices)
-        taken = [i % depth for i in indices] if fine else []
-        if not taken or len(set(taken)) < len(taken):
-            raise ArgumentError(f"indices={indices!r}: give different block indices from {-depth} to {depth - 1}")
-        return taken, max(taken)
-
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the blocks after the last one in `indices`, and the head; return the indices counted from 0."""
-        taken, last = self._take_indices(indices)
+        taken, last = take_indices(indices, len(self.blocks))
         self.blocks = self.blocks[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")

@@ -16,6 +16,28 @@ from convmixer.registry import get_variant
 _PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
 
+def preprocessing(model: nn.Module) -> dict[str, Any]:
+    """The model's pretrained_cfg, with one mean and one std per channel that it takes.
+
+    Raises:
+        ArgumentError: It has none.
+    """
+    found = getattr(model, "pretrained_cfg", None)
+    if not found:
+        raise ArgumentError(
+            f"this {type(model).__name__} says nothing about its preprocessing: build it with "
+            "convmixer.create_model, or pass a registry name"
+        )
+    config = dict(found)
+    channels = getattr(model, "in_chans", 3)
+    if channels != len(config["mean"]):
+        # The first convolution was adapted to other channels: each gets the mean of the old statistics.
+        config["input_size"] = (channels, *config["input_size"][1:])
+        for name in ("mean", "std"):
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return config
+
+
 def create_transform(model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any) -> Callable[..., Any]:
     """From a PIL image to the normalised tensor (C, H, W) that the model was trained with.
 
