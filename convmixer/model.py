@@ -67,6 +67,12 @@ def _activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
     return cast("type[nn.Module]", get_act_layer(act_layer))
 
 
+def _new(act: type[nn.Module], device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    """An activation; one with parameters, such as PReLU, has them where those of the layers are."""
+    module = act()
+    return module if next(module.parameters(), None) is None else module.to(device=device, dtype=dtype)
+
+
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ArgumentError(f"{name}={value!r}: give a whole number of at least {least}")
@@ -180,13 +186,13 @@ def _block(
 ) -> nn.Sequential:
     spatial = nn.Sequential(
         DepthwiseConv2d(dim, kernel_size, device=device, dtype=dtype),
-        act(),
+        _new(act, device, dtype),
         nn.BatchNorm2d(dim, device=device, dtype=dtype),
     )
     return nn.Sequential(
         Residual(spatial, drop_path),
         nn.Conv2d(dim, dim, kernel_size=1, device=device, dtype=dtype),
-        act(),
+        _new(act, device, dtype),
         nn.BatchNorm2d(dim, device=device, dtype=dtype),
     )
 
@@ -246,7 +252,7 @@ class ConvMixer(nn.Module):
         self.grad_checkpointing = False
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype),
-            act(),
+            _new(act, device, dtype),
             nn.BatchNorm2d(dim, device=device, dtype=dtype),
         )
         drop_paths = [drop_path_rate * (i + 1) / depth for i in range(depth)]

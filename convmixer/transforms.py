@@ -67,28 +67,6 @@ def create_transform(model_or_name: nn.Module | str, is_training: bool = False, 
     return transform
 
 
-def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """The configuration that a model carries, with size, mean and std for the channels that it takes.
-
-    Raises:
-        ArgumentError: A model that carries none.
-    """
-    found = getattr(model, "pretrained_cfg", None)
-    if not found:
-        raise ArgumentError(
-            f"this {type(model).__name__} says nothing about its preprocessing: build it with "
-            "convmixer.create_model, or pass a registry name"
-        )
-    config: dict[str, Any] = dict(found)
-    channels = getattr(model, "in_chans", 3)
-    if channels != len(config["mean"]):
-        # The first convolution was adapted to other channels: each gets the mean of the old statistics.
-        config["input_size"] = (channels, *config["input_size"][1:])
-        for name in ("mean", "std"):
-            config[name] = (sum(config[name]) / len(config[name]),) * channels
-    return config
-
-
 def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
     """timm checks these by assertions, late, or not at all."""
     size = overrides.get("input_size", config["input_size"])

@@ -205,6 +205,13 @@ def test_device_and_dtype(dtype):
     assert model(torch.empty(2, 3, 8, 8, device="meta", dtype=dtype)).shape == (2, 7)
 
 
+def test_activations_with_parameters_follow_device_and_type():
+    model = ConvMixer(**SHAPES[0], act_layer="prelu", dtype=torch.float64)
+    assert model(torch.randn(2, 3, 8, 8, dtype=torch.float64)).dtype == torch.float64
+    model = ConvMixer(**SHAPES[0], act_layer="prelu", device="meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 # ---- timm's interface -----------------------------------------------------------------------------------------------
 
 
