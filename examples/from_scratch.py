@@ -1,9 +1,10 @@
 """Train a ConvMixer from scratch on handwritten digits, look at it, and fine-tune the shipped weights to them.
 
-pip install -e ".[train]" scikit-learn && python examples/from_scratch.py [--epochs 6] [--output runs]
+pip install -e ".[train]" scikit-learn && python examples/from_scratch.py [--epochs 6] [--output FOLDER]
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from convmixer.training.data import fitting, load_images
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=6)
-parser.add_argument("--output", type=Path, default=Path("runs"))
+parser.add_argument("--output", type=Path, default=Path(tempfile.mkdtemp(prefix="convmixer-")))
 arguments = parser.parse_args()
 
 # scikit-learn's 1,797 digits as a folder of classes: every fourth image is for the test.
@@ -52,4 +53,5 @@ for name, model in {"from scratch": result.model, "fine-tuned": tuned.model}.ite
 
 # The weights file knows its classes and sizes.
 model = convmixer.create_model("convmixer_256_8", checkpoint=tuned.weights)
+print(f"{figures} holds the figures")
 print(convmixer.predict(model, sorted((data / "test" / "7").iterdir())[0], topk=3))

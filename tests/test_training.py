@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 import convmixer
-from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped
+from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.data import Augment, Images, hold_out, load_images
@@ -358,6 +358,37 @@ def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
     assert found.top1 == pytest.approx(result.test_accuracy[digits.name], abs=2)  # Pillow and torchvision round apart
 
 
+def test_a_checkpoint_brings_its_image_size(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "input_size": (8, 8)})
+    first = train(recipe, digits, tmp_path / "first", device="cpu", report=quiet)
+    second = recipe.override(input_size=(), checkpoint=str(first.weights), lr=1e-9)
+    result = train(second, digits, tmp_path / "second", device="cpu", report=quiet)
+    assert result.model.pretrained_cfg["input_size"] == (3, 8, 8)
+    assert torch.allclose(result.model.head.weight, first.model.head.weight, atol=1e-4)
+    with pytest.raises(WeightsError, match="no weights file at"):
+        train(recipe.override(checkpoint="none.safetensors"), digits, tmp_path / "none", device="cpu", report=quiet)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("shape", [(40, 40), (30, 50), (50, 30)])
+def test_images_are_fitted_as_the_transform_of_timm_does(tmp_path, mode, shape):
+    from timm.data import create_transform
+
+    (tmp_path / "a").mkdir()
+    noise = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool2d(noise.float(), 5, 1, 2).to(torch.uint8)
+    image = Image.fromarray(blurred.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "a" / "image.png")
+    found = load_images(tmp_path, "test", (3, 16, 24), interpolation="bicubic", crop_mode=mode, crop_pct=0.9)
+    fitted = {"interpolation": "bicubic", "crop_mode": mode, "crop_pct": 0.9, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    expected = create_transform((3, 16, 24), **fitted)(image) * 255
+    assert (found.pixels[0] - expected).abs().mean() < 1.5
+
+
 def test_classes_without_a_test_split(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
     result = train(recipe, digits / "train", tmp_path / "a", device="cpu", report=quiet)
@@ -411,8 +442,10 @@ def test_resume_refuses_another_recipe_and_an_empty_folder(digits, tmp_path):
         train(recipe.override(lr=0.02), digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
     longer = train(recipe.override(epochs=2), digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
     assert [row.epoch for row in longer.history] == [1, 2]
-    with pytest.raises(ArgumentError, match="has 2 epochs behind it: give epochs of at least that"):
+    with pytest.raises(ArgumentError, match="has 2 epochs begun: give epochs of at least that"):
         train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+    with pytest.raises(ArgumentError, match="with other data: it had 270 training images of 4 classes, here are 54"):
+        train(recipe.override(epochs=3), digits / "test", tmp_path / "run", device="cpu", resume=True, report=quiet)
     (tmp_path / "run" / "last.pt").write_bytes(b"garbage")
     with pytest.raises(ConvMixerError, match="cannot resume from"):
         train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
@@ -596,6 +629,8 @@ def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monk
     with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 8, and saved") as stop:
         train(recipe, digits, tmp_path / "parts", device="cpu", report=quiet)
     assert stop.value.signal == signal.SIGTERM
+    with pytest.raises(ArgumentError, match="has 2 epochs begun"):
+        train(recipe.override(epochs=1), digits, tmp_path / "parts", device="cpu", resume=True, report=quiet)
     parts = train(recipe, digits, tmp_path / "parts", device="cpu", resume=True, report=quiet)
     _assert_equal(tmp_path / "parts", load_file(whole.weights))
     assert parts.history[1].train_loss == pytest.approx(whole.history[1].train_loss, rel=1e-6)

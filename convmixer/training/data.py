@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from convmixer.errors import ArgumentError, DataError
+from convmixer.inference import read_image
 from convmixer.training.recipes import Recipe
 
 READERS = ("torch/", "hfds/")
@@ -180,21 +181,27 @@ def load_images(
     Raises:
         DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
     """
-    mode = {1: "L", 3: "RGB"}.get(size[0])
-    if mode is None:
+    if size[0] not in (1, 3):
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
     opened = open_split(source, split, root=root, download=download)
     index = opened.labels_in(classes or opened.classes)
-    squash = crop_mode == "squash"
-    sides = list(size[1:]) if squash else math.floor(min(size[1:]) / crop_pct)
-    resize = v2.Resize(sides, v2.InterpolationMode(interpolation), antialias=True)
-    fit = v2.Compose([resize, v2.CenterCrop(size[1:])])
+    targets = [math.floor(side / crop_pct) for side in size[1:]]
+
+    def fit(image: Tensor) -> Tensor:
+        sides = targets
+        if crop_mode != "squash":  # the smallest of this shape that covers both targets
+            target, side = max(zip(targets, image.shape[-2:], strict=True), key=lambda pair: pair[0] / pair[1])
+            sides = [max(t, int(target * n / side)) for t, n in zip(targets, image.shape[-2:], strict=True)]
+        image = v2.functional.resize(image, sides, v2.InterpolationMode(interpolation), antialias=True)
+        result: Tensor = v2.functional.center_crop(image, list(size[1:]))
+        return result
+
     pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
     labels = torch.empty(len(opened), dtype=torch.int64)
     errors: dict[int, str] = {}
     for i in progress(range(len(opened))):
         try:
-            tensor, label = opened.read(i, lambda image: v2.functional.pil_to_tensor(image.convert(mode)))
+            tensor, label = opened.read(i, lambda image: v2.functional.pil_to_tensor(read_image(image, size[0])))
         except DataError as error:
             if not skip_unreadable:
                 raise

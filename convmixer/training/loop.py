@@ -8,6 +8,7 @@ import hashlib
 import math
 import platform
 import random
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -216,7 +217,9 @@ class _Trainer:
             )
         self.parts = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
-        self.channels_last = not next(self.model.parameters()).is_contiguous()  # the layout that the factory chose
+        # The layout that the factory chose.
+        chosen = next(self.model.parameters()).is_contiguous()
+        self.layout = torch.contiguous_format if chosen else torch.channels_last
         self.head_only: bool | None = None
         self.compiled: Any = None
 
@@ -237,8 +240,6 @@ class _Trainer:
 
     def _set_phase(self, *, head_only: bool) -> None:
         """All layers learn, or the head alone; a frozen backbone keeps its BatchNorm statistics."""
-        if self.head_only is head_only:
-            return
         self.head_only = head_only
         for part in (self.model.stem, self.model.blocks):
             part.requires_grad_(not head_only)
@@ -275,19 +276,26 @@ class _Trainer:
             inputs, result = self.step(order[step * size : (step + 1) * size], epoch, step)
             sums += result
             look = step % CHECK_EVERY == CHECK_EVERY - 1 or step == self.steps - 1
-            if look and not sums.isfinite().all():
+            number = stopped()
+            if self.accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
+                number = self._agreed(number) if look else 0
+            if (look or number) and not sums.isfinite().all():
                 raise ConvMixerError(
                     f"the loss became {sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, at a "
                     f"learning rate of {self.rate(epoch, step):.2g}: {_diagnose(self.model, inputs)}. Set a lower lr, "
-                    "or clip_grad; the epochs before it are kept, --resume starts from them"
+                    "or clip_grad, and train in another folder; --set checkpoint=last.safetensors of this one starts "
+                    "from the epochs before"
                 )
-            number = stopped()
-            if self.accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
-                number = int(self.accelerator.reduce(torch.tensor(number, device=self.where)).item()) if look else 0
             if number:
                 break
         loss, correct = self.accelerator.reduce(sums).tolist()
         return _Place(step + 1, loss, correct, time.perf_counter() - begun), number
+
+    def _agreed(self, number: int) -> int:
+        """The highest of the processes' numbers."""
+        highest = torch.tensor(number, device=self.where)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        return int(highest)
 
     def step(self, batch: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step on the images with these indices.
@@ -309,8 +317,7 @@ class _Trainer:
             index = batch.view(self.parts, -1)[part]
             labels = self.images.labels[index]
             inputs = self.augment(self.images.pixels[index], recipe.image_size(done))
-            if self.channels_last:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
+            inputs = inputs.contiguous(memory_format=self.layout)  # augmentation may leave another one
             targets, smoothing = labels, recipe.label_smoothing
             if self.mixup:
                 (inputs, targets), smoothing = self.mixup(inputs, labels), 0.0
@@ -319,7 +326,7 @@ class _Trainer:
                 with autocast(self.where, self.precision):
                     logits: Tensor = self.compiled(inputs)
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                self.accelerator.backward(loss / recipe.accumulate)
+                (loss / recipe.accumulate).backward()
             sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
         if recipe.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
@@ -398,18 +405,29 @@ def train(
             report(line)
             run.log(line)
 
-    with run.locked() if first else contextlib.nullcontext(), stop_signals() as stopped:
+    with run.locked() if first else contextlib.nullcontext():
         started = time.time()
+        state = run.load() if resume else None
         with accelerator.main_process_first() if download else contextlib.nullcontext():
             training, validation, test_sets = _read(
                 recipe, data, tests, data_root, download, skip_unreadable, progress_here, say
             )
         if len(training) < recipe.batch_size:
             raise ArgumentError(f"{len(training)} training images do not fill one batch of {recipe.batch_size}")
+        if recipe.patience and not len(validation):
+            raise ArgumentError(
+                f"patience={recipe.patience} needs validation images: validation_fraction={recipe.validation_fraction} "
+                f"of {len(training)} images is none"
+            )
+        held: dict[str, Any] = {"images": len(training), "classes": list(training.classes)}
+        if state and state["data"] != held:
+            raise ArgumentError(
+                f"cannot resume {str(run.state)!r} with other data: it had {state['data']['images']} training images "
+                f"of {len(state['data']['classes'])} classes, here are {held['images']} of {len(held['classes'])}"
+            )
         trainer = _Trainer(recipe, training, where, accelerator, precision=precision, compile=compile)
         steps, history, place = trainer.steps, list[Epoch](), _Place()
-        if resume:
-            state = run.load()
+        if state:
             trainer.load(state)
             history = [Epoch(**row) for row in state["history"]]
             place = _Place(**state["place"])
@@ -427,42 +445,51 @@ def train(
             f"{len(validation)} validation images, "
             f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
         )
-        for epoch in range(len(history), recipe.epochs):
-            if recipe.patience and epoch - _best(recipe, history) >= recipe.patience:
-                say(f"no better validation loss in {recipe.patience} epochs: stopped")
-                break
-            place, number = trainer.epoch(epoch, place, stopped, progress_here)
-            finished = place.step == steps
-            if finished:
-                scores = evaluate(trainer.kept, validation, precision=precision) if first else {}
-                scores = broadcast_object_list([scores])[0]
-                row = Epoch(
-                    epoch=epoch + 1,
-                    learning_rate=trainer.rate(epoch, steps - 1),
-                    train_loss=place.loss / steps,
-                    train_accuracy=100 * place.correct / (steps * recipe.batch_size),
-                    validation_loss=scores["loss"],
-                    validation_accuracy=scores["top1"],
-                    seconds=place.seconds,
-                    images_per_second=steps * recipe.batch_size / place.seconds,
-                )
-                history.append(row)
-                place = _Place()
-            if first and finished:
-                _record(run, history, trainer.kept, names)
-            if first:
-                rows = [dataclasses.asdict(row) for row in history]
-                run.save(**trainer.state(), history=rows, place=dataclasses.asdict(place))
-            if finished:
-                accelerator.log({k: v for k, v in dataclasses.asdict(row).items() if k != "epoch"}, step=row.epoch)
-                say(str(row))
-            if number and (not finished or epoch + 1 < recipe.epochs):
-                inside = f"in epoch {epoch + 1} after step {place.step} of {steps}"
-                raise TrainingStopped(
-                    f"stopped {f'after epoch {epoch + 1}' if finished else inside}, and saved: go on with --resume",
-                    number,
-                )
+        with stop_signals() as stopped:
+            for epoch in range(len(history), recipe.epochs):
+                if recipe.patience and epoch - _best(recipe, history) >= recipe.patience:
+                    say(f"no better validation loss in {recipe.patience} epochs: stopped")
+                    break
+                place, number = trainer.epoch(epoch, place, stopped, progress_here)
+                finished = place.step == steps
+                if finished:
+                    scores = evaluate(trainer.kept, validation, precision=precision) if first else {}
+                    scores = broadcast_object_list([scores])[0]
+                    if len(validation) and not math.isfinite(scores["loss"]):
+                        raise ConvMixerError(
+                            f"the validation loss became {scores['loss']} after epoch {epoch + 1}: set a lower lr, or "
+                            "clip_grad, and train in another folder; --set checkpoint=last.safetensors of this one "
+                            "starts from the epochs before"
+                        )
+                    row = Epoch(
+                        epoch=epoch + 1,
+                        learning_rate=trainer.rate(epoch, steps - 1),
+                        train_loss=place.loss / steps,
+                        train_accuracy=100 * place.correct / (steps * recipe.batch_size),
+                        validation_loss=scores["loss"],
+                        validation_accuracy=scores["top1"],
+                        seconds=place.seconds,
+                        images_per_second=steps * recipe.batch_size / place.seconds,
+                    )
+                    history.append(row)
+                    place = _Place()
+                if first and finished:
+                    _record(run, history, trainer.kept, names)
+                if first:
+                    rows = [dataclasses.asdict(row) for row in history]
+                    run.save(**trainer.state(), history=rows, place=dataclasses.asdict(place), data=held)
+                if finished:
+                    accelerator.log({k: v for k, v in dataclasses.asdict(row).items() if k != "epoch"}, step=row.epoch)
+                    say(str(row))
+                if number and (not finished or epoch + 1 < recipe.epochs):
+                    inside = f"in epoch {epoch + 1} after step {place.step} of {steps}"
+                    accelerator.wait_for_everyone()  # the first process is saving
+                    raise TrainingStopped(
+                        f"stopped {f'after epoch {epoch + 1}' if finished else inside}, and saved: go on with --resume",
+                        number,
+                    )
 
+        accelerator.wait_for_everyone()  # for the last epoch's files
         model = trainer.kept
         if recipe.patience and _best(recipe, history):
             model.load_state_dict(read_tensors(run.folder / "best.safetensors"))
@@ -470,7 +497,8 @@ def train(
         weights = run.folder / "model.safetensors"
         accuracy: dict[str, float] = {}
         if first:
-            run.write(weights.name, lambda path: save_weights(model, path, names))
+            with run.saving(weights.name) as path:
+                save_weights(model, path, names)
             accuracy = {n: evaluate(model, s, progress=progress_here)["top1"] for n, s in test_sets.items()}
             result = {
                 **_circumstances(where),
@@ -492,11 +520,15 @@ def train(
 
 def _record(run: Run, history: Sequence[Epoch], model: ConvMixer, names: dict[str, Any]) -> None:
     """Write what an epoch adds to the run's folder, beside the state for resuming, which comes last."""
-    run.write("last.safetensors", lambda path: save_weights(model, path, names))
+    with run.saving("last.safetensors") as path:
+        save_weights(model, path, names)
     if _best(run.recipe, history) == history[-1].epoch:
-        run.write("best.safetensors", lambda path: save_weights(model, path, names))
-    run.write("metrics.csv", lambda path: write_history(path, history))
-    run.write_json("metrics.json", [dataclasses.asdict(row) for row in history])
+        with run.saving("best.safetensors") as path:
+            save_weights(model, path, names)
+    with run.saving("metrics.csv") as path:
+        write_history(path, history)
+    rows = [dataclasses.asdict(row) for row in history]
+    run.write_json("metrics.json", [{k: None if v != v else v for k, v in row.items()} for row in rows])  # no NaN
     run.write("plots/history.png", lambda path: plot_history(history).savefig(path, format="png"))
 
 
@@ -504,7 +536,7 @@ def _circumstances(where: torch.device) -> dict[str, Any]:
     """Command, hardware and versions."""
     ours = Path(sys.argv[0]).name in ("convmixer", "__main__.py")
     return {
-        "command": " ".join(["convmixer", *sys.argv[1:]]) if ours else None,
+        "command": shlex.join(["convmixer", *sys.argv[1:]]) if ours else None,
         "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
@@ -546,7 +578,8 @@ def _read(
     say: Callable[[str], None],
 ) -> tuple[Images, Images, dict[str, Images]]:
     """Training, validation and test images, at the size that the model takes."""
-    config: dict[str, Any] = create_model(recipe.model, device="meta").pretrained_cfg
+    checkpoint = recipe.checkpoint or None  # may bring an image size of its own
+    config: dict[str, Any] = create_model(recipe.model, checkpoint=checkpoint, device="meta").pretrained_cfg
     height, width = recipe.input_size or config["input_size"][1:]
 
     def read(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Images:

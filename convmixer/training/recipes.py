@@ -128,7 +128,8 @@ class Recipe:
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._check("knee", self.warmup < self.knee[0] <= 1 and 0 <= self.knee[1] <= 1, "(after warmup .. 1, 0 .. 1)")
         operations, magnitude = self.rand_augment
-        self._check("rand_augment", operations >= 0 and 0 <= magnitude <= 30, "(operations >= 0, magnitude 0 to 30)")
+        fine = isinstance(operations, int) and isinstance(magnitude, int) and operations >= 0 and 0 <= magnitude <= 30
+        self._check("rand_augment", fine, "two whole numbers (operations >= 0, magnitude 0 to 30)")
         starts = [start for start, _ in self.image_sizes]
         fine = starts == sorted(set(starts)) and all(size >= 1 for _, size in self.image_sizes)
         self._check("image_sizes", fine and starts[:1] in ([], [0.0]), "rising parts of the run from 0, sides above 0")

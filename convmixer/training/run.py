@@ -31,7 +31,7 @@ from convmixer.training.recipes import Recipe
 
 
 class Run:
-    """A run folder; as a context manager it is locked against a second process."""
+    """A run folder, what may be written into it, and what resuming needs."""
 
     def __init__(self, folder: str | Path, recipe: Recipe, *, resume: bool) -> None:
         self.folder = Path(folder)
@@ -47,32 +47,43 @@ class Run:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process alone."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ArgumentError(
                 f"another process is training in {str(self.folder)!r}: wait for it or choose another folder"
             ) from error
+        except (OSError, NotImplementedError) as error:
+            raise ArgumentError(f"cannot use the folder {str(self.folder)!r}: {error}. Choose another") from error
+        for leftover in self.folder.glob(".*.*"):  # of a write that was killed
+            leftover.unlink(missing_ok=True)
         try:
             yield
         finally:
+            with contextlib.suppress(OSError):
+                if all(file.name == ".lock" for file in self.folder.iterdir()):  # it came to nothing
+                    (self.folder / ".lock").unlink(missing_ok=True)
+                    self.folder.rmdir()
             lock.release()
-            if [file.name for file in self.folder.iterdir()] == [".lock"]:  # it came to nothing
-                (self.folder / ".lock").unlink()
-                self.folder.rmdir()
 
-    def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Write a file of the run atomically; a disk that is full is an error that leaves the old file as it was."""
+    @contextlib.contextmanager
+    def saving(self, name: str) -> Iterator[Path]:
+        """The path of a file to be written atomically; a full disk is an error that leaves the old file as it was."""
         try:
             (self.folder / name).parent.mkdir(exist_ok=True)
-            write_atomically(self.folder / name, write)
+            yield self.folder / name
         except (OSError, SafetensorError) as error:
             raise ConvMixerError(
                 f"cannot write {str(self.folder / name)!r}: {error}. What was saved before is whole: "
                 "make room and go on with --resume"
             ) from error
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let `write` fill a file of the run."""
+        with self.saving(name) as path:
+            write_atomically(path, write)
 
     def write_json(self, name: str, content: Any) -> None:
         self.write(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
@@ -112,9 +123,9 @@ class Run:
         ]
         if changed:
             raise ArgumentError(f"cannot resume {str(self.state)!r} with another recipe: {'; '.join(changed)}")
-        done = len(state["history"])
+        done = len(state["history"]) + (state["place"]["step"] > 0)
         if self.recipe.epochs < done:
-            raise ArgumentError(f"{str(self.state)!r} has {done} epochs behind it: give epochs of at least that")
+            raise ArgumentError(f"{str(self.state)!r} has {done} epochs begun: give epochs of at least that")
         return state
 
 
@@ -122,12 +133,12 @@ class Run:
 def stop_signals() -> Iterator[Callable[[], int]]:
     """Within the block SIGTERM and SIGINT are noted, not obeyed: the function given tells which came, or 0.
 
-    A second one interrupts as usual. Outside the main thread, which alone may set handlers, nothing is changed.
+    A second SIGINT interrupts as usual. Outside the main thread, which alone may set handlers, nothing is changed.
     """
     caught: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
-        if caught:
+        if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(number)
 
