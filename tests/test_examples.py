@@ -20,10 +20,10 @@ def _run(*command: str, **environment: str) -> str:
 
 
 def test_script(tmp_path):
-    output = _run(str(EXAMPLES / "from_scratch.py"), "--epochs", "2", "--output", str(tmp_path))
+    output = _run(str(EXAMPLES / "from_scratch.py"), "--epochs", "1", "--output", str(tmp_path))
     accuracy = {line.split(":")[0]: line for line in output.splitlines() if "calibration" in line}
     assert accuracy.keys() == {"from scratch", "fine-tuned"}
-    assert float(accuracy["fine-tuned"].split("top-1 ")[1].split(" %")[0]) > 40
+    assert float(accuracy["from scratch"].split("top-1 ")[1].split(" %")[0]) > 12  # of ten classes, after one epoch
     label, probability = ast.literal_eval(output.splitlines()[-1])[0]
     assert label.isdigit()
     assert 0 < probability <= 1

@@ -551,6 +551,10 @@ def test_tracker(digits, tmp_path):
 COMMAND = ["train", "cifar10", "--device", "cpu", "--set", "batch_size=90", "--set", "rand_augment=[1, 9]"]
 COMMAND += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "image_sizes=[[0, 4]]", "--set", "random_erasing=0.5"]
 
+# The same in Python.
+COMMANDED = get_recipe("cifar10", batch_size=90, rand_augment=(1, 9), model="convmixer_128_8_ks7_p2")
+COMMANDED = COMMANDED.override(image_sizes=((0, 4),), random_erasing=0.5)
+
 
 def _start(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     command = [
@@ -592,12 +596,16 @@ def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path):
-    _finish(_start(digits, tmp_path / "whole", "--set", "epochs=12"))
+def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    train(COMMANDED.override(epochs=8), digits, tmp_path / "whole", device="cpu", report=quiet)
     folder, rows = tmp_path / "run", 0
     for number in (signal.SIGKILL, signal.SIGTERM):
         resume = ["--resume"] if (folder / "last.pt").exists() else []
-        process = _start(digits, folder, "--set", "epochs=12", *resume)
+        (folder / "metrics.csv").unlink(missing_ok=True)  # it may be an epoch ahead of last.pt
+        process = _start(digits, folder, "--set", "epochs=8", *resume)
         _wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2))
         time.sleep(random.random() / 5)
         process.send_signal(number)
@@ -606,10 +614,10 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
             rows = len(torch.load(folder / "last.pt", weights_only=True)["history"])
     assert process.returncode == 128 + signal.SIGTERM, output
     assert re.search(r"stopped (in|after) epoch .* saved: go on with --resume", output)
-    _finish(_start(digits, folder, "--set", "epochs=12", "--resume"))
+    _finish(_start(digits, folder, "--set", "epochs=8", "--resume"))
     _assert_equal(folder, load_file(tmp_path / "whole" / "model.safetensors"))
     with (folder / "metrics.csv").open(newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(12)]
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(8)]
 
 
 def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):
@@ -673,11 +681,15 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
     assert len(result.history) == 3
 
 
-def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path):
+def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
     _finish(_start(digits, tmp_path / "two", *common, launcher=launcher))
-    _finish(_start(digits, tmp_path / "one", *common, "--set", "accumulate=2"))
+    one = COMMANDED.override(epochs=3, drop_rate=0.1, mixup=0.2, batch_size=88, accumulate=2)
+    train(one, digits, tmp_path / "one", device="cpu", report=quiet)
     histories = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
     for one, two in zip(*histories, strict=True):
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)

@@ -440,8 +440,9 @@ def train(
             "label_names": list(training.classes),
             "input_size": list(trainer.model.pretrained_cfg["input_size"]),  # type: ignore[index]
         }
+        processes = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
         say(
-            f"{recipe.model} on {accelerator.num_processes} x {where.type}: {len(training)} training, "
+            f"{recipe.model} on {processes}{where.type}: {len(training)} training, "
             f"{len(validation)} validation images, "
             f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
         )
