@@ -30,6 +30,7 @@ from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.data import fitting, load_images
 from convmixer.training.history import read_history
+from convmixer.transforms import preprocessing
 
 OUT = Console(highlight=False, emoji=False)
 ERR = Console(stderr=True, highlight=False, emoji=False)
@@ -395,10 +396,10 @@ def _figures(source: str, data: str | None, image: Path | None, device: str) -> 
     if image:
         yield "class_activation", plots.plot_class_activation(model, image)
     if data:
-        size = tuple(model.pretrained_cfg["input_size"])
+        config = preprocessing(model)
         reading = functools.partial(_progress, description="reading test")
         images = load_images(
-            data, "test", size, classes=label_names(model), progress=reading, **fitting(model.pretrained_cfg)
+            data, "test", config["input_size"], classes=label_names(model), progress=reading, **fitting(config)
         )
         computing = functools.partial(_progress, description="classifying")
         probabilities = plots.class_probabilities(model, images.pixels, progress=computing)

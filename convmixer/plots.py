@@ -18,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as F
 
 from convmixer.checkpoints import write_atomically
 from convmixer.errors import ArgumentError, DependencyError
 from convmixer.inference import label_names, read_image
 from convmixer.model import evaluating
-from convmixer.transforms import create_transform
+from convmixer.transforms import create_transform, normalization, preprocessing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,12 +125,12 @@ def class_probabilities(
         float32 (N, num_classes) on the CPU; rows sum to 1.
     """
     parameter = next(model.parameters())
-    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    normalize = normalization(preprocessing(model))
     batches = []
     with evaluating(model):
         for batch in progress(pixels.split(batch_size)):
-            inputs = F.normalize(batch.to(parameter.device).float() / 255, config["mean"], config["std"])
-            batches.append(model(inputs.to(parameter.dtype)).float().softmax(1).cpu())
+            inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
+            batches.append(model(inputs).float().softmax(1).cpu())
     return torch.cat(batches)
 
 

@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.data import create_transform as timm_create_transform
 from timm.data import resolve_data_config
 from torch import nn
+from torchvision.transforms import v2
 
 from convmixer.errors import ArgumentError, nearest
 from convmixer.registry import get_variant
@@ -36,6 +38,11 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
         for name in ("mean", "std"):
             config[name] = (sum(config[name]) / len(config[name]),) * channels
     return config
+
+
+def normalization(config: dict[str, Any]) -> v2.Transform:
+    """uint8 (..., C, H, W) -> float32, normalised by the mean and std of a configuration."""
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])])
 
 
 def create_transform(model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any) -> Callable[..., Any]:

@@ -1,7 +1,6 @@
 """The command line as a user meets it: output, errors and exit statuses."""
 
 import importlib.metadata
-import inspect
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command import run
 from PIL import Image
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
@@ -22,22 +21,11 @@ from convmixer.checkpoints import save_weights
 from convmixer.cli import main
 
 CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
-# click before 8.2 mixes the two streams unless told otherwise; later it has no such option.
-RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}))
 
 
 @pytest.fixture(autouse=True)
 def _wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-
-
-def run(*arguments, status=0):
-    """Run a command; an exception that a user would see as a traceback fails the test."""
-    result = RUNNER.invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
 
 
 def records(*arguments, **options):

@@ -1,21 +1,19 @@
 """Validation against scikit-learn, NumPy, closed formulas, and what `predict` says of the same files."""
 
 import dataclasses
-import inspect
 import json
 import math
 import re
 import shutil
 
+import command
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image, ImageOps
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 import convmixer
-from convmixer.cli import main
 from convmixer.errors import ArgumentError, DataError
 from convmixer.evaluation import calibration_error, validate
 from convmixer.training import evaluate, get_recipe, train
@@ -23,8 +21,6 @@ from convmixer.training.data import load_images
 
 LABELS = ("gamma", "beta", "zeta", "alpha", "epsilon", "delta", "nobody")
 PRESENT = sorted(LABELS[:-1])
-# click before 8.2 mixes the two streams unless told otherwise; later it has no such option.
-RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}))
 
 
 def build(name="convmixer_256_8", labels=LABELS, **arguments):
@@ -281,11 +277,7 @@ def test_a_model_without_a_head(data):
 
 
 def run(*arguments, status=0):
-    result = RUNNER.invoke(main, ["validate", *map(str, arguments), "--device", "cpu"])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
+    return command.run("validate", *arguments, "--device", "cpu", status=status)
 
 
 @pytest.fixture(autouse=True)

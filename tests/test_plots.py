@@ -1,7 +1,6 @@
 """Figures: the data behind what is drawn, the files, and what is said where nothing can be drawn."""
 
 import dataclasses
-import inspect
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command import run
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -23,7 +22,6 @@ from torch import nn
 import convmixer
 from convmixer import plots
 from convmixer.checkpoints import save_weights
-from convmixer.cli import main
 from convmixer.errors import ArgumentError, DataError, DependencyError, ImageError
 from convmixer.training.history import Epoch, read_history, write_history
 
@@ -417,16 +415,6 @@ def test_missing_libraries(model, cat, monkeypatch):
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}))
-
-
-def run(*arguments, status=0):
-    result = RUNNER.invoke(main, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
 
 
 def written(result):

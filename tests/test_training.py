@@ -29,7 +29,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingS
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.data import Augment, Images, hold_out, load_images
-from convmixer.training.loop import _diagnose, bf16_is_faster
+from convmixer.training.loop import _diagnose, _no_denormals, bf16_is_faster
 from convmixer.training.run import Run
 
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
@@ -258,7 +258,7 @@ def test_hold_out_is_a_partition_that_the_seed_decides():
 
 def _augment(**fields) -> Augment:
     plain = {"flip": 0.0, "shift": 0, "rand_augment": (0, 0)}
-    return Augment(Recipe(**{**plain, **fields}), MEAN, STD, torch.device("cpu"))
+    return Augment(Recipe(**{**plain, **fields}), {"mean": MEAN, "std": STD}, torch.device("cpu"))
 
 
 def _denormalize(x: torch.Tensor) -> torch.Tensor:
@@ -482,7 +482,7 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
     assert len(losses) == best + 3
     images = load_images(digits, "train", (3, 8, 8))
     validation = hold_out(images, recipe.validation_fraction, recipe.seed)[1]
-    assert evaluate(result.model, validation)["loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert evaluate(result.model, validation, precision="auto")["loss"] == pytest.approx(losses[best], rel=1e-5)
     kept, named = load_file(result.weights), load_file(tmp_path / "run" / "best.safetensors")
     assert all(torch.equal(kept[key], named[key]) for key in kept)
 
@@ -730,3 +730,12 @@ def test_settings_are_checked_before_data_are_read(tmp_path):
 def test_on_a_gpu(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
     assert train(recipe, digits, tmp_path / "run", device="cuda", report=quiet).test_accuracy[digits.name] > 80
+
+
+def test_tiny_numbers_are_zero_while_training():
+    # A processor takes up to 100 times as long over them.
+    seen = []
+    with _no_denormals(torch.device("cpu")):
+        seen.append(float(torch.full((1000,), 1e-30).mul(1e-10).max()))
+    assert seen == [0]
+    assert float(torch.full((1000,), 1e-30).mul(1e-10).max()) == pytest.approx(1e-40, rel=1e-3)

@@ -40,10 +40,12 @@ class _DepthwiseConv2d(torch.autograd.Function):
             grad_x = _correlate(grad, weight.flip(-2, -1), None, after, before)
         if ctx.needs_input_grad[1]:
             height, width = x.shape[-2:]
-            padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, before, after, before, after)).float()  # (B, H+k-1, W+k-1, C)
-            last = grad.permute(0, 2, 3, 1).float()  # (B, H, W, C)
+            # Not permuted to (B, H, W, C): a compiler would then store x in a layout that is slow to read.
+            padded, last = F.pad(x, (before, after, before, after)).float(), grad.float()
             taps = [
-                (padded[:, i : i + height, j : j + width] * last).sum((1, 2)) for i in range(size) for j in range(size)
+                (padded[..., i : i + height, j : j + width] * last).sum((2, 3))
+                for i in range(size)
+                for j in range(size)
             ]
             # Summed per image first: the partial sums of one image stay in the cache.
             grad_weight = torch.stack(taps, 2).sum(0).view(weight.shape).to(weight.dtype)

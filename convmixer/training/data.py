@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from convmixer.errors import ArgumentError, DataError
 from convmixer.inference import read_image
 from convmixer.training.recipes import Recipe
+from convmixer.transforms import normalization
 
 READERS = ("torch/", "hfds/")
 # Images that share one draw of RandAugment and of the colour changes: few enough to vary, enough to be fast.
@@ -260,14 +261,13 @@ class Augment:
 
     Args:
         recipe: Which changes, and how strong.
-        mean: Per channel, of pixels in [0, 1].
-        std: Likewise.
+        config: Its `mean` and `std` per channel, of pixels in [0, 1].
         device: Where the batches are.
     """
 
-    def __init__(self, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, config: dict[str, Any], device: torch.device) -> None:
         self.recipe = recipe
-        self.normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+        self.normalize = normalization(config)
         group: list[Callable[[Tensor], Tensor]] = []
         if recipe.crop_scale < 1:
             group.append(partial(_crop, least=recipe.crop_scale))

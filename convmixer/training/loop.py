@@ -11,7 +11,7 @@ import random
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,23 +23,26 @@ from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from convmixer.checkpoints import read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped
 from convmixer.factory import create_model, resolve_device
 from convmixer.model import ConvMixer, evaluating
-from convmixer.plots import plot_history
+from convmixer.plots import plot_history, write_figure
 from convmixer.training.data import READERS, Augment, Images, fitting, has_split, hold_out, load_images
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
-from convmixer.transforms import preprocessing
+from convmixer.transforms import normalization, preprocessing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CHECK_EVERY = 50  # steps between looks at the loss, which make a GPU wait
+_ADVICE = (
+    "Set a lower lr, or clip_grad, and train in another folder; --set checkpoint=last.safetensors of this one starts "
+    "from the epochs before"
+)
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -75,9 +78,16 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
-def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    config = preprocessing(model)
-    return config["mean"], config["std"]
+@contextlib.contextmanager
+def _no_denormals(device: torch.device) -> Iterator[None]:
+    """On a CPU, numbers below 1e-38 count as zero meanwhile: with them a step takes up to twice as long."""
+    flushing = float(torch.tensor(1e-40)) == 0
+    if device.type == "cpu" and not flushing:
+        torch.set_flush_denormal(True)  # in this thread, and in those that it starts from here on
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushing)
 
 
 @torch.inference_mode()
@@ -95,7 +105,7 @@ def evaluate(
         `{"loss": mean cross entropy, "top1": percent, "count": images}`.
     """
     device = next(model.parameters()).device
-    normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*_normalization(model))])
+    normalize = normalization(preprocessing(model))
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     batches = list(zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True))
@@ -206,7 +216,7 @@ class _Trainer:
             layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
         )
         self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        self.augment = Augment(recipe, *_normalization(self.model), where)
+        self.augment = Augment(recipe, preprocessing(self.model), where)
         self.mixup: Any = None
         if recipe.mixup or recipe.cutmix:
             self.mixup = Mixup(
@@ -282,9 +292,7 @@ class _Trainer:
             if (look or number) and not sums.isfinite().all():
                 raise ConvMixerError(
                     f"the loss became {sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, at a "
-                    f"learning rate of {self.rate(epoch, step):.2g}: {_diagnose(self.model, inputs)}. Set a lower lr, "
-                    "or clip_grad, and train in another folder; --set checkpoint=last.safetensors of this one starts "
-                    "from the epochs before"
+                    f"learning rate of {self.rate(epoch, step):.2g}: {_diagnose(self.model, inputs)}. {_ADVICE}"
                 )
             if number:
                 break
@@ -308,8 +316,9 @@ class _Trainer:
         if self.head_only is not (done < recipe.frozen):
             self._set_phase(head_only=done < recipe.frozen)
             self.train_mode()
+        rate = self.rate(epoch, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(epoch, step) * group.get("lr_scale", 1.0)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         sums = torch.zeros(2, device=self.where)
         for i in range(recipe.accumulate):
             part = self.accelerator.process_index * recipe.accumulate + i
@@ -405,7 +414,7 @@ def train(
             report(line)
             run.log(line)
 
-    with run.locked() if first else contextlib.nullcontext():
+    with _no_denormals(where), run.locked() if first else contextlib.nullcontext():
         started = time.time()
         state = run.load() if resume else None
         with accelerator.main_process_first() if download else contextlib.nullcontext():
@@ -458,9 +467,7 @@ def train(
                     scores = broadcast_object_list([scores])[0]
                     if len(validation) and not math.isfinite(scores["loss"]):
                         raise ConvMixerError(
-                            f"the validation loss became {scores['loss']} after epoch {epoch + 1}: set a lower lr, or "
-                            "clip_grad, and train in another folder; --set checkpoint=last.safetensors of this one "
-                            "starts from the epochs before"
+                            f"the validation loss became {scores['loss']} after epoch {epoch + 1}. {_ADVICE}"
                         )
                     row = Epoch(
                         epoch=epoch + 1,
@@ -530,7 +537,8 @@ def _record(run: Run, history: Sequence[Epoch], model: ConvMixer, names: dict[st
         write_history(path, history)
     rows = [dataclasses.asdict(row) for row in history]
     run.write_json("metrics.json", [{k: None if v != v else v for k, v in row.items()} for row in rows])  # no NaN
-    run.write("plots/history.png", lambda path: plot_history(history).savefig(path, format="png"))
+    with run.saving("plots/history.png") as path:
+        write_figure(plot_history(history), path)
 
 
 def _circumstances(where: torch.device) -> dict[str, Any]:

@@ -179,7 +179,6 @@ class Recipe:
         return reached[-1] if reached else None
 
 
-_PLAIN: dict[str, Any] = {"flip": 0.0, "rand_augment": (0, 0)}
 _CONSTANT: dict[str, Any] = {"warmup": 0.0, "knee": (1.0, 1.0)}
 # The paper's settings for ImageNet, as a replication of its CIFAR-10 table took them over.
 _STRONG = Recipe(
@@ -259,7 +258,8 @@ RECIPES = {
         weight_decay=1e-3,
         clip_grad=1.0,
         **_CONSTANT,
-        **_PLAIN,
+        flip=0.0,
+        rand_augment=(0, 0),
         note="A post that trains a small ConvMixer in Julia with Flux: no augmentation and a constant "
         "rate (74 % there).",
     ),

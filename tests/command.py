@@ -1,0 +1,19 @@
+"""The command line inside the tests' own process."""
+
+import inspect
+
+from click.testing import CliRunner
+
+from convmixer.cli import main
+
+# click before 8.2 mixes the two streams unless told otherwise; later it has no such option.
+RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}))
+
+
+def run(*arguments, status=0):
+    """Run a command; an exception that a user would see as a traceback fails the test."""
+    result = RUNNER.invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result
