@@ -10,6 +10,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
+# The processes of `pytest -n` share the cores, and so do the programs that they start.
+_THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(_THREADS)
+os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
