@@ -22,6 +22,7 @@ def test_exported_names():
         "convert_checkpoint",
         "create_model",
         "create_transform",
+        "export_model",
         "list_models",
         "list_pretrained",
         "load_checkpoint",
