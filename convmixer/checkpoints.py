@@ -77,7 +77,8 @@ def _opened(path: str | Path) -> Iterator[Any]:
                 f"convmixer convert {shlex.quote(str(path))} {shlex.quote(path.name.split('.')[0])}.safetensors"
             ) from error
         raise WeightsError(
-            f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): {error}. Fetch it again"
+            f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): "
+            f"{brief(str(error), 300)}. Fetch it again"
         ) from error
 
 
@@ -195,7 +196,7 @@ def check_keys(
     if extra:
         problems.append(f"{len(extra)} unexpected ({_first(extra)})")
     wrong = [
-        f"{k} expected {tuple(expected[k].shape)}, found {tuple(tensors[k].shape)}"
+        f"{k} expected {tuple(expected[k].shape)}, found {brief(tuple(tensors[k].shape))}"
         for k in expected
         if k in tensors and k not in may_differ and tensors[k].shape != expected[k].shape
     ]

@@ -61,18 +61,15 @@ class TrainingStopped(ConvMixerError):
         self.signal = signal
 
 
-_LONGEST = 80  # characters of a value in a message
-
-
-def brief(value: object) -> str:
+def brief(value: object, longest: int = 80) -> str:
     """A value from a file for a message: cut where it is long, escaped where a terminal would obey it."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that names the nearest valid spellings, or all of them where none is near."""
     valid = sorted(valid)
-    name = str(name)[:_LONGEST]
+    name = str(name)[:80]  # comparing takes time that grows with its square
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(valid)}"
