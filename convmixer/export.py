@@ -222,6 +222,10 @@ def export_model(
     if normalization and (folded or not fold):
         raise ArgumentError("normalization is part of folding: give the model itself, with fold=True")
 
+    if path.is_dir():
+        raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
+    if not path.parent.is_dir():
+        raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     reference: Any = copy.deepcopy(model)
     reference.to("cpu", torch.float32, memory_format=torch.contiguous_format).eval()
     config = preprocessing(reference) if getattr(reference, "pretrained_cfg", None) else {}
@@ -229,7 +233,7 @@ def export_model(
     inside = torch.float32 if not chosen.computes else dtype
     if fold and not folded:
         computed = optimize(reference, normalization=normalization, dtype=inside)
-        config = computed.pretrained_cfg | {"input_size": config.get("input_size")} if config else {}
+        config = computed.pretrained_cfg if normalization else config
     else:
         computed = copy.deepcopy(reference).to(inside)
     output = "logits" if reference.num_classes else "features"
@@ -239,8 +243,6 @@ def export_model(
     metadata = _metadata(reference, config, size, folded or fold)
     job = _Job(computed, dtype, torch.zeros(2, reference.in_chans, *size), {"images": dimensions}, output, metadata)
 
-    if not path.parent.is_dir():
-        raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         try:
@@ -249,7 +251,7 @@ def export_model(
             raise
         except Exception as error:  # each exporter and runtime has its own
             reason = next(iter(str(error).strip().splitlines()), "")
-            raise ExportError(f"{format} cannot hold this model: {type(error).__name__}: {reason}") from error
+            raise ExportError(f"the export to {format} failed: {type(error).__name__}: {reason}") from error
         if not difference <= TOLERANCE[dtype]:
             raise ExportError(
                 f"{path.name} differs from the model by {difference:.2g} of the largest output, where {dtype} allows "
@@ -305,7 +307,7 @@ def _difference(run: Run, model: Any, size: Sequence[int], normalization: bool, 
         found = run(images if normalization else normalized)
         if found.shape != expected.shape:
             raise ExportError(f"the file returns {tuple(found.shape)} where the model returns {tuple(expected.shape)}")
-        difference = (found - expected).abs().max() / expected.abs().max()
+        difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
         if not difference.isfinite():
             return float("inf")
         largest = max(largest, float(difference))
