@@ -2,6 +2,7 @@
 
 from convmixer.checkpoints import convert_checkpoint, load_checkpoint
 from convmixer.errors import ConvMixerError
+from convmixer.export import export_model
 from convmixer.factory import create_model
 from convmixer.folding import optimize
 from convmixer.inference import predict
@@ -15,6 +16,7 @@ __all__ = [
     "convert_checkpoint",
     "create_model",
     "create_transform",
+    "export_model",
     "list_models",
     "list_pretrained",
     "load_checkpoint",

@@ -9,7 +9,8 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, WeightsError
-from convmixer.model import ConvMixer
-from convmixer.registry import VARIANTS
+from convmixer.errors import ArgumentError, WeightsError, brief
+from convmixer.model import ConvMixer, evaluating
+from convmixer.registry import VARIANTS, Variant, get_variant
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
@@ -60,18 +61,15 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any]
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", **header}))
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped from disk rather than copied; all of them finite.
-
-    Raises:
-        WeightsError: The file is missing, a pickle, cut short or corrupt, or holds values that are not finite.
-    """
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file whose header was checked by its library; what is wrong with it becomes a WeightsError."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no weights file at {str(path)!r}: give the path of a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         if _is_pickle(path):
             raise WeightsError(
@@ -79,8 +77,25 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
                 f"convmixer convert {shlex.quote(str(path))} {shlex.quote(path.name.split('.')[0])}.safetensors"
             ) from error
         raise WeightsError(
-            f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): {error}. Fetch it again"
+            f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): "
+            f"{brief(str(error), 300)}. Fetch it again"
         ) from error
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, from its header alone."""
+    with _opened(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped from disk rather than copied; all of them finite.
+
+    Raises:
+        WeightsError: The file is missing, a pickle, cut short or corrupt, or holds values that are not finite.
+    """
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     _check_finite(tensors, repr(str(path)))
     return tensors
 
@@ -88,17 +103,66 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point():
-            values = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sum
             # The sum is one fast pass; it is finite unless a value is not, or in rare cases overflows.
-            if not math.isfinite(values.sum().item()) and not values.isfinite().all():
-                bad = int((~values.isfinite()).sum())
-                raise WeightsError(f"{source}: {key} has {bad} of {tensor.numel()} values that are not finite")
+            if tensor.element_size() > 1 and math.isfinite(tensor.sum().item()):
+                continue
+            # In parts, because the masks need memory; float8 has no mask, so it is widened.
+            parts = tensor.flatten().split(2**20)
+            bad = sum(int((~(p.float() if p.element_size() == 1 else p).isfinite()).sum()) for p in parts)
+            if bad:
+                raise WeightsError(f"{source}: {brief(key)} has {bad} of {tensor.numel()} values that are not finite")
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The strings in the header of a safetensors file."""
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         return dict(file.metadata() or {})
+
+
+# ---- which model a file is ------------------------------------------------------------------------------------------
+
+
+def recognise(shapes: Mapping[str, Sequence[int]], source: str) -> dict[str, int]:
+    """The constructor's sizes that the shapes of a ConvMixer's tensors tell: dim, depth, ..., num_classes.
+
+    Args:
+        shapes: By the keys of a state dict.
+        source: Named in the error.
+
+    Raises:
+        WeightsError: They are not those of a ConvMixer.
+    """
+    stem, depthwise = shapes.get("stem.0.weight", ()), shapes.get("blocks.0.0.fn.0.weight", ())
+    head = shapes.get("head.weight", (0, 0))
+    blocks = {match[1] for key in shapes if (match := re.match(r"blocks\.([0-9]+)\.", key))}
+    depth = len(blocks)
+    if (len(stem), len(depthwise), len(head)) == (4, 4, 2) and blocks == {str(i) for i in range(depth)}:
+        sizes = {"dim": stem[0], "depth": depth, "kernel_size": depthwise[3], "patch_size": stem[3]}
+        sizes |= {"in_chans": stem[1]}
+        if min(sizes.values()) > 0:
+            return {**sizes, "num_classes": head[0]}
+    raise WeightsError(f"{source} is no ConvMixer: its keys are {_first(list(shapes))}")
+
+
+def find_variant(sizes: Mapping[str, int], source: str) -> Variant:
+    """The registry's variant of these sizes, whatever its classes and channels.
+
+    Raises:
+        WeightsError: There is none.
+    """
+    shape = tuple(sizes[name] for name in _SHAPE)
+    for variant in VARIANTS:
+        if tuple(getattr(variant, name) for name in _SHAPE) == shape:
+            return variant
+    raise WeightsError(f"{source} has {', '.join(_SHAPE)} = {shape}, which no variant of the registry has")
+
+
+_SHAPE = ("dim", "depth", "kernel_size", "patch_size")
+
+
+def variant_of(path: str | Path) -> str:
+    """Name of the registry's variant whose shapes a safetensors file has."""
+    return find_variant(recognise(read_shapes(path), repr(str(path))), repr(str(path))).name
 
 
 def _is_pickle(path: Path) -> bool:
@@ -132,7 +196,7 @@ def check_keys(
     if extra:
         problems.append(f"{len(extra)} unexpected ({_first(extra)})")
     wrong = [
-        f"{k} expected {tuple(expected[k].shape)}, found {tuple(tensors[k].shape)}"
+        f"{k} expected {tuple(expected[k].shape)}, found {brief(tuple(tensors[k].shape))}"
         for k in expected
         if k in tensors and k not in may_differ and tensors[k].shape != expected[k].shape
     ]
@@ -148,7 +212,7 @@ def check_keys(
 
 
 def _first(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    return ", ".join(brief(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -171,10 +235,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 # ---- conversion of old checkpoints ----------------------------------------------------------------------------------
 
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = ("module.", "model.", "_orig_mod.", "net.")
 
 
 def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
+    """The tensors of the one ConvMixer in a checkpoint, without the prefix that all of them have."""
     for _ in range(4):
         nested = [k for k in _NESTED if isinstance(content, Mapping) and isinstance(content.get(k), Mapping)]
         if not nested:
@@ -185,16 +249,23 @@ def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors:
         raise WeightsError(f"{source} holds no tensors: its keys are {_first([str(k) for k in content])}")
-    while True:
-        prefix = next((p for p in _PREFIXES if all(k.startswith(p) for k in tensors)), None)
-        if prefix is None:
-            return tensors
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    # Wrappers add a prefix, and there may be others' tensors beside it: of a loss, a metric, an average of the model.
+    starts = (k.removesuffix(stem) for stem in ("stem.0.weight", "0.weight") for k in tensors if k.endswith(stem))
+    found = [p for p in starts if f"{p}blocks.0.0.fn.0.weight" in tensors or f"{p}3.0.fn.0.weight" in tensors]
+    averages = [p for p in found if re.search(r"(?:^|[._])ema[._]", p)]
+    prefixes = averages or found
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"{source} holds {len(prefixes)} models, with the prefixes {_first(prefixes)}: "
+            "save a file of the state dict of one of them"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _rename_flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys of the paper's one flat Sequential (stem 0 to 2, blocks from 3, head last) to this package's."""
-    if "0.weight" not in tensors or not all(re.fullmatch(r"\d+\..+", k) for k in tensors):
+    if "0.weight" not in tensors or not all(re.fullmatch(r"[0-9]+\..+", k) for k in tensors):
         return tensors
     head = max(int(k.split(".")[0]) for k in tensors)
 
@@ -210,23 +281,28 @@ def _rename_flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {rename(k): v for k, v in tensors.items()}
 
 
-def convert_checkpoint(source: str | Path, destination: str | Path) -> str:
+def convert_checkpoint(source: str | Path, destination: str | Path, *, variant: str | None = None) -> str:
     """Turn a pickled checkpoint into safetensors with this package's keys.
 
     Read are the paper's flat Sequential keys, timm's keys, state dicts nested under `state_dict`, `model` or an EMA's
-    name, and the prefixes that wrappers add. The file is opened with `weights_only=True`: it cannot run code.
+    name, and the prefixes that wrappers such as DataParallel, `torch.compile` and Lightning add. Where a checkpoint has
+    averaged weights, they are taken. The file is opened with `weights_only=True`: it cannot run code. What was written
+    is read again and computed once before it is put in place.
 
     Args:
         source: A .pth, .pth.tar, .pt, .bin or .ckpt file.
         destination: The .safetensors file to write.
+        variant: The variant that it must be; None takes the one that has the shapes of the tensors.
 
     Returns:
-        The name of the variant whose shapes the tensors have.
+        The name of the variant.
 
     Raises:
+        UnknownModelError: No such variant.
         WeightsError: The file cannot be read safely, or is no ConvMixer that the registry knows.
     """
     source = Path(source)
+    asked = None if variant is None else get_variant(variant)[0]
     if not source.is_file():
         raise WeightsError(f"no checkpoint at {str(source)!r}")
     try:
@@ -236,26 +312,37 @@ def convert_checkpoint(source: str | Path, destination: str | Path) -> str:
         # PyTorch's text goes on to explain how to run the code.
         found = re.search(r"Unsupported (global|class|operand)[^\n]*", str(error))
         reason = found[0] if found else type(error).__name__
-        raise WeightsError(f"cannot read {str(source)!r} without running code from it: {reason}") from error
+        raise WeightsError(
+            f"cannot read {str(source)!r} without running code from it: {reason}. "
+            "Ask whoever wrote it for a file of the state dict alone"
+        ) from error
     named = repr(str(source))
     tensors = _rename_flat(_unwrap(content, named))
-    try:
-        stem = tensors["stem.0.weight"].shape
-        in_chans, num_classes = stem[1], tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
-        depth = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
-        kernel_size = tensors["blocks.0.0.fn.0.weight"].shape[-1]
-        shape = (stem[0], depth, kernel_size, stem[-1])
-    except (KeyError, ValueError, IndexError) as error:
-        raise WeightsError(f"{named} is no ConvMixer: its keys are {_first(list(tensors))}") from error
-    variant = next((v for v in VARIANTS if (v.dim, v.depth, v.kernel_size, v.patch_size) == shape), None)
-    if variant is None:
-        raise WeightsError(
-            f"{named} has dim, depth, kernel_size, patch_size = {shape}, which no variant of the registry has"
-        )
-    model = ConvMixer(*shape, in_chans=in_chans, num_classes=num_classes, act_layer=variant.act_layer, device="meta")
+    sizes = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}, named)
+    if asked and any(sizes[name] != getattr(asked, name) for name in _SHAPE):
+        wanted, has = ({name: get(name) for name in _SHAPE} for get in (lambda n: getattr(asked, n), sizes.get))
+        raise WeightsError(f"{named} is no {asked.name}, which has {_listed(wanted)}: it has {_listed(has)}")
+    match = asked or find_variant(sizes, named)
+    arguments: dict[str, Any] = {**sizes, "act_layer": match.act_layer, "device": "meta"}
+    model = ConvMixer(**arguments)
     check_keys(tensors, model.state_dict(), named)
     _check_finite(tensors, named)
-    header = {"format": "pt", "architecture": variant.name}
+    header = {"format": "pt", "architecture": match.name}
     tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
-    write_atomically(destination, lambda temporary: save_file(tensors, temporary, header))
-    return variant.name
+
+    def write(path: Path) -> None:
+        save_file(tensors, path, header)
+        written = read_tensors(path)
+        model.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in written.items()})
+        side = 2 * sizes["patch_size"]
+        with torch.inference_mode(), evaluating(model):
+            outputs = model(torch.zeros(1, sizes["in_chans"], side, side))
+        if not outputs.isfinite().all():
+            raise WeightsError(f"{named}: the model computes values that are not finite. Is it another variant?")
+
+    write_atomically(destination, write)
+    return match.name
+
+
+def _listed(sizes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sizes.items())

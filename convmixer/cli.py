@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from convmixer import plots
-from convmixer.checkpoints import convert_checkpoint, write_atomically
+from convmixer.checkpoints import convert_checkpoint, variant_of, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
+from convmixer.export import FORMATS, export_model
 from convmixer.factory import create_model
 from convmixer.inference import label_names, read_image
 from convmixer.inference import predict as predict_images
@@ -69,7 +71,7 @@ def _progress(items: Iterable[Any], description: str = "") -> Iterator[Any]:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="convmixer")
 def main() -> None:
-    """ConvMixer models: list them, classify images, train, convert checkpoints, draw figures."""
+    """ConvMixer models: list them, classify images, train, convert, export, draw figures."""
 
 
 # ---- the registry ---------------------------------------------------------------------------------------------------
@@ -270,9 +272,10 @@ def train(
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
-def convert(source: Path, destination: Path) -> None:
+@click.option("--variant", help="The variant that it must be.  [default: recognised from the shapes]")
+def convert(source: Path, destination: Path, variant: str | None) -> None:
     """Turn the pickled checkpoint SOURCE into the safetensors file DESTINATION."""
-    _say(f"{destination}: {convert_checkpoint(source, destination)}")
+    _say(f"{destination}: {convert_checkpoint(source, destination, variant=variant)}")
 
 
 # ---- validation -----------------------------------------------------------------------------------------------------
@@ -291,10 +294,12 @@ def _recipe_model(run: Path) -> str:
 
 
 def _open_model(name: str, checkpoint: Path | None, device: str) -> Any:
-    """A model of `create_model`, or of the run that `convmixer train` left in the folder `name`."""
+    """A model of `create_model`, of the run that `convmixer train` left in the folder `name`, or of a weights file."""
     if os.path.isdir(name):
         weights = checkpoint or Path(name) / "model.safetensors"
         return create_model(_recipe_model(Path(name)), checkpoint=weights, device=device)
+    if os.path.isfile(name):
+        return create_model(variant_of(name), checkpoint=checkpoint or name, device=device)
     return create_model(name, pretrained=True, device=device, checkpoint=checkpoint)
 
 
@@ -354,7 +359,7 @@ def validate(
 ) -> None:
     """Measure MODEL on labelled images: accuracy, loss, calibration, accuracy per class.
 
-    MODEL is any name of create_model, or the folder of a run of `convmixer train`.
+    MODEL is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file.
     """
     opened = _open_model(model, checkpoint, device)
     result = validate_model(opened, data, progress=lambda items: _progress(items, "validating"), **options)
@@ -367,6 +372,46 @@ def validate(
         _show(result)
     if output:
         write_atomically(output, lambda path: path.write_text(text + "\n"))
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("source")
+@click.option("--format", "format_", type=click.Choice(list(FORMATS)), required=True)
+@click.option("--output", type=click.Path(path_type=Path), help="File to write.  [default: named after SOURCE, here]")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="A .safetensors file to load in place of its weights."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the weights.",
+)
+@click.option("--fold/--no-fold", default=None, help="Fold every BatchNorm.  [default: where the format computes]")
+@click.option("--normalization", is_flag=True, help="Take images in [0, 1]: fold mean and std, too.")
+@click.option("--image-size", type=click.IntRange(min=1), help="Pixels of a side.  [default: the model's]")
+@click.option("--dynamic-size", is_flag=True, help="Leave height and width open, as the batch always is.")
+def export(source: str, format_: str, output: Path | None, checkpoint: Path | None, dtype: str, **options: Any) -> None:
+    """Write the model SOURCE for another program, and check the file by that program.
+
+    SOURCE is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file.
+    """
+    model = _open_model(source, checkpoint, "cpu")
+    if output is None:
+        stem = Path(source).resolve().name if os.path.isdir(source) else Path(source).name.removesuffix(".safetensors")
+        kind = "" if dtype == "float32" else f".{dtype}"
+        output = Path(re.sub(r"[^\w.-]+", "_", stem) + kind + FORMATS[format_].suffix)
+    used = (Path(source), Path(source) / "model.safetensors", *([checkpoint] if checkpoint else []))
+    for file in used:
+        if os.path.isfile(file) and output.exists() and output.samefile(file):
+            raise ArgumentError(f"{str(output)!r} is the file that is exported: set another --output")
+    result = export_model(model, output, format_, dtype=getattr(torch, dtype), **options)
+    folded = ", folded" if result.folded else ""
+    _say(f"{output}: {format_}, {dtype}{folded}, logits within {result.difference:.1e} of the model's")
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ ConvMixerError
 ├── WeightsError           a weights file that is missing, foreign, short, corrupt or non-finite
 ├── ImageError             an image that cannot be read or does not fit the model
 ├── DataError              a data set or a run's record that cannot be found or read
+├── ExportError            a model that another format cannot hold, or a file that computes something else
 ├── DependencyError        an optional library that is not installed (also an ImportError)
 └── TrainingStopped        training was asked to stop, and has saved its place
 """
@@ -40,6 +41,10 @@ class DataError(ConvMixerError):
     """A data set or a run's record that cannot be found or read."""
 
 
+class ExportError(ConvMixerError):
+    """A model that another format cannot hold, or an exported file that does not compute what the model computes."""
+
+
 class DependencyError(ConvMixerError, ImportError):
     """An optional library that is not installed."""
 
@@ -56,8 +61,15 @@ class TrainingStopped(ConvMixerError):
         self.signal = signal
 
 
+def brief(value: object, longest: int = 80) -> str:
+    """A value from a file for a message: cut where it is long, escaped where a terminal would obey it."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that names the nearest valid spellings, or all of them where none is near."""
     valid = sorted(valid)
+    name = str(name)[:80]  # comparing takes time that grows with its square
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"valid: {', '.join(valid)}"

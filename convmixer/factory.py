@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from convmixer import hub
-from convmixer.checkpoints import check_keys, read_metadata, read_tensors
-from convmixer.errors import ArgumentError, UnknownModelError, WeightsError, nearest
+from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise
+from convmixer.config import MAX_SIDE, read_config
+from convmixer.errors import ArgumentError, WeightsError, nearest
 from convmixer.model import ConvMixer, check_dtype
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
 
@@ -26,22 +27,6 @@ __all__ = ["create_model", "resolve_device"]
 # What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
 _MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
 _FEATURE_ARGS = ["features_only", "out_indices"]
-# What a config.json may say about preprocessing and labels.
-_CONFIG_KEYS = [
-    "input_size",
-    "test_input_size",
-    "min_input_size",
-    "interpolation",
-    "crop_pct",
-    "test_crop_pct",
-    "crop_mode",
-    "mean",
-    "std",
-    "label_names",
-    "label_descriptions",
-    "license",
-    "tag",
-]
 
 
 def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
@@ -127,36 +112,15 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
 
 
 def _from_config(path: Path, weights: Path | None, name: str) -> _Source:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightsError(f"{name}: cannot read {str(path)!r}: {error.strerror}") from error
-    except ValueError as error:
-        raise WeightsError(f"{name}: {str(path)!r} is not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise WeightsError(f"{name}: {str(path)!r} names no architecture, as timm's config.json does")
-    architecture = config["architecture"].partition(".")[0]
-    names = [v.name for v in VARIANTS]
-    if architecture not in names:
-        raise UnknownModelError(f"{name} is a {architecture!r}, not a ConvMixer; {nearest(architecture, names)}")
-    variant, _ = get_variant(architecture)
-    model_args = config.get("model_args") or {}
-    preprocessing = config.get("pretrained_cfg") or {}
-    if not isinstance(model_args, dict) or not isinstance(preprocessing, dict):
-        raise WeightsError(f"{name}: model_args and pretrained_cfg in {str(path)!r} must be objects")
-    _check_names(model_args, _MODEL_ARGS, f"{name}: model argument")
-    merged = _config(variant, None)
-    merged |= {k: tuple(v) if isinstance(v, list) else v for k, v in preprocessing.items() if k in _CONFIG_KEYS}
-    labels = {k: config[k] for k in ("label_names", "label_descriptions") if config.get(k)}
-    counts = (config.get("num_classes"), preprocessing.get("num_classes"), variant.num_classes)
-    merged |= labels | {"num_classes": next(count for count in counts if count is not None)}
-    size = merged["input_size"]
-    if not isinstance(merged["num_classes"], int) or not isinstance(size, tuple) or len(size) != 3:
-        raise WeightsError(
-            f"{name}: num_classes={merged['num_classes']!r}, input_size={size!r} in {str(path)!r}: "
-            "a whole number and three of them are needed"
-        )
-    return _Source(variant, merged, model_args, weights)
+    config = read_config(path, name)
+    if weights is not None:
+        # By the header alone, before anything is built: what a file does not hold, nobody allocates.
+        says = {**config.variant.architecture, **config.model_args, "num_classes": config.preprocessing["num_classes"]}
+        found = recognise(read_shapes(weights), repr(str(weights)))
+        wrong = [f"{key}={says[key]}, but the weights have {n}" for key, n in found.items() if says[key] != n]
+        if wrong:
+            raise WeightsError(f"{name}: config.json does not fit {str(weights)!r}: it says {'; '.join(wrong)}")
+    return _Source(config.variant, _config(config.variant, None) | config.preprocessing, config.model_args, weights)
 
 
 def _check_names(given: dict[str, Any], valid: list[str], what: str) -> None:
@@ -291,9 +255,9 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
     header = read_metadata(path)
     try:
         labels, size = (json.loads(header.get(name, "null")) for name in ("label_names", "input_size"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"label_names or input_size in the header of {str(path)!r} is not JSON: {error}") from error
-    if isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size):
+    if isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MAX_SIDE for n in size):
         found["input_size"] = (found.get("input_size", config["input_size"])[0], *size[1:])
     if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
         found["label_names"] = tuple(labels)

@@ -63,6 +63,11 @@ def write_figure(figure: Figure, path: str | Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
+def _literal(name: str) -> str:
+    """A class name as it is: matplotlib takes what stands between two dollar signs for a formula."""
+    return name.replace("$", r"\$")
+
+
 def _array(values: Array) -> npt.NDArray[Any]:
     array: npt.NDArray[Any] = torch.as_tensor(values).detach().cpu().numpy()
     return array
@@ -149,7 +154,7 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
         ArgumentError: No images, lengths that differ, or an integer that is no class.
     """
     true, predicted = _array(labels), _array(predictions)
-    count = len(classes)
+    count, names = len(classes), [_literal(name) for name in classes]
     if true.shape != predicted.shape or true.ndim != 1 or not true.size:
         raise ArgumentError(f"labels {true.shape} and predictions {predicted.shape}: give both as (N,), N at least 1")
     for name, values in {"labels": true, "predictions": predicted}.items():
@@ -169,8 +174,8 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
     if count <= MOST_TICK_LABELS:
         size = min(10.0, 72 * side / count * 0.6)
         slope: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        axes.set_xticks(range(count), classes, fontsize=size, **slope if count <= MOST_CELL_TEXTS else {"rotation": 90})
-        axes.set_yticks(range(count), classes, fontsize=size)
+        axes.set_xticks(range(count), names, fontsize=size, **slope if count <= MOST_CELL_TEXTS else {"rotation": 90})
+        axes.set_yticks(range(count), names, fontsize=size)
     if count <= MOST_CELL_TEXTS:
         for row, column in np.argwhere(matrix):
             text = f"{percent[row, column]:.1f}%\n{matrix[row, column]}"
@@ -217,7 +222,7 @@ def plot_mistakes(
     for axes, i in zip(grid.flat, chosen, strict=False):
         axes.imshow(_array(images[i].permute(1, 2, 0)), cmap="gray", vmin=0, vmax=255)
         title = f"{classes[true[i]]} -> {classes[predicted[i]]} {100 * confidence[i]:.1f}%"
-        axes.set_title(textwrap.fill(title, 26), fontsize=8)
+        axes.set_title(_literal(textwrap.fill(title, 26)), fontsize=8)
     return figure
 
 
@@ -355,6 +360,6 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     shown = right.imshow(overlay, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * overlay**0.5)
     figure.colorbar(shown, ax=right, label="activation, relative", shrink=0.8)
     left.set_title(f"the model's input, {width}x{height}")
-    right.set_title(f"activation for {names[index]}, {100 * probabilities[index]:.1f} %")
+    right.set_title(f"activation for {_literal(names[index])}, {100 * probabilities[index]:.1f} %")
     figure.suptitle(f"predicted: {names[best]} {100 * probabilities[best]:.1f} %")
     return figure

@@ -406,6 +406,60 @@ def test_nesting_and_prefixes(tmp_path, nesting, prefix):
         assert all(torch.equal(file.get_tensor(key), tensors[key]) for key in tensors)
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("prefix", ["model.", "net.", "model.backbone.", "encoder._orig_mod."])
+def test_lightning_checkpoint(tmp_path, prefix, flat):
+    """A model inside a module, beside tensors of the loss and of metrics."""
+    theirs = paper_convmixer(256, 8, 5, 2, 10) if flat else TimmConvMixer(256, 8, 5, 2, num_classes=10)
+    shake(theirs)
+    state = {prefix + key: tensor for key, tensor in theirs.state_dict().items()}
+    state |= {"loss.weight": torch.ones(10), "accuracy.correct": torch.zeros(1), "accuracy.0.weight": torch.zeros(1)}
+    content = {"state_dict": state, "epoch": 2, "global_step": 9, "pytorch-lightning_version": "2.5.0"}
+    torch.save({**content, "hyper_parameters": {"lr": 0.1}, "callbacks": {}, "loops": {}}, tmp_path / "last.ckpt")
+    assert convmixer.convert_checkpoint(tmp_path / "last.ckpt", tmp_path / "new.safetensors") == "convmixer_256_8"
+    mine = loaded("convmixer_256_8", tmp_path / "new.safetensors")
+    torch.testing.assert_close(logits(mine), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_averaged_weights_come_first_and_others_are_not_guessed(tmp_path):
+    model, average = timm_convmixer(), timm_convmixer()
+
+    def save(*prefixes):
+        parts = [{p + k: v for k, v in m.state_dict().items()} for p, m in zip(prefixes, (model, average), strict=True)]
+        torch.save({**parts[0], **parts[1], "n_averaged": torch.tensor(3)}, tmp_path / "old.pth")
+        return convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors")
+
+    for prefix in ("ema.", "ema_model.", "model_ema.module."):
+        assert save("model.", prefix) == "convmixer_256_8"
+        with safetensors.safe_open(tmp_path / "new.safetensors", framework="pt") as file:
+            assert torch.equal(file.get_tensor("head.weight"), average.head.weight)
+    with pytest.raises(WeightsError, match=r"holds 2 models, with the prefixes student\., teacher\.: save a file of"):
+        save("student.", "teacher.")
+
+
+def test_a_variant_that_is_asked_for(tmp_path):
+    torch.save(timm_convmixer().state_dict(), tmp_path / "old.pth")
+    paths = tmp_path / "old.pth", tmp_path / "new.safetensors"
+    assert convmixer.convert_checkpoint(*paths, variant="convmixer_256_8") == "convmixer_256_8"
+    with pytest.raises(
+        WeightsError, match=r"is no convmixer_512_12, which has dim=512, .*: it has dim=256, depth=8, k"
+    ):
+        convmixer.convert_checkpoint(*paths, variant="convmixer_512_12")
+    with pytest.raises(convmixer.ConvMixerError, match="did you mean convmixer_256_8"):
+        convmixer.convert_checkpoint(*paths, variant="convmixer_256_9")
+
+
+def test_what_was_written_is_computed_once(tmp_path):
+    """Finite weights of a model that overflows."""
+    theirs = timm_convmixer()
+    for block in theirs.blocks:
+        nn.init.constant_(block[3].weight, 1e30)
+    torch.save(theirs.state_dict(), tmp_path / "old.pth")
+    with pytest.raises(WeightsError, match="the model computes values that are not finite"):
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors")
+    assert os.listdir(tmp_path) == ["old.pth"]
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_checkpoint_that_timm_wrote(tmp_path, ema):
     """timm's training script keeps its command line in the file; of two models the averaged one is taken."""

@@ -49,7 +49,7 @@ def pictures(cat, tmp_path):
 
 def test_help_names_every_command():
     text = run("--help").stdout
-    for name in ("list", "info", "predict", "train", "convert", "plot"):
+    for name in ("list", "info", "predict", "train", "convert", "export", "plot"):
         assert re.search(rf"^  {name} ", text, re.MULTILINE)
     assert run("-h").stdout == text
 
@@ -315,6 +315,21 @@ def test_names_are_shown_as_they_are(cat, tmp_path, monkeypatch, name, good):
     result = run("predict", os.path.join("odd", name), "--topk", 1, "--device", "cpu", status=0 if good else 1)
     shown = os.path.join("odd", name) if good else repr(os.path.join("odd", name))
     assert shown in (result.stdout if good else result.stderr)
+
+
+def test_hostile_texts_of_a_folder_are_not_obeyed(cat, tmp_path):
+    """Label names, and keys that a warning names, that come from somebody else's file."""
+    labels = ["\x1b]0;owned\x07", "\x1b[2Jgone", "[red]dog[/red]", "left\u202egnp", "[/]", "a\rb", "\x9b5m", ":cat:"]
+    config = {"architecture": "convmixer_256_8", "num_classes": 8, "label_names": labels}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_args": {"\x1b[31m": 1}}))
+    save_weights(convmixer.create_model("convmixer_256_8", device="cpu", num_classes=8), tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="unknown keys") as caught:
+        result = run("predict", cat, "--model", f"local-dir:{tmp_path}", "--topk", 8, "--device", "cpu")
+    for text in (result.stdout, result.stderr, str(caught[0].message)):
+        assert not re.search("[\x1b\x07\r\x9b\u202e]", text)
+    for shown in ("\\x1b]0;owned\\x07", "[red]dog[/red]", "left\\u202egnp", "[/]", ":cat:"):
+        assert shown in result.stdout
+    assert len(result.stdout.splitlines()) == 9
 
 
 # ---- convert --------------------------------------------------------------------------------------------------------

@@ -303,7 +303,6 @@ def test_checkpoint_of_another_variant(tmp_path):
         ("[", WeightsError, "is not JSON"),
         ("[]", WeightsError, "names no architecture"),
         ('{"architecture": "resnet50"}', UnknownModelError, "is a 'resnet50', not a ConvMixer"),
-        (f'{{"architecture": "{NAME}", "model_args": {{"width": 3}}}}', ArgumentError, "argument 'width' is unknown"),
         (f'{{"architecture": "{NAME}", "model_args": [1]}}', WeightsError, "must be objects"),
         (f'{{"architecture": "{NAME}", "num_classes": "10"}}', WeightsError, "num_classes='10'"),
         (f'{{"architecture": "{NAME}", "pretrained_cfg": {{"input_size": "x"}}}}', WeightsError, "input_size='x'"),
@@ -320,3 +319,102 @@ def test_no_pickle_from_a_folder(folder):
     torch.save(nn.Linear(1, 1).state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="no weights file at"):
         convmixer.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+# ---- a config.json from a stranger ----------------------------------------------------------------------------------
+
+
+def _say(folder, part, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (config if part is None else config[part]).update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "text"),
+    [
+        ("model_args", {"dim": 10**9}, "dim=1000000000: a whole number from 1 to 65536 is needed"),
+        ("model_args", {"dim": True}, "dim=True: a whole number"),
+        ("model_args", {"depth": 10**6}, "depth=1000000: a whole number from 1 to 1000 is needed"),
+        ("model_args", {"dim": 65536, "depth": 900}, "parameters; at most 1,000,000,000 are built"),
+        ("model_args", {"act_layer": "os.system"}, "act_layer='os.system': one of 'gelu', "),
+        ("model_args", {"act_layer": ["gelu"]}, r"act_layer=\['gelu'\]: one of"),
+        ("model_args", {"global_pool": 3}, "global_pool=3: one of 'avg'"),
+        ("model_args", {"drop_rate": 1}, r"drop_rate=1: a probability in \[0, 1\) is needed"),
+        ("model_args", {"num_classes": 5}, "says num_classes=5 in model_args and 4 elsewhere"),
+        ("pretrained_cfg", {"std": [0.2, 0, 0.2]}, r"std=\[0.2, 0, 0.2\]: a list of numbers"),
+        ("pretrained_cfg", {"mean": [float("nan")] * 3}, "mean="),
+        ("pretrained_cfg", {"mean": [10**400]}, r"mean=\[10000\d+\.\.\.: a list"),
+        ("pretrained_cfg", {"input_size": [3, 10**9, 24]}, r"input_size=\[3, 1000000000, 24\]: \[channels, height"),
+        ("pretrained_cfg", {"interpolation": "\x1b[2J"}, r"interpolation='\\x1b\[2J': one of"),
+        (None, {"label_names": [1, 2]}, r"label_names=\[1, 2\]: a list of texts is needed"),
+        (None, {"label_names": "abcd"}, "label_names='abcd'"),
+        (None, {"num_classes": 10**9}, "num_classes=1000000000"),
+    ],
+)
+def test_senseless_values_in_a_config(folder, part, values, text):
+    _say(folder, part, **values)
+    for pretrained in (True, False):
+        with pytest.raises(WeightsError, match=text):
+            convmixer.create_model(f"local-dir:{folder}", pretrained=pretrained)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "text"),
+    [
+        ("model_args", {"dim": 6000}, "it says dim=6000, but the weights have 16"),
+        ("model_args", {"depth": 3}, "it says depth=3, but the weights have 2"),
+        ("model_args", {"kernel_size": 5}, "it says kernel_size=5, but the weights have 3"),
+        ("model_args", {"in_chans": 1}, "it says in_chans=1, but the weights have 3"),
+        (None, {"num_classes": 7}, "it says num_classes=7, but the weights have 4"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights(folder, monkeypatch, part, values, text):
+    """Found in the header, before a module is built."""
+    _say(folder, part, **values)
+    monkeypatch.setattr(convmixer.factory, "_build", None)
+    with pytest.raises(WeightsError, match=text):
+        convmixer.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_unknown_keys_are_named_and_left_out(folder):
+    _say(folder, "model_args", width=3, device="cuda", **{"\x1b[2J": 1})
+    _say(folder, "pretrained_cfg", exec="x", file="/etc/passwd", url="http://x", custom_load=True)
+    with pytest.warns(UserWarning, match="which are left out") as caught:
+        model = convmixer.create_model(f"local-dir:{folder}", pretrained=True, device="cpu")
+    (warning,) = caught
+    for text in ("model_args 'width', model_args 'device', model_args '\\x1b[2J', pretrained_cfg 'exec'",):
+        assert text in str(warning.message)
+    assert "passwd" not in str(warning.message)
+    assert warning.filename == __file__
+    assert not {"exec", "file", "url", "custom_load"} & {k for k, v in model.pretrained_cfg.items() if v}
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(b"[" * 100_000, "is not JSON"), (b"\xff\xfe", "is not JSON"), (b" " * 9_000_000, "more than 8,388,608 bytes")],
+)
+def test_files_that_no_parser_should_see(folder, content, text):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(WeightsError, match=text):
+        convmixer.create_model(f"local-dir:{folder}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such files on Windows")
+def test_a_pipe_is_not_waited_for(folder):
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).rename(folder / "kept")
+        os.mkfifo(folder / name)
+        with pytest.raises(WeightsError, match=r"is no file|no weights file at"):
+            convmixer.create_model(f"local-dir:{folder}", pretrained=True)
+        (folder / "kept").replace(folder / name)
+
+
+def test_null_and_one_channel(folder):
+    save_weights(
+        convmixer.ConvMixer(16, 2, 3, 2, in_chans=1, num_classes=4, act_layer="relu"), folder / "model.safetensors"
+    )
+    _say(folder, "pretrained_cfg", input_size=[1, 24, 24], mean=None, tag=None)
+    model = convmixer.create_model(f"local-dir:{folder}", pretrained=True, device="cpu")
+    assert model.in_chans == 1
+    assert len(model.pretrained_cfg["mean"]) == 3

@@ -403,6 +403,15 @@ def test_a_figure_that_cannot_be_written(tmp_path):
         plots.write_figure(plots.plot_history(HISTORY), tmp_path / "none" / "history.png")
 
 
+def test_class_names_are_no_formulas(tmp_path):
+    """What stands between two dollar signs would be parsed, and fail."""
+    names = ["$\\frac{$", "a $ b", "c"]
+    plots.write_figure(plots.plot_confusion([0, 1, 2], [0, 1, 1], names), tmp_path / "confusion.png")
+    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    mistakes = plots.plot_mistakes(images, [0, 1, 2], torch.eye(3)[[1, 2, 0]], names)
+    plots.write_figure(mistakes, tmp_path / "mistakes.png")
+
+
 def test_missing_libraries(model, cat, monkeypatch):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(DependencyError, match=r"needs captum, which is missing: pip install 'convmixer\[train\]'"):
