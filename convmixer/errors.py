@@ -6,6 +6,7 @@ ConvMixerError
 ├── WeightsError           a weights file that is missing, foreign, short, corrupt or non-finite
 ├── ImageError             an image that cannot be read or does not fit the model
 ├── DataError              a data set or a run's record that cannot be found or read
+├── HubError               the Hugging Face Hub cannot be reached, or refuses an upload
 ├── DependencyError        an optional library that is not installed (also an ImportError)
 └── TrainingStopped        training was asked to stop, and has saved its place
 """
@@ -38,6 +39,10 @@ class ImageError(ConvMixerError):
 
 class DataError(ConvMixerError):
     """A data set or a run's record that cannot be found or read."""
+
+
+class HubError(ConvMixerError):
+    """The Hugging Face Hub cannot be reached, or refuses an upload."""
 
 
 class DependencyError(ConvMixerError, ImportError):
