@@ -389,10 +389,8 @@ def _write(source: _Source, folder: Path) -> list[str]:
     config = _config(source)
     expected = _rebuild(source.model).state_dict()
     check_keys(source.model.state_dict(), expected, f"this {type(source.model).__name__}")
-    header = {"architecture": config["architecture"], "input_size": config["pretrained_cfg"]["input_size"]}
-    if source.labels:
-        header["label_names"] = source.labels
-    save_weights(source.model, folder / "model.safetensors", header)
+    # Without metadata equal weights make equal files, which the Hub takes once.
+    save_weights(source.model, folder / "model.safetensors")
     read_tensors(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path, content in source.extra.items():
@@ -591,8 +589,8 @@ def _card(source: _Source, name: str, repo_id: str, folder: str, old: str) -> st
             by = _plain(m.measured_by) or "not stated"
             lines.append(f"| {_plain(m.name)} | {m.value:.2f}{unit} | {_plain(m.dataset)} | {by} |")
         lines.append("")
-    lines += ["## Training", "", f"Training data: {_plain(source.training_data) or 'not stated'}.", ""]
-    lines += [f"Recipe: {_plain(source.recipe) or 'not stated'}", ""]
+    lines += ["## Training", "", f"Training data: {_plain(source.training_data).rstrip('.') or 'not stated'}.", ""]
+    lines += [f"Recipe: {_plain(source.recipe).rstrip('.') or 'not stated'}.", ""]
     if "recipe.json" in source.extra:
         lines += ["[recipe.json](recipe.json) has every setting.", ""]
     if "plots/history.png" in source.extra:
