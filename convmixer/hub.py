@@ -77,6 +77,7 @@ def fetch(
     Raises:
         WeightsError: The file cannot be had, or is not what it should be; the text says which one and how to get it.
     """
+    token = _stripped(token)
     offline = local_files_only or constants.HF_HUB_OFFLINE
     named = f"{filename!r} of hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
     command = f"hf download {repo_id} {filename}" + (f" --revision {shlex.quote(revision)}" if revision else "")
@@ -211,6 +212,11 @@ def _reason(error: BaseException, token: str | bool | None) -> str:
     return _without_token(text if cause in text else f"{text} {cause}", token)
 
 
+def _stripped(token: str | bool | None) -> str | bool | None:
+    """The token without the line break at the end of a file that it was read from."""
+    return token.strip() if isinstance(token, str) else token
+
+
 def _without_token(text: str, token: str | bool | None) -> str:
     for secret in (token, get_token()):
         for part in secret.split() if isinstance(secret, str) else ():
@@ -243,7 +249,7 @@ def look(repo_id: str, *, revision: str | None = None, token: str | bool | None 
     Raises:
         HubError: The Hub does not answer, or not with that.
     """
-    token = token.strip() if isinstance(token, str) else token  # a file's last line break is no part of it
+    token = _stripped(token)
     if constants.HF_HUB_OFFLINE:
         return Place(repo_id, revision, token, None, "")
     api = HfApi(token=token)
@@ -282,7 +288,7 @@ def commit(place: Place, files: Mapping[str, Path], message: str, *, create_pr: 
     """Upload files, by their paths in the repository, as one commit; its address, or that of its pull request.
 
     Raises:
-        HubError: The Hub refuses or cannot be reached; then nothing was committed.
+        HubError: The Hub refuses or cannot be reached.
     """
     operations = [CommitOperationAdd(path, file) for path, file in files.items()]
     try:
@@ -301,14 +307,15 @@ def commit(place: Place, files: Mapping[str, Path], message: str, *, create_pr: 
 
 def _refusal(repo_id: str, error: Exception, token: str | bool | None) -> HubError:
     status = getattr(_response(error), "status_code", None)
+    changed = "Nothing was committed. It was changed meanwhile: run this again"
     advice = {
         401: "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write",
         403: f"The token may not write to {repo_id}: make one that may, at {constants.ENDPOINT}/settings/tokens",
         404: "Check the name; a private repository needs a token of its owner",
-        409: "It was changed meanwhile: run this again",
-        412: "It was changed meanwhile: run this again",
+        409: changed,
+        412: changed,
     }.get(status or 0, f"Check the network and HF_ENDPOINT ({constants.ENDPOINT}), and run this again")
-    return HubError(f"hf-hub:{repo_id}: {_reason(error, token)}. Nothing was committed. {advice}")
+    return HubError(f"hf-hub:{repo_id}: {_reason(error, token).rstrip('.')}. {advice}")
 
 
 # ---- model cards ----------------------------------------------------------------------------------------------------

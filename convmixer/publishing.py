@@ -118,7 +118,7 @@ def save_pretrained(
         metrics: In percent: `{"top-1": 88.2}` on `test_data`, or `Metric` records for more than one test set. Those of
             a run or of registered weights are known.
         test_data: What the figures of a mapping were measured on.
-        licence: SPDX identifier, such as "mit". Where it is not given, that of the model's weights, if known.
+        licence: SPDX identifier, such as "mit". It has no default, but that of weights with a name is known.
         training_data: What the model was trained on.
         recipe: How.
         description: A few sentences for the top of the card.
@@ -210,7 +210,7 @@ def push_to_hub(
     Raises:
         ArgumentError: As for `save_pretrained`, or no "owner/name".
         WeightsError: A library opens the folder, but computes other logits.
-        HubError: The Hub cannot be reached or refuses. Nothing was committed.
+        HubError: The Hub cannot be reached or refuses. It is safe to run the same again.
     """
     _check_repo_id(repo_id)
     name = repo_id.partition("/")[2]
@@ -273,17 +273,16 @@ def _describe(
         model, known = _read_run(Path(given))
     else:
         model = create_model(str(given), pretrained=True, device="cpu")
-        known = _read_registry(str(given))
+        known = {"licence": model.pretrained_cfg.get("license") or "", **_read_registry(str(given))}
     if not isinstance(model, ConvMixer | TimmConvMixer):
         raise ArgumentError(
             f"{type(model).__name__} is no ConvMixer: give a model of create_model, without features_only, and not the "
             "copy that optimize makes of it"
         )
-    own = known.get("licence") or dict(preprocessing(model)).get("license") or ""
     return _Source(
         model=model,
         labels=_labels(model, label_names),
-        licence=(licence or own).lower(),
+        licence=(licence or known.get("licence", "")).lower(),
         metrics=measured or known.get("metrics", ()),
         training_data=training_data or known.get("training_data", ""),
         recipe=recipe or known.get("recipe", ""),

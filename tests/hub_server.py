@@ -301,7 +301,7 @@ def run_client(code: str, home: Path, endpoint: str, **environment: str) -> list
         env={**ours, **settings, **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()
