@@ -346,7 +346,9 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
             f"best.safetensors with create_model({base!r}, checkpoint=...) and publish that model"
         )
     model: ConvMixer = create_model(base, checkpoint=weights, device="cpu")
-    recipe["checkpoint"] = Path(recipe.get("checkpoint", "")).name  # not where it lay
+    # Not where they lay on this computer.
+    recipe["checkpoint"] = Path(recipe.get("checkpoint", "")).name
+    recipe["model"] = re.sub("^local-dir:.*[/\\\\]", "local-dir:", base)
     default = json.loads(json.dumps(dataclasses.asdict(Recipe())))
     changed = [f"`{k}={v!r}`" for k, v in recipe.items() if k != "note" and v != default.get(k)]
     steps = [f"`convmixer train` with the defaults of its `Recipe`, but {', '.join(changed)}."]
@@ -355,9 +357,8 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
         steps.append(f"{seconds / 3600:.2f} hours on {device}.")
     if result.get("validation_accuracy") is not None:
         steps.append(f"Accuracy on the held-out part of the training images: {result['validation_accuracy']:.2f} %.")
-    counts = result.get("test_images", {})
     metrics = tuple(
-        Metric("top-1", top1, f"{name} ({counts.get(name, 'unknown'):,} images)", "convmixer train, at its end")
+        Metric("top-1", top1, f"{name} ({result['test_images'][name]:,} images)", "convmixer train, at its end")
         for name, top1 in result.get("test_accuracy", {}).items()
     )
     data = result.get("data", "")
