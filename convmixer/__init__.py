@@ -7,6 +7,7 @@ from convmixer.factory import create_model
 from convmixer.folding import optimize
 from convmixer.inference import predict
 from convmixer.model import ConvMixer
+from convmixer.publishing import push_to_hub, save_pretrained
 from convmixer.registry import list_models, list_pretrained, model_info
 from convmixer.transforms import create_transform
 
@@ -23,4 +24,6 @@ __all__ = [
     "model_info",
     "optimize",
     "predict",
+    "push_to_hub",
+    "save_pretrained",
 ]

@@ -92,6 +92,7 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
             raise ArgumentError(f"{name!r} names one revision and revision={revision!r} another: give one of them")
         options = {"revision": at or revision, **hub_options}
         config = hub.fetch(repo_id, "config.json", **options)
+        options["revision"] = config.parent.name  # the same commit, whatever is pushed meanwhile
         return _from_config(config, hub.fetch(repo_id, "model.safetensors", **options) if pretrained else None, name)
     if rest:
         raise ArgumentError(f"{name!r}: unknown scheme {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:")
@@ -107,6 +108,8 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
                 f"revision={revision!r}: {variant.name}.{weights.tag} ships with the package; leave it out"
             )
         options = {"revision": revision or weights.revision, **hub_options}
+        if not revision:  # another one holds another file
+            options |= {"size": weights.size, "sha256": weights.sha256}
         source.weights = path or hub.fetch(weights.hub_id, weights.file, prefer_cache=True, **options)
     return source
 

@@ -49,7 +49,8 @@ ACTIVATIONS = [
 ]
 
 
-def _activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
+def activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
+    """The class that `act_layer` of `ConvMixer` means; an ArgumentError where it means none."""
     if not isinstance(act_layer, str):
         try:
             fine = isinstance(act_layer, type) and isinstance(act_layer(), nn.Module)
@@ -243,7 +244,7 @@ class ConvMixer(nn.Module):
         rates = {"drop_rate": drop_rate, "block_drop_rate": block_drop_rate, "drop_path_rate": drop_path_rate}
         for name, rate in rates.items():
             _check_rate(name, rate)
-        act = _activation(act_layer)
+        act = activation(act_layer)
         super().__init__()
         self.dim = dim
         self.patch_size = patch_size

@@ -49,7 +49,7 @@ def pictures(cat, tmp_path):
 
 def test_help_names_every_command():
     text = run("--help").stdout
-    for name in ("list", "info", "predict", "train", "convert", "export", "plot"):
+    for name in ("list", "info", "predict", "train", "push", "convert", "export", "plot"):
         assert re.search(rf"^  {name} ", text, re.MULTILINE)
     assert run("-h").stdout == text
 

@@ -1,17 +1,14 @@
 """create_model: every form of name, every option, every source, and what goes wrong."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from hub_server import serve
-from safetensors.torch import load_file, save_file
+from hub_server import run_client, serve
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import convmixer
@@ -183,21 +180,8 @@ def test_local_folder(folder):
 # ---- the Hub, played by a server on this machine -------------------------------------------------------------------
 
 
-def run(code: str, cache: Path, endpoint: str, **environment: str) -> list[str]:
-    """The lines that code prints in a new process: huggingface_hub reads its environment when it is imported."""
-    settings = {"HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_ENDPOINT": endpoint}
-    settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    settings |= {"HF_HUB_DOWNLOAD_TIMEOUT": "5", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    inherited = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "TRANSFORMERS_OFFLINE")}
-    process = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code],
-        env={**inherited, **settings, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout.splitlines()
+def run(code: str, home: Path, endpoint: str, **environment: str) -> list[str]:
+    return run_client(PRELUDE + code, home, endpoint, **environment)
 
 
 PRELUDE = """
@@ -213,42 +197,38 @@ def error(name, **options):
 
 
 def test_hub(folder, tmp_path_factory):
-    root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
-    repository = root / "me" / "small"
-    repository.mkdir(parents=True)
-    for file in folder.iterdir():
-        file.rename(repository / file.name)
-    expected = load_file(repository / "model.safetensors")["head.weight"].sum().item()
-    with serve(root) as (endpoint, requests):
+    cache = tmp_path_factory.mktemp("cache")
+    expected = load_file(folder / "model.safetensors")["head.weight"].sum().item()
+    with serve() as hub:
+        commit = hub.add("me/small", folder, "v2")
         online = "total('hf-hub:me/small@v2'); error('hf-hub:me/other'); error('hf-hub:me/small@v9')"
-        loaded, missing, unknown = run(online, cache, endpoint)
+        loaded, missing, unknown = run(online, cache, hub.endpoint)
         assert float(loaded) == expected
-        assert any("/me/small/resolve/v2/model.safetensors" in r for r in requests)
-        assert missing.startswith("WeightsError cannot get 'config.json' of hf-hub:me/other: 404")
+        assert hub.requests[0] == "HEAD /me/small/resolve/v2/config.json"
+        assert f"HEAD /me/small/resolve/{commit}/model.safetensors" in hub.requests  # of the same commit
+        assert missing.startswith("WeightsError cannot get 'config.json' of hf-hub:me/other: ")
         assert unknown.startswith("WeightsError cannot get 'config.json' of hf-hub:me/small@v9: 404")
-        requests.clear()
+        hub.requests.clear()
         for options, environment in (", local_files_only=True", {}), ("", {"HF_HUB_OFFLINE": "1"}):
             offline = f"total('hf-hub:me/small@v2'{options}); error('hf-hub:me/other@v2'{options})"
-            loaded, missing = run(offline, cache, endpoint, **environment)
+            loaded, missing = run(offline, cache, hub.endpoint, **environment)
             assert float(loaded) == expected
             assert "'config.json' of hf-hub:me/other@v2 is not in the local cache" in missing
             assert "hf download me/other config.json --revision v2" in missing
-        assert requests == []
+        assert hub.requests == []
 
 
 def test_registry_weights_come_from_the_cache_first(tmp_path_factory):
-    root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
+    cache = tmp_path_factory.mktemp("cache")
     name = "convmixer_1024_20_ks9_p14"
-    repository = root / "timm" / f"{name}.in1k"
-    repository.mkdir(parents=True)
     source = timm.create_model(name)
-    save_file(source.state_dict(), repository / "model.safetensors")
-    with serve(root) as (endpoint, requests):
+    with serve() as hub:
+        hub.add(f"timm/{name}.in1k", {"model.safetensors": save(source.state_dict())})
         code = f"total('{name}'); total('{name}'); error('convmixer_768_32', local_files_only=True); total('{NAME}')"
-        first, second, missing, _ = run(code, cache, endpoint)
+        first, second, missing, _ = run(code, cache, hub.endpoint)
         assert float(first) == float(second) == source.head.weight.sum().item()
-        assert len([r for r in requests if r.startswith("GET")]) == 1
-        assert not any("convmixer_768_32" in r or NAME in r for r in requests)
+        assert len(hub.gets()) == 1
+        assert not any("convmixer_768_32" in r or NAME in r for r in hub.requests)
         assert "hf download timm/convmixer_768_32.in1k model.safetensors" in missing
 
 

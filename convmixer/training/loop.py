@@ -511,6 +511,8 @@ def train(
             result = {
                 **_circumstances(where),
                 "recipe": dataclasses.asdict(recipe),
+                "data": _name(data),
+                "training_images": len(training),
                 "validation_accuracy": history[-1].validation_accuracy if len(validation) else None,
                 "test_accuracy": accuracy,
                 "test_images": {name: len(images) for name, images in test_sets.items()},
@@ -576,6 +578,11 @@ def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path) -> 
     return accelerator
 
 
+def _name(source: str | Path) -> str:
+    """A data set without the place where it lies."""
+    return str(source) if str(source).startswith(READERS) else Path(source).name
+
+
 def _read(
     recipe: Recipe,
     data: str | Path,
@@ -608,7 +615,7 @@ def _read(
     images = read(data, "train")
     test_sets = {}
     for source in ([data] if has_split(data, "test") else []) + list(tests):
-        name = str(source) if str(source).startswith(READERS) else Path(source).name
+        name = _name(source)
         test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)
     return *hold_out(images, recipe.validation_fraction, recipe.seed), test_sets
 
