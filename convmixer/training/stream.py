@@ -7,6 +7,7 @@ image, whatever the number of workers. `Shards` reads WebDataset tars from their
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import math
@@ -123,6 +124,9 @@ class _Workers:
     def to(self: S, device: torch.device) -> S:
         return replace(self, device=device)
 
+    def close(self) -> None:
+        """Close what decoding in this process has opened."""
+
     def record(self) -> dict[str, Any]:
         return {"images": len(self), "classes": list(self.classes)}  # type: ignore[arg-type]
 
@@ -156,6 +160,8 @@ class _Workers:
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(f"a process that reads {self.name!r} ended: {error}. Give fewer workers") from error
+        finally:
+            self.close()
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,9 @@ class Stream(_Workers):
 
     def subset(self, index: Tensor) -> Stream:
         return replace(self, index=self.index[index])
+
+    def close(self) -> None:
+        self.split.close()
 
     def parts(self, share: Share) -> Iterator[Batch]:
         """Training images part after part; with `skip_unreadable` others take the place of unreadable ones."""
@@ -432,11 +441,14 @@ class _ShardReader(IterableDataset[Any]):
     def _samples(self, urls: list[str], rng: random.Random | None = None) -> Iterator[dict[str, Any]]:
         """What the tars hold, as bytes by ending, shuffled by a generator of random numbers."""
         import webdataset
+        from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-        stages = [webdataset.SimpleShardList(urls), webdataset.tarfile_to_samples()]
-        if rng:
-            stages.append(webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=rng))
-        yield from webdataset.DataPipeline(*stages) if urls else ()
+        def read() -> Iterator[dict[str, Any]]:
+            for url in urls:
+                with contextlib.closing(webdataset.gopen(url)) as file:
+                    yield from group_by_keys({**member, "__url__": url} for member in tar_file_iterator(file))
+
+        yield from webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=rng)(read()) if rng else read()
 
     def _decode(self, sample: dict[str, Any], prepare: Prepare) -> Decoded:
         try:
