@@ -201,6 +201,7 @@ def policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Any:
     """timm's augmentation of that name for PIL images of a size (height, width); gaps get the mean, in [0, 1]."""
     fill = tuple(min(255, round(255 * value)) for value in mean)
     hparams = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
+    hparams["magnitude_max"] = 9.99  # at 10, posterize keeps 0 bits, which newer versions of Pillow refuse
     make = rand_augment_transform if name.startswith("rand") else auto_augment_transform
     return make(name, hparams)
 
