@@ -668,7 +668,7 @@ def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path, mix
             project_dir=str(folder),
         )
     except ValueError as error:
-        raise ArgumentError(f"trackers={list(trackers)!r}: {error}") from error
+        raise ArgumentError(f"trackers={list(trackers)!r}, mixed_precision={mixed_precision!r}: {error}") from error
     missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing:
         raise ArgumentError(f"trackers={list(trackers)!r}: install {', '.join(sorted(missing))} first")
