@@ -33,6 +33,7 @@ from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.data import fitting, load_images
 from convmixer.training.history import read_history
+from convmixer.training.loop import PRECISIONS
 from convmixer.transforms import preprocessing
 
 OUT = Console(highlight=False, emoji=False)
@@ -232,11 +233,13 @@ def _recipe_value(text: str) -> tuple[str, Any]:
         raise click.BadParameter(f"{text!r}: give FIELD=VALUE with a field of {', '.join(fields)}")
     kind: Any = type(fields[name].default)
     try:
+        if kind is bool:
+            return name, {"true": True, "false": False}[value.lower()]
         if kind is tuple:
             return name, tuple(tuple(item) if isinstance(item, list) else item for item in json.loads(value))
         return name, kind(value)
-    except (ValueError, TypeError) as error:
-        what = "list such as [2, 12]" if kind is tuple else kind.__name__
+    except (ValueError, TypeError, KeyError) as error:
+        what = {tuple: "list such as [2, 12]", bool: "true or false"}.get(kind, kind.__name__)
         raise click.BadParameter(f"{text!r}: {value!r} is no {what}") from error
 
 
@@ -249,9 +252,10 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded data sets lie.")
 @click.option("--download", is_flag=True, help="Let torch/ data sets download.")
 @click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and say which.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode a stream.  [default: one per core]")
 @click.option("--resume", is_flag=True, help="Go on where OUTPUT was left.")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
 @click.option("--tracker", "trackers", multiple=True, help="A tracker of accelerate's, such as tensorboard.")
 @click.pass_context
@@ -389,7 +393,7 @@ def _show_classes(classes: Sequence[ClassAccuracy]) -> None:
 @click.option("--flip", is_flag=True, help="Also score with flip test-time augmentation.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", default="auto", show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="float32", show_default=True)
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded data sets lie.")
 @click.option("--download", is_flag=True, help="Let torch/ data sets download.")
 @click.option("--output", type=click.Path(path_type=Path), help="A file to write the JSON to.")

@@ -94,7 +94,8 @@ def validate(
             is taken to have those of the data, in their order, if there are as many.
         flip: Also score the mean of the probabilities of each image and of its mirror image.
         batch_size: Images computed at a time.
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has products for it.
+        precision: "float32", "bfloat16" or, on a GPU, "float16" (autocast), or "auto": bfloat16 where the hardware has
+            products for it, else float32.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
         progress: Wraps the iteration over batches, for a progress bar.

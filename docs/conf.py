@@ -120,6 +120,7 @@ def _recipes() -> str:
 # The logs of recipes that were run to their end; the others are unverified.
 _RUNS = {"cifar10-cpu": "convmixer_256_8.cifar10/first", "cifar10-cpu-2": "convmixer_256_8.cifar10"}
 
+_DATA = {"imagenet1k": "data/imagenet --precision float16"}
 _FURTHER = {"cifar10-cpu-2": " --set checkpoint=runs/cifar10-cpu/model.safetensors"}
 
 
@@ -144,7 +145,8 @@ def _recipe_sections() -> str:
     for name, recipe in RECIPES.items():
         given = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name != "note"}
         changed = ", ".join(f"`{k}={v!r}`" for k, v in given.items() if v != getattr(Recipe(), k))
-        command = f"convmixer train {name} --data torch/cifar10 --download{_FURTHER.get(name, '')}"
+        data = _DATA.get(name, "torch/cifar10 --download")
+        command = f"convmixer train {name} --data {data}{_FURTHER.get(name, '')}"
         sections.append(
             f"### {name}\n\n{recipe.note}\n\n```bash\n{command}\n```\n\n"
             f"Differs from the defaults in: {changed or 'nothing'}.\n\n{_reached(name)}\n"

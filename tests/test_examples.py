@@ -38,6 +38,15 @@ def test_notebook(tmp_path, monkeypatch, capsys):
     assert "fine-tuned: top-1" in capsys.readouterr().out
 
 
+def test_timm_parts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["timm_finetune.py", "--epochs", "1", "--data", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "timm_finetune.py"), run_name="__main__")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("epoch 1: loss")
+    assert float(line.split("accuracy ")[1].split(" %")[0]) > 50  # of ten classes
+    assert len(list((tmp_path / "validation").rglob("*.png"))) == 450
+
+
 @pytest.mark.parametrize("name", ["from_scratch.py", "fine_tune_digits.py"])
 def test_length(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 60

@@ -1,6 +1,7 @@
 """create_model: every form of name, every option, every source, and what goes wrong."""
 
 import json
+import os
 import re
 from pathlib import Path
 

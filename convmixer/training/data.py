@@ -1,14 +1,19 @@
-"""Images decoded once into memory, and augmentation of whole batches of tensors."""
+"""Sources of images, those decoded once into memory, and augmentation of whole batches of tensors."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,8 +28,81 @@ from convmixer.training.recipes import Recipe
 from convmixer.transforms import normalization
 
 READERS = ("torch/", "hfds/")
+SHARDS = "wds/"
 # Images that share one draw of RandAugment and of the colour changes: few enough to vary, enough to be fast.
 GROUP = 8
+
+
+Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
+T = TypeVar("T", bound="Source")
+
+
+def seed_all(*numbers: int) -> None:
+    """Let all randomness follow from these numbers, however many processes share the work."""
+    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")
+    torch.manual_seed(seed)
+    random.seed(seed)  # timm's random erasing and augmentation
+    np.random.seed(seed % 2**32)  # timm's mixup and augmentation
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process takes of an epoch.
+
+    Attributes:
+        seed: Of the run.
+        epoch: Number of the epoch.
+        batch_size: Images of a step, over all processes.
+        parts: Equal parts of a step, over all processes.
+        mine: The parts of this process.
+        steps: Those that the epoch has yet to do.
+    """
+
+    seed: int
+    epoch: int
+    batch_size: int
+    parts: int
+    mine: range
+    steps: range
+
+    def index(self, count: int) -> Iterator[Tensor]:
+        """The parts of this process, one after the other, of an epoch over `count` images in an order of its own."""
+        seed_all(self.seed, self.epoch)
+        order = torch.randperm(count)
+        for step in self.steps:
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size].view(self.parts, -1)
+            yield from batch[self.mine.start : self.mine.stop]
+
+
+class Source(Protocol):
+    """Labelled images for training and validation: in memory, or decoded when they are needed.
+
+    Attributes:
+        classes: Class names by label.
+        unreadable: What was said of each image that could not be read.
+    """
+
+    classes: tuple[str, ...]
+
+    @property
+    def unreadable(self) -> set[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def to(self: T, device: torch.device) -> T:
+        """The same with batches on a device."""
+
+    def subset(self: T, index: Tensor) -> T:
+        """The images with these numbers."""
+
+    def record(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+
+    def parts(self, share: Share) -> Iterator[Batch]:
+        """Training images of an epoch, part after part."""
+
+    def in_order(self, batch_size: int) -> Iterable[Batch]:
+        """All images as they are for validation; the last batch may be smaller."""
 
 
 @dataclass
@@ -38,11 +116,27 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def unreadable(self) -> set[str]:
+        """None: `load_images` has said it already."""
+        return set()
+
     def to(self, device: torch.device) -> Images:
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
 
     def subset(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index], self.classes)
+
+    def record(self) -> dict[str, Any]:
+        return {"images": len(self), "classes": list(self.classes)}
+
+    def parts(self, share: Share) -> Iterator[Batch]:
+        for index in share.index(len(self)):
+            here = index.to(self.pixels.device)
+            yield self.pixels[here], self.labels[here]
+
+    def in_order(self, batch_size: int) -> Iterable[Batch]:
+        return list(zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True))
 
 
 SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
@@ -108,17 +202,23 @@ class Split:
 
     def labels_in(self, classes: Sequence[str]) -> Tensor:
         """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
-        foreign = [label for label in self.classes if label not in classes]
-        if foreign:
-            known = ", ".join(classes)
-            raise DataError(f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {known}")
-        return torch.tensor([classes.index(label) for label in self.classes])
+        return labels_in(self.name, self.classes, classes)
 
     def close(self) -> None:
         """Close a tar, which timm keeps open for the next image."""
         archive = getattr(getattr(self.dataset, "reader", None), "tar_state", None)
-        if archive is not None:
+        if archive is not None and archive.tf is not None:
             archive.tf.close()
+            for state in (archive, *archive.children.values()):
+                state.reset()
+
+
+def labels_in(name: str, own: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """For each of a data set's `own` class names its place in `classes`; a DataError if one is not there."""
+    foreign = [label for label in own if label not in classes]
+    if foreign:
+        raise DataError(f"{name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}")
+    return torch.tensor([classes.index(label) for label in own])
 
 
 def open_split(source: str | Path, split: str, *, root: str | Path | None = None, download: bool = False) -> Split:
@@ -128,6 +228,8 @@ def open_split(source: str | Path, split: str, *, root: str | Path | None = None
         DataError: Nothing there, or no images.
     """
     name = str(source)
+    if name.startswith(SHARDS):
+        raise DataError(f"{name!r} can only be streamed, in training: --set stream=true")
     try:
         if name.startswith("torch/"):
             dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
@@ -186,39 +288,65 @@ def load_images(
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
     opened = open_split(source, split, root=root, download=download)
     index = opened.labels_in(classes or opened.classes)
-    targets = [math.floor(side / crop_pct) for side in size[1:]]
-
-    def fit(image: Tensor) -> Tensor:
-        sides = targets
-        if crop_mode != "squash":  # the smallest of this shape that covers both targets
-            target, side = max(zip(targets, image.shape[-2:], strict=True), key=lambda pair: pair[0] / pair[1])
-            sides = [max(t, int(target * n / side)) for t, n in zip(targets, image.shape[-2:], strict=True)]
-        image = v2.functional.resize(image, sides, v2.InterpolationMode(interpolation), antialias=True)
-        result: Tensor = v2.functional.center_crop(image, list(size[1:]))
-        return result
-
+    fit = Fit(size, interpolation, crop_mode, crop_pct)
+    _check_memory(opened.name, len(opened), size)
     pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
     labels = torch.empty(len(opened), dtype=torch.int64)
     errors: dict[int, str] = {}
     for i in progress(range(len(opened))):
         try:
-            tensor, label = opened.read(i, lambda image: v2.functional.pil_to_tensor(read_image(image, size[0])))
+            pixels[i], labels[i] = opened.read(i, fit)
         except DataError as error:
             if not skip_unreadable:
                 raise
             errors[i] = str(error)
-            continue
-        pixels[i] = tensor if tensor.shape == size else fit(tensor)
-        labels[i] = label
     opened.close()
     if errors:
-        shown = "; ".join(list(errors.values())[:5]) + ("; ..." if len(errors) > 5 else "")
+        shown = shorten(errors.values())
         report(f"{len(errors)} of {len(opened)} images are left out: {shown}")
         if len(errors) == len(opened):
             raise DataError(f"no image of {opened.name!r} can be read: {shown}")
         kept = torch.tensor([i for i in range(len(opened)) if i not in errors])
         pixels, labels = pixels[kept], labels[kept]
     return Images(pixels, index[labels], classes or opened.classes)
+
+
+def shorten(errors: Iterable[str]) -> str:
+    """The first five."""
+    lines = list(errors)
+    return "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
+
+
+def _check_memory(name: str, count: int, size: tuple[int, int, int]) -> None:
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system tells
+        memory, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), count * math.prod(size)
+        if needed > 0.8 * memory:
+            raise DataError(
+                f"the {count} images of {name!r} take {needed / 2**30:.1f} GiB, this machine has "
+                f"{memory / 2**30:.1f} GiB of memory: train with --set stream=true, which reads them anew in each epoch"
+            )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An image of any kind -> uint8 (C, H, W) as a model takes it; the arguments are those of `load_images`."""
+
+    size: tuple[int, int, int]
+    interpolation: str = "bilinear"
+    crop_mode: str = "center"
+    crop_pct: float = 1.0
+
+    def __call__(self, source: Image.Image) -> Tensor:
+        image: Tensor = v2.functional.pil_to_tensor(read_image(source, self.size[0]))
+        if image.shape == self.size:
+            return image
+        sides = targets = [math.floor(side / self.crop_pct) for side in self.size[1:]]
+        if self.crop_mode != "squash":  # the smallest of this shape that covers both targets
+            target, side = max(zip(targets, image.shape[-2:], strict=True), key=lambda pair: pair[0] / pair[1])
+            sides = [max(t, int(target * n / side)) for t, n in zip(targets, image.shape[-2:], strict=True)]
+        image = v2.functional.resize(image, sides, v2.InterpolationMode(self.interpolation), antialias=True)
+        result: Tensor = v2.functional.center_crop(image, list(self.size[1:]))
+        return result
 
 
 def _columns(name: str, split: str, root: str | Path | None) -> dict[str, str]:
@@ -245,11 +373,11 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
 
 
 def fitting(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `load_images` by which images are fitted as a model's configuration says."""
+    """The arguments of `load_images` and `Fit` by which images are fitted as a model's configuration says."""
     return {name: config[name] for name in ("interpolation", "crop_mode", "crop_pct")}
 
 
-def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
+def hold_out(images: T, fraction: float, seed: int) -> tuple[T, T]:
     """Split into (training, validation) at random, the same way for one seed."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     count = round(len(images) * fraction)
@@ -269,13 +397,10 @@ class Augment:
         self.recipe = recipe
         self.normalize = normalization(config)
         group: list[Callable[[Tensor], Tensor]] = []
-        if recipe.crop_scale < 1:
-            group.append(partial(_crop, least=recipe.crop_scale))
-        if recipe.rand_augment[0]:
-            group.append(v2.RandAugment(*recipe.rand_augment))
-        if recipe.color_jitter:
-            strength = recipe.color_jitter
-            group.append(v2.ColorJitter(strength, strength, strength, min(strength, 0.5)))
+        if not recipe.stream:  # else the workers have done it, image by image
+            if recipe.crop_scale < 1:
+                group.append(partial(_crop, least=recipe.crop_scale))
+            group += image_changes(recipe)
         self.group = v2.Compose(group) if group else None
         self.erase: Any = RandomErasing(recipe.random_erasing, mode="pixel", device=str(device))
 
@@ -293,6 +418,17 @@ class Augment:
             pixels = v2.functional.resize(pixels, sides, antialias=True)
         result: Tensor = self.normalize(pixels)
         return self.erase(result) if self.recipe.random_erasing else result
+
+
+def image_changes(recipe: Recipe) -> list[Callable[[Tensor], Tensor]]:
+    """What changes all images of a tensor (..., C, H, W) by one draw."""
+    changes: list[Callable[[Tensor], Tensor]] = []
+    if recipe.rand_augment[0]:
+        changes.append(v2.RandAugment(*recipe.rand_augment))
+    if recipe.color_jitter:
+        strength = recipe.color_jitter
+        changes.append(v2.ColorJitter(strength, strength, strength, min(strength, 0.5)))
+    return changes
 
 
 def _crop(pixels: Tensor, least: float) -> Tensor:

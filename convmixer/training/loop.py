@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-import hashlib
+import itertools
 import math
 import platform
-import random
 import shlex
 import sys
 import time
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -29,10 +28,25 @@ from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, Tra
 from convmixer.factory import create_model, resolve_device
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history, write_figure
-from convmixer.training.data import READERS, Augment, Images, fitting, has_split, hold_out, load_images
+from convmixer.training.data import (
+    READERS,
+    SHARDS,
+    Augment,
+    Batch,
+    Fit,
+    Share,
+    Source,
+    fitting,
+    has_split,
+    hold_out,
+    load_images,
+    seed_all,
+    shorten,
+)
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
+from convmixer.training.stream import has_shards, open_stream
 from convmixer.transforms import normalization, preprocessing
 
 if TYPE_CHECKING:
@@ -70,12 +84,24 @@ def bf16_is_faster(device: torch.device) -> bool:
     return False
 
 
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # in accelerate's words
+
+
+def choose_precision(device: torch.device, precision: str) -> str:
+    """ "float32", "bfloat16" or "float16" by `precision`, one of them or "auto": bfloat16 where it is faster."""
+    if precision == "auto":
+        return "bfloat16" if bf16_is_faster(device) else "float32"
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"unknown precision {precision!r}; valid: auto, {', '.join(PRECISIONS)}")
+    if precision == "float16" and device.type != "cuda":
+        raise ArgumentError(f"precision 'float16' needs a GPU, not {device.type!r}; valid: auto, float32, bfloat16")
+    return precision
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Computes in bfloat16 by `precision`: "float32", "bfloat16", or "auto" (bfloat16 where it is faster)."""
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise ArgumentError(f"unknown precision {precision!r}; valid: auto, float32, bfloat16")
-    enabled = precision == "bfloat16" or (precision == "auto" and bf16_is_faster(device))
-    return torch.autocast(device.type, torch.bfloat16) if enabled else contextlib.nullcontext()
+    """Computes in the numbers of `choose_precision`."""
+    chosen = choose_precision(device, precision)
+    return contextlib.nullcontext() if chosen == "float32" else torch.autocast(device.type, getattr(torch, chosen))
 
 
 @contextlib.contextmanager
@@ -93,7 +119,7 @@ def _no_denormals(device: torch.device) -> Iterator[None]:
 @torch.inference_mode()
 def evaluate(
     model: ConvMixer,
-    images: Images,
+    images: Source,
     *,
     batch_size: int = 64,  # larger activations are mapped anew for every batch on a CPU
     precision: str = "float32",
@@ -108,16 +134,17 @@ def evaluate(
     normalize = normalization(preprocessing(model))
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
-    batches = list(zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True))
+    seen = 0
     with evaluating(model):
-        for pixels, labels in progress(batches, "validating"):
+        for pixels, labels in progress(images.in_order(batch_size), "validating"):
             with autocast(device, precision):
                 logits = model(normalize(pixels.to(device))).float()
             labels = labels.to(device)
             loss += F.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
-    count = len(images) or math.nan  # no images, no figures
-    return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": len(images)}
+            seen += len(labels)
+    count = seen or math.nan  # no images, no figures
+    return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": seen}
 
 
 def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> ConvMixer:
@@ -139,12 +166,11 @@ def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -
     return model
 
 
-def _seed(*numbers: int) -> None:
-    """Let all randomness follow from these numbers, however many processes share the work."""
-    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")
-    torch.manual_seed(seed)
-    random.seed(seed)  # timm's random erasing
-    np.random.seed(seed % 2**32)  # timm's mixup
+def _synchronised(model: ConvMixer) -> ConvMixer:
+    """A model of the same tensors whose BatchNorm sees the images of all processes."""
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    twin: ConvMixer = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, shared))
+    return twin
 
 
 def _best(recipe: Recipe, history: Sequence[Epoch]) -> int:
@@ -196,24 +222,26 @@ class _Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        images: Images,
+        images: Source,
         where: torch.device,
         accelerator: Accelerator,
         *,
-        precision: str,
         compile: bool,
     ) -> None:
-        self.recipe, self.where, self.accelerator = recipe, where, accelerator
-        self.precision, self.compile = precision, compile
+        self.recipe, self.where, self.accelerator, self.compile = recipe, where, accelerator, compile
         self.images = images.to(where)
         self.model = _new_model(recipe, images.classes, where)
-        self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=recipe.opt,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            eps=recipe.eps,
-            layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
+        self.learner = _synchronised(self.model) if recipe.sync_batchnorm else self.model
+        self.optimizer = accelerator.prepare_optimizer(  # with it, gradients of float16 are scaled
+            create_optimizer_v2(
+                self.model,
+                opt=recipe.opt,
+                lr=recipe.lr,
+                weight_decay=recipe.weight_decay,
+                eps=recipe.eps,
+                layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
+            ),
+            device_placement=False,
         )
         self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.augment = Augment(recipe, preprocessing(self.model), where)
@@ -240,30 +268,34 @@ class _Trainer:
 
     def state(self) -> dict[str, Any]:
         average = self.average.module.state_dict() if self.average else None
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": average}
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        optimizer = self.optimizer.state_dict()
+        return {"model": self.model.state_dict(), "optimizer": optimizer, "average": average, "scaler": scaler}
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
             self.average.module.load_state_dict(state["average"])
+        if self.accelerator.scaler and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _set_phase(self, *, head_only: bool) -> None:
         """All layers learn, or the head alone; a frozen backbone keeps its BatchNorm statistics."""
         self.head_only = head_only
         for part in (self.model.stem, self.model.blocks):
             part.requires_grad_(not head_only)
-        self.compiled = self.model
-        if self.accelerator.num_processes > 1:
-            self.compiled = self.accelerator.prepare_model(self.compiled)
+        self.compiled = self.learner
+        if self.accelerator.num_processes > 1:  # accelerate changes `forward`: that of a shell around the model
+            self.compiled = self.accelerator.prepare_model(nn.Sequential(self.compiled))
         if self.compile:  # one compilation per image size is faster than one for all of them
             self.compiled = torch.compile(self.compiled, dynamic=False)
 
     def train_mode(self) -> None:
-        self.model.train()
+        self.learner.train()
         if self.head_only:
-            self.model.stem.eval()
-            self.model.blocks.eval()
+            self.learner.stem.eval()
+            self.learner.blocks.eval()
 
     def rate(self, epoch: int, step: int) -> float:
         """The learning rate of a step."""
@@ -276,23 +308,26 @@ class _Trainer:
             The place reached, and the number of the signal, or 0.
         """
         begun = time.perf_counter() - place.seconds
-        _seed(self.recipe.seed, epoch)
-        order = torch.randperm(len(self.images)).to(self.where)
+        first = self.accelerator.process_index * self.recipe.accumulate
+        mine, steps = range(first, first + self.recipe.accumulate), range(place.step, self.steps)
+        parts = self.images.parts(Share(self.recipe.seed, epoch, self.recipe.batch_size, self.parts, mine, steps))
         # What was done before an interruption counts for the first process.
         sums = torch.tensor([place.loss, place.correct], device=self.where) * self.accelerator.is_main_process
-        number, step, size = 0, place.step - 1, self.recipe.batch_size
+        number, step = 0, place.step - 1
         self.train_mode()
-        for step in progress(range(place.step, self.steps), f"epoch {epoch + 1}/{self.recipe.epochs}"):
-            inputs, result = self.step(order[step * size : (step + 1) * size], epoch, step)
+        for step in progress(steps, f"epoch {epoch + 1}/{self.recipe.epochs}"):
+            inputs, result = self.step(parts, epoch, step)
             sums += result
             look = step % CHECK_EVERY == CHECK_EVERY - 1 or step == self.steps - 1
             number = stopped()
             if self.accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
                 number = self._agreed(number) if look else 0
             if (look or number) and not sums.isfinite().all():
+                with self.accelerator.autocast():
+                    cause = _diagnose(self.model, inputs)
                 raise ConvMixerError(
                     f"the loss became {sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, at a "
-                    f"learning rate of {self.rate(epoch, step):.2g}: {_diagnose(self.model, inputs)}. {_ADVICE}"
+                    f"learning rate of {self.rate(epoch, step):.2g}: {cause}. {_ADVICE}"
                 )
             if number:
                 break
@@ -305,8 +340,8 @@ class _Trainer:
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return int(highest)
 
-    def step(self, batch: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One step on the images with these indices.
+    def step(self, parts: Iterator[Batch], epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """One step on the next of these parts.
 
         Returns:
             The last inputs, and this process's part of (mean loss, number of correct images).
@@ -321,24 +356,22 @@ class _Trainer:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         sums = torch.zeros(2, device=self.where)
         for i in range(recipe.accumulate):
-            part = self.accelerator.process_index * recipe.accumulate + i
-            _seed(recipe.seed, epoch, step, part)
-            index = batch.view(self.parts, -1)[part]
-            labels = self.images.labels[index]
-            inputs = self.augment(self.images.pixels[index], recipe.image_size(done))
+            pixels, labels = next(parts)
+            seed_all(recipe.seed, epoch, step, self.accelerator.process_index * recipe.accumulate + i)
+            inputs = self.augment(pixels, recipe.image_size(done))
             inputs = inputs.contiguous(memory_format=self.layout)  # augmentation may leave another one
             targets, smoothing = labels, recipe.label_smoothing
             if self.mixup:
                 (inputs, targets), smoothing = self.mixup(inputs, labels), 0.0
             more = i < recipe.accumulate - 1
             with self.accelerator.no_sync(self.compiled) if more else contextlib.nullcontext():
-                with autocast(self.where, self.precision):
+                with self.accelerator.autocast():
                     logits: Tensor = self.compiled(inputs)
                     loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                (loss / recipe.accumulate).backward()
+                self.accelerator.backward(loss / recipe.accumulate)
             sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
         if recipe.clip_grad:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
@@ -355,6 +388,7 @@ def train(
     data_root: str | Path | None = None,
     download: bool = False,
     skip_unreadable: bool = False,
+    workers: int | None = None,
     resume: bool = False,
     device: str | torch.device = "auto",
     precision: str = "auto",
@@ -376,11 +410,15 @@ def train(
         tests: Further test sets.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
-        skip_unreadable: Leave out images that cannot be read, and say which.
+        skip_unreadable: Leave out images that cannot be read, and say which. In a stream, others take their place in
+            training.
+        workers: Processes that decode a stream, for each process that trains; 0 decodes there. By default one per
+            processor core. Only with `recipe.stream`.
         resume: Go on where `output` was left; with the same data and options, exactly as if there had been no
             interruption. Of the recipe only `epochs` may have changed.
         device: "auto" takes the accelerator if there is one.
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 where the hardware has products for it.
+        precision: "float32", "bfloat16" or "float16" (mixed precision; float16 on a GPU, with scaled gradients), or
+            "auto": bfloat16 where the hardware has products for it, else float32.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
         trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
         progress: Called as `progress(iterable, description)`, for a progress bar.
@@ -394,8 +432,8 @@ def train(
     """
     run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
-    autocast(where, precision)  # what is wrong with it is said before data are read
-    accelerator = _accelerator(where, trackers, run.folder)
+    _check_together(recipe, str(data), tests, where, workers)
+    accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[choose_precision(where, precision)])
     from accelerate.utils import broadcast_object_list
 
     if accelerator.num_processes > 1:
@@ -419,7 +457,16 @@ def train(
         state = run.load() if resume else None
         with accelerator.main_process_first() if download else contextlib.nullcontext():
             training, validation, test_sets = _read(
-                recipe, data, tests, data_root, download, skip_unreadable, progress_here, say
+                recipe,
+                data,
+                tests,
+                data_root,
+                download,
+                skip_unreadable,
+                workers,
+                accelerator.num_processes,
+                progress_here,
+                say,
             )
         if len(training) < recipe.batch_size:
             raise ArgumentError(f"{len(training)} training images do not fill one batch of {recipe.batch_size}")
@@ -428,13 +475,18 @@ def train(
                 f"patience={recipe.patience} needs validation images: validation_fraction={recipe.validation_fraction} "
                 f"of {len(training)} images is none"
             )
-        held: dict[str, Any] = {"images": len(training), "classes": list(training.classes)}
+        held = training.record()
+        if state and state["data"].get("streams") != held.get("streams"):
+            raise ArgumentError(
+                f"cannot resume {str(run.state)!r}: {state['data'].get('streams')} workers of all processes read the "
+                f"shards, now {held.get('streams')}, which changes the order of the images"
+            )
         if state and state["data"] != held:
             raise ArgumentError(
                 f"cannot resume {str(run.state)!r} with other data: it had {state['data']['images']} training images "
                 f"of {len(state['data']['classes'])} classes, here are {held['images']} of {len(held['classes'])}"
             )
-        trainer = _Trainer(recipe, training, where, accelerator, precision=precision, compile=compile)
+        trainer = _Trainer(recipe, training, where, accelerator, compile=compile)
         steps, history, place = trainer.steps, list[Epoch](), _Place()
         if state:
             trainer.load(state)
@@ -455,6 +507,7 @@ def train(
             f"{len(validation)} validation images, "
             f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
         )
+        tell_unreadable = _teller(say)
         with stop_signals() as stopped:
             for epoch in range(len(history), recipe.epochs):
                 if recipe.patience and epoch - _best(recipe, history) >= recipe.patience:
@@ -462,9 +515,11 @@ def train(
                     break
                 place, number = trainer.epoch(epoch, place, stopped, progress_here)
                 finished = place.step == steps
+                tell_unreadable(trainer.images, "others take their place")
                 if finished:
                     scores = evaluate(trainer.kept, validation, precision=precision) if first else {}
                     scores = broadcast_object_list([scores])[0]
+                    tell_unreadable(validation, "they are left out of validation")
                     if len(validation) and not math.isfinite(scores["loss"]):
                         raise ConvMixerError(
                             f"the validation loss became {scores['loss']} after epoch {epoch + 1}. {_ADVICE}"
@@ -507,7 +562,8 @@ def train(
         if first:
             with run.saving(weights.name) as path:
                 save_weights(model, path, names)
-            accuracy = {n: evaluate(model, s, progress=progress_here)["top1"] for n, s in test_sets.items()}
+            scored = {n: evaluate(model, s, progress=progress_here) for n, s in test_sets.items()}
+            accuracy = {name: scores["top1"] for name, scores in scored.items()}
             result = {
                 **_circumstances(where),
                 "recipe": dataclasses.asdict(recipe),
@@ -515,17 +571,57 @@ def train(
                 "training_images": len(training),
                 "validation_accuracy": history[-1].validation_accuracy if len(validation) else None,
                 "test_accuracy": accuracy,
-                "test_images": {name: len(images) for name, images in test_sets.items()},
+                "test_images": {name: scores["count"] for name, scores in scored.items()},
                 "train_seconds": round(sum(row.seconds for row in history)),
                 "last_session_seconds": round(time.time() - started),
                 "processes": accelerator.num_processes,
             }
             run.write_json("result.json", result)
             for name, top1 in accuracy.items():
-                say(f"test {name}: top-1 {top1:.2f} % of {len(test_sets[name])} images")
+                say(f"test {name}: top-1 {top1:.2f} % of {scored[name]['count']} images")
+        for name, images in test_sets.items():
+            tell_unreadable(images, f"they are left out of the test {name}")
         accuracy = broadcast_object_list([accuracy])[0]
         accelerator.end_training()
     return TrainingResult(model, history, accuracy, weights)
+
+
+def _check_together(
+    recipe: Recipe, data: str, tests: Sequence[str | Path], where: torch.device, workers: int | None
+) -> None:
+    """A recipe, data and a machine may each be fine and not go together."""
+    shards = [source for source in (data, *map(str, tests)) if source.startswith(SHARDS)]
+    if shards and not recipe.stream:
+        raise ArgumentError(f"{shards[0]!r} does not fit into memory: give stream=True (--set stream=true)")
+    if data.startswith(SHARDS) and recipe.validation_fraction:
+        raise ArgumentError(
+            f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
+            f"{data!r} can be held out: give 0"
+        )
+    if workers is not None and (workers < 0 or not recipe.stream):
+        raise ArgumentError(
+            f"workers={workers}: give at least 0, and only with stream=True (--set stream=true): images in memory need "
+            "none"
+        )
+    if recipe.sync_batchnorm and where.type != "cuda":
+        raise ArgumentError(
+            f"sync_batchnorm=True works on GPUs alone, since torch has it for them, not on {where.type!r}: leave it out"
+        )
+
+
+def _teller(say: Callable[[str], None]) -> Callable[[Source, str], None]:
+    """Says which images of a source could not be read, in any process, and what was done; each of them once."""
+    from accelerate.utils import gather_object
+
+    told: set[str] = set()
+
+    def tell(source: Source, consequence: str) -> None:
+        found = sorted(set(gather_object(sorted(source.unreadable))) - told)
+        told.update(found)
+        if found:
+            say(f"{len(found)} images cannot be read, {consequence}: {shorten(found)}")
+
+    return tell
 
 
 def _record(run: Run, history: Sequence[Epoch], model: ConvMixer, names: dict[str, Any]) -> None:
@@ -554,7 +650,7 @@ def _circumstances(where: torch.device) -> dict[str, Any]:
     }
 
 
-def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path) -> Accelerator:
+def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path, mixed_precision: str) -> Accelerator:
     """The processes of this run."""
     try:
         import matplotlib.figure  # noqa: F401 - for the curves, after an epoch's work
@@ -568,10 +664,13 @@ def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path) -> 
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         accelerator = Accelerator(
-            cpu=where.type == "cpu", mixed_precision="no", log_with=list(trackers) or None, project_dir=str(folder)
+            cpu=where.type == "cpu",
+            mixed_precision=mixed_precision,
+            log_with=list(trackers) or None,
+            project_dir=str(folder),
         )
     except ValueError as error:
-        raise ArgumentError(f"trackers={list(trackers)!r}: {error}") from error
+        raise ArgumentError(f"trackers={list(trackers)!r}, mixed_precision={mixed_precision!r}: {error}") from error
     missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing:
         raise ArgumentError(f"trackers={list(trackers)!r}: install {', '.join(sorted(missing))} first")
@@ -580,7 +679,7 @@ def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path) -> 
 
 def _name(source: str | Path) -> str:
     """A data set without the place where it lies."""
-    return str(source) if str(source).startswith(READERS) else Path(source).name
+    return str(source) if str(source).startswith((*READERS, SHARDS)) else Path(source).name
 
 
 def _read(
@@ -590,15 +689,31 @@ def _read(
     data_root: str | Path | None,
     download: bool,
     skip_unreadable: bool,
+    workers: int | None,
+    processes: int,
     progress: Progress,
     say: Callable[[str], None],
-) -> tuple[Images, Images, dict[str, Images]]:
+) -> tuple[Source, Source, dict[str, Source]]:
     """Training, validation and test images, at the size that the model takes."""
     checkpoint = recipe.checkpoint or None  # may bring an image size of its own
     config: dict[str, Any] = create_model(recipe.model, checkpoint=checkpoint, device="meta").pretrained_cfg
     height, width = recipe.input_size or config["input_size"][1:]
 
-    def read(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Images:
+    def read(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Source:
+        if recipe.stream:
+            return open_stream(
+                source,
+                split,
+                recipe,
+                Fit((recipe.in_chans, height, width), **fitting(config)),
+                mean=config["mean"] if recipe.in_chans == 3 else (sum(config["mean"]) / len(config["mean"]),),
+                classes=classes,
+                workers=workers,
+                skip_unreadable=skip_unreadable,
+                processes=processes,
+                root=data_root,
+                download=download,
+            )
         return load_images(
             source,
             split,
@@ -614,10 +729,12 @@ def _read(
 
     images = read(data, "train")
     test_sets = {}
-    for source in ([data] if has_split(data, "test") else []) + list(tests):
+    own = has_shards(str(data), "test") if str(data).startswith(SHARDS) else has_split(data, "test")
+    for source in ([data] if own else []) + list(tests):
         name = _name(source)
         test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)
-    return *hold_out(images, recipe.validation_fraction, recipe.seed), test_sets
+    training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
+    return training, validation, test_sets
 
 
 def _cpu_name() -> str:

@@ -115,11 +115,12 @@ class Run:
             saved = json.loads(state["recipe"])
         except Exception as error:
             raise ConvMixerError(f"cannot resume from {str(self.state)!r}: {error}. Delete it to start anew") from error
-        asked = json.loads(json.dumps(dataclasses.asdict(self.recipe)))
+        defaults, asked = (json.loads(json.dumps(dataclasses.asdict(recipe))) for recipe in (Recipe(), self.recipe))
+        saved = defaults | saved  # fields that are newer than the run
         changed = [
-            f"{name} was {saved.get(name)!r}, is {new!r}"
+            f"{name} was {saved[name]!r}, is {new!r}"
             for name, new in asked.items()
-            if saved.get(name) != new and name not in ("epochs", "note")
+            if saved[name] != new and name not in ("epochs", "note")
         ]
         if changed:
             raise ArgumentError(f"cannot resume {str(self.state)!r} with another recipe: {'; '.join(changed)}")

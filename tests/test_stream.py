@@ -1,0 +1,397 @@
+"""Streams of images, on real images: scikit-learn's digits. What is in memory is what a stream must equal."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from timm.data.auto_augment import rand_augment_transform
+
+import convmixer
+from convmixer.errors import ArgumentError, DataError, TrainingStopped
+from convmixer.training import get_recipe, train
+from convmixer.training.data import Fit, Share, hold_out, load_images, seed_all
+from convmixer.training.stream import default_workers, open_stream
+
+QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
+SIZE = (3, 8, 8)
+CLASSES = ("digit 0", "digit 1", "digit 2", "digit 3")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """150 training and 30 test images of handwritten digits 0 to 3, as folders of PNG files."""
+    root = tmp_path_factory.mktemp("digits")
+    bunch = load_digits(n_class=4)
+    for i, (pixels, label) in enumerate(zip(bunch.images[:180], bunch.target[:180], strict=True)):
+        folder = root / ("train" if i < 150 else "test") / CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i:04}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(digits, tmp_path_factory) -> Path:
+    """The same as WebDataset shards: four for training, two for testing."""
+    root = tmp_path_factory.mktemp("shards")
+    info = {"splits": {}}
+    for split, name, count in (("train", "train", 4), ("test", "validation", 2)):
+        files = sorted((digits / split).rglob("*.png"))
+        names = [f"{name}-{i}.tar" for i in range(count)]
+        for i, tar in enumerate(names):
+            _write_shard(root / tar, files[i::count])
+        lengths = [len(files[i::count]) for i in range(count)]
+        info["splits"][name] = {
+            "name": name, "num_samples": len(files), "filenames": names, "shard_lengths": lengths
+        }  # fmt: skip
+    (root / "_info.json").write_text(json.dumps(info))
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return root
+
+
+def _write_shard(path: Path, files: list[Path], spoiled: tuple[str, ...] = ()) -> None:
+    with tarfile.open(path, "w") as archive:
+        for file in files:
+            content = file.read_bytes()[: 40 if file.stem in spoiled else None]
+            label = str(CLASSES.index(file.parent.name)).encode()
+            for name, data in ((f"{file.stem}.png", content), (f"{file.stem}.cls", label)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(autouse=True)
+def _small_model(monkeypatch):
+    """8x8 images and two blocks, so that an epoch takes a second."""
+    from convmixer.training import loop
+
+    def create(name, pretrained=False, **options):
+        model = convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
+        model.pretrained_cfg["input_size"] = SIZE
+        return model
+
+    monkeypatch.setattr(loop, "create_model", create)
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def _open(source, split="train", recipe=None, **options):
+    recipe = recipe or get_recipe("cifar10", **QUICK, stream=True)
+    return open_stream(source, split, recipe, Fit(SIZE), mean=(0.5, 0.5, 0.5), **{"workers": 0, **options})
+
+
+def _share(count, *, parts=1, mine=range(1), start=0, epoch=3, batch_size=30) -> Share:
+    return Share(7, epoch, batch_size, parts, mine, range(start, count // batch_size))
+
+
+def _assert_same(a, b) -> None:
+    a, b = list(a), list(b)
+    assert len(a) == len(b)
+    assert all(torch.equal(p, q) and torch.equal(m, n) for (p, m), (q, n) in zip(a, b, strict=True))
+
+
+# ---- any image at any time ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_has_the_images_of_memory(digits, tmp_path, packed, workers):
+    source = digits
+    if packed:
+        source = tmp_path / "train.tar"
+        with tarfile.open(source, "w") as archive:
+            archive.add(digits / "train", ".")
+    images, stream = load_images(source, "train", SIZE), _open(source, workers=workers)
+    assert (len(stream), stream.classes, stream.record()) == (150, CLASSES, images.record())
+    _assert_same(stream.in_order(40), images.in_order(40))
+    for mine in (range(1), range(1, 3)):  # two of the processes of a run
+        share = _share(150, parts=3, mine=mine, start=1)
+        _assert_same(stream.parts(share), images.parts(share))
+    held, held_stream = hold_out(images, 0.2, 5), hold_out(stream, 0.2, 5)
+    for a, b in zip(held, held_stream, strict=True):
+        _assert_same(a.in_order(64), b.in_order(64))
+
+
+def test_augmentation_follows_from_the_image_and_the_epoch_alone(digits):
+    recipe = get_recipe("imagenet1k", batch_size=30, color_jitter=0.3)
+    one, two = (_open(digits, recipe=recipe, workers=workers) for workers in (0, 2))
+    whole = list(one.parts(_share(150)))
+    _assert_same(whole, two.parts(_share(150)))
+    _assert_same(whole[2:], two.parts(_share(150, start=2)))  # after an interruption
+    halves = [list(one.parts(_share(150, parts=2, mine=range(i, i + 1)))) for i in range(2)]
+    joined = [torch.cat([a[0], b[0]]) for a, b in zip(*halves, strict=True)]
+    assert all(torch.equal(pixels, batch[0]) for pixels, batch in zip(joined, whole, strict=True))
+    plain = _open(digits)
+    assert [labels.tolist() for _, labels in plain.parts(_share(150))] == [labels.tolist() for _, labels in whole]
+    changed = [(a != b).flatten(1).any(1) for (a, _), (b, _) in zip(plain.parts(_share(150)), whole, strict=True)]
+    assert torch.cat(changed).float().mean() > 0.9
+    again = torch.cat([labels for _, labels in one.parts(_share(150, epoch=4))])
+    assert not torch.equal(again, torch.cat([labels for _, labels in whole]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_policy_is_timms(channels):
+    from convmixer.training.recipes import policy
+
+    image = Image.effect_noise((24, 16), 80).convert("RGB" if channels == 3 else "L")
+    hparams = {"translate_const": 7, "img_mean": (128,) * 3 if channels == 3 else 128, "magnitude_max": 9.99}
+    theirs = rand_augment_transform("rand-m9-mstd0.5-inc1", hparams)
+    ours = policy("rand-m9-mstd0.5-inc1", (16, 24), (0.5,) * channels)
+    for i in range(20):
+        results = []
+        for change in (ours, theirs):
+            seed_all(i)
+            results.append(np.asarray(change(image)))
+        assert np.array_equal(*results)
+    strongest = policy("rand-m10-n9-inc1", (16, 24), (0.5,) * channels)
+    for _ in range(10):
+        assert strongest(image).size == (24, 16)
+
+
+def test_training_from_a_stream_is_training_from_memory(digits, tmp_path):
+    """Where no image is changed by itself, to the bit."""
+    recipe = get_recipe(
+        "cifar10", **{**QUICK, "random_erasing": 0.5, "shift": 1, "mixup": 0.2, "image_sizes": ((0, 6),)}
+    )
+    memory = train(recipe, digits, tmp_path / "memory", device="cpu", report=quiet)
+    stream = train(recipe.override(stream=True), digits, tmp_path / "stream", device="cpu", workers=1, report=quiet)
+    a, b = load_file(memory.weights), load_file(stream.weights)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert memory.test_accuracy == stream.test_accuracy
+    assert memory.history[-1].validation_loss == pytest.approx(stream.history[-1].validation_loss)
+    assert stream.model.pretrained_cfg["label_names"] == CLASSES
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_a_stream_that_is_stopped_goes_on_exactly(digits, shards, tmp_path, monkeypatch, kind):
+    from convmixer.training import loop
+
+    source = digits if kind == "folder" else f"wds/{shards}"
+    fields = {"stream": True, "batch_size": 16, "crop_scale": 0.5, "rand_augment": (1, 9), "validation_fraction": 0.0}
+    recipe = get_recipe("cifar10", **{**QUICK, **fields})
+    options = {"device": "cpu", "report": quiet, "workers": 2}
+    whole = train(recipe, source, tmp_path / "whole", **options)
+    real, count = loop._Trainer.step, []
+
+    def step(self, *arguments):
+        count.append(1)
+        if len(count) == 12:  # of nine steps an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(loop._Trainer, "step", step)
+    with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 9"):
+        train(recipe, source, tmp_path / "parts", **options)
+    if kind == "shards":
+        with pytest.raises(ArgumentError, match="2 workers of all processes read the shards, now 1"):
+            train(recipe, source, tmp_path / "parts", **{**options, "workers": 1}, resume=True)
+    parts = train(recipe, source, tmp_path / "parts", **options, resume=True)
+    a, b = load_file(whole.weights), load_file(parts.weights)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert whole.test_accuracy.keys() == {source if kind == "shards" else digits.name}
+
+
+def test_unreadable_images_are_named_and_others_take_their_place(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "set")
+    spoiled = sorted((tmp_path / "set" / "train").rglob("*.png"))[::30]
+    spoiled += sorted((tmp_path / "set" / "test").rglob("*.png"))[:1]
+    for file in spoiled:
+        file.write_bytes(file.read_bytes()[:40])
+    recipe = get_recipe("cifar10", **QUICK, stream=True)
+    lines: list[str] = []
+    result = train(
+        recipe, tmp_path / "set", tmp_path / "run", device="cpu", workers=1, skip_unreadable=True, report=lines.append
+    )
+    told = [line for line in lines if "cannot be read" in line]
+    assert sum(int(line.split()[0]) for line in told) == 6
+    assert "others take their place" in told[0]
+    assert told[-1].startswith("1 images cannot be read, they are left out of the test set")
+    assert all(sum(f"{file.parent.name}/{file.name}" in line for line in told) == 1 for file in spoiled)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test_images"] == {"set": 29}
+    assert len(result.history) == 2
+    with pytest.raises(DataError, match=r"cannot read image \d+ of .*\.png"):
+        train(recipe, tmp_path / "set", tmp_path / "fatal", device="cpu", workers=1, report=quiet)
+    for file in (tmp_path / "set" / "train").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"no image of .* can be read"):
+        list(_open(tmp_path / "set", skip_unreadable=True).parts(_share(150)))
+
+
+# ---- shards ---------------------------------------------------------------------------------------------------------
+
+
+def _counts(batches) -> dict[bytes, int]:
+    found: dict[bytes, int] = {}
+    for pixels, labels in batches:
+        for image, label in zip(pixels, labels, strict=True):
+            key = bytes([int(label)]) + image.numpy().tobytes()
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_hold_the_images(digits, shards, workers):
+    images, stream = load_images(digits, "train", SIZE), _open(f"wds/{shards}", workers=workers)
+    assert (len(stream), stream.classes) == (150, CLASSES)
+    assert _counts(stream.in_order(40)) == _counts(images.in_order(40))
+    test = _open(f"wds/{shards}", "test", workers=workers, classes=(*CLASSES[::-1], "digit 9"))
+    expected = load_images(digits, "test", SIZE, classes=(*CLASSES[::-1], "digit 9"))
+    assert _counts(test.in_order(7)) == _counts(expected.in_order(7))
+
+
+def test_processes_read_different_shards(digits, shards):
+    images = _counts(load_images(digits, "train", SIZE).in_order(150))
+    pattern = f"wds/{shards}/train-{{0..3}}.tar|150"
+    streams = [_open(pattern, workers=0, processes=2) for _ in range(2)]
+    shares = [_share(150, parts=2, mine=range(i, i + 1), batch_size=30) for i in range(2)]
+    seen = [_counts(stream.parts(share)) for stream, share in zip(streams, shares, strict=True)]
+    assert seen[0].keys() | seen[1].keys() <= images.keys()
+    # Equal drawings of digits occur; beside them no image is in both.
+    assert all(images[key] > 1 for key in seen[0].keys() & seen[1].keys())
+    assert sum(seen[0].values()) + sum(seen[1].values()) == 150
+
+
+def test_unreadable_samples_of_shards(digits, shards, tmp_path):
+    files = sorted((digits / "train").rglob("*.png"))
+    _write_shard(tmp_path / "a.tar", files[:60], spoiled=(files[3].stem, files[50].stem))
+    shutil.copy(shards / "classes.txt", tmp_path)
+    source = f"wds/{tmp_path}/a.tar|60"
+    stream = _open(source, skip_unreadable=True, workers=1)
+    assert [len(pixels) for pixels, _ in stream.parts(_share(60))] == [30, 30]
+    assert len(stream.unreadable) == 2
+    assert any(f"cannot read {files[3].stem} in" in text and "a.tar" in text for text in stream.unreadable)
+    assert sum(len(labels) for _, labels in stream.in_order(20)) == 58
+    with pytest.raises(DataError, match=f"cannot read ({files[3].stem}|{files[50].stem}) in"):
+        list(_open(source, workers=1).parts(_share(60)))
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:-40_000])
+    with pytest.raises(DataError, match=f"cannot read '{re.escape(source)}'"):
+        list(_open(source, skip_unreadable=True, workers=1).parts(_share(60)))
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "text"),
+    [
+        ("wds/nowhere", {}, "cannot open the train split of 'wds/nowhere'"),
+        ("wds/{shards}/train-0.tar", {}, r"does not say how many samples it has: add \|NUMBER"),
+        ("wds/{shards}", {"workers": 5}, "has 4 shards for 1 processes with 5 workers each"),
+        ("wds/{shards}", {"workers": 2, "processes": 3}, "has 4 shards for 3 processes with 2 workers each"),
+        ("wds/{shards}", {"classes": ("cat",)}, "has the classes digit 0, .*; the model knows cat"),
+        ("wds/{empty}/a.tar|3", {}, r"cannot read '.*classes\.txt'"),
+    ],
+)
+def test_shards_that_do_not_fit(shards, tmp_path, source, options, text):
+    with pytest.raises(DataError, match=text):
+        _open(source.format(shards=shards, empty=tmp_path), **options)
+
+
+def test_shards_get_as_many_workers_as_they_can_feed(shards):
+    assert _open(f"wds/{shards}", workers=None, processes=4).workers == 1
+    assert default_workers() >= 1
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "options", "text"),
+    [
+        ("wds/nowhere", {}, {}, r"does not fit into memory: give stream=True \(--set stream=true\)"),
+        ("wds/nowhere", {"stream": True}, {}, "no images of 'wds/nowhere' can be held out: give 0"),
+        ("nowhere", {}, {"workers": 2}, "workers=2: give at least 0, and only with stream=True"),
+        ("nowhere", {"stream": True}, {"workers": -1}, "workers=-1: give at least 0"),
+        ("nowhere", {"sync_batchnorm": True}, {}, "sync_batchnorm=True works on GPUs alone.* not on 'cpu'"),
+        ("nowhere", {}, {"precision": "float16"}, "'float16' needs a GPU, not 'cpu'; valid: auto, float32, bfloat16"),
+    ],
+)
+def test_contradictions_are_found_before_data_are_read(tmp_path, data, fields, options, text):
+    with pytest.raises(ArgumentError, match=text):
+        train(get_recipe("cifar10", **QUICK, **fields), data, tmp_path / "run", device="cpu", report=quiet, **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"stream": "yes"}, "recipe field stream='yes': give True or False"),
+        ({"auto_augment": "rand-x9"}, "recipe field auto_augment='rand-x9': give a policy of timm"),
+        ({"auto_augment": "rand-m9"}, "changes images one by one: give stream=True"),
+        ({"auto_augment": "v0", "stream": True}, "takes the place of rand_augment=(2, 12): give rand_augment=(0, 0)"),
+    ],
+)
+def test_senseless_recipes(fields, text):
+    with pytest.raises(ArgumentError, match=re.escape(text)):
+        get_recipe("cifar10", **fields)
+
+
+def test_the_papers_recipe():
+    recipe = get_recipe("imagenet1k")
+    assert (recipe.opt, recipe.lr, recipe.batch_size, recipe.eps, recipe.epochs) == ("adamw", 0.01, 640, 1e-3, 150)
+    assert (recipe.auto_augment, recipe.mixup, recipe.cutmix) == ("rand-m9-mstd0.5-inc1", 0.5, 0.5)
+    assert (recipe.random_erasing, recipe.clip_grad, recipe.stream) == (0.25, 1.0, True)
+    # The schedule of its code: up over two fifths, to a twentieth at four fifths, to nothing.
+    expected = np.interp(np.linspace(0, 1, 31), [0, 0.4, 0.8, 1], [0, 0.01, 0.0005, 0])
+    assert [recipe.learning_rate(p) for p in np.linspace(0, 1, 31)] == pytest.approx(list(expected))
+
+
+def test_images_that_do_not_fit_into_memory(digits, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 2048}.__getitem__)
+    with pytest.raises(DataError, match=r"the 150 images .* take 0\.0 GiB, .*: train with --set stream=true"):
+        load_images(digits, "train", SIZE)
+
+
+def test_synchronised_batchnorm_shares_the_tensors_of_the_model():
+    from convmixer.training.loop import _synchronised
+
+    model = convmixer.ConvMixer(8, 2, 3, 2, num_classes=2)
+    twin = _synchronised(model)
+    kinds = [type(module) for module in twin.modules()]
+    assert kinds.count(torch.nn.SyncBatchNorm) == 5
+    assert torch.nn.BatchNorm2d not in kinds
+    assert torch.nn.SyncBatchNorm not in [type(module) for module in model.modules()]
+    images = torch.randn(4, 3, 8, 8)
+    twin.train()(images).sum().backward()  # one process: as BatchNorm itself
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert torch.equal(model.eval()(images), twin.eval()(images))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_mixed_precision_on_a_gpu(digits, tmp_path, precision):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0, "clip_grad": 1.0, "sync_batchnorm": True})
+    result = train(recipe, digits, tmp_path / "run", device="cuda", precision=precision, report=quiet)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (state["scaler"] is not None) == (precision == "float16")
+    assert result.test_accuracy[digits.name] > 60
+    longer = recipe.override(epochs=7)
+    train(longer, digits, tmp_path / "run", device="cuda", precision=precision, resume=True, report=quiet)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_accelerate_launch(digits, tmp_path):
+    """Two processes on a CPU, which read a stream with a worker each."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["-m", "convmixer", "train", "cifar10", "--device", "cpu", "--data", str(digits), "--workers", "1"]
+    for field, value in {"stream": "true", "batch_size": 44, "epochs": 3, "rand_augment": "[0, 0]"}.items():
+        command += ["--set", f"{field}={value}"]
+    command += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "input_size=[8, 8]", "--set", "image_sizes=[[0, 4]]"]
+    done = subprocess.run([*command, "--output", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["processes"] == 2
+    assert "2 x cpu" in done.stdout
