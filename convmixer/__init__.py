@@ -1,9 +1,9 @@
 """A model zoo for ConvMixer ("Patches Are All You Need?")."""
 
+from convmixer.backends import optimize
 from convmixer.checkpoints import convert_checkpoint, load_checkpoint
 from convmixer.errors import ConvMixerError
 from convmixer.factory import create_model
-from convmixer.folding import optimize
 from convmixer.inference import predict
 from convmixer.model import ConvMixer
 from convmixer.registry import list_models, list_pretrained, model_info
