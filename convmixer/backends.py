@@ -284,10 +284,10 @@ class OpenVINO:
         model: From `to_openvino`, or quantised.
         precision: What it computes in, beside what is quantised.
         threads: Number of them.
-        rule: Images in a piece.
+        rule: Images in a piece; None: whole batches in one stream of all threads.
     """
 
-    def __init__(self, model: Any, precision: torch.dtype, threads: int, rule: Rule) -> None:
+    def __init__(self, model: Any, precision: torch.dtype, threads: int, rule: Rule | None) -> None:
         import openvino
 
         self._ov, self._core, self.model = openvino, openvino.Core(), model
@@ -306,8 +306,8 @@ class OpenVINO:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         batch, *rest = x.shape
-        alone = batch < self.threads
-        sizes = [batch] if alone else pieces(batch, self.rule(*rest[1:]), self.threads)
+        alone = self.rule is None or batch < self.threads
+        sizes = [batch] if self.rule is None or alone else pieces(batch, self.rule(*rest[1:]), self.threads)
         running: list[tuple[Any, Any, Any]] = []
         try:
             for part in x.detach().float().contiguous().split(sizes):
