@@ -11,9 +11,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-import os
 import queue
-import shutil
 import statistics
 import threading
 import time
@@ -26,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from convmixer import native
 from convmixer.errors import ArgumentError, DependencyError
 from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, l2_cache, prefers_channels_last
@@ -35,7 +35,7 @@ from convmixer.inference import read_image
 from convmixer.model import check_dtype, check_input
 from convmixer.transforms import create_transform
 
-BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime")
+BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native")
 GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
 CALIBRATION_IMAGES = 512
 _NEEDS = {  # modules of each runtime, and the extra that brings them
@@ -81,19 +81,14 @@ class Choice:
 # ---- what there is --------------------------------------------------------------------------------------------------
 
 
-def _compiler() -> str | None:
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
 def _missing(backend: str, device: torch.device = _CPU) -> str | None:
     """What the backend lacks here, and how to get it; None if nothing."""
     modules, extra = _NEEDS.get(backend, ((), ""))
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
         return f"{backend} needs {' and '.join(absent)}, which is missing: pip install 'convmixer[{extra}]'"
-    if backend == "compile" and device.type == "cpu" and not _compiler():
-        return "compile needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
+    if device.type == "cpu" and backend in ("compile", "native") and native.compiler() is None:
+        return f"{backend} needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
     if backend == "compile" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "compile needs triton on a GPU, which is missing: pip install triton"
     return None
@@ -110,7 +105,9 @@ def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = 
     device = torch.device(device)
     ordered = ["compile", "eager"]
     if device.type == "cpu":
-        ordered = ["openvino", *(["onnxruntime", "compile"] if dtype == torch.float32 else ["compile"]), "eager"]
+        ordered = ["native", "openvino", "compile", "eager"]
+        if dtype == torch.float32:
+            ordered = ["native", "openvino", "onnxruntime", "compile", "eager"]
     elif device.type != "cuda":
         ordered = ["eager"]
     return tuple(b for b in ordered if not _unsupported(b, device, dtype) and not _missing(b, device))
@@ -118,12 +115,16 @@ def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = 
 
 def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the backend does not compute in this type on this device, by its nature; None if it does."""
-    if backend in ("openvino", "onnxruntime") and device.type != "cpu":
+    if backend in ("openvino", "onnxruntime", "native") and device.type != "cpu":
         return f"backend={backend!r} computes on the CPU, this model is on {device}: call model.cpu() first"
     if backend == "onnxruntime" and dtype != torch.float32:
         return f"dtype={dtype}: onnxruntime computes convolutions on a CPU in float32 alone; use openvino or compile"
     if backend == "openvino" and dtype not in _CAPABILITIES:
         return f"dtype={dtype}: openvino computes in float32, bfloat16, float16 or int8"
+    if backend == "native" and not torch.cpu._is_avx512_supported():
+        return "backend='native' needs a CPU with AVX-512; choose another one, such as openvino"
+    if backend == "native" and dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype={dtype}: native computes in float32 or bfloat16"
     if backend in ("eager", "compile") and dtype == torch.int8:
         return f"dtype={dtype}: give a floating point type such as torch.bfloat16, or backend='openvino' with it"
     return None
@@ -480,7 +481,7 @@ def optimize(
         kind = dtype
     else:
         raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16, torch.int8 or 'auto'")
-    candidates, reason = _candidates(backend, weight.device, kind)
+    candidates, reason = _candidates(backend, model, weight.device, kind)
     if kind != torch.int8:
         check_dtype(kind)
     if (kind == torch.int8) != (calibration is not None):
@@ -495,30 +496,42 @@ def optimize(
         optimized = maker(candidates[0], chunk, reason)
     else:
         chunks = (chunk,) if chunk else maker.chunks(example)
-        optimized = _fastest([maker(b, c, "") for b in candidates for c in chunks], example)
+        tried = [(b, c) for b in candidates for c in (chunks if b != "native" else (None,))]
+        optimized = _fastest([maker(b, c, "") for b, c in tried], example)
     _LOGGER.info("%s", optimized.choice)
     return optimized
 
 
-def _candidates(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...], str]:
+def _candidates(
+    backend: str, model: nn.Module, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[str, ...], str]:
     """The backends that come into question, best first by rule, and why the first one is."""
     if backend != "auto":
-        unsupported = _unsupported(backend, device, dtype)
+        unsupported = _unsupported(backend, device, dtype) or _refusal(backend, model)
         if unsupported:
             raise ArgumentError(unsupported)
         _require("int8" if dtype == torch.int8 else backend, device)
         _require(backend, device)
         return (backend,), "as asked"
     if dtype == torch.int8:
-        return _candidates("openvino", device, dtype)[0], "it alone computes in int8"
-    found = available_backends(device, dtype)
+        return _candidates("openvino", model, device, dtype)[0], "it alone computes in int8"
+    found = tuple(b for b in available_backends(device, dtype) if not _refusal(b, model))
     absent = [
         m
-        for b in ("openvino", "compile", "onnxruntime")
+        for b in ("native", "openvino", "compile", "onnxruntime")
         if not _unsupported(b, device, dtype) and b not in found and (m := _missing(b, device))
     ]
     reason = f"by rule the fastest of {', '.join(found)} for {_name(dtype)} on {device.type}"
     return found, "; ".join([reason, *absent])
+
+
+def _refusal(backend: str, model: nn.Module) -> str | None:
+    """Why the backend does not take this model; None if it does."""
+    if backend != "native":
+        return None
+    if isinstance(model, FeatureGetterNet):
+        return "native returns the last output alone: use another backend for features_only, such as openvino"
+    return native.refusal(unwrap(model))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -577,11 +590,15 @@ class _Maker:
                 # float16 ends early, which decides what may be folded
                 limited = self.dtype == torch.float16
                 folded = fold(self.model, self.normalization, torch.float16 if limited else torch.float32).float()
-                source = to_onnx(folded) if backend == "onnxruntime" else to_openvino(folded)
+                make: Any = {"openvino": to_openvino, "onnxruntime": to_onnx, "native": self._native}[backend]
+                source = make(folded)
                 if self.dtype == torch.int8:
                     source = quantize(source, _calibration_images(self.calibration, folded))
                 self._sources[backend] = folded, source
         return self._sources[backend]
+
+    def _native(self, folded: FoldedConvMixer) -> native.Native:
+        return native.Native(folded, self.dtype, self.threads)
 
     def __call__(self, backend: str, chunk: int | None, reason: str) -> OptimizedConvMixer:
         folded, source = self._source(backend)
@@ -594,6 +611,8 @@ class _Maker:
             runtime = OpenVINO(source, self.rest, self.threads, rule)
         elif backend == "onnxruntime":
             runtime = OnnxRuntime(source, self.threads, rule)
+        elif backend == "native":
+            runtime = source
         else:
             together = rule and (lambda height, width: rule(height, width) * torch.get_num_threads())
             runtime = (Compiled if backend == "compile" else Whole)(folded, together)
@@ -602,13 +621,16 @@ class _Maker:
             layout = "channels_last" if prefers_channels_last(self.device, self.kernel_size) else "contiguous"
         kind = f"int8 and {_name(self.rest)}" if self.dtype == torch.int8 else _name(self.dtype)
         fitting = f"pieces that fill {l2_cache() // 1024:,} KiB of cache" if on_cpu else "whole batches"
+        cut = f"pieces of at most {chunk} images" if chunk else fitting
+        if backend == "native":
+            layout, cut = "channels_last", "single images, 32 positions at a time"
         choice = Choice(
             backend=backend,
             dtype=kind,
             device=str(self.device),
             layout=layout,
             threads=self.threads if source is not None else torch.get_num_threads() if on_cpu else 0,
-            pieces=f"pieces of at most {chunk} images" if chunk else fitting,
+            pieces=cut,
             reason=reason,
         )
         return OptimizedConvMixer(folded, runtime, choice)

@@ -491,7 +491,7 @@ def _show_benchmark(report: Report) -> None:
                 "" if r.relative_error is None else f"{r.relative_error:.0e}",
                 "" if r.ceiling_share is None else f"{100 * r.ceiling_share:.1f} %",
             )
-        OUT.print(table, width=max(OUT.width, 120), crop=False)  # a file takes lines of any length
+        Console(highlight=False, emoji=False, width=max(OUT.width, 120)).print(table)  # narrower would cut figures
         for r in case.results:
             if r.failure:
                 _say(f"{r.name} {r.dtype} failed: {r.failure}")

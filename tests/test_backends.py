@@ -12,17 +12,21 @@ import pytest
 import torch
 
 import convmixer
-from convmixer import backends, optimize
+from convmixer import backends, native, optimize
 from convmixer.backends import OptimizedConvMixer, available_backends, fitting_chunk, pieces
 from convmixer.errors import ArgumentError, DependencyError, ImageError
 from convmixer.folding import FoldedConvMixer
 from convmixer.hardware import bf16_is_faster, l2_cache
 
-SMALL = {"dim": 16, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
+SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 RUNTIMES = [
     pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"no {name}"))
     for name in ("openvino", "onnxruntime")
 ]
+NO_NATIVE = "no C++ compiler, or no AVX-512"
+HAS_NATIVE = "native" in available_backends("cpu")
+FOREIGN = [*RUNTIMES]
+RUNTIMES.append(pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)))
 
 
 def make(**changes):
@@ -47,7 +51,8 @@ def shared():
     torch.manual_seed(0)
     model = make()
     found = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name)]
-    return model, {name: optimize(model, backend=name, chunk=4, threads=2) for name in found}
+    copies = {name: optimize(model, backend=name, chunk=4, threads=2) for name in found}
+    return model, copies | ({"native": optimize(model, backend="native", threads=2)} if HAS_NATIVE else {})
 
 
 # ---- equal outputs --------------------------------------------------------------------------------------------------
@@ -97,7 +102,7 @@ def test_kernels_patches_and_channels(backend):
     assert error(optimize(model, backend=backend)(x), model(x)) < 1e-5
 
 
-@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("backend", FOREIGN)
 @torch.no_grad()
 def test_features_only(backend):
     options = {"dim": 16, "depth": 3, "features_only": True, "out_indices": (0, 2), "device": "cpu"}
@@ -116,6 +121,78 @@ def test_predict(backend, cat):
     got = convmixer.predict(optimize(model, backend=backend, normalization=True), cat, topk=10)
     assert [label for label, _ in got] == [label for label, _ in expected]
     assert [p for _, p in got] == pytest.approx([p for _, p in expected], abs=1e-4)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@pytest.mark.parametrize("kernel_size", [1, 3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+@torch.no_grad()
+def test_native_kernels(kernel_size, dtype, limit):
+    model = make(kernel_size=kernel_size, dim=128)
+    exact = copy.deepcopy(model).double()
+    fast = optimize(model, backend="native", dtype=dtype, threads=2)
+    for shape in ((1, 3, 2, 2), (3, 3, 26, 38), (2, 3, 9, 17)):
+        x = torch.randn(shape)
+        assert error(fast(x), exact(x.double())) < limit
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@pytest.mark.parametrize("pool", ["avg", "max", "catavgmax", "fastavg", ""])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_native_pools(pool, dtype):
+    """Without a classifier each channel counts for itself, so none may be out of place."""
+    model = make(global_pool=pool, num_classes=0)
+    fast, x = optimize(model, backend="native", dtype=dtype, threads=2), torch.randn(3, 3, 10, 12)
+    got, expected = fast(x), model(x)
+    assert got.shape == expected.shape
+    assert ((got - expected).abs().amax(0) < (1e-4 if dtype == torch.float32 else 0.1) * expected.abs().max()).all()
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+def test_native_gelu(dtype, limit):
+    """Far from zero, too: the model is made to pass 64 values through one GELU each."""
+    model = make(depth=1, kernel_size=1, patch_size=1, num_classes=0)
+    values = torch.linspace(-12, 12, 64)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.reset_parameters()
+                module.eps = 0.0
+        model.stem[0].weight.zero_()
+        model.stem[0].bias.copy_(values)
+        model.blocks[0][0].fn[0].weight.zero_()
+        model.blocks[0][0].fn[0].bias.zero_()
+        model.blocks[0][1].weight.zero_()
+        model.blocks[0][1].bias.copy_(values)
+        got = optimize(model, backend="native", dtype=dtype)(torch.zeros(1, 3, 2, 2))[0]
+    exact = torch.nn.functional.gelu(values.double())
+    assert ((got - exact).abs() <= limit * exact.abs().clamp_min(0.1)).all()
+
+
+def test_models_that_native_does_not_take():
+    if not HAS_NATIVE:
+        pytest.skip(NO_NATIVE)
+    for changes, text in (
+        ({"dim": 96}, "native takes models whose dim is a multiple of 64, this one has 96"),
+        ({"act_layer": "gelu_tanh"}, "native takes the activations gelu and relu, this model has GELUTanh"),
+    ):
+        with pytest.raises(ArgumentError, match=text):
+            optimize(make(**changes), backend="native")
+        assert optimize(make(**changes), backend="auto").choice.backend != "native"
+    backbone = convmixer.create_model("convmixer_256_8", features_only=True, device="cpu")
+    with pytest.raises(ArgumentError, match="native returns the last output alone: use another backend"):
+        optimize(backbone, backend="native")
+
+
+def test_compiler_that_fails(monkeypatch, tmp_path):
+    native.library.cache_clear()
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(DependencyError, match=r"false cannot compile the native kernels \(no message\): name another"):
+        native.library()
+    assert list((tmp_path / "convmixer").iterdir()) == []
 
 
 @torch.no_grad()
@@ -213,13 +290,14 @@ def test_auto_without_other_libraries(monkeypatch):
     for backend, text in {
         "openvino": "openvino needs openvino, which is missing: pip install 'convmixer[export]'",
         "onnxruntime": "onnxruntime needs onnxruntime, which is missing: pip install 'convmixer[export]'",
+        "native": "native needs a C++ compiler on a CPU, and there is none",
         "compile": "compile needs a C++ compiler on a CPU, and there is none: install g++ or clang++",
     }.items():
         with pytest.raises(DependencyError, match=re.escape(text)):
             optimize(model, backend=backend)
 
 
-@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("backend", FOREIGN)
 def test_measured_choice(backend):
     fast = optimize(make(), backend=backend, example=torch.randn(8, 3, 8, 8), threads=2)
     assert re.match(rf"fastest for \(8, 3, 8, 8\): {backend} in pieces of at most \d+ images \d", fast.choice.reason)
@@ -263,7 +341,10 @@ def test_fitting_chunk(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"backend": "tensorrt"}, "unknown backend 'tensorrt'; valid: auto, eager, compile, openvino, onnxruntime"),
+        (
+            {"backend": "tensorrt"},
+            "unknown backend 'tensorrt'; valid: auto, eager, compile, openvino, onnxruntime, native",
+        ),
         ({"backend": "auto", "chunk": 0}, "chunk=0: give a whole number of at least 1, or None"),
         ({"backend": "auto", "threads": True}, "threads=True: give a whole number of at least 1, or None"),
         ({"backend": "compile", "dtype": torch.int8}, "dtype=torch.int8: give a floating point type such as"),

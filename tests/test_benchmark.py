@@ -96,7 +96,7 @@ def test_random_weights():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"backends": ["tvm"]}, "unknown backend 'tvm'; valid: eager, compile, openvino, onnxruntime"),
+        ({"backends": ["tvm"]}, "unknown backend 'tvm'; valid: eager, compile, openvino, onnxruntime, native"),
         ({"dtypes": ["fp8"]}, "unknown dtype 'fp8'; valid: float32, bfloat16, int8"),
         ({"dtypes": ["int8"]}, "int8 needs calibration"),
         ({"batch_sizes": [0]}, "batch_sizes=[0]: give whole numbers of at least 1"),

@@ -20,7 +20,7 @@ FLOORS = {
     "hub": 2,
     "factory": 3,
 }
-FLOORS |= {"folding": 2, "backends": 4, "inference": 4, "plots": 4, "training": 4}
+FLOORS |= {"folding": 2, "native": 3, "backends": 4, "inference": 4, "plots": 4, "training": 4}
 FLOORS |= {"evaluation": 5, "benchmark": 5, "cli": 6, "__main__": 7, "__init__": 7}
 NEIGHBOURS = ("backends", "inference", "plots", "training")  # of one floor; a cycle among them fails at import
 
