@@ -51,9 +51,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     runs = [stamps() for _ in range(arguments.repeats + 1)][1:]
-    milliseconds = {
-        name: 1000 * statistics.median(run[i + 1] - run[i] for run in runs) for i, name in enumerate(STEPS)
-    }
+    milliseconds = {name: 1000 * statistics.median(run[i + 1] - run[i] for run in runs) for i, name in enumerate(STEPS)}
     first = 1000 * statistics.median(run[len(STEPS) - 1] - run[0] for run in runs)
     for name, value in milliseconds.items():
         print(f"{name:18} {value:8.1f} ms")

@@ -8,6 +8,7 @@ when that shape comes first, and kept; all runtimes may be called from several t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
@@ -46,6 +47,7 @@ _NEEDS = {  # modules of each runtime, and the extra that brings them
 # What OpenVINO calls the types.
 _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
 _CPU = torch.device("cpu")
+_COMPILING = threading.Lock()  # TorchInductor's settings are global
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class Choice:
     """What `optimize` chose, and why.
 
     Attributes:
-        backend: "eager", "compile", "openvino" or "onnxruntime".
+        backend: One of `BACKENDS`, but not "auto".
         dtype: Type that it computes in, such as "bfloat16".
         device: Where.
         layout: "channels_last" or "contiguous" activations; "own" where the runtime decides.
@@ -121,6 +123,8 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
         return f"dtype={dtype}: onnxruntime computes convolutions on a CPU in float32 alone; use openvino or compile"
     if backend == "openvino" and dtype not in _CAPABILITIES:
         return f"dtype={dtype}: openvino computes in float32, bfloat16, float16 or int8"
+    if backend == "openvino" and not _missing(backend) and _CAPABILITIES[dtype] not in _openvino_types():
+        return f"dtype={dtype}: openvino finds no products of that type in this CPU; use torch.float32"
     if backend == "native" and not torch.cpu._is_avx512_supported():
         return "backend='native' needs a CPU with AVX-512; choose another one, such as openvino"
     if backend == "native" and dtype not in (torch.float32, torch.bfloat16):
@@ -128,6 +132,13 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
     if backend in ("eager", "compile") and dtype == torch.int8:
         return f"dtype={dtype}: give a floating point type such as torch.bfloat16, or backend='openvino' with it"
     return None
+
+
+@functools.lru_cache(maxsize=1)
+def _openvino_types() -> tuple[str, ...]:
+    import openvino
+
+    return tuple(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -265,7 +276,12 @@ class Compiled(Whole):
         )
         # Inductor moves depthwise convolutions to channels_last, which is slow with 9x9 kernels on GPUs.
         moves = device.type != "cuda" or prefers_channels_last(device, kernel_size)
-        with warnings.catch_warnings(), torch.no_grad(), config.patch(freezing=True, layout_optimization=moves):
+        with (
+            _COMPILING,
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            config.patch(freezing=True, layout_optimization=moves),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(self.module, (example,)).module()
             compiled: Any = _inductor.compile(program, [example])
@@ -293,8 +309,6 @@ class OpenVINO:
 
         self._ov, self._core, self.model = openvino, openvino.Core(), model
         self.threads, self.rule = threads, rule
-        if _CAPABILITIES[precision] not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise ArgumentError(f"dtype={precision}: this CPU has no products of that type; use torch.float32")
         hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
         self._options = {"INFERENCE_PRECISION_HINT": hints[precision], "INFERENCE_NUM_THREADS": threads}
         self._graph = _Graphs(self._compile)
@@ -448,11 +462,12 @@ def optimize(
         dtype: Type to compute in, such as `torch.bfloat16`; None keeps the model's. "auto" takes bfloat16 where the
             hardware has products for it, else float32. `torch.int8` quantises the 1x1 convolutions, where nearly all
             products are, and computes the rest in the type of "auto"; it needs `backend="openvino"` and `calibration`.
-        backend: "eager"; "compile" (TorchInductor), "openvino" and "onnxruntime" (both on CPUs); or "auto": by rule the
-            usually fastest of those that are installed, or by measurement if there is an `example`.
+        backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
+            x86 with AVX-512); or "auto": by rule the usually fastest of those that work here, or by measurement if
+            there is an `example`.
         chunk: Most images to compute at a time by one thread (by all of them together with "compile"); larger batches
-            are cut up. None: on CPUs as many as fill a core's second-level cache.
-        threads: Of "openvino" and "onnxruntime"; None: as many as PyTorch uses.
+            are cut up. None: on CPUs as many as fill a core's second-level cache. "native" takes single images.
+        threads: Of "openvino", "onnxruntime" and "native"; None: as many as PyTorch uses.
         calibration: For int8: images as the model takes them (N, C, H, W), or a folder, a tar or a name such as
             `torch/cifar10`, of which at most 512 training images are taken. Never give test images.
         example: Images (B, C, H, W) as the model will get them: backends and chunks that come into question are timed
@@ -491,13 +506,10 @@ def optimize(
         if chunk is not None or threads is not None or example is not None:
             raise ArgumentError("chunk, threads and example need a backend other than 'eager', such as 'auto'")
         return fold(model, normalization, kind)
+    if backend == "native" and chunk is not None:
+        raise ArgumentError(f"chunk={chunk}: native computes single images; leave it out")
     maker = _Maker(model, normalization, kind, threads or torch.get_num_threads(), calibration)
-    if example is None:
-        optimized = maker(candidates[0], chunk, reason)
-    else:
-        chunks = (chunk,) if chunk else maker.chunks(example)
-        tried = [(b, c) for b in candidates for c in (chunks if b != "native" else (None,))]
-        optimized = _fastest([maker(b, c, "") for b, c in tried], example)
+    optimized = maker.first(candidates, chunk, reason) if example is None else maker.best(candidates, chunk, example)
     _LOGGER.info("%s", optimized.choice)
     return optimized
 
@@ -551,15 +563,11 @@ class _Maker:
     ) -> None:
         self.model, self.normalization, self.dtype, self.threads = model, normalization, dtype, threads
         inner: Any = unwrap(model)
-        self.dim, self.patch_size, self.kernel_size = (
-            inner.dim,
-            inner.patch_size,
-            inner.blocks[0][0].fn[0].kernel_size[0],
-        )
+        self.dim, self.patch_size = inner.dim, inner.patch_size
+        self.kernel_size: int = inner.blocks[0][0].fn[0].kernel_size[0]
         self.device: torch.device = inner.stem[0].weight.device
         self.calibration = calibration
-        # beside the quantised products
-        self.rest = dtype
+        self.rest = dtype  # beside the quantised products
         if dtype == torch.int8:
             self.rest = torch.bfloat16 if bf16_is_faster(self.device) else torch.float32
         self._sources: dict[str, tuple[nn.Module, Any]] = {}
@@ -567,6 +575,29 @@ class _Maker:
     def rule(self, height: int, width: int) -> int:
         positions = (height // self.patch_size) * (width // self.patch_size)
         return fitting_chunk(self.dim, positions, self.rest.itemsize)
+
+    def first(self, backends: Sequence[str], chunk: int | None, reason: str) -> OptimizedConvMixer:
+        """In the first backend that can be made; why others cannot is added to the reason."""
+        for backend in backends[:-1]:
+            try:
+                return self(backend, chunk, reason)
+            except DependencyError as error:
+                reason += f"; {error}"
+        return self(backends[-1], chunk, reason)
+
+    def best(self, backends: Sequence[str], chunk: int | None, example: Tensor) -> OptimizedConvMixer:
+        """In the backend and the pieces that are fastest for the example; why others cannot be made is said, too."""
+        models, failures = [], ""
+        for backend in backends:
+            for size in (None,) if backend == "native" else (chunk,) if chunk else self.chunks(example):
+                try:
+                    models.append(self(backend, size, ""))
+                except DependencyError as error:
+                    if len(backends) == 1:
+                        raise
+                    failures += f"; {error}"
+                    break
+        return _fastest(models, example, failures)
 
     def chunks(self, example: Tensor) -> tuple[int, ...]:
         """Chunks worth a trial: around the rule's, and none."""
@@ -636,7 +667,7 @@ class _Maker:
         return OptimizedConvMixer(folded, runtime, choice)
 
 
-def _fastest(models: Sequence[OptimizedConvMixer], example: Tensor) -> OptimizedConvMixer:
+def _fastest(models: Sequence[OptimizedConvMixer], example: Tensor, failures: str) -> OptimizedConvMixer:
     """The one with the shortest median time for the example, of rounds in which they take turns."""
     seconds: list[list[float]] = [[] for _ in models]
     for turn in range(6):
@@ -653,7 +684,7 @@ def _fastest(models: Sequence[OptimizedConvMixer], example: Tensor) -> Optimized
         f"{models[i].choice.backend} in {models[i].choice.pieces} {1000 * medians[i]:.2f} ms" for i in ranked
     )
     best = models[ranked[0]]
-    best.choice = replace(best.choice, reason=f"fastest for {tuple(example.shape)}: {shown}")
+    best.choice = replace(best.choice, reason=f"fastest for {tuple(example.shape)}: {shown}{failures}")
     return best
 
 

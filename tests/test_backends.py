@@ -181,6 +181,8 @@ def test_models_that_native_does_not_take():
         with pytest.raises(ArgumentError, match=text):
             optimize(make(**changes), backend="native")
         assert optimize(make(**changes), backend="auto").choice.backend != "native"
+    with pytest.raises(ArgumentError, match="chunk=4: native computes single images; leave it out"):
+        optimize(make(), backend="native", chunk=4)
     backbone = convmixer.create_model("convmixer_256_8", features_only=True, device="cpu")
     with pytest.raises(ArgumentError, match="native returns the last output alone: use another backend"):
         optimize(backbone, backend="native")
@@ -199,7 +201,7 @@ def test_compiler_that_fails(monkeypatch, tmp_path):
 def test_bfloat16_in_openvino():
     pytest.importorskip("openvino")
     if not bf16_is_faster(torch.device("cpu")):
-        with pytest.raises(ArgumentError, match=r"dtype=torch\.bfloat16: this CPU has no products of that type"):
+        with pytest.raises(ArgumentError, match=r"dtype=torch\.bfloat16: openvino finds no products"):
             optimize(make(), backend="openvino", dtype=torch.bfloat16)
         return
     model, x = make(), torch.randn(4, 3, 12, 12)
@@ -308,6 +310,18 @@ def test_eager_takes_part_in_measurements(monkeypatch):
     fast = optimize(make(), backend="auto", example=torch.randn(8, 3, 8, 8))
     assert isinstance(fast, OptimizedConvMixer)
     assert fast.choice.backend == "eager"
+
+
+def test_auto_goes_on_where_a_library_fails(monkeypatch):
+    def fail(*_):
+        raise DependencyError("the compiler is broken")
+
+    monkeypatch.setattr(backends, "available_backends", lambda *_: ("native", "eager"))
+    monkeypatch.setattr(native, "Native", fail)
+    for example in (None, torch.randn(2, 3, 8, 8)):
+        fast = optimize(make(), backend="auto", example=example)
+        assert fast.choice.backend == "eager"
+        assert fast.choice.reason.endswith("; the compiler is broken")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 64, 65, 1017])
