@@ -1,10 +1,10 @@
 """A model zoo for ConvMixer ("Patches Are All You Need?")."""
 
+from convmixer.backends import optimize
 from convmixer.checkpoints import convert_checkpoint, load_checkpoint
 from convmixer.errors import ConvMixerError
 from convmixer.export import export_model
 from convmixer.factory import create_model
-from convmixer.folding import optimize
 from convmixer.inference import predict
 from convmixer.model import ConvMixer
 from convmixer.publishing import push_to_hub, save_pretrained

@@ -19,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from convmixer import plots
+from convmixer.backends import BACKENDS, optimize
+from convmixer.benchmark import DTYPES, Report, benchmark
 from convmixer.checkpoints import convert_checkpoint, variant_of, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
@@ -73,7 +75,7 @@ def _progress(items: Iterable[Any], description: str = "") -> Iterator[Any]:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="convmixer")
 def main() -> None:
-    """ConvMixer models: list them, classify images, train, publish, convert, export, draw figures."""
+    """ConvMixer models: list them, classify images, train, measure, publish, convert, export, draw figures."""
 
 
 # ---- the registry ---------------------------------------------------------------------------------------------------
@@ -396,6 +398,9 @@ def _show_classes(classes: Sequence[ClassAccuracy]) -> None:
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="float32", show_default=True)
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded data sets lie.")
 @click.option("--download", is_flag=True, help="Let torch/ data sets download.")
+@click.option("--backend", type=click.Choice(BACKENDS), help="Also measure the optimized model, in this backend.")
+@click.option("--int8", is_flag=True, help="Optimize to int8, with --backend openvino and --calibration.")
+@click.option("--calibration", help="Training images for --int8: folder, .tar, or a name such as torch/cifar10.")
 @click.option("--output", type=click.Path(path_type=Path), help="A file to write the JSON to.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def validate(
@@ -403,23 +408,47 @@ def validate(
     data: str,
     checkpoint: Path | None,
     device: str,
+    backend: str | None,
+    int8: bool,
+    calibration: str | None,
     output: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Measure MODEL on labelled images: accuracy, loss, calibration, accuracy per class.
 
-    MODEL is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file.
+    MODEL is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file. With --backend
+    it is measured twice: as it is, and optimized.
     """
+    if backend is None and (int8 or calibration):
+        raise ArgumentError("--int8 and --calibration are for the optimized model: add --backend openvino")
     opened = _open_model(model, checkpoint, device)
+    fast = None
+    if backend:
+        precisions: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+        dtype = torch.int8 if int8 else precisions[options["precision"]]
+        fast = optimize(opened, backend=backend, dtype=dtype, calibration=calibration)
     result = validate_model(opened, data, progress=lambda items: _progress(items, "validating"), **options)
-    asked = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
+    after, choice = None, ""
+    if fast is not None:
+        # The optimized model has its precision in itself.
+        settings = {**options, "precision": "float32"}
+        after = validate_model(fast, data, progress=lambda items: _progress(items, "optimized"), **settings)
+        choice = str(getattr(fast, "choice", "eager, the folded module"))
+    asked: dict[str, Any] = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
     asked |= {name: options[name] for name in ("split", "precision")}
+    if after is not None:
+        asked["optimized"] = {"choice": choice} | dataclasses.asdict(after)
     text = json.dumps(asked | dataclasses.asdict(result), indent=2)
     if as_json:
         click.echo(text)
     else:
         _show(result)
+        if after is not None:
+            OUT.print()
+            _say(f"optimized ({choice})")
+            _show(after)
+            _say(f"top-1 changed by {after.top1 - result.top1:+.2f} points")
     if output:
         write_atomically(output, lambda path: path.write_text(text + "\n"))
 
@@ -524,3 +553,96 @@ def plot(source: str, output: Path | None, data: str | None, image: Path | None,
             raise ArgumentError(f"cannot make the folder {str(output)!r}: {error.strerror}; set --output") from error
         plots.write_figure(figure, path)
         _say(path)
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+
+def _show_benchmark(report: Report) -> None:
+    machine = report.machine
+    libraries = ", ".join(f"{k} {v}" for k, v in machine.items() if v and k not in ("device", "threads", "system"))
+    _say(
+        f"{report.model} (weights: {report.weights}) on {machine['device']}, {machine['threads']} threads; {libraries}"
+    )
+    for case in report.cases:
+        ceilings = ", ".join(f"{dtype} {value:,.0f}" for dtype, value in case.gemm_gflops.items())
+        OUT.print()
+        _say(f"batch {case.batch_size} at {case.image_size} pixels; GFLOP/s of a matrix product: {ceilings or 'none'}")
+        table = Table(box=None, header_style="bold")
+        table.add_column("", no_wrap=True)
+        for title in ("dtype", "images/s", "rounds from", "to", "p50 ms", "p90", "p99", "MiB", "error", "of ceiling"):
+            table.add_column(title, justify="left" if title == "dtype" else "right", no_wrap=True)
+        for r in sorted(case.results, key=lambda r: -(r.images_per_second or 0)):
+            if r.images_per_second is None:
+                continue
+            digits = 0 if r.images_per_second >= 100 else 2
+            table.add_row(
+                r.name,
+                r.dtype,
+                *(f"{value:,.{digits}f}" for value in (r.images_per_second, r.slowest, r.fastest)),
+                *(f"{value:.2f}" for value in r.latency_ms.values()),
+                "" if r.peak_memory_mib is None else f"{r.peak_memory_mib:,.0f}",
+                "" if r.relative_error is None else f"{r.relative_error:.0e}",
+                "" if r.ceiling_share is None else f"{100 * r.ceiling_share:.1f} %",
+            )
+        Console(highlight=False, emoji=False, width=max(OUT.width, 120)).print(table)  # narrower would cut figures
+        for r in case.results:
+            if r.failure:
+                _say(f"{r.name} {r.dtype} failed: {r.failure}")
+        for ratio in case.ratios:
+            spread = f"{ratio.least:.2f} to {ratio.largest:.2f}"
+            _say(f"{ratio.dtype}: {ratio.ours} / {ratio.peer} = {ratio.ratio:.2f} ({spread})")
+
+
+@main.command()
+@click.argument("model", default="convmixer_256_8")
+@click.option(
+    "--batch-size", "batch_sizes", multiple=True, type=click.IntRange(min=1), default=(1, 64), show_default=True
+)
+@click.option("--image-size", "image_sizes", multiple=True, type=click.IntRange(min=1), help="[default: the model's]")
+@click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS[1:]), help="[default: all]")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(tuple(DTYPES)), help="[default: float32 bfloat16]")
+@click.option("--calibration", help="Training images for int8: folder, .tar, or a name such as torch/cifar10.")
+@click.option("--peers/--no-peers", default=True, show_default=True, help="Also time timm's model.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), default=0.3, show_default=True, help="Per round."
+)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="A .safetensors file to load in place of its weights."
+)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="A file to write all figures to.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="A .png file to draw a bar chart into.")
+def bench(
+    model: str,
+    backends: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    image_sizes: tuple[int, ...],
+    calibration: str | None,
+    json_file: Path | None,
+    plot_file: Path | None,
+    **options: Any,
+) -> None:
+    """Time MODEL in all backends and precisions beside timm's, in one process.
+
+    Options that may be given again: --batch-size, --image-size, --backend, --dtype.
+    """
+    if not dtypes:
+        dtypes = ("float32", "bfloat16", "int8") if calibration else ("float32", "bfloat16")
+    with ERR.status("") as status:
+        report = benchmark(
+            model,
+            backends=backends or None,
+            dtypes=dtypes,
+            image_sizes=image_sizes or None,
+            calibration=calibration,
+            report=lambda line: status.update(_plain(line)),
+            **options,
+        )
+    _show_benchmark(report)
+    record = dataclasses.asdict(report)
+    if json_file:
+        write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    if plot_file:
+        plots.write_figure(plots.plot_benchmark(record), plot_file)

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convmixer import folding
 from convmixer.checkpoints import read_tensors, save_weights, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ExportError, nearest
-from convmixer.folding import FoldedConvMixer, optimize
+from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer
 from convmixer.transforms import preprocessing
@@ -232,7 +233,7 @@ def export_model(
     size = _image_size(image_size, config, reference)
     inside = torch.float32 if not chosen.computes else dtype
     if fold and not folded:
-        computed = optimize(reference, normalization=normalization, dtype=inside)
+        computed = folding.fold(reference, normalization=normalization, dtype=inside)
         config = computed.pretrained_cfg if normalization else config
     else:
         computed = copy.deepcopy(reference).to(inside)

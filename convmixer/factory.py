@@ -19,6 +19,7 @@ from convmixer import hub
 from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise
 from convmixer.config import MAX_SIDE, read_config
 from convmixer.errors import ArgumentError, WeightsError, nearest
+from convmixer.hardware import prefers_channels_last
 from convmixer.model import ConvMixer, check_dtype
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
 
@@ -209,7 +210,7 @@ def create_model(
             model.to(device=target, dtype=dtype)
     if channels_last is None:
         kernel_size = arguments.get("kernel_size", source.variant.kernel_size)
-        channels_last = target.type == "cpu" or (target.type == "cuda" and kernel_size == 7)
+        channels_last = prefers_channels_last(target, kernel_size)
     if channels_last:
         # The other weights, 1x1 and depthwise, lie the same way in both layouts; the activations follow the stem.
         stem: Any = _inner(model).stem[0]

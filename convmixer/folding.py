@@ -109,7 +109,7 @@ class _Block(nn.Module):
 
 
 class FoldedConvMixer(nn.Module):
-    """What `optimize` makes of a `ConvMixer`: equal outputs, no BatchNorm, for inference alone.
+    """What `fold` makes of a `ConvMixer`: equal outputs, no BatchNorm, for inference alone.
 
     It has the original's `forward`, `forward_features`, `forward_head` and `forward_intermediates`, its `num_features`,
     `num_classes`, `in_chans`, `feature_info` and `pretrained_cfg`, but other parameters, which need no gradient.
@@ -207,19 +207,20 @@ class FoldedConvMixer(nn.Module):
         return super().train(False)
 
 
-def optimize(model: nn.Module, *, normalization: bool = False, dtype: torch.dtype | None = None) -> Any:
-    """A copy of a ConvMixer for inference with equal outputs and without BatchNorm. The original stays as it is.
+def unwrap(model: nn.Module) -> ConvMixer:
+    """The `ConvMixer` itself, also out of timm's feature extractor; an ArgumentError for another kind of module."""
+    inner = model.model if isinstance(model, FeatureGetterNet) else model
+    if not isinstance(inner, ConvMixer):
+        kind = type(inner)
+        raise ArgumentError(
+            f"cannot optimize a {kind.__module__}.{kind.__qualname__}: give a model of convmixer.create_model or "
+            "convmixer.ConvMixer, before torch.compile or another optimize"
+        )
+    return inner
 
-    The weights are folded in float64 and rounded once, so the copy differs from the original in evaluation mode by
-    rounding alone, at every image size. `torch.export`, `torch.compile` and the ONNX exporter take it.
 
-    Args:
-        model: A `ConvMixer`, whole or truncated, or what `create_model(features_only=True)` returns.
-        normalization: Fold mean and std of the model's `pretrained_cfg` into the first convolution, too: the copy takes
-            images with values in [0, 1], and its `pretrained_cfg` says mean 0 and std 1, as `predict` and
-            `create_transform` need it.
-        dtype: Type of the copy's parameters, such as `torch.bfloat16`; None keeps the model's. Device and memory layout
-            are the model's.
+def fold(model: nn.Module, normalization: bool = False, dtype: torch.dtype | None = None) -> Any:
+    """The folded copy of a model; `optimize` of `convmixer.backends` says what the arguments mean.
 
     Returns:
         A `FoldedConvMixer`; for a feature extractor timm's `FeatureGetterNet` around one.
@@ -228,13 +229,7 @@ def optimize(model: nn.Module, *, normalization: bool = False, dtype: torch.dtyp
         ArgumentError: Another kind of module; a type that is not floating point; `normalization` for a model that says
             nothing about its preprocessing.
     """
-    inner = model.model if isinstance(model, FeatureGetterNet) else model
-    if not isinstance(inner, ConvMixer):
-        kind = type(inner)
-        raise ArgumentError(
-            f"cannot optimize a {kind.__module__}.{kind.__qualname__}: give a model of convmixer.create_model or "
-            "convmixer.ConvMixer, before torch.compile or another optimize"
-        )
+    inner = unwrap(model)
     weight: Any = inner.stem[0].weight
     dtype = weight.dtype if dtype is None else dtype
     check_dtype(dtype)

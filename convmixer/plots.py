@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ Array = Tensor | npt.NDArray[Any] | Sequence[Any]
 MOST_CELL_TEXTS = 20  # classes up to which a confusion matrix has room for figures in its cells
 MOST_TICK_LABELS = 150
 MOST_KERNELS = 256  # of one block
+_DTYPES = ("float32", "bfloat16", "int8")  # of benchmarks
 SHOWN_SIDE = 224  # pixels; smaller inputs are drawn from the same part of the image at a higher resolution
 
 
@@ -223,6 +224,57 @@ def plot_mistakes(
         axes.imshow(_array(images[i].permute(1, 2, 0)), cmap="gray", vmin=0, vmax=255)
         title = f"{classes[true[i]]} -> {classes[predicted[i]]} {100 * confidence[i]:.1f}%"
         axes.set_title(_literal(textwrap.fill(title, 26)), fontsize=8)
+    return figure
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+
+
+def plot_benchmark(report: Mapping[str, Any]) -> Figure:
+    """Images per second of each candidate of `convmixer bench`, a panel for each case; lines from worst to best round.
+
+    Args:
+        report: The record that `convmixer bench --json` writes.
+
+    Raises:
+        ArgumentError: No case in which anything was measured.
+    """
+    cases = [(case, [r for r in case["results"] if r["images_per_second"]]) for case in report.get("cases", ())]
+    cases = [(case, measured) for case, measured in cases if measured]
+    if not cases:
+        raise ArgumentError("this benchmark has no figures: give the JSON of `convmixer bench`")
+    height = sum(1.0 + 0.24 * len(measured) for _, measured in cases)
+    figure = _figure(9, height)
+    sizes = [1.0 + 0.24 * len(measured) for _, measured in cases]
+    panels = figure.subplots(len(cases), 1, squeeze=False, gridspec_kw={"height_ratios": sizes})[:, 0]
+    colors = {("convmixer", d): c for d, c in zip(_DTYPES, ("#6baed6", "#2171b5", "#08306b"), strict=True)}
+    colors |= {("timm", d): c for d, c in zip(_DTYPES, ("#fdae6b", "#d94801", "#7f2704"), strict=True)}
+    for axes, (case, measured) in zip(panels, cases, strict=True):
+        rows = sorted(measured, key=lambda r: r["images_per_second"])
+        speeds = [r["images_per_second"] for r in rows]
+        errors = [
+            [r["images_per_second"] - r["slowest"] for r in rows],
+            [r["fastest"] - r["images_per_second"] for r in rows],
+        ]
+        shades = [colors[r["name"].split()[0], r["dtype"]] for r in rows]
+        names = [f"{r['name']}, {r['dtype']}" for r in rows]
+        axes.barh(names, speeds, xerr=errors, color=shades, error_kw={"elinewidth": 1, "ecolor": "0.3"})
+        for i, row in enumerate(rows):
+            axes.annotate(
+                f" {row['images_per_second']:,.{0 if speeds[-1] > 100 else 1}f}",
+                (max(row["fastest"], row["images_per_second"]), i),
+                va="center",
+                fontsize=8,
+            )
+        axes.tick_params(axis="y", labelsize=8)
+        axes.set_xlim(0, 1.15 * max(r["fastest"] for r in rows))
+        axes.set_title(f"batch {case['batch_size']}, {case['image_size']} pixels", fontsize=10)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    panels[-1].set_xlabel("images per second")
+    figure.suptitle(
+        f"{report['model']} on {report['machine']['device']}, {report['machine']['threads']} threads", fontsize=10
+    )
     return figure
 
 

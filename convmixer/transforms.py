@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import create_transform as timm_create_transform
 from timm.data import resolve_data_config
 from torch import nn
-from torchvision.transforms import v2
 
 from convmixer.errors import ArgumentError, nearest
 from convmixer.registry import get_variant
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 _PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 
@@ -42,6 +44,8 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
 
 def normalization(config: dict[str, Any]) -> v2.Transform:
     """uint8 (..., C, H, W) -> float32, normalised by the mean and std of a configuration."""
+    from torchvision.transforms import v2  # a third of the time that importing this package takes
+
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])])
 
 

@@ -159,6 +159,54 @@ def _requirements() -> str:
     return "\n".join(f"- `{requirement}`" for requirement in needed)
 
 
+_RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def _speed() -> str:
+    """The tables of `convmixer bench`, from what it wrote to `benchmarks/results/bench_*.json`."""
+    parts = []
+    for file in sorted(_RESULTS.glob("bench_*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        machine = report["machine"]
+        versions = ", ".join(f"{k} {v}" for k, v in machine.items() if v and k not in ("device", "threads", "system"))
+        parts.append(
+            f"`{report['model']}` on {machine['device']}, {machine['threads']} threads; {versions}. "
+            f"{report['rounds']} rounds of {report['seconds']} s. Weights: {report['weights']}."
+        )
+        for case in report["cases"]:
+            parts.append(f"**Batch {case['batch_size']}, {case['image_size']} pixels**")
+            measured = [r for r in case["results"] if r["images_per_second"]]
+            rows = [
+                (
+                    r["name"],
+                    r["dtype"],
+                    f"{r['images_per_second']:,.1f}",
+                    f"{r['slowest']:,.1f} to {r['fastest']:,.1f}",
+                    f"{r['latency_ms']['p50']:.2f} / {r['latency_ms']['p99']:.2f}",
+                    f"{r['relative_error']:.0e}",
+                    f"{100 * r['ceiling_share']:.0f} %" if r["ceiling_share"] else "",
+                )
+                for r in sorted(measured, key=lambda r: -r["images_per_second"])
+            ]
+            titles = ("", "dtype", "images/s", "rounds", "p50 / p99 ms", "error", "of ceiling")
+            parts.append(_table(titles, rows))
+            parts += [
+                f"{r['dtype']}: {r['ours']} / {r['peer']} = {r['ratio']:.2f} ({r['least']:.2f} to {r['largest']:.2f})."
+                for r in case["ratios"]
+            ]
+    return "\n\n".join(parts) or "Unmeasured: no run of `convmixer bench` is in `benchmarks/results` yet."
+
+
+def _cold_start() -> str:
+    file = _RESULTS / "cold_start.json"
+    if not file.exists():
+        return "Unmeasured: no run of the script is in `benchmarks/results` yet."
+    record = json.loads(file.read_text(encoding="utf-8"))
+    rows = [(name, f"{value:.0f} ms") for name, value in record["milliseconds"].items()]
+    rows.append(("start to first prediction", f"{record['to_first_prediction']:.0f} ms"))
+    return f"On {record['machine']['device']}:\n\n" + _table(("step", "median"), rows)
+
+
 _RECORDS: dict[str, Callable[[], str]] = {
     "models": _models,
     "notes": _notes,
@@ -168,6 +216,8 @@ _RECORDS: dict[str, Callable[[], str]] = {
     "timm-own": lambda: _timm_names(ours=False),
     "recipes": _recipes,
     "recipe-sections": _recipe_sections,
+    "speed": _speed,
+    "cold-start": _cold_start,
     "python": lambda: f"Python {metadata.metadata('convmixer')['Requires-Python']}".replace(">=", "") + " or newer.",
     "requirements": _requirements,
 }

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from convmixer.checkpoints import read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped
 from convmixer.factory import create_model, resolve_device
+from convmixer.hardware import bf16_is_faster
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history, write_figure
 from convmixer.training.data import (
@@ -73,15 +74,6 @@ class TrainingResult:
 
 def _no_progress(items: Iterable[Any], _description: str = "") -> Iterable[Any]:
     return items
-
-
-def bf16_is_faster(device: torch.device) -> bool:
-    """Whether bfloat16 autocast pays: hardware products on a GPU or a CPU with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return False
 
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # in accelerate's words

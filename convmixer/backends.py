@@ -1,0 +1,733 @@
+"""`optimize`: the folded model, in the runtime, precision and pieces that suit the machine.
+
+A runtime is a callable from images (B, C, H, W) to a list of outputs. It cuts a batch into pieces, for one reason: what
+a block reads and writes should stay in the cache of the core that computes it. Graphs are compiled for one shape each,
+when that shape comes first, and kept; all runtimes may be called from several threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import logging
+import queue
+import statistics
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from convmixer import native
+from convmixer.errors import ArgumentError, DependencyError
+from convmixer.folding import FoldedConvMixer, fold, unwrap
+from convmixer.hardware import bf16_is_faster, l2_cache, prefers_channels_last
+from convmixer.inference import read_image
+from convmixer.model import check_dtype, check_input
+from convmixer.transforms import create_transform
+
+BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native")
+GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
+CALIBRATION_IMAGES = 512
+_NEEDS = {  # modules of each runtime, and the extra that brings them
+    "openvino": (("openvino",), "export"),
+    "onnxruntime": (("onnxruntime", "onnxscript"), "export"),
+    "int8": (("nncf",), "int8"),
+}
+# What OpenVINO calls the types.
+_CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
+_CPU = torch.device("cpu")
+_COMPILING = threading.Lock()  # TorchInductor's settings are global
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `optimize` chose, and why.
+
+    Attributes:
+        backend: One of `BACKENDS`, but not "auto".
+        dtype: Type that it computes in, such as "bfloat16".
+        device: Where.
+        layout: "channels_last" or "contiguous" activations; "own" where the runtime decides.
+        threads: Threads that compute one call; 0 on a GPU.
+        pieces: Into what batches are cut.
+        reason: Why, in words.
+    """
+
+    backend: str
+    dtype: str
+    device: str
+    layout: str
+    threads: int
+    pieces: str
+    reason: str
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" if self.threads else ""
+        where = f"{self.dtype} on {self.device}, {self.layout} layout{threads}, {self.pieces}"
+        return f"{self.backend}, {where}: {self.reason}"
+
+
+# ---- what there is --------------------------------------------------------------------------------------------------
+
+
+def _missing(backend: str, device: torch.device = _CPU) -> str | None:
+    """What the backend lacks here, and how to get it; None if nothing."""
+    modules, extra = _NEEDS.get(backend, ((), ""))
+    absent = [module for module in modules if importlib.util.find_spec(module) is None]
+    if absent:
+        return f"{backend} needs {' and '.join(absent)}, which is missing: pip install 'convmixer[{extra}]'"
+    if device.type == "cpu" and backend in ("compile", "native") and native.compiler() is None:
+        return f"{backend} needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
+    if backend == "compile" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "compile needs triton on a GPU, which is missing: pip install triton"
+    return None
+
+
+def _require(backend: str, device: torch.device = _CPU) -> None:
+    missing = _missing(backend, device)
+    if missing:
+        raise DependencyError(missing)
+
+
+def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """The backends that can compute in `dtype` on `device` with what is installed, the usually fastest first."""
+    device = torch.device(device)
+    ordered = ["compile", "eager"]
+    if device.type == "cpu":
+        ordered = ["native", "openvino", "compile", "eager"]
+        if dtype == torch.float32:
+            ordered = ["native", "openvino", "onnxruntime", "compile", "eager"]
+    elif device.type != "cuda":
+        ordered = ["eager"]
+    return tuple(b for b in ordered if not _unsupported(b, device, dtype) and not _missing(b, device))
+
+
+def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend does not compute in this type on this device, by its nature; None if it does."""
+    if backend in ("openvino", "onnxruntime", "native") and device.type != "cpu":
+        return f"backend={backend!r} computes on the CPU, this model is on {device}: call model.cpu() first"
+    if backend == "onnxruntime" and dtype != torch.float32:
+        return f"dtype={dtype}: onnxruntime computes convolutions on a CPU in float32 alone; use openvino or compile"
+    if backend == "openvino" and dtype not in _CAPABILITIES:
+        return f"dtype={dtype}: openvino computes in float32, bfloat16, float16 or int8"
+    if backend == "openvino" and not _missing(backend) and _CAPABILITIES[dtype] not in _openvino_types():
+        return f"dtype={dtype}: openvino finds no products of that type in this CPU; use torch.float32"
+    if backend == "native" and not torch.cpu._is_avx512_supported():
+        return "backend='native' needs a CPU with AVX-512; choose another one, such as openvino"
+    if backend == "native" and dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype={dtype}: native computes in float32 or bfloat16"
+    if backend in ("eager", "compile") and dtype == torch.int8:
+        return f"dtype={dtype}: give a floating point type such as torch.bfloat16, or backend='openvino' with it"
+    return None
+
+
+@functools.lru_cache(maxsize=1)
+def _openvino_types() -> tuple[str, ...]:
+    import openvino
+
+    return tuple(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one that is not above the number."""
+    return 1 << (max(number, 1).bit_length() - 1)
+
+
+def pieces(batch: int, chunk: int, threads: int) -> list[int]:
+    """Sizes into which a batch is cut: at most `chunk`, enough for all threads, few different ones.
+
+    What is left after the pieces of the largest size comes in powers of two, so that few graphs serve all batches.
+    """
+    share = -(-batch // threads)
+    most = chunk if chunk <= share else _power_of_two(share)
+    sizes = [most] * (batch // most)
+    rest = batch % most
+    while rest:
+        sizes.append(_power_of_two(rest))
+        rest -= sizes[-1]
+    return sizes
+
+
+def fitting_chunk(dim: int, positions: int, itemsize: int) -> int:
+    """Images whose activations (dim, positions) fill a core's second-level cache: a power of two."""
+    return _power_of_two(l2_cache() // (dim * positions * itemsize))
+
+
+class _Graphs:
+    """Compiled graphs by key, made once each whichever thread asks first; the one unused for longest is dropped."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make, self._kept, self._lock = make, OrderedDict[Any, Any](), threading.Lock()
+
+    def __call__(self, *key: Any) -> Any:
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._make(*key)
+                if len(self._kept) > GRAPHS_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+
+def _join(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The outputs of several pieces, as those of one batch."""
+    return list(parts[0]) if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+
+def _as_list(outputs: Any) -> list[Tensor]:
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+
+
+# ---- runtimes -------------------------------------------------------------------------------------------------------
+
+Rule = Callable[[int, int], int]  # height and width of images -> chunk
+
+
+def _dynamic(module: nn.Module) -> tuple[dict[str, Any], Tensor]:
+    """Arguments for torch.export with batch and image size left open, and an example.
+
+    The example is larger than any kernel, and odd in its sizes, so that no dimension is taken for a constant.
+    """
+    inner: Any = getattr(module, "model", module)
+    stem: Any = inner.stem[0]
+    patch = stem.kernel_size[0]
+    example = torch.zeros(2, stem.in_channels, 13 * patch, 11 * patch, dtype=stem.weight.dtype)
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    return {"dynamic_shapes": (dynamic,)}, example
+
+
+def to_openvino(module: nn.Module) -> Any:
+    """An `openvino.Model` of a ConvMixer in float32 on the CPU; batch, height and width are open."""
+    _require("openvino")
+    import openvino
+
+    options, example = _dynamic(module)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporters' own dependencies
+        return openvino.convert_model(torch.export.export(module, (example,), **options))
+
+
+def to_onnx(module: nn.Module) -> bytes:
+    """An ONNX file of a ConvMixer in float32 on the CPU; batch, height and width are open."""
+    _require("onnxruntime")
+    options, example = _dynamic(module)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(module, (example,), dynamo=True, verbose=False, **options)
+    data: bytes = program.model_proto.SerializeToString()
+    return data
+
+
+class Whole:
+    """A module as it is, a piece at a time. PyTorch's own threads share each piece.
+
+    Args:
+        module: In evaluation mode.
+        rule: Images in a piece; None: all.
+    """
+
+    def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
+        self.module, self.rule = module, rule
+
+    def _run(self, x: Tensor) -> list[Tensor]:
+        return _as_list(self.module(x))
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            chunk = len(x) if self.rule is None else self.rule(*x.shape[2:])
+            return _join([self._run(part) for part in x.split(chunk)])
+
+
+class Compiled(Whole):
+    """A module compiled by TorchInductor, with its weights frozen into the graph, for each shape of a piece.
+
+    It is compiled from an exported graph: no guards are checked at each call, and no limit of recompilations is shared
+    with other models.
+    """
+
+    def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
+        super().__init__(module, rule)
+        self._graph = _Graphs(self._compile)
+
+    def _compile(self, *key: Any) -> Callable[[Tensor], Any]:
+        from torch import _inductor
+        from torch._inductor import config
+
+        shape, stride, dtype, device = key
+        example = torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+        kernel_size = max(
+            m.kernel_size[0] for m in self.module.modules() if isinstance(m, nn.Conv2d) and m.stride[0] == 1
+        )
+        # Inductor moves depthwise convolutions to channels_last, which is slow with 9x9 kernels on GPUs.
+        moves = device.type != "cuda" or prefers_channels_last(device, kernel_size)
+        with (
+            _COMPILING,
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            config.patch(freezing=True, layout_optimization=moves),
+        ):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(self.module, (example,)).module()
+            compiled: Any = _inductor.compile(program, [example])
+        return compiled  # type: ignore[no-any-return]
+
+    def _run(self, x: Tensor) -> list[Tensor]:
+        if x.is_inference():
+            with torch.inference_mode(False):
+                x = x.clone()  # graphs are for ordinary tensors
+        return _as_list(self._graph(tuple(x.shape), x.stride(), x.dtype, x.device)(x))
+
+
+class OpenVINO:
+    """An OpenVINO model on the CPU, one stream for each thread; a batch below that many images uses one stream of all.
+
+    Args:
+        model: From `to_openvino`, or quantised.
+        precision: What it computes in, beside what is quantised.
+        threads: Number of them.
+        rule: Images in a piece; None: whole batches in one stream of all threads.
+    """
+
+    def __init__(self, model: Any, precision: torch.dtype, threads: int, rule: Rule | None) -> None:
+        import openvino
+
+        self._ov, self._core, self.model = openvino, openvino.Core(), model
+        self.threads, self.rule = threads, rule
+        hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+        self._options = {"INFERENCE_PRECISION_HINT": hints[precision], "INFERENCE_NUM_THREADS": threads}
+        self._graph = _Graphs(self._compile)
+
+    def _compile(self, streams: int, *shape: int) -> tuple[Any, queue.SimpleQueue[Any]]:
+        fixed = self.model.clone()
+        fixed.reshape(list(shape))
+        compiled = self._core.compile_model(fixed, "CPU", {**self._options, "NUM_STREAMS": streams})
+        return compiled, queue.SimpleQueue()
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        batch, *rest = x.shape
+        alone = self.rule is None or batch < self.threads
+        sizes = [batch] if self.rule is None or alone else pieces(batch, self.rule(*rest[1:]), self.threads)
+        running: list[tuple[Any, Any, Any]] = []
+        try:
+            for part in x.detach().float().contiguous().split(sizes):
+                graph, idle = self._graph(1 if alone else self.threads, len(part), *rest)
+                try:
+                    request = idle.get_nowait()
+                except queue.Empty:
+                    request = graph.create_infer_request()
+                array = part.numpy()  # kept until the request is done, which reads it in place
+                request.set_input_tensor(self._ov.Tensor(array, shared_memory=True))
+                request.start_async()
+                running.append((request, idle, array))
+        finally:
+            for request, _, _ in running:
+                request.wait()
+        parts = []
+        for request, idle, _ in running:
+            parts.append([torch.from_numpy(output.data.copy()) for output in request.output_tensors])
+            idle.put(request)
+        return _join(parts)
+
+
+class OnnxRuntime:
+    """An ONNX file in ONNX Runtime on the CPU, in float32: one thread to a piece, or all where images are few."""
+
+    def __init__(self, data: bytes, threads: int, rule: Rule | None) -> None:
+        import onnxruntime
+
+        self._library, self._data, self.threads, self.rule = onnxruntime, data, threads, rule
+        self._session = _Graphs(self._load)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="convmixer")
+
+    def _load(self, threads: int) -> Any:
+        options = self._library.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        return self._library.InferenceSession(self._data, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        x = x.detach().float().contiguous()
+        alone = self.rule is None or self.threads == 1 or len(x) < self.threads
+        chunk = len(x) if self.rule is None else self.rule(*x.shape[2:])
+        session = self._session(self.threads if alone else 1)
+        name = session.get_inputs()[0].name
+
+        def run(part: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(array) for array in session.run(None, {name: part.numpy()})]
+
+        if alone:
+            return _join([run(part) for part in x.split(chunk)])
+        return _join(list(self._pool.map(run, x.split(pieces(len(x), chunk, self.threads)))))
+
+
+# ---- the optimized model --------------------------------------------------------------------------------------------
+
+
+class OptimizedConvMixer(nn.Module):
+    """What `optimize` returns for a runtime: called with images it answers as the original does, and faster.
+
+    Images may be of any floating point type, and the outputs come in that type. It may be called from several threads.
+    Outputs carry no gradient. `num_classes`, `in_chans`, `num_features`, `head_hidden_size`, `feature_info` and
+    `pretrained_cfg` are the original's.
+
+    Attributes:
+        choice: What was chosen, and why.
+        folded: The `FoldedConvMixer`, or timm's extractor around one, in PyTorch: for export, `forward_features` and
+            whatever else the runtime does not do.
+
+    Raises:
+        ArgumentError: From `train()`, or for images on another device or of whole numbers.
+        ImageError: Images that do not fit the model.
+    """
+
+    def __init__(self, folded: nn.Module, runtime: Callable[[Tensor], list[Tensor]], choice: Choice) -> None:
+        super().__init__()
+        self.folded, self.runtime, self.choice = folded, runtime, choice
+        inner: Any = _inner(folded)
+        self.num_classes, self.in_chans, self.num_features = inner.num_classes, inner.in_chans, inner.num_features
+        self.head_hidden_size, self.patch_size = inner.head_hidden_size, inner.patch_size
+        self.feature_info: Any = folded.feature_info
+        self.pretrained_cfg: dict[str, Any] = inner.pretrained_cfg
+        self._several = folded is not inner
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        """(B, in_chans, H, W) -> logits (B, num_classes); of a feature extractor a list of feature maps."""
+        check_input(x, self.in_chans, self.patch_size)
+        own = next(self.folded.parameters())
+        if x.device != own.device or not x.is_floating_point():
+            raise ArgumentError(
+                f"images of {x.dtype} on {x.device}: this model takes floating point images on {own.device}"
+            )
+        inputs = x.to(own.dtype)
+        outputs = self.runtime(inputs) if len(x) else _as_list(self.folded(inputs))
+        outputs = [output.to(x.dtype) for output in outputs]
+        return outputs if self._several else outputs[0]
+
+    def train(self, mode: bool = True) -> OptimizedConvMixer:
+        """Evaluation mode is the only one; `train()` is an error."""
+        if mode:
+            raise ArgumentError("an optimized model cannot be trained: train the original, then optimize it again")
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return str(self.choice)
+
+
+def _inner(folded: nn.Module) -> Any:
+    return folded if isinstance(folded, FoldedConvMixer) else folded.model
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    normalization: bool = False,
+    dtype: torch.dtype | str | None = None,
+    backend: str = "eager",
+    chunk: int | None = None,
+    threads: int | None = None,
+    calibration: Tensor | str | Path | None = None,
+    example: Tensor | None = None,
+) -> Any:
+    """A copy of a ConvMixer for inference with equal outputs and without BatchNorm. The original stays as it is.
+
+    The weights are folded in float64 and rounded once, so in the same type the copy differs from the original in
+    evaluation mode by rounding alone, at every image size.
+
+    With `backend="eager"` the copy is a plain PyTorch module, which `torch.export`, `torch.compile` and the ONNX
+    exporter take. The other backends run it in a compiled form; what they chose is in the attribute `choice` and in the
+    log of `convmixer.backends`.
+
+    Args:
+        model: A `ConvMixer`, whole or truncated, or what `create_model(features_only=True)` returns.
+        normalization: Fold mean and std of the model's `pretrained_cfg` into the first convolution, too: the copy takes
+            images with values in [0, 1], and its `pretrained_cfg` says mean 0 and std 1, as `predict` and
+            `create_transform` need it.
+        dtype: Type to compute in, such as `torch.bfloat16`; None keeps the model's. "auto" takes bfloat16 where the
+            hardware has products for it, else float32. `torch.int8` quantises the 1x1 convolutions, where nearly all
+            products are, and computes the rest in the type of "auto"; it needs `backend="openvino"` and `calibration`.
+        backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
+            x86 with AVX-512); or "auto": by rule the usually fastest of those that work here, or by measurement if
+            there is an `example`.
+        chunk: Most images to compute at a time by one thread (by all of them together with "compile"); larger batches
+            are cut up. None: on CPUs as many as fill a core's second-level cache. "native" takes single images.
+        threads: Of "openvino", "onnxruntime" and "native"; None: as many as PyTorch uses.
+        calibration: For int8: images as the model takes them (N, C, H, W), or a folder, a tar or a name such as
+            `torch/cifar10`, of which at most 512 training images are taken. Never give test images.
+        example: Images (B, C, H, W) as the model will get them: backends and chunks that come into question are timed
+            with it, and the fastest is taken. It takes seconds, with "compile" among them minutes.
+
+    Returns:
+        A `FoldedConvMixer` with "eager" (for a feature extractor timm's `FeatureGetterNet` around one), otherwise an
+        `OptimizedConvMixer`.
+
+    Raises:
+        ArgumentError: Another kind of module; a type or a device that the backend cannot compute; `normalization` for a
+            model that says nothing about its preprocessing; arguments that do not go together.
+        DependencyError: A backend that is not installed; the message says how to get it.
+    """
+    if backend not in BACKENDS:
+        raise ArgumentError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+    for name, value in {"chunk": chunk, "threads": threads}.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ArgumentError(f"{name}={value!r}: give a whole number of at least 1, or None")
+    weight: Any = unwrap(model).stem[0].weight
+    if dtype == "auto":
+        kind = torch.bfloat16 if bf16_is_faster(weight.device) else torch.float32
+    elif dtype is None:
+        kind = weight.dtype
+    elif isinstance(dtype, torch.dtype):
+        kind = dtype
+    else:
+        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16, torch.int8 or 'auto'")
+    candidates, reason = _candidates(backend, model, weight.device, kind)
+    if kind != torch.int8:
+        check_dtype(kind)
+    if (kind == torch.int8) != (calibration is not None):
+        what = "dtype=torch.int8 needs images" if calibration is None else "calibration is for dtype=torch.int8 alone"
+        raise ArgumentError(f"{what}: give both, calibration being training images or a folder of them")
+    if backend == "eager":
+        if chunk is not None or threads is not None or example is not None:
+            raise ArgumentError("chunk, threads and example need a backend other than 'eager', such as 'auto'")
+        return fold(model, normalization, kind)
+    if backend == "native" and chunk is not None:
+        raise ArgumentError(f"chunk={chunk}: native computes single images; leave it out")
+    maker = _Maker(model, normalization, kind, threads or torch.get_num_threads(), calibration)
+    optimized = maker.first(candidates, chunk, reason) if example is None else maker.best(candidates, chunk, example)
+    _LOGGER.info("%s", optimized.choice)
+    return optimized
+
+
+def _candidates(
+    backend: str, model: nn.Module, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[str, ...], str]:
+    """The backends that come into question, best first by rule, and why the first one is."""
+    if backend != "auto":
+        unsupported = _unsupported(backend, device, dtype) or _refusal(backend, model)
+        if unsupported:
+            raise ArgumentError(unsupported)
+        _require("int8" if dtype == torch.int8 else backend, device)
+        _require(backend, device)
+        return (backend,), "as asked"
+    if dtype == torch.int8:
+        return _candidates("openvino", model, device, dtype)[0], "it alone computes in int8"
+    found = tuple(b for b in available_backends(device, dtype) if not _refusal(b, model))
+    absent = [
+        m
+        for b in ("native", "openvino", "compile", "onnxruntime")
+        if not _unsupported(b, device, dtype) and b not in found and (m := _missing(b, device))
+    ]
+    reason = f"by rule the fastest of {', '.join(found)} for {_name(dtype)} on {device.type}"
+    return found, "; ".join([reason, *absent])
+
+
+def _refusal(backend: str, model: nn.Module) -> str | None:
+    """Why the backend does not take this model; None if it does."""
+    if backend != "native":
+        return None
+    if isinstance(model, FeatureGetterNet):
+        return "native returns the last output alone: use another backend for features_only, such as openvino"
+    return native.refusal(unwrap(model))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Maker:
+    """Makes optimized models of one model for several backends and chunks; what they can share is made once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalization: bool,
+        dtype: torch.dtype,
+        threads: int,
+        calibration: Tensor | str | Path | None,
+    ) -> None:
+        self.model, self.normalization, self.dtype, self.threads = model, normalization, dtype, threads
+        inner: Any = unwrap(model)
+        self.dim, self.patch_size = inner.dim, inner.patch_size
+        self.kernel_size: int = inner.blocks[0][0].fn[0].kernel_size[0]
+        self.device: torch.device = inner.stem[0].weight.device
+        self.calibration = calibration
+        self.rest = dtype  # beside the quantised products
+        if dtype == torch.int8:
+            self.rest = torch.bfloat16 if bf16_is_faster(self.device) else torch.float32
+        self._sources: dict[str, tuple[nn.Module, Any]] = {}
+
+    def rule(self, height: int, width: int) -> int:
+        positions = (height // self.patch_size) * (width // self.patch_size)
+        return fitting_chunk(self.dim, positions, self.rest.itemsize)
+
+    def first(self, backends: Sequence[str], chunk: int | None, reason: str) -> OptimizedConvMixer:
+        """In the first backend that can be made; why others cannot is added to the reason."""
+        for backend in backends[:-1]:
+            try:
+                return self(backend, chunk, reason)
+            except DependencyError as error:
+                reason += f"; {error}"
+        return self(backends[-1], chunk, reason)
+
+    def best(self, backends: Sequence[str], chunk: int | None, example: Tensor) -> OptimizedConvMixer:
+        """In the backend and the pieces that are fastest for the example; why others cannot be made is said, too."""
+        models, failures = [], ""
+        for backend in backends:
+            for size in (None,) if backend == "native" else (chunk,) if chunk else self.chunks(example):
+                try:
+                    models.append(self(backend, size, ""))
+                except DependencyError as error:
+                    if len(backends) == 1:
+                        raise
+                    failures += f"; {error}"
+                    break
+        return _fastest(models, example, failures)
+
+    def chunks(self, example: Tensor) -> tuple[int, ...]:
+        """Chunks worth a trial: around the rule's, and none."""
+        if self.device.type != "cpu":
+            return (len(example),)
+        best = self.rule(*example.shape[2:])
+        share = -(-len(example) // self.threads)
+        return tuple(sorted({min(c, share) for c in (max(best // 2, 1), best, 2 * best, share)}))
+
+    def _source(self, backend: str) -> tuple[nn.Module, Any]:
+        """The folded module, and what the backend makes of it."""
+        if backend not in self._sources:
+            if backend in ("eager", "compile"):
+                folded = fold(self.model, self.normalization, self.dtype)
+                stem: Any = folded.stem[0] if isinstance(folded, FoldedConvMixer) else folded.model.stem[0]
+                last = prefers_channels_last(self.device, self.kernel_size)
+                layout = torch.channels_last if last else torch.contiguous_format
+                stem.weight.data = stem.weight.data.contiguous(memory_format=layout)  # activations follow it
+                self._sources[backend] = folded, None
+            else:
+                # float16 ends early, which decides what may be folded
+                limited = self.dtype == torch.float16
+                folded = fold(self.model, self.normalization, torch.float16 if limited else torch.float32).float()
+                make: Any = {"openvino": to_openvino, "onnxruntime": to_onnx, "native": self._native}[backend]
+                source = make(folded)
+                if self.dtype == torch.int8:
+                    source = quantize(source, _calibration_images(self.calibration, folded))
+                self._sources[backend] = folded, source
+        return self._sources[backend]
+
+    def _native(self, folded: FoldedConvMixer) -> native.Native:
+        return native.Native(folded, self.dtype, self.threads)
+
+    def __call__(self, backend: str, chunk: int | None, reason: str) -> OptimizedConvMixer:
+        folded, source = self._source(backend)
+        on_cpu = self.device.type == "cpu"
+        rule: Any = self.rule if on_cpu else None
+        if chunk:
+            rule = lambda height, width: chunk  # noqa: E731
+        runtime: Any
+        if backend == "openvino":
+            runtime = OpenVINO(source, self.rest, self.threads, rule)
+        elif backend == "onnxruntime":
+            runtime = OnnxRuntime(source, self.threads, rule)
+        elif backend == "native":
+            runtime = source
+        else:
+            together = rule and (lambda height, width: rule(height, width) * torch.get_num_threads())
+            runtime = (Compiled if backend == "compile" else Whole)(folded, together)
+        layout = "own"
+        if backend in ("eager", "compile"):
+            layout = "channels_last" if prefers_channels_last(self.device, self.kernel_size) else "contiguous"
+        kind = f"int8 and {_name(self.rest)}" if self.dtype == torch.int8 else _name(self.dtype)
+        fitting = f"pieces that fill {l2_cache() // 1024:,} KiB of cache" if on_cpu else "whole batches"
+        cut = f"pieces of at most {chunk} images" if chunk else fitting
+        if backend == "native":
+            layout, cut = "channels_last", "single images, 32 positions at a time"
+        choice = Choice(
+            backend=backend,
+            dtype=kind,
+            device=str(self.device),
+            layout=layout,
+            threads=self.threads if source is not None else torch.get_num_threads() if on_cpu else 0,
+            pieces=cut,
+            reason=reason,
+        )
+        return OptimizedConvMixer(folded, runtime, choice)
+
+
+def _fastest(models: Sequence[OptimizedConvMixer], example: Tensor, failures: str) -> OptimizedConvMixer:
+    """The one with the shortest median time for the example, of rounds in which they take turns."""
+    seconds: list[list[float]] = [[] for _ in models]
+    for turn in range(6):
+        for model, times in zip(models, seconds, strict=True):
+            begun = time.perf_counter()
+            model(example)
+            if example.is_cuda:
+                torch.cuda.synchronize()
+            if turn:  # the first one compiles
+                times.append(time.perf_counter() - begun)
+    medians = [statistics.median(times) for times in seconds]
+    ranked = sorted(range(len(models)), key=medians.__getitem__)
+    shown = ", ".join(
+        f"{models[i].choice.backend} in {models[i].choice.pieces} {1000 * medians[i]:.2f} ms" for i in ranked
+    )
+    best = models[ranked[0]]
+    best.choice = replace(best.choice, reason=f"fastest for {tuple(example.shape)}: {shown}{failures}")
+    return best
+
+
+# ---- int8 -----------------------------------------------------------------------------------------------------------
+
+
+def quantize(model: Any, images: Tensor) -> Any:
+    """An OpenVINO model with its 1x1 convolutions in int8, by NNCF's post-training quantisation.
+
+    Depthwise convolutions stay as they are: they hold few of the products, gain no time in int8, and lose accuracy.
+
+    Args:
+        model: From `to_openvino`.
+        images: As the model takes them, (N, C, H, W).
+    """
+    _require("int8")
+    import nncf
+
+    data = nncf.Dataset([image[None].numpy() for image in images.detach().cpu().float()])
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # progress bars
+        warnings.simplefilter("ignore")
+        return nncf.quantize(
+            model,
+            data,
+            preset=nncf.QuantizationPreset.MIXED,  # activations after GELU are lopsided
+            subset_size=len(images),
+            ignored_scope=nncf.IgnoredScope(types=["GroupConvolution"]),
+        )
+
+
+def _calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> Tensor:
+    inner: Any = _inner(model)
+    if isinstance(source, Tensor):
+        if not len(source):
+            raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
+        check_input(source, inner.in_chans, inner.patch_size)
+        return source[:CALIBRATION_IMAGES]
+    from convmixer.training.data import open_split  # not needed for anything else here
+
+    transform = create_transform(inner)
+    channels: int = inner.in_chans
+    split = contextlib.closing(open_split(str(source), "train"))
+    with split as opened:
+        step = max(len(opened) / CALIBRATION_IMAGES, 1)
+        chosen = [int(i * step) for i in range(min(len(opened), CALIBRATION_IMAGES))]
+        return torch.stack([opened.read(i, lambda image: transform(read_image(image, channels)))[0] for i in chosen])

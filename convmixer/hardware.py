@@ -1,0 +1,34 @@
+"""What the machine is good at: precision, memory layout, cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+
+def bf16_is_faster(device: torch.device) -> bool:
+    """Whether bfloat16 pays: hardware products on a GPU or a CPU with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def prefers_channels_last(device: torch.device, kernel_size: int) -> bool:
+    """Whether ConvMixer is known to run faster in channels_last: on CPUs, and with 7x7 kernels on GPUs."""
+    return device.type == "cpu" or (device.type == "cuda" and kernel_size == 7)
+
+
+def l2_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of a core's second-level cache, as Linux tells it; elsewhere 1 MiB, which is common."""
+    try:
+        for index in sorted(folder.glob("index*")):
+            size = re.fullmatch(r"(\d+)([KM]?)", (index / "size").read_text().strip())
+            if (index / "level").read_text().strip() == "2" and size:
+                return int(size[1]) * {"": 1, "K": 2**10, "M": 2**20}[size[2]]
+    except OSError:
+        pass
+    return 2**20

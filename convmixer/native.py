@@ -1,0 +1,191 @@
+"""This package's own kernels for x86 CPUs: `ops/cpu.cpp`, compiled once for the machine, and a model packed for them.
+
+The library is compiled with the C++ compiler at hand, when it is first needed, and kept in `$XDG_CACHE_HOME/convmixer`
+(`~/.cache/convmixer`) under a name made of source, compiler and processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convmixer.errors import DependencyError
+from convmixer.folding import FoldedConvMixer
+
+SOURCE = Path(__file__).parent / "ops" / "cpu.cpp"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+PANEL = 64  # output channels that are packed together; PANEL in the source
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: CXX, else g++ or clang++; None if there is none."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def refusal(model: Any) -> str | None:
+    """Why the kernels do not take a model, a `ConvMixer`; None if they do."""
+    act = model.stem[1]
+    if model.dim % PANEL:
+        return f"native takes models whose dim is a multiple of {PANEL}, this one has {model.dim}"
+    if type(act) not in (nn.GELU, nn.ReLU) or getattr(act, "approximate", "none") != "none":
+        return f"native takes the activations gelu and relu, this model has {act}"
+    return None
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return "".join(re.findall(r"^(?:model name|flags)\s*:.*$", text, re.MULTILINE)[:2])
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> Any:
+    """The compiled kernels; a DependencyError if they cannot be compiled."""
+    path = compiler()
+    if path is None:
+        raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    content = "\n".join([SOURCE.read_text(encoding="utf-8"), version, _processor(), *FLAGS])
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer"
+    file = folder / f"native-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / file.name
+            run = subprocess.run(
+                [path, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=False
+            )
+            if run.returncode:
+                lines = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
+                raise DependencyError(
+                    f"{path} cannot compile the native kernels ({lines[0] if lines else 'no message'}): "
+                    "name another compiler in CXX, or choose another backend"
+                )
+            made.replace(file)  # whole or not at all, whoever else compiles it
+    loaded = ctypes.CDLL(str(file))
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    for name in ("float32", "bfloat16"):
+        function = getattr(loaded, f"convmixer_{name}")
+        function.argtypes = [pointer, pointer, number, number, number, pointer, number, number]
+        function.restype = None
+    return loaded
+
+
+class _Affine(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("bias", "scale", "shift")]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("kernel", "bias", "gain", "pointwise")),
+        ("end", _Affine),
+    ]
+
+
+_NUMBERS = ("dim", "depth", "kernel_size", "patch_size", "in_chans", "relu", "stem_inputs", "amx")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in _NUMBERS),
+        ("stem", ctypes.c_void_p),
+        ("stem_end", _Affine),
+        ("blocks", ctypes.POINTER(_Block)),
+    ]
+
+
+class Native:
+    """A folded model in the native kernels. Images go to the threads one each; what is left over they share.
+
+    Args:
+        folded: In float32 on the CPU.
+        dtype: float32 or bfloat16: of activations and of the 1x1 convolutions' weights. Sums are float32.
+        threads: Number of them.
+    """
+
+    def __init__(self, folded: FoldedConvMixer, dtype: torch.dtype, threads: int) -> None:
+        self.folded, self.dtype, self.threads = folded, dtype, threads
+        self._library = library()
+        self._run = getattr(self._library, f"convmixer_{str(dtype).removeprefix('torch.')}")
+        self._kept: list[Any] = []  # what the record points to
+        stem: Any = folded.stem[0]
+        blocks: list[Any] = list(folded.blocks)
+        dim, kernel_size = stem.out_channels, blocks[0].depthwise.kernel_size[0]
+        inputs = stem.weight[0].numel()
+        padded = -(-inputs // 32) * 32
+        weight = nn.functional.pad(stem.weight.reshape(dim, inputs).contiguous(), (0, padded - inputs))
+        norms = [*(block.norm for block in blocks), None]
+        records = (_Block * len(blocks))()
+        for record, block, norm in zip(records, blocks, norms[1:], strict=True):
+            kernels = block.depthwise.weight.reshape(dim, kernel_size**2)
+            record.kernel = self._keep(self._registers(kernels))
+            record.bias = self._keep(self._registers(block.depthwise.bias[:, None]))
+            record.gain = self._keep(self._registers(block.gain.reshape(dim, 1)))
+            record.pointwise = self._keep(self._packed(block.pointwise.weight.reshape(dim, dim)))
+            record.end = self._end(block.pointwise.bias, norm)
+        self._record = _Model(
+            dim=dim,
+            depth=len(blocks),
+            kernel_size=kernel_size,
+            patch_size=folded.patch_size,
+            in_chans=folded.in_chans,
+            relu=isinstance(folded.stem[1], nn.ReLU),
+            stem_inputs=padded,
+            amx=self._library.convmixer_amx(),
+            stem=self._keep(self._packed(weight)),
+            stem_end=self._end(stem.bias, norms[0]),
+            blocks=records,
+        )
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor.detach().contiguous())
+        return int(self._kept[-1].data_ptr())
+
+    def _registers(self, values: Tensor) -> Tensor:
+        """(dim, n) -> (dim/32, n, 2, 16): two registers of 16 channels; in bfloat16 even channels and odd ones."""
+        if self.dtype == torch.bfloat16:
+            return values.reshape(len(values) // 32, 16, 2, -1).permute(0, 3, 2, 1)
+        return values.reshape(len(values) // 32, 2, 16, -1).permute(0, 3, 1, 2)
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        """(outputs, inputs) -> (outputs/PANEL, inputs, PANEL); in bfloat16 two inputs lie side by side."""
+        outputs, inputs = weight.shape
+        if self.dtype == torch.bfloat16:
+            pairs = weight.to(torch.bfloat16).reshape(outputs // PANEL, PANEL, inputs // 2, 2)
+            return pairs.permute(0, 2, 1, 3)
+        return weight.reshape(outputs // PANEL, PANEL, inputs).permute(0, 2, 1)
+
+    def _end(self, bias: Tensor, norm: Any) -> _Affine:
+        """Bias of a convolution, and what is left of the BatchNorm after its activation."""
+        none = norm is None
+        scale = torch.ones_like(bias) if none or norm.scale is None else norm.scale.flatten()
+        shift = torch.zeros_like(bias) if none else norm.shift.flatten()
+        return _Affine(*(self._keep(tensor) for tensor in (bias, scale, shift)))
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        x = x.detach().float().contiguous()
+        batch, _, height, width = x.shape
+        pooled = self.folded.global_pool.pool_type in ("avg", "fastavg")
+        patch = self.folded.patch_size
+        places: Sequence[int] = () if pooled else (height // patch, width // patch)
+        out = torch.empty(batch, *places, self._record.dim)
+        self._run(ctypes.byref(self._record), x.data_ptr(), batch, height, width, out.data_ptr(), pooled, self.threads)
+        features = out[:, :, None, None] if pooled else out.permute(0, 3, 1, 2)
+        with torch.no_grad():
+            return [self.folded.forward_head(self.folded.norms[-1](features))]

@@ -1,0 +1,513 @@
+// A folded ConvMixer on x86 CPUs with AVX-512, block by block in the cache, in float32 or bfloat16 (AMX where there is).
+//
+// Activations lie channels-last with a border of zeros, (H + k - 1, W + k - 1 + extra, dim), in two buffers per image
+// that take turns. A block of the model is computed 32 positions at a time: the depthwise convolution, its activation
+// and the residual go to a panel (32, dim) in the first-level cache, which the 1x1 convolution reads at once. So each
+// activation is read and written once per block, and the weights of a small model stay in the second-level cache.
+//
+// In registers bfloat16 channels are float32, even channels in one register and odd ones in another: that is one shift
+// and one mask. Sums are float32 throughout; values are rounded to bfloat16 where they are stored.
+
+#include <immintrin.h>
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace {
+
+constexpr int ROWS = 32;    // positions computed together
+constexpr int PANEL = 64;   // output channels of one panel of packed weights
+constexpr int EXTRA = 8;    // columns of zeros that the last strip of a row may read
+
+struct Affine {  // of an epilogue: scale * act(x + bias) + shift
+    const float *bias, *scale, *shift;
+};
+
+struct Block {
+    const float *kernel, *bias, *gain;  // depthwise; (dim / 32, k * k, 2, 16), (dim), (dim), in register order
+    const void *pointwise;              // packed
+    Affine end;
+};
+
+}  // namespace
+
+// The layout of this record is known to native.py.
+struct Model {
+    int32_t dim, depth, kernel_size, patch_size, in_chans, relu, stem_inputs, amx;
+    const void *stem;
+    Affine stem_end;
+    const Block *blocks;
+};
+
+namespace {
+
+struct Buffer {  // memory of one thread, kept between calls
+    char *data = nullptr;
+    size_t size = 0;
+    char *take(size_t bytes) {
+        if (bytes > size) {
+            std::free(data);
+            size = (bytes + 4095) / 4096 * 4096;
+            data = static_cast<char *>(std::aligned_alloc(4096, size));
+            if (data == nullptr) {
+                size = 0;
+                throw std::bad_alloc();
+            }
+        }
+        return data;
+    }
+    ~Buffer() { std::free(data); }
+};
+
+struct Pair {
+    __m512 a, b;
+};
+
+inline Pair load(const float *p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
+inline Pair load(const uint16_t *p) {
+    __m512i v = _mm512_loadu_si512(p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)))};
+}
+
+inline __m512i rounded(__m512 x) {  // to the nearest bfloat16, in the upper half of each lane
+    __m512i i = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+}
+inline void store(float *p, Pair v) {
+    _mm512_storeu_ps(p, v.a);
+    _mm512_storeu_ps(p + 16, v.b);
+}
+inline void store(uint16_t *p, Pair v) {
+#ifdef __AVX512BF16__
+    __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v.a));
+    __m512i odd = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v.b)), 16);
+    _mm512_storeu_si512(p, _mm512_or_si512(even, odd));
+#else
+    __m512i even = _mm512_srli_epi32(rounded(v.a), 16);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded(v.b)));
+#endif
+}
+// 32 channels in their own order, as a matrix product leaves them.
+inline void store_ordered(float *p, __m512 a, __m512 b) { store(p, Pair{a, b}); }
+inline void store_ordered(uint16_t *p, __m512 a, __m512 b) {
+#ifdef __AVX512BF16__
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)));
+    _mm256_storeu_si256((__m256i *)(p + 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(b), 16)));
+#endif
+}
+
+inline uint16_t to_bf16(float x) {
+    uint32_t i;
+    std::memcpy(&i, &x, 4);
+    return (i + 0x7fff + ((i >> 16) & 1)) >> 16;
+}
+inline void assign(float &to, float x) { to = x; }
+inline void assign(uint16_t &to, float x) { to = to_bf16(x); }
+
+template <int N>
+inline __m512 polynomial(const float (&terms)[N], __m512 x) {  // highest power first
+    __m512 sum = _mm512_set1_ps(terms[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < N; i++) sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(terms[i]));
+    return sum;
+}
+
+// x * Phi(x), Phi the normal distribution. For float32 erf by a rational function; for bfloat16 by a polynomial.
+inline __m512 gelu(__m512 x, const float *) {
+    static const float top[] = {
+        -2.72614226e-10f, 2.77068142e-08f, -2.10102402e-06f, -5.69250639e-05f, -0.00073499063f, -0.00295459981f,
+        -0.0160960333f};
+    static const float bottom[] = {
+        -1.45660718e-05f, -0.000213374055f, -0.00168282697f, -0.00737332917f, -0.0142647391f};
+    const __m512 most = _mm512_set1_ps(4.0f), half = _mm512_set1_ps(0.5f);
+    __m512 z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678f));
+    z = _mm512_max_ps(_mm512_min_ps(z, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
+    const __m512 t = _mm512_mul_ps(z, z);
+    const __m512 erf = _mm512_div_ps(_mm512_mul_ps(z, polynomial(top, t)), polynomial(bottom, t));
+    return _mm512_mul_ps(x, _mm512_fmadd_ps(half, erf, half));
+}
+inline __m512 gelu(__m512 x, const uint16_t *) {
+    // A fit for |x| <= 4, where x * Phi(x) is met to within 4e-5, a fiftieth of what bfloat16 can tell apart near 1.
+    static const float terms[] = {
+        -1.30129074e-09f, 1.04195827e-07f, -3.65712776e-06f, 7.48549865e-05f, -0.00100648997f, 0.00950539671f,
+        -0.0658878386f, 0.398673385f};
+    const __m512 most = _mm512_set1_ps(4.0f);
+    const __m512 z = _mm512_max_ps(_mm512_min_ps(x, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
+    const __m512 half = _mm512_set1_ps(0.5f);
+    return _mm512_mul_ps(x, _mm512_fmadd_ps(z, polynomial(terms, _mm512_mul_ps(z, z)), half));
+}
+
+template <typename T>
+inline __m512 activate(__m512 x, bool relu) {
+    return relu ? _mm512_max_ps(x, _mm512_setzero_ps()) : gelu(x, static_cast<const T *>(nullptr));
+}
+
+// ---- depthwise ------------------------------------------------------------------------------------------------------
+
+// WIDTH neighbours of a row, 32 channels: y + gain * act(depthwise(y)). `in` is the upper left corner of the window.
+template <typename T, int K, int WIDTH>
+inline void strip(const T *in, long row, long dim, int k, const float *kernel, const float *bias, const float *gain,
+                  bool relu, T *out, int count) {
+    __m512 a[WIDTH], b[WIDTH];
+    for (int i = 0; i < WIDTH; i++) a[i] = _mm512_loadu_ps(bias), b[i] = _mm512_loadu_ps(bias + 16);
+    const int side = K ? K : k;
+    for (int y = 0; y < side; y++) {
+        const T *line = in + y * row;
+        const float *w = kernel + y * side * 32;
+        if constexpr (K > 0) {
+#pragma GCC unroll 32
+            for (int x = 0; x < WIDTH + K - 1; x++) {
+                Pair v = load(line + x * dim);
+#pragma GCC unroll 16
+                for (int i = 0; i < WIDTH; i++) {
+                    if (x - i >= 0 && x - i < K) {
+                        a[i] = _mm512_fmadd_ps(v.a, _mm512_loadu_ps(w + (x - i) * 32), a[i]);
+                        b[i] = _mm512_fmadd_ps(v.b, _mm512_loadu_ps(w + (x - i) * 32 + 16), b[i]);
+                    }
+                }
+            }
+        } else {
+            for (int x = 0; x < side; x++) {
+                __m512 wa = _mm512_loadu_ps(w + x * 32), wb = _mm512_loadu_ps(w + x * 32 + 16);
+#pragma GCC unroll 16
+                for (int i = 0; i < WIDTH; i++) {
+                    Pair v = load(line + (x + i) * dim);
+                    a[i] = _mm512_fmadd_ps(v.a, wa, a[i]);
+                    b[i] = _mm512_fmadd_ps(v.b, wb, b[i]);
+                }
+            }
+        }
+    }
+    const int before = (side - 1) / 2;
+    const T *centre = in + before * (row + dim);
+    __m512 ga = _mm512_loadu_ps(gain), gb = _mm512_loadu_ps(gain + 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) {
+        if (i < count) {
+            Pair y = load(centre + i * dim);
+            store(out + i * dim, Pair{_mm512_fmadd_ps(ga, activate<T>(a[i], relu), y.a),
+                                      _mm512_fmadd_ps(gb, activate<T>(b[i], relu), y.b)});
+        }
+    }
+}
+
+template <typename T, int K>
+void depthwise(const T *in, long row, int width, int dim, int k, const Block &block, bool relu, int first, int last,
+               T *out) {
+    const int side = K ? K : k;
+    constexpr int WIDE = 8;
+    for (int c = 0; c < dim; c += 32) {
+        const float *kernel = block.kernel + (long)c * side * side;
+        for (int m = first; m < last;) {
+            const int y = m / width, x = m % width, left = std::min(width - x, last - m);
+            const T *corner = in + y * row + (long)x * dim + c;
+            T *to = out + (long)(m - first) * dim + c;
+            if (left > 4) {
+                strip<T, K, WIDE>(corner, row, dim, k, kernel, block.bias + c, block.gain + c, relu, to, left);
+                m += std::min(left, WIDE);
+            } else {
+                strip<T, K, 4>(corner, row, dim, k, kernel, block.bias + c, block.gain + c, relu, to, left);
+                m += left;
+            }
+        }
+    }
+}
+
+// ---- matrix products ------------------------------------------------------------------------------------------------
+
+// Where results go: position m of the image, at its place within the border.
+template <typename T>
+struct Target {
+    T *origin;  // of position 0
+    long row;
+    int width, dim;
+    bool relu;  // the activation of what comes here
+    T *at(int m) const { return origin + (m / width) * row + (long)(m % width) * dim; }
+};
+
+template <typename T>
+inline void finish(__m512 a, __m512 b, const Affine &end, int n, bool relu, T *to) {
+    a = activate<T>(_mm512_add_ps(a, _mm512_loadu_ps(end.bias + n)), relu);
+    b = activate<T>(_mm512_add_ps(b, _mm512_loadu_ps(end.bias + n + 16)), relu);
+    a = _mm512_fmadd_ps(a, _mm512_loadu_ps(end.scale + n), _mm512_loadu_ps(end.shift + n));
+    b = _mm512_fmadd_ps(b, _mm512_loadu_ps(end.scale + n + 16), _mm512_loadu_ps(end.shift + n + 16));
+    store_ordered(to, a, b);
+}
+
+inline __m512 multiply(__m512 sum, const float *a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_set1_ps(*a), _mm512_castsi512_ps(b), sum);
+}
+inline __m512 multiply(__m512 sum, const uint16_t *a, __m512i b) {  // two products
+    int32_t both;
+    std::memcpy(&both, a, 4);
+    __m512i x = _mm512_set1_epi32(both);
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)b);
+#else
+    const __m512i high = _mm512_set1_epi32(0xffff0000);
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), sum);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(x, high)), _mm512_castsi512_ps(_mm512_and_si512(b, high)), sum);
+#endif
+}
+
+template <typename T, int R>
+inline void few_rows(const T *a, int inputs, const char *panel, const Affine &end, int n, const Target<T> &to, int m) {
+    constexpr int STEP = 4 / sizeof(T);  // inputs in one lane
+    __m512 sum[R][4];
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < 4; j++) sum[r][j] = _mm512_setzero_ps();
+    for (int i = 0; i < inputs; i += STEP) {
+        __m512i b[4];
+        for (int j = 0; j < 4; j++) b[j] = _mm512_loadu_si512(panel + (i / STEP) * (PANEL * 4) + j * 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) sum[r][j] = multiply(sum[r][j], a + (long)r * inputs + i, b[j]);
+    }
+    for (int r = 0; r < R; r++) {
+        T *place = to.at(m + r) + n;
+        finish<T>(sum[r][0], sum[r][1], end, n, to.relu, place);
+        finish<T>(sum[r][2], sum[r][3], end, n + 32, to.relu, place + 32);
+    }
+}
+
+#ifdef __AMX_BF16__
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+void product_amx(const uint16_t *a, int inputs, const char *weights, int outputs, const Affine &end,
+                 const Target<uint16_t> &to, int first, int last) {
+    alignas(64) float sums[ROWS][32];
+    const long panel_bytes = (long)inputs * PANEL * 2;
+    for (int n = 0; n < outputs; n += 32) {
+        const char *b = weights + (n / PANEL) * panel_bytes + (n % PANEL) * 4;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int i = 0; i < inputs; i += 32) {
+            _tile_loadd(4, a + i, inputs * 2);
+            _tile_loadd(6, b + (i / 2) * (PANEL * 4), PANEL * 4);
+            _tile_loadd(7, b + (i / 2) * (PANEL * 4) + 64, PANEL * 4);
+            _tile_loadd(5, a + 16 * inputs + i, inputs * 2);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, &sums[0][0], 128);
+        _tile_stored(1, &sums[0][16], 128);
+        _tile_stored(2, &sums[16][0], 128);
+        _tile_stored(3, &sums[16][16], 128);
+        for (int m = first; m < last; m++) {
+            const float *row = sums[m - first];
+            finish<uint16_t>(_mm512_load_ps(row), _mm512_load_ps(row + 16), end, n, to.relu, to.at(m) + n);
+        }
+    }
+}
+#endif
+
+// act(a @ weights + bias) * scale + shift for positions [first, last), of which `a` (ROWS, inputs) holds the inputs.
+template <typename T>
+void product(const T *a, int inputs, const void *weights, int outputs, const Affine &end, const Target<T> &to,
+             int first, int last, [[maybe_unused]] bool amx) {
+    const char *packed = static_cast<const char *>(weights);
+#ifdef __AMX_BF16__
+    if constexpr (sizeof(T) == 2)
+        if (amx) return product_amx(a, inputs, packed, outputs, end, to, first, last);
+#endif
+    const long panel_bytes = (long)inputs * PANEL * sizeof(T);
+    for (int n = 0; n < outputs; n += PANEL, packed += panel_bytes) {
+        int m = first;
+        for (; m + 6 <= last; m += 6) few_rows<T, 6>(a + (long)(m - first) * inputs, inputs, packed, end, n, to, m);
+        for (; m + 2 <= last; m += 2) few_rows<T, 2>(a + (long)(m - first) * inputs, inputs, packed, end, n, to, m);
+        for (; m < last; m++) few_rows<T, 1>(a + (long)(m - first) * inputs, inputs, packed, end, n, to, m);
+    }
+}
+
+// ---- the model ------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Run {
+    const Model &model;
+    const float *images;  // (B, in_chans, H, W)
+    int image_height, image_width;
+    float *out;  // (B, dim) means, or (B, h, w, dim)
+    bool pooled;
+    int height, width, k, dim, positions, tasks;
+    long row, buffer_size;
+
+    Run(const Model &m, const float *x, int h, int w, float *o, bool p)
+        : model(m), images(x), image_height(h), image_width(w), out(o), pooled(p) {
+        height = h / m.patch_size, width = w / m.patch_size, k = m.kernel_size, dim = m.dim;
+        positions = height * width, tasks = (positions + ROWS - 1) / ROWS;
+        row = (long)(width + k - 1 + EXTRA) * dim;
+        buffer_size = (height + k - 1) * row + EXTRA * dim;
+    }
+
+    Target<T> interior(T *buffer) const {
+        const int before = (k - 1) / 2;
+        return {buffer + before * (row + dim), row, width, dim, model.relu != 0};
+    }
+
+    void stem(int image, int task, T *panel, T *to) const {
+        const int p = model.patch_size, inputs = model.stem_inputs;
+        const int first = task * ROWS, last = std::min(first + ROWS, positions);
+        const float *pixels = images + (long)image * model.in_chans * image_height * image_width;
+        for (int m = first; m < last; m++) {
+            T *line = panel + (long)(m - first) * inputs;
+            const float *corner = pixels + (long)(m / width) * p * image_width + (m % width) * p;
+            int i = 0;
+            for (int c = 0; c < model.in_chans; c++)
+                for (int y = 0; y < p; y++)
+                    for (int x = 0; x < p; x++)
+                        assign(line[i++], corner[((long)c * image_height + y) * image_width + x]);
+            for (; i < inputs; i++) line[i] = 0;
+        }
+        product<T>(panel, inputs, model.stem, dim, model.stem_end, interior(to), first, last, model.amx);
+    }
+
+    void block(const Block &b, int task, const T *from, T *panel, T *to) const {
+        const int first = task * ROWS, last = std::min(first + ROWS, positions);
+        switch (k) {
+            case 3: depthwise<T, 3>(from, row, width, dim, k, b, model.relu, first, last, panel); break;
+            case 5: depthwise<T, 5>(from, row, width, dim, k, b, model.relu, first, last, panel); break;
+            case 7: depthwise<T, 7>(from, row, width, dim, k, b, model.relu, first, last, panel); break;
+            case 9: depthwise<T, 9>(from, row, width, dim, k, b, model.relu, first, last, panel); break;
+            default: depthwise<T, 0>(from, row, width, dim, k, b, model.relu, first, last, panel);
+        }
+        product<T>(panel, dim, b.pointwise, dim, b.end, interior(to), first, last, model.amx);
+    }
+
+    void finish_image(int image, T *from, int first_channel, int last_channel) const {
+        const Target<T> at = interior(from);
+        alignas(64) float values[32];
+        for (int c = first_channel; c < last_channel; c += 32) {
+            Pair sum{_mm512_setzero_ps(), _mm512_setzero_ps()};
+            for (int m = 0; m < positions; m++) {
+                Pair v = load(at.at(m) + c);
+                if (pooled) {
+                    sum.a = _mm512_add_ps(sum.a, v.a), sum.b = _mm512_add_ps(sum.b, v.b);
+                } else {
+                    ordered(v, values);
+                    std::memcpy(out + ((long)image * positions + m) * dim + c, values, sizeof values);
+                }
+            }
+            if (pooled) {
+                const __m512 share = _mm512_set1_ps(1.0f / positions);
+                ordered(Pair{_mm512_mul_ps(sum.a, share), _mm512_mul_ps(sum.b, share)}, values);
+                std::memcpy(out + (long)image * dim + c, values, sizeof values);
+            }
+        }
+    }
+
+    static void ordered(Pair v, float *to) {
+        if (sizeof(T) == 4) return store(to, v);
+        const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+        _mm512_store_ps(to, _mm512_permutex2var_ps(v.a, low, v.b));
+        _mm512_store_ps(to + 16, _mm512_permutex2var_ps(v.a, high, v.b));
+    }
+
+    // Two activations and a panel; what a border may hold is zeroed.
+    void buffers(Buffer &memory, T *&one, T *&two, T *&panel) const {
+        const long bytes = (buffer_size * sizeof(T) + 63) / 64 * 64;
+        char *data = memory.take(2 * bytes + (long)ROWS * std::max(dim, (int)model.stem_inputs) * sizeof(T) + 64);
+        std::memset(data, 0, 2 * bytes);
+        one = reinterpret_cast<T *>(data), two = reinterpret_cast<T *>(data + bytes);
+        panel = reinterpret_cast<T *>(data + 2 * bytes);
+    }
+
+    void begin_thread() const {
+#ifdef __AMX_BF16__
+        if (sizeof(T) == 2 && model.amx) {
+            TileConfig config;
+            for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+            _tile_loadconfig(&config);
+        }
+#endif
+    }
+    void end_thread() const {
+#ifdef __AMX_BF16__
+        if (sizeof(T) == 2 && model.amx) _tile_release();
+#endif
+    }
+};
+
+thread_local Buffer own_memory;
+
+template <typename T>
+void forward(const Model &model, const float *images, int batch, int height, int width, float *out, bool pooled,
+             int threads) {
+    const Run<T> run(model, images, height, width, out, pooled);
+    const int alone = batch / threads * threads;  // images that one thread computes by itself
+    T *shared_one = nullptr, *shared_two = nullptr;
+#pragma omp parallel num_threads(threads)
+    {
+        T *one, *two, *panel;
+        run.buffers(own_memory, one, two, panel);
+        run.begin_thread();
+#pragma omp for schedule(dynamic) nowait
+        for (int image = 0; image < alone; image++) {
+            T *from = one, *to = two;
+            for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
+            for (int b = 0; b < model.depth; b++, std::swap(from, to))
+                for (int task = 0; task < run.tasks; task++) run.block(model.blocks[b], task, from, panel, to);
+            run.finish_image(image, from, 0, model.dim);
+        }
+        if (alone < batch) {  // the rest all threads compute together
+#pragma omp single
+            shared_one = one, shared_two = two;
+            for (int image = alone; image < batch; image++) {
+                T *from = shared_one, *to = shared_two;
+#pragma omp for schedule(static)
+                for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
+                for (int b = 0; b < model.depth; b++, std::swap(from, to)) {
+#pragma omp for schedule(static)
+                    for (int task = 0; task < run.tasks; task++) run.block(model.blocks[b], task, from, panel, to);
+                }
+#pragma omp for schedule(static)
+                for (int c = 0; c < model.dim; c += 32) run.finish_image(image, from, c, c + 32);
+            }
+        }
+        run.end_thread();
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether tiles may be used; Linux wants to be asked once per process.
+int convmixer_amx() {
+#ifdef __AMX_BF16__
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+void convmixer_float32(const Model *model, const float *images, int batch, int height, int width, float *out,
+                       int pooled, int threads) {
+    forward<float>(*model, images, batch, height, width, out, pooled, threads);
+}
+
+void convmixer_bfloat16(const Model *model, const float *images, int batch, int height, int width, float *out,
+                        int pooled, int threads) {
+    forward<uint16_t>(*model, images, batch, height, width, out, pooled, threads);
+}
+}

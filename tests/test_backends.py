@@ -1,0 +1,395 @@
+"""Optimized models in each runtime against the original, which is the oracle throughout."""
+
+import copy
+import importlib.util
+import logging
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import convmixer
+from convmixer import backends, native, optimize
+from convmixer.backends import OptimizedConvMixer, available_backends, fitting_chunk, pieces
+from convmixer.errors import ArgumentError, DependencyError, ImageError
+from convmixer.folding import FoldedConvMixer
+from convmixer.hardware import bf16_is_faster, l2_cache
+
+SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
+RUNTIMES = [
+    pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"no {name}"))
+    for name in ("openvino", "onnxruntime")
+]
+NO_NATIVE = "no C++ compiler, or no AVX-512"
+HAS_NATIVE = "native" in available_backends("cpu")
+FOREIGN = [*RUNTIMES]
+RUNTIMES.append(pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)))
+
+
+def make(**changes):
+    """With statistics and scales that training could have left."""
+    model = convmixer.ConvMixer(**{**SMALL, **changes}).eval()
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.running_mean, std=0.5)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.normal_(norm.bias, std=0.5)
+    return model
+
+
+def error(a, b):
+    assert a.shape == b.shape
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A model, and its copies per runtime with pieces of at most four images."""
+    torch.manual_seed(0)
+    model = make()
+    found = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name)]
+    copies = {name: optimize(model, backend=name, chunk=4, threads=2) for name in found}
+    return model, copies | ({"native": optimize(model, backend="native", threads=2)} if HAS_NATIVE else {})
+
+
+# ---- equal outputs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 6, 10), (3, 9, 8), (11, 8, 8), (16, 2, 3)])
+@torch.no_grad()
+def test_any_batch_and_image_size(shared, backend, shape):
+    model, fast = shared[0], shared[1][backend]
+    x = torch.randn(shape[0], 3, *shape[1:])
+    assert error(fast(x), model(x)) < 1e-5
+    strided = x.contiguous(memory_format=torch.channels_last)[:, :, ::1].flip(3)
+    assert error(fast(strided), model(strided)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+@torch.no_grad()
+def test_types_of_images(shared, backend):
+    model, fast = shared[0], shared[1][backend]
+    x = torch.randn(2, 3, 8, 8)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        result = fast(x.to(dtype))
+        assert result.dtype == dtype
+        assert error(result.float(), model(x)) < 4 * torch.finfo(dtype).eps + 1e-5
+    with torch.inference_mode():
+        assert error(fast(x), model(x)) < 1e-5
+    assert not fast(x.requires_grad_()).requires_grad
+    assert fast(x[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_threads(shared, backend):
+    fast = shared[1][backend]
+    images = [torch.randn(n, 3, size, 8) for n, size in ((1, 4), (2, 8), (5, 6), (9, 8))] * 6
+    expected = [fast(x) for x in images]
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(fast, images))
+    assert all(error(a, b) < 1e-6 for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+@torch.no_grad()
+def test_kernels_patches_and_channels(backend):
+    model = make(kernel_size=4, patch_size=3, in_chans=5, act_layer="relu", num_classes=0)
+    x = torch.randn(3, 5, 13, 10)
+    assert error(optimize(model, backend=backend)(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", FOREIGN)
+@torch.no_grad()
+def test_features_only(backend):
+    options = {"dim": 16, "depth": 3, "features_only": True, "out_indices": (0, 2), "device": "cpu"}
+    backbone = convmixer.create_model("convmixer_256_8", **options).eval()
+    fast = optimize(backbone, backend=backend, chunk=2, threads=2)
+    x = torch.randn(5, 3, 16, 16)
+    for a, b in zip(fast(x), backbone(x), strict=True):
+        assert error(a, b) < 1e-5
+    assert fast.feature_info.channels() == [16, 16]
+
+
+@pytest.mark.parametrize("backend", RUNTIMES)
+def test_predict(backend, cat):
+    model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+    expected = convmixer.predict(model, cat, topk=10)
+    got = convmixer.predict(optimize(model, backend=backend, normalization=True), cat, topk=10)
+    assert [label for label, _ in got] == [label for label, _ in expected]
+    assert [p for _, p in got] == pytest.approx([p for _, p in expected], abs=1e-4)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@pytest.mark.parametrize("kernel_size", [1, 3, 4, 5, 7, 8, 9])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+@torch.no_grad()
+def test_native_kernels(kernel_size, dtype, limit):
+    model = make(kernel_size=kernel_size, dim=128)
+    exact = copy.deepcopy(model).double()
+    fast = optimize(model, backend="native", dtype=dtype, threads=2)
+    for shape in ((1, 3, 2, 2), (3, 3, 26, 38), (2, 3, 9, 17)):
+        x = torch.randn(shape)
+        assert error(fast(x), exact(x.double())) < limit
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@pytest.mark.parametrize("pool", ["avg", "max", "catavgmax", "fastavg", ""])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_native_pools(pool, dtype):
+    """Without a classifier each channel counts for itself, so none may be out of place."""
+    model = make(global_pool=pool, num_classes=0)
+    fast, x = optimize(model, backend="native", dtype=dtype, threads=2), torch.randn(3, 3, 10, 12)
+    got, expected = fast(x), model(x)
+    assert got.shape == expected.shape
+    assert ((got - expected).abs().amax(0) < (1e-4 if dtype == torch.float32 else 0.1) * expected.abs().max()).all()
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-3)])
+def test_native_gelu(dtype, limit):
+    """Far from zero, too: the model is made to pass 64 values through one GELU each."""
+    model = make(depth=1, kernel_size=1, patch_size=1, num_classes=0)
+    values = torch.linspace(-12, 12, 64)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.reset_parameters()
+                module.eps = 0.0
+        model.stem[0].weight.zero_()
+        model.stem[0].bias.copy_(values)
+        model.blocks[0][0].fn[0].weight.zero_()
+        model.blocks[0][0].fn[0].bias.zero_()
+        model.blocks[0][1].weight.zero_()
+        model.blocks[0][1].bias.copy_(values)
+        got = optimize(model, backend="native", dtype=dtype)(torch.zeros(1, 3, 2, 2))[0]
+    exact = torch.nn.functional.gelu(values.double())
+    assert ((got - exact).abs() <= limit * exact.abs().clamp_min(0.1)).all()
+
+
+def test_models_that_native_does_not_take():
+    if not HAS_NATIVE:
+        pytest.skip(NO_NATIVE)
+    for changes, text in (
+        ({"dim": 96}, "native takes models whose dim is a multiple of 64, this one has 96"),
+        ({"act_layer": "gelu_tanh"}, "native takes the activations gelu and relu, this model has GELUTanh"),
+    ):
+        with pytest.raises(ArgumentError, match=text):
+            optimize(make(**changes), backend="native")
+        assert "native" not in backends._candidates("auto", make(**changes), torch.device("cpu"), torch.float32)[0]
+    with pytest.raises(ArgumentError, match="chunk=4: native computes single images; leave it out"):
+        optimize(make(), backend="native", chunk=4)
+    backbone = convmixer.create_model("convmixer_256_8", features_only=True, device="cpu")
+    with pytest.raises(ArgumentError, match="native returns the last output alone: use another backend"):
+        optimize(backbone, backend="native")
+
+
+def test_compiler_that_fails(monkeypatch, tmp_path):
+    native.library.cache_clear()
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(DependencyError, match=r"false cannot compile the native kernels \(no message\): name another"):
+        native.library()
+    assert list((tmp_path / "convmixer").iterdir()) == []
+
+
+@torch.no_grad()
+def test_bfloat16_in_openvino():
+    pytest.importorskip("openvino")
+    if not bf16_is_faster(torch.device("cpu")):
+        with pytest.raises(ArgumentError, match=r"dtype=torch\.bfloat16: openvino finds no products"):
+            optimize(make(), backend="openvino", dtype=torch.bfloat16)
+        return
+    model, x = make(), torch.randn(4, 3, 12, 12)
+    fast = optimize(model, backend="openvino", dtype=torch.bfloat16)
+    assert 1e-5 < error(fast(x), model(x)) < 0.03
+    assert fast.choice.dtype == "bfloat16"
+
+
+@pytest.mark.skipif(backends._missing("compile") is not None, reason="no C++ compiler")
+@torch.no_grad()
+def test_compile():
+    model = make(depth=1)
+    fast = optimize(model, backend="compile", chunk=2)
+    torch._dynamo.reset()
+    x = torch.randn(2 * torch.get_num_threads(), 3, 8, 8)
+    assert error(fast(x), model(x)) < 1e-5
+    with torch.inference_mode():
+        assert error(fast(x * 1), model(x)) < 1e-5
+    torch.export.export(fast.folded, (x,))
+
+
+# ---- int8 -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_int8(cat, tmp_path):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    from PIL import Image
+
+    model, photo = make(act_layer="relu"), Image.open(cat).convert("RGB")
+    model.pretrained_cfg = convmixer.create_model("convmixer_256_8", device="cpu").pretrained_cfg
+    for i in range(8):
+        file = tmp_path / "train" / "cat" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photo.rotate(45 * i).resize((32, 32)).save(file)
+    x = torch.stack([convmixer.create_transform(model)(photo.rotate(10 * i)) for i in range(8)])
+    for calibration in (x, tmp_path):
+        fast = optimize(model, backend="openvino", dtype=torch.int8, calibration=calibration)
+        assert 1e-4 < error(fast(x), model(x)) < 0.1
+        assert fast.choice.dtype.startswith("int8")
+    types = {op.get_element_type().get_type_name() for op in fast.runtime.model.get_ops() if op.get_output_size()}
+    assert "i8" in types
+
+
+def test_int8_needs_images():
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    with pytest.raises(ArgumentError, match=r"dtype=torch\.int8 needs images: give both"):
+        optimize(make(), backend="openvino", dtype=torch.int8)
+    with pytest.raises(ArgumentError, match=r"calibration is for dtype=torch\.int8 alone"):
+        optimize(make(), calibration=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ArgumentError, match="calibration holds no images"):
+        optimize(make(), backend="openvino", dtype=torch.int8, calibration=torch.zeros(0, 3, 8, 8))
+
+
+# ---- choices --------------------------------------------------------------------------------------------------------
+
+
+def test_eager_is_the_default():
+    assert isinstance(optimize(make()), FoldedConvMixer)
+    assert isinstance(optimize(make(), backend="eager"), FoldedConvMixer)
+
+
+def test_auto_says_what_it_took(caplog):
+    with caplog.at_level(logging.INFO, "convmixer.backends"):
+        fast = optimize(make(), backend="auto", dtype="auto")
+    dtype = torch.bfloat16 if bf16_is_faster(torch.device("cpu")) else torch.float32
+    found = available_backends("cpu", dtype)
+    assert fast.choice.backend == found[0]
+    assert fast.choice.dtype == str(dtype).removeprefix("torch.")
+    assert f"by rule the fastest of {', '.join(found)}" in fast.choice.reason
+    assert str(fast.choice) in caplog.text
+    assert str(fast.choice) in repr(fast)
+
+
+def test_auto_without_other_libraries(monkeypatch):
+    found = importlib.util.find_spec
+    absent = ("openvino", "onnxruntime")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else found(name, *a))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model, x = make(), torch.randn(5, 3, 8, 8)
+    fast = optimize(model, backend="auto", chunk=2)
+    assert fast.choice.backend == "eager"
+    assert "pip install 'convmixer[export]'" in fast.choice.reason
+    with torch.no_grad():
+        assert error(fast(x), model(x)) < 1e-5
+    for backend, text in {
+        "openvino": "openvino needs openvino, which is missing: pip install 'convmixer[export]'",
+        "onnxruntime": "onnxruntime needs onnxruntime, which is missing: pip install 'convmixer[export]'",
+        "native": "native needs a C++ compiler on a CPU, and there is none",
+        "compile": "compile needs a C++ compiler on a CPU, and there is none: install g++ or clang++",
+    }.items():
+        with pytest.raises(DependencyError, match=re.escape(text)):
+            optimize(model, backend=backend)
+
+
+@pytest.mark.parametrize("backend", FOREIGN)
+def test_measured_choice(backend):
+    fast = optimize(make(), backend=backend, example=torch.randn(8, 3, 8, 8), threads=2)
+    assert re.match(rf"fastest for \(8, 3, 8, 8\): {backend} in pieces of at most \d+ images \d", fast.choice.reason)
+
+
+def test_eager_takes_part_in_measurements(monkeypatch):
+    monkeypatch.setattr(backends, "available_backends", lambda *_: ("eager",))
+    fast = optimize(make(), backend="auto", example=torch.randn(8, 3, 8, 8))
+    assert isinstance(fast, OptimizedConvMixer)
+    assert fast.choice.backend == "eager"
+
+
+def test_auto_goes_on_where_a_library_fails(monkeypatch):
+    def fail(*_):
+        raise DependencyError("the compiler is broken")
+
+    monkeypatch.setattr(backends, "available_backends", lambda *_: ("native", "eager"))
+    monkeypatch.setattr(native, "Native", fail)
+    for example in (None, torch.randn(2, 3, 8, 8)):
+        fast = optimize(make(), backend="auto", example=example)
+        assert fast.choice.backend == "eager"
+        assert fast.choice.reason.endswith("; the compiler is broken")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 64, 65, 1017])
+@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_pieces(batch, chunk, threads):
+    sizes = pieces(batch, chunk, threads)
+    assert sum(sizes) == batch
+    assert max(sizes) <= chunk
+    assert len(sizes) >= min(batch, threads)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) <= max(chunk, 2).bit_length() + 1
+
+
+def test_fitting_chunk(tmp_path):
+    assert l2_cache() >= 2**16
+    for level, size in ((1, "48K"), (2, "2048K"), (3, "64M")):
+        folder = tmp_path / f"index{level}"
+        folder.mkdir()
+        (folder / "level").write_text(f"{level}\n")
+        (folder / "size").write_text(f"{size}\n")
+    assert l2_cache(tmp_path) == 2**21
+    assert l2_cache(tmp_path / "none") == 2**20
+    assert fitting_chunk(1, l2_cache() // 8, 2) == 4
+    assert fitting_chunk(1536, 32 * 32 * 100, 4) == 1
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"backend": "tensorrt"},
+            "unknown backend 'tensorrt'; valid: auto, eager, compile, openvino, onnxruntime, native",
+        ),
+        ({"backend": "auto", "chunk": 0}, "chunk=0: give a whole number of at least 1, or None"),
+        ({"backend": "auto", "threads": True}, "threads=True: give a whole number of at least 1, or None"),
+        ({"backend": "compile", "dtype": torch.int8}, "dtype=torch.int8: give a floating point type such as"),
+        ({"backend": "onnxruntime", "dtype": torch.bfloat16}, "in float32 alone; use openvino or compile"),
+        ({"backend": "openvino", "dtype": torch.float64}, "openvino computes in float32, bfloat16, float16 or int8"),
+        ({"chunk": 4}, "chunk, threads and example need a backend other than 'eager'"),
+        ({"dtype": "half"}, "dtype='half': give a floating point type"),
+    ],
+)
+def test_arguments(arguments, text):
+    with pytest.raises(ArgumentError, match=re.escape(text)):
+        optimize(make(), **arguments)
+
+
+def test_inputs_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr(backends, "available_backends", lambda *_: ("eager",))
+    fast = optimize(make(), backend="auto")
+    with pytest.raises(ImageError, match="has 4 channels, this model takes in_chans=3"):
+        fast(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(
+        ArgumentError, match=r"images of torch\.uint8 on cpu: this model takes floating point images on"
+    ):
+        fast(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ArgumentError, match="cannot be trained: train the original"):
+        fast.train()
+    assert fast.eval() is fast
+    assert copy.deepcopy(fast.folded) is not fast.folded
+
+
+def test_optional_libraries_are_not_imported():
+    optional = ("accelerate", "captum", "datasets", "matplotlib", "nncf", "onnx", "onnxruntime", "openvino")
+    code = f"import sys, convmixer, convmixer.cli; print([m for m in {optional} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
