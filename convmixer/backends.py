@@ -694,7 +694,7 @@ def _fastest(models: Sequence[OptimizedConvMixer], example: Tensor, failures: st
 def quantize(model: Any, images: Tensor) -> Any:
     """An OpenVINO model with its 1x1 convolutions in int8, by NNCF's post-training quantisation.
 
-    Depthwise convolutions stay as they are: they hold few of the products, gain no time in int8, and lose accuracy.
+    Depthwise convolutions stay as they are: they hold few of the products.
 
     Args:
         model: From `to_openvino`.

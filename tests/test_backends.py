@@ -2,14 +2,17 @@
 
 import copy
 import importlib.util
+import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from command import run
 
 import convmixer
 from convmixer import backends, native, optimize
@@ -349,6 +352,21 @@ def test_fitting_chunk(tmp_path):
     assert fitting_chunk(1536, 32 * 32 * 100, 4) == 1
 
 
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_validate_measures_twice(cat, tmp_path):
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    shutil.copy(cat, tmp_path / "test" / "cat")
+    options = ("validate", "convmixer_256_8", "--data", tmp_path, "--device", "cpu")
+    record = json.loads(run(*options, "--backend", "eager", "--json").stdout)
+    assert record["optimized"]["loss"] == pytest.approx(record["loss"], abs=1e-4)
+    assert record["optimized"]["top1"] == record["top1"] == 100
+    assert "top-1 changed by +0.00 points" in run(*options, "--backend", "eager").stdout
+    assert "add --backend openvino" in run(*options, "--int8", status=2).stderr
+    assert "dtype=torch.int8: give a floating" in run(*options, "--int8", "--backend", "compile", status=2).stderr
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -391,5 +409,5 @@ def test_inputs_that_do_not_fit(monkeypatch):
 def test_optional_libraries_are_not_imported():
     optional = ("accelerate", "captum", "datasets", "matplotlib", "nncf", "onnx", "onnxruntime", "openvino")
     code = f"import sys, convmixer, convmixer.cli; print([m for m in {optional} if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
