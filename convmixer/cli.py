@@ -29,7 +29,7 @@ from convmixer.export import FORMATS, export_model
 from convmixer.factory import create_model
 from convmixer.inference import label_names, read_image
 from convmixer.inference import predict as predict_images
-from convmixer.publishing import push_to_hub
+from convmixer.publishing import push_to_hub, save_pretrained
 from convmixer.registry import Variant, list_models, model_info
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
@@ -458,8 +458,10 @@ def validate(
 
 @main.command()
 @click.argument("source")
-@click.option("--format", "format_", type=click.Choice(list(FORMATS)), required=True)
-@click.option("--output", type=click.Path(path_type=Path), help="File to write.  [default: named after SOURCE, here]")
+@click.option("--format", "format_", type=click.Choice([*FORMATS, "hub"]), required=True)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="File, or for hub folder, to write.  [default: named after SOURCE]"
+)
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="A .safetensors file to load in place of its weights."
 )
@@ -477,13 +479,23 @@ def validate(
 def export(source: str, format_: str, output: Path | None, checkpoint: Path | None, dtype: str, **options: Any) -> None:
     """Write the model SOURCE for another program, and check the file by that program.
 
-    SOURCE is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file.
+    SOURCE is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file. The format hub
+    is a folder as `convmixer push` publishes it.
     """
+    stem = Path(source).resolve().name if os.path.isdir(source) else Path(source).name.removesuffix(".safetensors")
+    stem = re.sub(r"[^\w.-]+", "_", stem)
+    if format_ == "hub":
+        others = [name for name, value in options.items() if value not in (None, False)]
+        if others or dtype != "float32":
+            raise ArgumentError("a hub folder holds the model as it is: leave out --dtype, sizes, and what folds")
+        named = checkpoint is None and not os.path.isfile(source)  # then the card says what is known of it
+        folder = output or Path(f"{stem}-hub")
+        save_pretrained(source if named else _open_model(source, checkpoint, "cpu"), folder)
+        _say(f"{folder}: for create_model, timm and transformers as local-dir:{folder}")
+        return
     model = _open_model(source, checkpoint, "cpu")
     if output is None:
-        stem = Path(source).resolve().name if os.path.isdir(source) else Path(source).name.removesuffix(".safetensors")
-        kind = "" if dtype == "float32" else f".{dtype}"
-        output = Path(re.sub(r"[^\w.-]+", "_", stem) + kind + FORMATS[format_].suffix)
+        output = Path(stem + ("" if dtype == "float32" else f".{dtype}") + FORMATS[format_].suffix)
     used = (Path(source), Path(source) / "model.safetensors", *([checkpoint] if checkpoint else []))
     for file in used:
         if os.path.isfile(file) and output.exists() and output.samefile(file):
