@@ -460,7 +460,9 @@ def validate(
 @click.argument("source")
 @click.option("--format", "format_", type=click.Choice([*FORMATS, "hub"]), required=True)
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="File, or for hub folder, to write.  [default: named after SOURCE]"
+    "--output",
+    type=click.Path(path_type=Path),
+    help="File or, for hub, folder.  [default: named after SOURCE]",
 )
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="A .safetensors file to load in place of its weights."

@@ -200,7 +200,7 @@ class Recipe:
 def policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Any:
     """timm's augmentation of that name for PIL images of a size (height, width); gaps get the mean, in [0, 1]."""
     fill = tuple(min(255, round(255 * value)) for value in mean)
-    hparams = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
+    hparams: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
     hparams["magnitude_max"] = 9.99  # at 10, posterize keeps 0 bits, which newer versions of Pillow refuse
     make = rand_augment_transform if name.startswith("rand") else auto_augment_transform
     return make(name, hparams)
@@ -262,11 +262,11 @@ RECIPES = {
         note="For a CPU: few epochs, small images first, and augmentation that costs nothing.",
     ),
     "cifar10-cpu-2": Recipe(
-        epochs=7,
+        epochs=17,
         batch_size=64,
-        lr=0.006,
+        lr=0.01,
         weight_decay=0.01,
-        warmup=0.06,
+        warmup=0.1,
         knee=(1.0, 0.0),
         label_smoothing=0.1,
         shift=3,
@@ -274,7 +274,7 @@ RECIPES = {
         random_erasing=0.2,
         image_sizes=((0.0, 24), (0.25, 28), (0.5, 32)),
         validation_fraction=0.02,
-        note="A second round for what `cifar10-cpu` has trained: give that as `--set checkpoint=`. With more "
+        note="A further round for what `cifar10-cpu` has trained: give that as `--set checkpoint=`. With more "
         "augmentation and fewer images held out.",
     ),
     "cifar10-p1": dataclasses.replace(
