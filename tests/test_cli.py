@@ -423,7 +423,7 @@ def test_train_then_predict(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        ("batch=8", r"'batch=8': give FIELD=VALUE with a field of model, checkpoint, in_chans"),
+        ("batch=8", r"'batch=8': give FIELD=VALUE with a field of model, checkpoint, "),
         ("batch_size", r"'batch_size': give FIELD=VALUE"),
         ("=8", r"'=8': give FIELD=VALUE"),
         ("epochs=ten", r"'epochs=ten': 'ten' is no int"),

@@ -32,6 +32,7 @@ def digits(tmp_path):
     return tmp_path / "digits"
 
 
+@pytest.mark.slow
 def test_digits(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = ["train", "finetune", "--data", digits, "--output", "run", "--device", "cpu"]
@@ -55,7 +56,8 @@ def test_digits(digits, tmp_path, monkeypatch):
     x = torch.randn(3, 1, 16, 16)
     with torch.inference_mode():
         logits = model(x)
-        assert torch.equal(timm.create_model("local-dir:published", pretrained=True).eval()(x), logits)
+        theirs = timm.create_model("local-dir:published", pretrained=True).eval()(x)
+    torch.testing.assert_close(theirs, logits, rtol=1e-4, atol=1e-4)
     import onnxruntime
 
     session = onnxruntime.InferenceSession("digits.onnx", providers=["CPUExecutionProvider"])

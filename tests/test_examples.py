@@ -38,6 +38,8 @@ def test_notebook(tmp_path, monkeypatch, capsys):
     assert "fine-tuned: top-1" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves images open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_timm_parts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["timm_finetune.py", "--epochs", "1", "--data", str(tmp_path)])
     runpy.run_path(str(EXAMPLES / "timm_finetune.py"), run_name="__main__")

@@ -385,7 +385,7 @@ def test_mixed_precision_on_a_gpu(digits, tmp_path, precision):
 
 def test_accelerate_launch(digits, tmp_path):
     """Two processes on a CPU, which read a stream with a worker each."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["-m", "convmixer", "train", "cifar10", "--device", "cpu", "--data", str(digits), "--workers", "1"]
     for field, value in {"stream": "true", "batch_size": 44, "epochs": 3, "rand_augment": "[0, 0]"}.items():

@@ -34,7 +34,11 @@ def test_reference_logits(model):
 
 
 @pytest.mark.parametrize(
-    ("folder", "metric"), [("cifar10-jpeg", 0), ("cifar10-png-subset", 1)], ids=["JPEG", "lossless"]
+    ("folder", "metric"),
+    [
+        pytest.param("cifar10-jpeg", 0, marks=pytest.mark.slow, id="JPEG"),
+        pytest.param("cifar10-png-subset", 1, id="lossless"),
+    ],
 )
 def test_accuracy_is_what_the_registry_says(model, data_folder, folder, metric):
     images = load_images(data_folder / folder, "test", (3, 32, 32), classes=model.pretrained_cfg["label_names"])
