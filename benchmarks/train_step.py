@@ -1,10 +1,10 @@
-"""Images per second of a training step of convmixer_256_8 at 32 pixels: this package against timm.
+"""A training step of convmixer_256_8 at 32 pixels: images per second and activation memory, against timm's model.
 
-    python benchmarks/train_step.py [--batch-size 64] [--rounds 9] [--json FILE]
+    python benchmarks/train_step.py [--batch-size 64] [--precision bfloat16] [--rounds 9] [--json FILE]
 
-The same weights in timm's class (eager NCHW, eager channels_last, compiled channels_last) and in ours (compiled, as
-`convmixer train --compile` runs it). All ways take turns in one process; ratios are medians over rounds, against timm's
-best. On Linux with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
+The same weights in timm's class and in ours (eager, and compiled as `convmixer train --compile` runs it), by AdamW. All
+ways take turns in one process; ratios are medians over rounds, against timm's best. Memory is what autograd keeps
+between forward and backward. On Linux with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
 """
 
 import argparse
@@ -22,67 +22,96 @@ import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import convmixer
+from convmixer.training.loop import autocast
+
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
 
 
-def stepper(model: torch.nn.Module, forward: Callable, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+class Way:
+    """A model, its forward pass, and a step of training with it."""
 
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(forward(x), y).backward()
-        optimizer.step()
+    def __init__(self, model: torch.nn.Module, layout: torch.memory_format, compile: bool, precision: str) -> None:
+        self.model = model.to(memory_format=layout)
+        self.forward: Callable = torch.compile(self.model, dynamic=False) if compile else self.model
+        self.layout, self.precision = layout, precision
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    return step
+    def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with autocast(torch.device("cpu"), self.precision):
+            logits = self.forward(images.contiguous(memory_format=self.layout))
+        return F.cross_entropy(logits.float(), labels)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss(images, labels).backward()
+        self.optimizer.step()
+
+    def kept(self, images: torch.Tensor, labels: torch.Tensor) -> int:
+        """Bytes that autograd keeps for the backward pass, parameters left out."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss(images, labels)
+        loss.backward()  # until here all of them were alive, so no address was used twice
+        return sum(storages.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     images = torch.randn(arguments.batch_size, 3, 32, 32)
     labels = torch.randint(10, (arguments.batch_size,))
-    last = images.contiguous(memory_format=torch.channels_last)
     state = convmixer.create_model("convmixer_256_8", device="cpu").state_dict()
 
-    def timms(layout: torch.memory_format) -> torch.nn.Module:
-        model = TimmConvMixer(256, 8, kernel_size=5, patch_size=2, num_classes=10)
+    def way(ours: bool, layout: torch.memory_format, compile: bool) -> Way:
+        build = convmixer.ConvMixer if ours else TimmConvMixer
+        model = build(256, 8, kernel_size=5, patch_size=2, num_classes=10)
         model.load_state_dict(state)
-        return model.to(memory_format=layout)
+        return Way(model, layout, compile, arguments.precision)
 
-    plain, eager, compiled = timms(torch.contiguous_format), timms(torch.channels_last), timms(torch.channels_last)
-    ours = convmixer.create_model("convmixer_256_8", device="cpu")
-    ours.load_state_dict(state)
     ways = {
-        "timm eager NCHW": stepper(plain, plain, images, labels),
-        "timm eager channels_last": stepper(eager, eager, last, labels),
-        "timm compiled channels_last": stepper(compiled, torch.compile(compiled, dynamic=False), last, labels),
-        "convmixer compiled": stepper(ours, torch.compile(ours, dynamic=False), last, labels),
+        "timm eager NCHW": way(False, PLAIN, False),
+        "timm eager channels_last": way(False, LAST, False),
+        "timm compiled NCHW": way(False, PLAIN, True),
+        "timm compiled channels_last": way(False, LAST, True),
+        "convmixer eager": way(True, LAST, False),
+        "convmixer compiled": way(True, LAST, True),
     }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(arguments.rounds + 2):
-        for way, step in ways.items():
+        for name, it in ways.items():
             start = time.perf_counter()
-            step()
+            it.step(images, labels)
             if round_ >= 2:  # the first two rounds compile and warm up
-                seconds[way].append(time.perf_counter() - start)
-    rates = {way: arguments.batch_size / statistics.median(times) for way, times in seconds.items()}
-    best = max((way for way in ways if way.startswith("timm")), key=rates.__getitem__)
-    mine = seconds["convmixer compiled"]
-    ratio = statistics.median(t / c for t, c in zip(seconds[best], mine, strict=True))
-    for way, rate in rates.items():
-        print(f"{way:28} {rate:6.1f} images/s")
+                seconds[name].append(time.perf_counter() - start)
+    rates = {name: arguments.batch_size / statistics.median(times) for name, times in seconds.items()}
+    memory = {name: it.kept(images, labels) / arguments.batch_size / 2**20 for name, it in ways.items()}
+    best = max((name for name in ways if name.startswith("timm")), key=rates.__getitem__)
+    pairs = zip(seconds[best], seconds["convmixer compiled"], strict=True)
+    ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+    for name in ways:
+        print(f"{name:28} {rates[name]:6.1f} images/s {memory[name]:6.2f} MiB/image")
     print(f"convmixer compiled against {best}: {ratio:.2f}")
     if arguments.json:
         machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         machine |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version()}
-        machine |= {"torch": torch.__version__, "timm": timm.__version__}
-        result = {"batch_size": arguments.batch_size, "images_per_second": rates, "best_of_timm": best, "ratio": ratio}
-        tunables = os.environ.get("GLIBC_TUNABLES", "")
-        text = json.dumps({"machine": machine, "GLIBC_TUNABLES": tunables, **result}, indent=2)
-        arguments.json.write_text(text + "\n")
+        machine |= {"amx_bf16": torch.cpu._is_amx_tile_supported(), "torch": torch.__version__}
+        machine |= {"timm": timm.__version__, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+        result = {"batch_size": arguments.batch_size, "precision": arguments.precision, "images_per_second": rates}
+        result |= {"activation_mib_per_image": memory, "best_of_timm": best, "ratio": ratio}
+        arguments.json.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
