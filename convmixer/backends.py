@@ -29,7 +29,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer import native
-from convmixer.errors import ArgumentError, DependencyError
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
 from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, l2_cache, prefers_channels_last
 from convmixer.inference import read_image
@@ -39,6 +39,7 @@ from convmixer.transforms import create_transform
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native")
 GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
 CALIBRATION_IMAGES = 512
+MOST_LOST = 0.25  # of the outputs' size, by int8; what loses more classifies otherwise
 _NEEDS = {  # modules of each runtime, and the extra that brings them
     "openvino": (("openvino",), "export"),
     "onnxruntime": (("onnxruntime", "onnxscript"), "export"),
@@ -624,7 +625,9 @@ class _Maker:
                 make: Any = {"openvino": to_openvino, "onnxruntime": to_onnx, "native": self._native}[backend]
                 source = make(folded)
                 if self.dtype == torch.int8:
-                    source = quantize(source, _calibration_images(self.calibration, folded))
+                    images = _calibration_images(self.calibration, folded)
+                    source = quantize(source, images)
+                    _check_int8(source, folded, images[:64].float())
                 self._sources[backend] = folded, source
         return self._sources[backend]
 
@@ -713,6 +716,21 @@ def quantize(model: Any, images: Tensor) -> Any:
             subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(types=["GroupConvolution"]),
         )
+
+
+@torch.inference_mode()
+def _check_int8(quantized: Any, folded: nn.Module, images: Tensor) -> None:
+    """Raise a ConvMixerError where eight bits do not hold what the model computes of calibration images."""
+    import openvino
+
+    outputs = openvino.Core().compile_model(quantized, "CPU")(images.numpy())
+    for i, expected in enumerate(_as_list(folded(images))):
+        lost = float((torch.from_numpy(outputs[i]) - expected).norm() / expected.norm())
+        if not lost <= MOST_LOST:
+            raise ConvMixerError(
+                f"int8 changes the outputs for the calibration images by {lost:.0%} of their size, at most "
+                f"{MOST_LOST:.0%} is accepted: these weights do not fit eight bits. Use dtype=torch.bfloat16"
+            )
 
 
 def _calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> Tensor:

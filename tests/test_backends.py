@@ -17,7 +17,7 @@ from command import run
 import convmixer
 from convmixer import backends, native, optimize
 from convmixer.backends import OptimizedConvMixer, available_backends, fitting_chunk, pieces
-from convmixer.errors import ArgumentError, DependencyError, ImageError
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError
 from convmixer.folding import FoldedConvMixer
 from convmixer.hardware import bf16_is_faster, l2_cache
 
@@ -248,6 +248,16 @@ def test_int8(cat, tmp_path):
         assert fast.choice.dtype.startswith("int8")
     types = {op.get_element_type().get_type_name() for op in fast.runtime.model.get_ops() if op.get_output_size()}
     assert "i8" in types
+
+
+def test_int8_that_computes_something_else_is_refused():
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    model = convmixer.create_model("convmixer_256_8.cifar10", pretrained=True, device="cpu")
+    with pytest.raises(
+        ConvMixerError, match=r"int8 changes the outputs .* these weights do not fit eight bits. Use dtype=torch\.bf"
+    ):
+        optimize(model, backend="openvino", dtype=torch.int8, calibration=torch.randn(64, 3, 32, 32))
 
 
 def test_int8_needs_images():
