@@ -205,8 +205,7 @@ def _dynamic(module: nn.Module) -> tuple[dict[str, Any], Tensor]:
 
     The example is larger than any kernel, and odd in its sizes, so that no dimension is taken for a constant.
     """
-    inner: Any = getattr(module, "model", module)
-    stem: Any = inner.stem[0]
+    stem = _inner(module).stem[0]
     patch = stem.kernel_size[0]
     example = torch.zeros(2, stem.in_channels, 13 * patch, 11 * patch, dtype=stem.weight.dtype)
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
@@ -431,8 +430,9 @@ class OptimizedConvMixer(nn.Module):
         return str(self.choice)
 
 
-def _inner(folded: nn.Module) -> Any:
-    return folded if isinstance(folded, FoldedConvMixer) else folded.model
+def _inner(module: nn.Module) -> Any:
+    """The model itself, also out of timm's feature extractor."""
+    return module.model if isinstance(module, FeatureGetterNet) else module
 
 
 def optimize(
@@ -613,7 +613,7 @@ class _Maker:
         if backend not in self._sources:
             if backend in ("eager", "compile"):
                 folded = fold(self.model, self.normalization, self.dtype)
-                stem: Any = folded.stem[0] if isinstance(folded, FoldedConvMixer) else folded.model.stem[0]
+                stem = _inner(folded).stem[0]
                 last = prefers_channels_last(self.device, self.kernel_size)
                 layout = torch.channels_last if last else torch.contiguous_format
                 stem.weight.data = stem.weight.data.contiguous(memory_format=layout)  # activations follow it
@@ -707,15 +707,21 @@ def quantize(model: Any, images: Tensor) -> Any:
     import nncf
 
     data = nncf.Dataset([image[None].numpy() for image in images.detach().cpu().float()])
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # progress bars
-        warnings.simplefilter("ignore")
-        return nncf.quantize(
-            model,
-            data,
-            preset=nncf.QuantizationPreset.MIXED,  # activations after GELU are lopsided
-            subset_size=len(images),
-            ignored_scope=nncf.IgnoredScope(types=["GroupConvolution"]),
-        )
+    logger = logging.getLogger("nncf")  # writes to standard output, which may be somebody's JSON
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # progress bars
+            warnings.simplefilter("ignore")
+            return nncf.quantize(
+                model,
+                data,
+                preset=nncf.QuantizationPreset.MIXED,  # activations after GELU are lopsided
+                subset_size=len(images),
+                ignored_scope=nncf.IgnoredScope(types=["GroupConvolution"]),
+            )
+    finally:
+        logger.setLevel(level)
 
 
 @torch.inference_mode()

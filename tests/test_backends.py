@@ -230,7 +230,7 @@ def test_compile():
 
 
 @torch.no_grad()
-def test_int8(cat, tmp_path):
+def test_int8(cat, tmp_path, capfd):
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
     from PIL import Image
@@ -246,6 +246,7 @@ def test_int8(cat, tmp_path):
         fast = optimize(model, backend="openvino", dtype=torch.int8, calibration=calibration)
         assert 1e-4 < error(fast(x), model(x)) < 0.1
         assert fast.choice.dtype.startswith("int8")
+        assert capfd.readouterr().out == ""  # it may be used where standard output is JSON
     types = {op.get_element_type().get_type_name() for op in fast.runtime.model.get_ops() if op.get_output_size()}
     assert "i8" in types
 
