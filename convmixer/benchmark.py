@@ -26,6 +26,7 @@ from convmixer.backends import BACKENDS, Compiled, OnnxRuntime, OpenVINO, Whole,
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.factory import create_model, resolve_device
 from convmixer.folding import unwrap
+from convmixer.hardware import cpu_field, cpu_name
 from convmixer.registry import get_variant
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -213,12 +214,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    text = ""
-    with contextlib.suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
-    flags = set(text.partition("flags")[2].partition("\n")[0].split())
-    name = found[1] if found else platform.processor() or platform.machine()
+    name, flags = cpu_name(), set(cpu_field("flags").split())
     if device.type != "cpu":
         return f"{device.type} of {name}"
     known = {"AVX-512": "avx512f", "AVX512-BF16": "avx512_bf16", "AMX-bf16": "amx_bf16", "AMX-int8": "amx_int8"}
@@ -345,8 +341,7 @@ def _gemm(dtype: str, device: torch.device) -> _Candidate:
         a, b = (torch.randn(side, side, generator=generator).to(device, DTYPES[dtype]) for _ in "ab")
         return lambda: a @ b, ""
 
-    candidate = _Candidate(f"gemm {side}", dtype, make)
-    return candidate
+    return _Candidate(f"gemm {side}", dtype, make)
 
 
 # ---- timing ---------------------------------------------------------------------------------------------------------

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from pathlib import Path
 
 import torch
+
+
+def cpu_field(name: str) -> str:
+    """What Linux says of the first processor, such as its "model name" or its "flags"; elsewhere ""."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    found = re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells it."""
+    return cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def bf16_is_faster(device: torch.device) -> bool:

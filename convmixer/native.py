@@ -10,8 +10,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from convmixer.errors import DependencyError
 from convmixer.folding import FoldedConvMixer
+from convmixer.hardware import cpu_field, cpu_name
 
 SOURCE = Path(__file__).parent / "ops" / "cpu.cpp"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -46,14 +45,6 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    return "".join(re.findall(r"^(?:model name|flags)\s*:.*$", text, re.MULTILINE)[:2])
-
-
 @functools.lru_cache(maxsize=1)
 def library() -> Any:
     """The compiled kernels; a DependencyError if they cannot be compiled."""
@@ -61,7 +52,7 @@ def library() -> Any:
     if path is None:
         raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    content = "\n".join([SOURCE.read_text(encoding="utf-8"), version, _processor(), *FLAGS])
+    content = "\n".join([SOURCE.read_text(encoding="utf-8"), version, cpu_name(), cpu_field("flags"), *FLAGS])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer"
     file = folder / f"native-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     if not file.exists():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from convmixer.checkpoints import read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped
 from convmixer.factory import create_model, resolve_device
-from convmixer.hardware import bf16_is_faster
+from convmixer.hardware import bf16_is_faster, cpu_name
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history, write_figure
 from convmixer.training.data import (
@@ -634,9 +634,10 @@ def _record(run: Run, history: Sequence[Epoch], model: ConvMixer, names: dict[st
 def _circumstances(where: torch.device) -> dict[str, Any]:
     """Command, hardware and versions."""
     ours = Path(sys.argv[0]).name in ("convmixer", "__main__.py")
+    processor = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "command": shlex.join(["convmixer", *sys.argv[1:]]) if ours else None,
-        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else processor,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }
@@ -727,12 +728,3 @@ def _read(
         test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)
     training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
     return training, validation, test_sets
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
