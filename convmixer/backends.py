@@ -461,8 +461,8 @@ def optimize(
             images with values in [0, 1], and its `pretrained_cfg` says mean 0 and std 1, as `predict` and
             `create_transform` need it.
         dtype: Type to compute in, such as `torch.bfloat16`; None keeps the model's. "auto" takes bfloat16 where the
-            hardware has products for it, else float32. `torch.int8` quantises the 1x1 convolutions, where nearly all
-            products are, and computes the rest in the type of "auto"; it needs `backend="openvino"` and `calibration`.
+            hardware has products for it, else float32. `torch.int8` quantises the convolutions and computes the
+            rest in the type of "auto"; it needs `backend="openvino"` and `calibration`.
         backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
             x86 with AVX-512); or "auto": by rule the usually fastest of those that work here, or by measurement if
             there is an `example`.
@@ -621,7 +621,8 @@ class _Maker:
             else:
                 # float16 ends early, which decides what may be folded
                 limited = self.dtype == torch.float16
-                folded = fold(self.model, self.normalization, torch.float16 if limited else torch.float32).float()
+                precision = torch.float16 if limited else torch.float32
+                folded = fold(self.model, self.normalization, precision, divide=self.dtype != torch.int8).float()
                 make: Any = {"openvino": to_openvino, "onnxruntime": to_onnx, "native": self._native}[backend]
                 source = make(folded)
                 if self.dtype == torch.int8:
@@ -695,12 +696,10 @@ def _fastest(models: Sequence[OptimizedConvMixer], example: Tensor, failures: st
 
 
 def quantize(model: Any, images: Tensor) -> Any:
-    """An OpenVINO model with its 1x1 convolutions in int8, by NNCF's post-training quantisation.
-
-    Depthwise convolutions stay as they are: they hold few of the products.
+    """An OpenVINO model with its convolutions in int8, by NNCF's post-training quantisation.
 
     Args:
-        model: From `to_openvino`.
+        model: From `to_openvino`, of a model folded with `divide=False`.
         images: As the model takes them, (N, C, H, W).
     """
     _require("int8")
@@ -718,7 +717,6 @@ def quantize(model: Any, images: Tensor) -> Any:
                 data,
                 preset=nncf.QuantizationPreset.MIXED,  # activations after GELU are lopsided
                 subset_size=len(images),
-                ignored_scope=nncf.IgnoredScope(types=["GroupConvolution"]),
             )
     finally:
         logger.setLevel(level)

@@ -13,7 +13,8 @@ addition per element as well.
 
 Dividing by a moves exponents and loses no digits: every rounding stays relative to x, as it is in the BatchNorm itself.
 Only the range can end. A channel whose 1/a, b/a, a1/a or a exceeds the square root of the largest number, which leaves
-the other half of the exponents to weights and activations, is carried as x itself, by a multiply-add.
+the other half of the exponents to weights and activations, is carried as x itself, by a multiply-add. Eight bits have no
+exponents: channels of very different size do not fit one range, so a model that is to be quantised carries x throughout.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class FoldedConvMixer(nn.Module):
         ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least a patch.
     """
 
-    def __init__(self, model: ConvMixer, normalization: bool, dtype: torch.dtype) -> None:
+    def __init__(self, model: ConvMixer, normalization: bool, dtype: torch.dtype, divide: bool = True) -> None:
         super().__init__()
         self.patch_size, self.in_chans = model.patch_size, model.in_chans
         self.num_features, self.num_classes = model.num_features, model.num_classes
@@ -139,7 +140,7 @@ class FoldedConvMixer(nn.Module):
         self.stem = nn.Sequential(_fill(stem, weight, bias), copy.deepcopy(model.stem[1]))
         blocks: list[Any] = list(model.blocks)
         norms: list[Any] = [model.stem[2], *(block[3] for block in blocks)]
-        largest = torch.finfo(dtype).max ** 0.5
+        largest = torch.finfo(dtype).max ** 0.5 if divide else 0.0
         self.blocks = nn.ModuleList(_Block(b, n, largest) for b, n in zip(blocks, norms[:-1], strict=True))
         self.norms = nn.ModuleList(_Affine(*_affine(n)) for n in norms[1:])  # for features, which are x itself
         self.global_pool = copy.deepcopy(model.global_pool)
@@ -219,8 +220,13 @@ def unwrap(model: nn.Module) -> ConvMixer:
     return inner
 
 
-def fold(model: nn.Module, normalization: bool = False, dtype: torch.dtype | None = None) -> Any:
+def fold(
+    model: nn.Module, normalization: bool = False, dtype: torch.dtype | None = None, *, divide: bool = True
+) -> Any:
     """The folded copy of a model; `optimize` of `convmixer.backends` says what the arguments mean.
+
+    Args:
+        divide: Carry x/a between blocks where the type's range allows it; without it x itself, for quantisation.
 
     Returns:
         A `FoldedConvMixer`; for a feature extractor timm's `FeatureGetterNet` around one.
@@ -233,7 +239,7 @@ def fold(model: nn.Module, normalization: bool = False, dtype: torch.dtype | Non
     weight: Any = inner.stem[0].weight
     dtype = weight.dtype if dtype is None else dtype
     check_dtype(dtype)
-    folded = FoldedConvMixer(inner, normalization, dtype)
+    folded = FoldedConvMixer(inner, normalization, dtype, divide)
     if inner is model:
         return folded
     extractor = copy.deepcopy(model, {id(inner): folded}).eval()

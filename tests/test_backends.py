@@ -229,36 +229,53 @@ def test_compile():
 # ---- int8 -----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def test_int8(cat, tmp_path, capfd):
-    pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
+@pytest.fixture
+def turned(cat):
+    """A photograph turned and resized as a model takes it, and a folder of such."""
     from PIL import Image
 
-    model, photo = make(act_layer="relu"), Image.open(cat).convert("RGB")
-    model.pretrained_cfg = convmixer.create_model("convmixer_256_8", device="cpu").pretrained_cfg
-    for i in range(8):
+    photo = Image.open(cat).convert("RGB")
+    return [photo.rotate(45 * i).resize((32, 32)) for i in range(8)]
+
+
+@torch.no_grad()
+def test_int8(turned, tmp_path, capfd):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    model = convmixer.create_model("convmixer_256_8.cifar10", pretrained=True, device="cpu").eval()
+    for i, image in enumerate(turned):
         file = tmp_path / "train" / "cat" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        photo.rotate(45 * i).resize((32, 32)).save(file)
-    x = torch.stack([convmixer.create_transform(model)(photo.rotate(10 * i)) for i in range(8)])
+        image.save(file)
+    x = torch.stack([convmixer.create_transform(model)(image) for image in turned])
     for calibration in (x, tmp_path):
         fast = optimize(model, backend="openvino", dtype=torch.int8, calibration=calibration)
-        assert 1e-4 < error(fast(x), model(x)) < 0.1
+        assert 1e-4 < error(fast(x), model(x)) < 0.2
         assert fast.choice.dtype.startswith("int8")
         assert capfd.readouterr().out == ""  # it may be used where standard output is JSON
     types = {op.get_element_type().get_type_name() for op in fast.runtime.model.get_ops() if op.get_output_size()}
     assert "i8" in types
 
 
-def test_int8_that_computes_something_else_is_refused():
+@torch.no_grad()
+def test_int8_that_computes_something_else_is_refused(turned):
     pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    model = convmixer.create_model("convmixer_256_8.cifar10", pretrained=True, device="cpu")
+    model = convmixer.create_model("convmixer_256_8.cifar10", pretrained=True, device="cpu").eval()
+    x = torch.stack([convmixer.create_transform(model)(image) for image in turned])
+    expected = model(x)
+    for i in range(0, 256, 2):  # what half of the channels carry shrinks, and what reads them grows: equal in floats
+        model.stem[2].weight[i], model.stem[2].bias[i] = model.stem[2].weight[i] / 1e4, model.stem[2].bias[i] / 1e4
+        residual, pointwise = model.blocks[0][0].fn, model.blocks[0][1]
+        residual[0].weight[i] *= 1e4
+        residual[2].weight[i] /= 1e4
+        residual[2].bias[i] /= 1e4
+        pointwise.weight[:, i] *= 1e4
+    assert error(model(x), expected) < 1e-4
     with pytest.raises(
         ConvMixerError, match=r"int8 changes the outputs .* these weights do not fit eight bits. Use dtype=torch\.bf"
     ):
-        optimize(model, backend="openvino", dtype=torch.int8, calibration=torch.randn(64, 3, 32, 32))
+        optimize(model, backend="openvino", dtype=torch.int8, calibration=x)
 
 
 def test_int8_needs_images():
