@@ -13,8 +13,8 @@ addition per element as well.
 
 Dividing by a moves exponents and loses no digits: every rounding stays relative to x, as it is in the BatchNorm itself.
 Only the range can end. A channel whose 1/a, b/a, a1/a or a exceeds the square root of the largest number, which leaves
-the other half of the exponents to weights and activations, is carried as x itself, by a multiply-add. Eight bits have no
-exponents: channels of very different size do not fit one range, so a model that is to be quantised carries x throughout.
+the other half of the exponents to weights and activations, is carried as x itself, by a multiply-add. Eight bits have
+no exponents: channels of very different size do not fit one range, so a model to be quantised carries x throughout.
 """
 
 from __future__ import annotations
