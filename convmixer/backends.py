@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import logging
 import queue
 import statistics
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
@@ -744,12 +746,18 @@ def _calibration_images(source: Tensor | str | Path | None, model: nn.Module) ->
             raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
         check_input(source, inner.in_chans, inner.patch_size)
         return source[:CALIBRATION_IMAGES]
-    from convmixer.training.data import open_split  # not needed for anything else here
+    from convmixer.training.readers import Split, open_split  # not needed for anything else here
 
     transform = create_transform(inner)
     channels: int = inner.in_chans
-    split = contextlib.closing(open_split(str(source), "train"))
-    with split as opened:
-        step = max(len(opened) / CALIBRATION_IMAGES, 1)
-        chosen = [int(i * step) for i in range(min(len(opened), CALIBRATION_IMAGES))]
-        return torch.stack([opened.read(i, lambda image: transform(read_image(image, channels)))[0] for i in chosen])
+
+    def prepare(image: Image.Image) -> Tensor:
+        return transform(read_image(image, channels))  # type: ignore[no-any-return]
+
+    with contextlib.closing(open_split(str(source), "train")) as opened:
+        if isinstance(opened, Split):  # spread over all classes, which may lie one after the other
+            step = max(len(opened) / CALIBRATION_IMAGES, 1)
+            samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))
+        else:
+            samples = (s for s in opened.in_order(prepare) if not isinstance(s, Exception))
+        return torch.stack([image for image, _ in itertools.islice(samples, CALIBRATION_IMAGES)])

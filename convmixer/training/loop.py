@@ -30,24 +30,22 @@ from convmixer.hardware import bf16_is_faster, cpu_name
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history, write_figure
 from convmixer.training.data import (
-    READERS,
-    SHARDS,
     Augment,
     Batch,
     Fit,
     Share,
     Source,
     fitting,
-    has_split,
     hold_out,
     load_images,
     seed_all,
     shorten,
 )
 from convmixer.training.history import Epoch, write_history
+from convmixer.training.readers import READERS, SHARDS, has_split
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
-from convmixer.training.stream import has_shards, open_stream
+from convmixer.training.stream import open_stream
 from convmixer.transforms import normalization, preprocessing
 
 if TYPE_CHECKING:
@@ -584,7 +582,7 @@ def _check_together(
     """A recipe, data and a machine may each be fine and not go together."""
     shards = [source for source in (data, *map(str, tests)) if source.startswith(SHARDS)]
     if shards and not recipe.stream:
-        raise ArgumentError(f"{shards[0]!r} does not fit into memory: give stream=True (--set stream=true)")
+        raise ArgumentError(f"{shards[0]!r} is read from start to end: give stream=True (--set stream=true)")
     if data.startswith(SHARDS) and recipe.validation_fraction:
         raise ArgumentError(
             f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
@@ -722,7 +720,7 @@ def _read(
 
     images = read(data, "train")
     test_sets = {}
-    own = has_shards(str(data), "test") if str(data).startswith(SHARDS) else has_split(data, "test")
+    own = has_split(data, "test")
     for source in ([data] if own else []) + list(tests):
         name = _name(source)
         test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)
