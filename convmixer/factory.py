@@ -22,6 +22,7 @@ from convmixer.errors import ArgumentError, WeightsError, nearest
 from convmixer.hardware import prefers_channels_last
 from convmixer.model import ConvMixer, check_dtype
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
+from convmixer.untrusted import json_excess
 
 __all__ = ["create_model", "resolve_device"]
 
@@ -257,8 +258,12 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
     if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
         found["input_size"] = (stem.shape[1], *config["input_size"][1:])
     header = read_metadata(path)
+    texts = [header.get(name, "null") for name in ("label_names", "input_size")]
+    for text in texts:
+        if excess := json_excess(text.encode()):
+            raise WeightsError(f"label_names or input_size in the header of {str(path)!r} has {excess}")
     try:
-        labels, size = (json.loads(header.get(name, "null")) for name in ("label_names", "input_size"))
+        labels, size = map(json.loads, texts)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"label_names or input_size in the header of {str(path)!r} is not JSON: {error}") from error
     if isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MAX_SIDE for n in size):
