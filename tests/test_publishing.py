@@ -4,6 +4,9 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from hub_server import READER, WRITER, run_client, serve
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -90,16 +93,55 @@ def test_opens_everywhere(shape, tmp_path, cat):
         assert (found["label"], pytest.approx(found["score"], rel=1e-4)) == asked
 
 
-def test_stock_shape_is_timms_own(tmp_path):
-    model = convmixer.create_model("convmixer_768_32", device="cpu", num_classes=2).eval()
-    folder = convmixer.save_pretrained(model, tmp_path)
+PLAIN = """
+import importlib.util, sys
+import timm
+from safetensors.torch import load_file, save_file
+
+folder, given = sys.argv[1], load_file(sys.argv[2])
+
+def compare(logits):
+    assert (logits - given["logits"]).norm() <= 1e-5 * given["logits"].norm()
+
+model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+compare(model(given["images"]))
+assert list(model.pretrained_cfg["label_names"]) == list("abcde")
+if importlib.util.find_spec("transformers"):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    compare(model(given["images"]).logits)
+    assert list(model.config.id2label.values()) == list("abcde")
+    AutoImageProcessor.from_pretrained(folder)
+assert "timm.models.convmixer" in sys.modules
+assert not [name for name in sys.modules if name.partition(".")[0] == "convmixer"]
+print(type(model).__module__)
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convmixer_768_32",
+        pytest.param("convmixer_1024_20_ks9_p14", marks=pytest.mark.slow),
+        pytest.param("convmixer_1536_20", marks=pytest.mark.slow),
+    ],
+)
+def test_stock_shapes_open_without_convmixer(name, tmp_path):
+    """In timm and transformers, in a process that never imports convmixer."""
+    model = convmixer.create_model(name, device="cpu", num_classes=5).eval()
+    folder = convmixer.save_pretrained(model, tmp_path / "folder", label_names=list("abcde"))
     assert "model_args" not in json.loads((folder / "config.json").read_text())
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert type(theirs) is TimmConvMixer
-    x = torch.randn(1, 3, 35, 28)
-    with torch.inference_mode():
-        assert (theirs(x) - model(x)).norm() <= 1e-5 * model(x).norm()
     assert 'timm.create_model("local-dir:' in (folder / "README.md").read_text()
+    images = torch.randn(1, 3, 5 * model.patch_size, 4 * model.patch_size)
+    with torch.inference_mode():
+        given = {"images": images, "logits": model(images)}
+    save_file(given, tmp_path / "given.safetensors")
+    command = [sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "given.safetensors")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kind = "transformers.models.timm_wrapper" if find_spec("transformers") else "timm.models.convmixer"
+    assert run.stdout.startswith(kind)
 
 
 @pytest.mark.parametrize("name", convmixer.list_models())
