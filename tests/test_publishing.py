@@ -304,8 +304,6 @@ def finished_run(tmp_path):
     Image.new("RGB", (4, 4)).save(run / "plots" / "history.png")
     result = json.loads((run / "result.json").read_text()) | {"data": "cifar10-jpeg", "training_images": 49000}
     (run / "result.json").write_text(json.dumps(result))
-    recipe = json.loads((run / "recipe.json").read_text()) | {"checkpoint": "/home/me/start.safetensors"}
-    (run / "recipe.json").write_text(json.dumps(recipe))
     return run
 
 
@@ -328,8 +326,58 @@ def test_run(finished_run, tmp_path):
     assert "`lr=0.01`" in card.text
     assert "1.72 hours on Intel Xeon, AVX-512, AMX (bfloat16)." in card.text
     assert "(plots/history.png)" in card.text
-    for path in folder.rglob("*"):  # nothing of the place where it was made
-        assert path.is_dir() or b"/home/me" not in path.read_bytes()
+
+
+PLACES = {
+    "/home/me/start.safetensors": "start.safetensors",
+    r"C:\Users\me\start.safetensors": "start.safetensors",
+    "../me/cats/": "cats",
+    "wds//home/me/cats/train-{0000..0012}.tar|12345": "wds/train-{0000..0012}.tar|12345",
+    "hfds//home/me/cats": "hfds/cats",
+    "hfds/uoft-cs/cifar10": "hfds/uoft-cs/cifar10",
+    "torch/cifar10": "torch/cifar10",
+    "local-dir:/home/me/start/": "local-dir:start",
+    "hf-hub:owner/name": "hf-hub:owner/name",
+    "convmixer_256_8": "convmixer_256_8",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_names_without_their_place(name):
+    assert publishing._without_place(name) == PLACES[name]
+
+
+def test_nothing_of_this_computer_is_published(finished_run, tmp_path, monkeypatch):
+    """Neither of the place where it was made, nor who made it."""
+    monkeypatch.setattr(publishing.hub.constants, "HF_HUB_OFFLINE", True)
+    home = tmp_path / "home" / "somebody"
+    base = convmixer.save_pretrained(NAME, home / "base")
+    recipe = json.loads((finished_run / "recipe.json").read_text())
+    recipe |= {"model": f"local-dir:{base}", "checkpoint": str(home / "start.safetensors")}
+    (finished_run / "recipe.json").write_text(json.dumps(recipe))
+    result = json.loads((finished_run / "result.json").read_text())
+    result |= {"data": f"wds/{home}/cats-{{0..9}}.tar|10", "command": f"convmixer train {home}/x", "recipe": recipe}
+    result |= {"test_accuracy": {f"hfds/{home}/cats": 50.0}, "test_images": {f"hfds/{home}/cats": 10}}
+    (finished_run / "result.json").write_text(json.dumps(result))
+    for name, source in {"run": finished_run, "folder": f"local-dir:{base}", "model": NAME}.items():
+        folder = convmixer.save_pretrained(source, home / name)
+        contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+        contents.append(convmixer.push_to_hub(source, f"me/{name}", dry_run=True).card.encode())
+        for content in contents:
+            assert b"somebody" not in content
+            assert str(tmp_path).encode() not in content
+    card = (home / "run" / "README.md").read_text()
+    assert "Training data: wds/cats-{0..9}.tar\\|10, 49,000 images." in card
+    assert "`checkpoint='start.safetensors'`" in card
+
+
+def test_a_weights_file(tmp_path):
+    """A file of a variant's shapes says nothing of itself but its class names."""
+    weights = convmixer.model_info(f"{NAME}.cifar10").weights[0]
+    folder = convmixer.save_pretrained(weights.path, tmp_path / "folder")
+    assert json.loads((folder / "config.json").read_text())["label_names"] == list(weights.label_names)
+    assert ModelCard.load(folder / "README.md").data.license is None
 
 
 def test_registered_weights_bring_their_record(tmp_path):
@@ -383,10 +431,13 @@ def test_other_heads_and_places(small, tmp_path, finished_run):
     folder = convmixer.save_pretrained(small, tmp_path / "folder")
     with pytest.raises(ArgumentError, match="is a folder in the Hub's form already"):
         convmixer.push_to_hub(folder, "me/x")
+    (finished_run / "result.json").rename(tmp_path / "result.json")
+    with pytest.raises(DataError, match=r"is no folder of a finished run, whose end writes a result.json"):
+        convmixer.push_to_hub(finished_run, "me/x")
     (finished_run / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"has no model.safetensors, which the end of a run writes"):
         convmixer.push_to_hub(finished_run, "me/x")
-    with pytest.raises(DataError, match="is no folder of a finished run"):
+    with pytest.raises(DataError, match=r"is no folder of a run, which has a recipe.json"):
         convmixer.push_to_hub(tmp_path, "me/x")
 
 

@@ -22,7 +22,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
-from convmixer.errors import ArgumentError, DataError
+from convmixer.errors import ArgumentError, ConvMixerError, DataError, optional
 from convmixer.inference import read_image
 from convmixer.training.recipes import Recipe
 from convmixer.transforms import normalization
@@ -237,7 +237,7 @@ def open_split(source: str | Path, split: str, *, root: str | Path | None = None
             dataset = create_dataset(name, root=root and str(root), split=split, **_columns(name, split, root))
         else:
             dataset = create_dataset("", root=str(_find_split(Path(source), split)), search_split=False)
-    except DataError:
+    except ConvMixerError:
         raise
     except Exception as error:  # each reader has its own; the message must name the source
         missing = isinstance(error, RuntimeError) and name.startswith("torch/") and not download
@@ -351,10 +351,7 @@ class Fit:
 
 def _columns(name: str, split: str, root: str | Path | None) -> dict[str, str]:
     """Which columns of a Hugging Face data set hold images and labels: timm expects "image" and "label"."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{name!r} needs the datasets library: pip install 'convmixer[train]'") from error
+    datasets = optional("datasets", repr(name), "train")
     loaded = datasets.load_dataset(name.removeprefix("hfds/"), split=split, cache_dir=root and str(root))
     kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}
     found = {key: [c for c, f in loaded.features.items() if isinstance(f, kind)] for key, kind in kinds.items()}

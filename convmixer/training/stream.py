@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
-from convmixer.errors import DataError, DependencyError
+from convmixer.errors import DataError, optional
 from convmixer.inference import read_image
 from convmixer.training.data import (
     SHARDS,
@@ -309,10 +309,7 @@ def open_stream(
 
 def _find_shards(name: str, split: str) -> tuple[tuple[str, ...], list[str], int]:
     """Class names, tars and number of samples of a split."""
-    try:
-        import webdataset
-    except ImportError as error:
-        raise DependencyError(f"{name!r} needs the webdataset library: pip install 'convmixer[train]'") from error
+    webdataset = optional("webdataset", repr(name), "train")
     folder, _, pattern = name.removeprefix(SHARDS).rpartition("/") if ".tar" in name else (name[len(SHARDS) :], "", "")
     problems = []
     for candidate in [pattern] if pattern else SPLITS[split]:
