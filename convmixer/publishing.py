@@ -329,7 +329,7 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
     """The model of a finished run, and what its folder tells."""
     from convmixer.training.recipes import Recipe  # with it the whole of training is imported
 
-    if not (run / "recipe.json").is_file() and (run / "config.json").is_file():
+    if not (run / "result.json").is_file() and (run / "config.json").is_file():  # recipe.json may be in both
         raise ArgumentError(
             f"{str(run)!r} is a folder in the Hub's form already. Publish it as it is with `hf upload OWNER/NAME "
             f"{run}`, or give local-dir:{run} to write another card for it"

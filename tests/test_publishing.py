@@ -428,9 +428,10 @@ def test_other_heads_and_places(small, tmp_path, finished_run):
     (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match="is a file: give a folder"):
         convmixer.save_pretrained(small, tmp_path / "file")
-    folder = convmixer.save_pretrained(small, tmp_path / "folder")
-    with pytest.raises(ArgumentError, match="is a folder in the Hub's form already"):
-        convmixer.push_to_hub(folder, "me/x")
+    for name, source in {"folder": small, "of a run": finished_run}.items():
+        folder = convmixer.save_pretrained(source, tmp_path / name)
+        with pytest.raises(ArgumentError, match="is a folder in the Hub's form already"):
+            convmixer.push_to_hub(folder, "me/x")
     (finished_run / "result.json").rename(tmp_path / "result.json")
     with pytest.raises(DataError, match=r"is no folder of a finished run, whose end writes a result.json"):
         convmixer.push_to_hub(finished_run, "me/x")
