@@ -104,6 +104,8 @@ def _onnx(job: _Job, path: Path) -> Run:
 def _openvino(job: _Job, path: Path) -> Run:
     openvino = optional("openvino", "the format openvino", "export")
     model = openvino.convert_model(job.program(torch.float32))
+    # The conversion leaves open what the program does not; a fixed size lets the runtime plan ahead.
+    model.reshape([-1 if axis in job.shapes["images"] else side for axis, side in enumerate(job.example.shape)])
     model.inputs[0].get_tensor().set_names({"images"})
     model.outputs[0].get_tensor().set_names({job.output})
     for key, value in job.metadata.items():
