@@ -150,10 +150,10 @@ def _patiently(call: Callable[[], Result]) -> Result:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it arose from, what that arose from, ..., as a traceback shows them."""
+    """An error, what it arose from, what that arose from, ...; also what a library hides by `from None`."""
     while error is not None:
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = error.__cause__ or error.__context__
 
 
 def _response(error: BaseException) -> Any:
