@@ -31,7 +31,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer import native
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing
 from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, l2_cache, prefers_channels_last
 from convmixer.inference import read_image
@@ -91,7 +91,7 @@ def _missing(backend: str, device: torch.device = _CPU) -> str | None:
     modules, extra = _NEEDS.get(backend, ((), ""))
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
-        return f"{backend} needs {' and '.join(absent)}, which is missing: pip install 'convmixer[{extra}]'"
+        return missing(backend, absent, extra)
     if device.type == "cpu" and backend in ("compile", "native") and native.compiler() is None:
         return f"{backend} needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
     if backend == "compile" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -100,9 +100,8 @@ def _missing(backend: str, device: torch.device = _CPU) -> str | None:
 
 
 def _require(backend: str, device: torch.device = _CPU) -> None:
-    missing = _missing(backend, device)
-    if missing:
-        raise DependencyError(missing)
+    if lacking := _missing(backend, device):
+        raise DependencyError(lacking)
 
 
 def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:

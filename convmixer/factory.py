@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from convmixer import hub
-from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise
+from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise, variant_of
 from convmixer.config import MAX_SIDE, read_config
-from convmixer.errors import ArgumentError, WeightsError, nearest
+from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
 from convmixer.hardware import prefers_channels_last
 from convmixer.model import ConvMixer, check_dtype
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
+from convmixer.untrusted import json_excess
 
-__all__ = ["create_model", "resolve_device"]
+__all__ = ["create_model", "open_model", "read_recipe", "resolve_device"]
 
 # What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
 _MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
@@ -218,6 +220,51 @@ def create_model(
     return model
 
 
+def open_model(source: str | Path, *, checkpoint: str | Path | None = None, device: str | torch.device = "auto") -> Any:
+    """A model with its weights, of whatever a user calls a model.
+
+    Args:
+        source: The folder of a finished run of `convmixer train`, a .safetensors file of a variant's shapes, or any
+            name of `create_model`.
+        checkpoint: A .safetensors file to load in place of its weights.
+        device: As in `create_model`.
+
+    Raises:
+        DataError: A folder that is no finished run.
+        ConvMixerError: As `create_model`.
+    """
+    if os.path.isdir(source):
+        run = Path(source)
+        base = read_recipe(run)["model"]
+        weights = Path(checkpoint) if checkpoint else run / "model.safetensors"
+        if not checkpoint and not weights.is_file():
+            raise DataError(
+                f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or "
+                f"load best.safetensors as the checkpoint of {base}"
+            )
+        return create_model(base, checkpoint=weights, device=device)
+    if os.path.isfile(source):
+        return create_model(variant_of(source), checkpoint=checkpoint or source, device=device)
+    return create_model(str(source), pretrained=True, checkpoint=checkpoint, device=device)
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """recipe.json of the folder of a run of `convmixer train`; a DataError if it is none."""
+    try:
+        recipe: dict[str, Any] = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+        if not isinstance(recipe["model"], str):
+            raise TypeError("model is no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = "give a run, or a model's name such as those of `convmixer list`"
+        if (run / "config.json").is_file():
+            hint = f"it is in the Hub's form, so give local-dir:{run}"
+        raise DataError(
+            f"{str(run)!r} is no folder of a run, which has a recipe.json that names a model "
+            f"({type(error).__name__}: {error}): {hint}"
+        ) from error
+    return recipe
+
+
 class _NoInit(TorchFunctionMode):
     """Leaves out initialisers: on the meta device there is nothing to fill, and the calls are a third of the time."""
 
@@ -257,8 +304,12 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
     if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
         found["input_size"] = (stem.shape[1], *config["input_size"][1:])
     header = read_metadata(path)
+    texts = [header.get(name, "null") for name in ("label_names", "input_size")]
+    for text in texts:
+        if excess := json_excess(text.encode()):
+            raise WeightsError(f"label_names or input_size in the header of {str(path)!r} has {excess}")
     try:
-        labels, size = (json.loads(header.get(name, "null")) for name in ("label_names", "input_size"))
+        labels, size = map(json.loads, texts)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"label_names or input_size in the header of {str(path)!r} is not JSON: {error}") from error
     if isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MAX_SIDE for n in size):

@@ -24,7 +24,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped
+from convmixer.errors import ArgumentError, ConvMixerError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
 from convmixer.model import ConvMixer, evaluating
@@ -643,18 +643,12 @@ def _circumstances(where: torch.device) -> dict[str, Any]:
 
 def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path, mixed_precision: str) -> Accelerator:
     """The processes of this run."""
-    try:
-        import matplotlib.figure  # noqa: F401 - for the curves, after an epoch's work
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise DependencyError(
-            f"training needs accelerate and matplotlib ({error}): pip install 'convmixer[train]'"
-        ) from error
+    optional("matplotlib.figure", "training", "train")  # for the curves, after an epoch's work
+    accelerate = optional("accelerate", "training", "train")
     # What accelerate remembers of an earlier run in this process, perhaps on another device, holds no longer.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        accelerator = Accelerator(
+        accelerator: Accelerator = accelerate.Accelerator(
             cpu=where.type == "cpu",
             mixed_precision=mixed_precision,
             log_with=list(trackers) or None,

@@ -17,7 +17,7 @@ from timm.data import create_dataset
 from timm.data.readers import create_reader
 from torch import Tensor
 
-from convmixer.errors import DataError, DependencyError
+from convmixer.errors import ConvMixerError, DataError, optional
 
 READERS = ("torch/", "hfds/")
 SHARDS = "wds/"
@@ -214,7 +214,7 @@ def open_split(
             dataset = create_dataset(name, root=root and str(root), split=split, **_columns(name, split, root))
         else:
             dataset = create_dataset("", root=str(_find_split(Path(source), split)), search_split=False)
-    except DataError:
+    except ConvMixerError:
         raise
     except Exception as error:  # each reader has its own; the message must name the source
         missing = isinstance(error, RuntimeError) and name.startswith("torch/") and not download
@@ -227,10 +227,7 @@ def open_split(
 
 def _columns(name: str, split: str, root: str | Path | None) -> dict[str, str]:
     """Which columns of a Hugging Face data set hold images and labels: timm expects "image" and "label"."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{name!r} needs the datasets library: pip install 'convmixer[train]'") from error
+    datasets = optional("datasets", repr(name), "train")
     loaded = datasets.load_dataset(name.removeprefix("hfds/"), split=split, cache_dir=root and str(root))
     kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}
     found = {key: [c for c, f in loaded.features.items() if isinstance(f, kind)] for key, kind in kinds.items()}
@@ -252,10 +249,7 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
 
 
 def _open_shards(name: str, split: str) -> ShardSplit:
-    try:
-        import webdataset
-    except ImportError as error:
-        raise DependencyError(f"{name!r} needs the webdataset library: pip install 'convmixer[train]'") from error
+    webdataset = optional("webdataset", repr(name), "train")
     folder, _, pattern = name.removeprefix(SHARDS).rpartition("/") if ".tar" in name else (name[len(SHARDS) :], "", "")
     problems = []
     for candidate in [pattern] if pattern else SPLITS[split]:
