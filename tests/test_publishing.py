@@ -298,7 +298,7 @@ def test_snippets_run(arguments, tmp_path, monkeypatch, cat, capsys):
 def finished_run(tmp_path):
     """The run of the weights that ship, as `convmixer train` leaves it."""
     run = tmp_path / "run"
-    shutil.copytree(ROOT / "docs" / "runs" / "convmixer_256_8.cifar10", run)
+    shutil.copytree(ROOT / "docs" / "runs" / "convmixer_256_8.cifar10" / "third", run)
     shutil.copy(convmixer.model_info(f"{NAME}.cifar10").weights[0].path, run / "model.safetensors")
     (run / "plots").mkdir()
     Image.new("RGB", (4, 4)).save(run / "plots" / "history.png")
@@ -513,7 +513,7 @@ cli("push", "convmixer_256_8", "me/dry", "--metric", "top-1", "--dry-run", statu
 def hub(tmp_path_factory):
     """The server after all pushes, and the client's records."""
     run = tmp_path_factory.mktemp("parent") / "run"
-    shutil.copytree(ROOT / "docs" / "runs" / "convmixer_256_8.cifar10", run)
+    shutil.copytree(ROOT / "docs" / "runs" / "convmixer_256_8.cifar10" / "third", run)
     shutil.copy(convmixer.model_info(f"{NAME}.cifar10").weights[0].path, run / "model.safetensors")
     with serve() as server:
         lines = run_client(CLIENT, tmp_path_factory.mktemp("home"), server.endpoint, HF_TOKEN=WRITER, RUN=str(run))
