@@ -290,10 +290,7 @@ class ConvMixer(nn.Module):
         if not torch.jit.is_scripting():
             check_input(x, self.in_chans, self.patch_size)
             if self._runs_fused(x):
-                features = fused.embed(self.stem, x)
-                for block in self.blocks:
-                    features = fused.mix(block, features, self.grad_checkpointing)
-                return fused.normalize(features)
+                return fused.features(self.stem, self.blocks, x, [len(self.blocks) - 1], self.grad_checkpointing)[0]
         x = self.stem(x)
         for block in self.blocks:
             x = self.block_drop(x)
@@ -366,21 +363,19 @@ class ConvMixer(nn.Module):
             raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
         taken, last = take_indices(indices, len(self.blocks))
         check_input(x, self.in_chans, self.patch_size)
-        run_fused = self._runs_fused(x)
-        features = fused.embed(self.stem, x) if run_fused else None
-        x = x if run_fused else self.stem(x)
-        intermediates: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > last:
-                break
-            if features is not None:
-                features = fused.mix(block, features, self.grad_checkpointing)
-                x = fused.normalize(features) if i in taken or i == len(self.blocks) - 1 else x
-            else:
+        blocks = self.blocks[: last + 1] if stop_early else self.blocks
+        if self._runs_fused(x):
+            wanted = sorted({*taken, len(blocks) - 1})
+            maps = fused.features(self.stem, blocks, x, wanted, self.grad_checkpointing)
+            x, found = maps[-1], [y for i, y in zip(wanted, maps, strict=True) if i in taken]
+        else:
+            x, found = self.stem(x), []
+            for i, block in enumerate(blocks):
                 x = self.block_drop(x)
                 x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
-            if i in taken:
-                intermediates.append(x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
+                if i in taken:
+                    found.append(x)
+        intermediates = [y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1) for y in found]
         return intermediates if intermediates_only else (x, intermediates)
 
     # ---- fused blocks -------------------------------------------------------------------------------------------

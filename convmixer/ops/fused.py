@@ -11,14 +11,14 @@ into the sums come back to the functions, and several processes are synchronised
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.ops import dispatch, reference
@@ -226,12 +226,12 @@ class _AllReduce(Function):
 # ---- BatchNorm of sums ----------------------------------------------------------------------------------------------
 
 
-class Moments(NamedTuple):
-    """Mean and biased variance per channel (C,), of `count` values each."""
+class _Moments(NamedTuple):
+    """Mean, variance, and variance without bias, per channel (C,)."""
 
     mean: Tensor
     var: Tensor
-    count: Any
+    unbiased: Tensor
 
 
 @dataclass(frozen=True)
@@ -268,12 +268,12 @@ class _Norm:
         weight, bias = (None if p is None else p.to(wide) for p in (module.weight, module.bias))
         return _Norm(weight, bias, mean, var, module.eps, batch, synchronised, group)
 
-    def moments(self, u: Tensor, s: Tensor | None = None, q: Tensor | None = None) -> Moments:
-        """Of activations of u's shape with these sums; those that are kept, if not by batch."""
+    def moments(self, u: Tensor, sums: Sequence[Tensor]) -> _Moments:
+        """Of activations that have u's shape and these sums; without `batch`, those that are kept."""
+        if self.var is not None:
+            return _Moments(self.mean, self.var, self.var)
+        s, q = sums
         count: Any = u.shape[0] * u.shape[2] * u.shape[3]
-        if self.var is not None or s is None or q is None:
-            assert self.var is not None
-            return Moments(self.mean, self.var, count)
         if self.synchronised:
             # The running means of all processes are one, so their sums are relative to the same.
             total = _AllReduce.apply(torch.cat([s, q, s.new_full((1,), count)]), self.group)
@@ -284,9 +284,10 @@ class _Norm:
                 f"{tuple(u.shape)} have 1: give more images, or larger ones"
             )
         offset = s / count
-        return Moments(self.mean + offset, (q / count - offset.square()).clamp(min=0), count)
+        var = (q / count - offset.square()).clamp(min=0)
+        return _Moments(self.mean + offset, var, var * (count / (count - 1)))
 
-    def affine(self, moments: Moments) -> tuple[Tensor, Tensor]:
+    def affine(self, moments: _Moments) -> tuple[Tensor, Tensor]:
         """Scale and shift per channel (C,)."""
         scale = torch.rsqrt(moments.var + self.eps)
         scale = scale if self.weight is None else scale * self.weight
@@ -295,7 +296,7 @@ class _Norm:
 
 
 @torch.no_grad()
-def _track(module: Any, moments: Moments) -> None:
+def _track(module: Any, moments: _Moments) -> None:
     """Move running statistics as nn.BatchNorm2d does in training."""
     if not module.training or module.running_mean is None:
         return
@@ -304,11 +305,7 @@ def _track(module: Any, moments: Moments) -> None:
         module.num_batches_tracked.add_(1)
         if momentum is None:  # a cumulative average
             momentum = 1 / module.num_batches_tracked.to(moments.mean.dtype)
-    count = moments.count
-    for running, now in (
-        (module.running_mean, moments.mean),
-        (module.running_var, moments.var * (count / (count - 1))),
-    ):
+    for running, now in ((module.running_mean, moments.mean), (module.running_var, moments.unbiased)):
         wide = running.to(now.dtype)
         running.copy_(wide + (now - wide) * (0.0 if momentum is None else momentum))
 
@@ -316,7 +313,7 @@ def _track(module: Any, moments: Moments) -> None:
 # ---- stem and blocks ------------------------------------------------------------------------------------------------
 
 
-class Features(NamedTuple):
+class _State(NamedTuple):
     """Features `scale * act(u) + shift`; where scale and shift are None, u itself."""
 
     u: Tensor
@@ -325,66 +322,105 @@ class Features(NamedTuple):
     act: str
 
 
-def embed(stem: Any, x: Tensor) -> Features:
-    """The stem's features of images."""
+def features(stem: Any, blocks: Any, images: Tensor, taken: Iterable[int], checkpointing: bool = False) -> list[Tensor]:
+    """What the stem and the blocks make of images, as `check` expects them to be.
+
+    Args:
+        stem: Convolution, activation, BatchNorm.
+        blocks: See `check`.
+        images: (B, in_chans, H, W).
+        taken: The blocks whose output is wanted, as numbers.
+        checkpointing: Keep one feature map per block, u, and compute c anew.
+
+    Returns:
+        Feature maps (B, C, h, w), in the order of the blocks.
+    """
+
+    def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
+        state, *moments = _embed(stem, images)
+        found = []
+        for i, block in enumerate(blocks):
+            state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling())
+            moments += more
+            if i in taken:
+                found.append(_normalize(state))
+        return found, moments
+
+    run: Any = compute
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # Left to itself, a compiler also keeps a part of what the backward pass would compute anew.
+        policy = functools.partial(_policy, checkpointing)
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    found, moments = run(images)
+    modules = [stem[2], *(module for block in blocks for module in (block[0].fn[2], block[3]))]
+    for module, its in zip(modules, moments, strict=True):
+        _track(module, its)  # here and not where a checkpoint would do it twice
+    return found
+
+
+def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, **_options: Any) -> CheckpointPolicy:
+    kept = operator is torch.ops.convmixer.pointwise.default
+    if operator is torch.ops.aten.convolution.default:
+        kept = not checkpointing or arguments[8] == 1  # groups
+    elif operator is torch.ops.convmixer.depthwise.default:
+        kept = not checkpointing
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _embed(stem: Any, images: Tensor) -> tuple[_State, _Moments]:
     convolution, act, module = stem
-    u = convolution(x)
+    u = convolution(images)
     dispatch.check(u.device, u.dtype)
     norm, act = _Norm.of(module, u), _ACTIVATIONS[type(act)]
-    moments = norm.moments(u, *_Stats.apply(u, norm.mean, act)) if norm.batch else norm.moments(u)
-    _track(module, moments)
-    features = Features(u, *norm.affine(moments), act)
-    if norm.batch or torch.is_grad_enabled():
-        return features
-    return Features(normalize(features), None, None, act)
+    moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
+    return _State(u, *norm.affine(moments), act), moments
 
 
-def mix(block: Any, features: Features, checkpointing: bool = False) -> Features:
-    """A block's features of those before it; with `checkpointing` only its u is kept, and c computed anew."""
+def _mix(block: Any, state: _State, checkpointing: bool) -> tuple[_State, _Moments, _Moments]:
+    """A block after the features before it."""
     (depthwise, act, module1), pointwise, _, module2 = block[0].fn, *block[1:]
-    u, act = features.u, _ACTIVATIONS[type(act)]
+    u, act = state.u, _ACTIVATIONS[type(act)]
     norm1, norm2 = _Norm.of(module1, u), _Norm.of(module2, u)
     if not (torch.is_grad_enabled() or norm1.batch or norm2.batch):
-        return _infer(depthwise, pointwise, norm1, norm2, normalize(features), act)
-    before, scale, shift = features.act, features.scale, features.shift
+        return _infer(depthwise, pointwise, norm1, norm2, _normalize(state), act)
+    before, scale, shift = state.act, state.scale, state.shift
     if scale is None or shift is None:
         before, scale, shift = "identity", torch.ones_like(norm1.mean), torch.zeros_like(norm1.mean)
 
-    # Parameters are arguments: what is computed anew must be computed with these, whatever the modules hold by then.
     def compute(u: Tensor, scale: Tensor, shift: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
-        x, c, s, q = _Depthwise.apply(
-            u, scale, shift, *parameters[:2], norm1.mean, before, act, norm1.batch
-        )
-        moments = norm1.moments(c, s, q)
-        mine = norm1.affine(moments)
+        x, c, *sums = _Depthwise.apply(u, scale, shift, *parameters[:2], norm1.mean, before, act, norm1.batch)
+        moments = norm1.moments(c, sums)
         kept = u.detach(), scale.detach(), shift.detach()
-        u, s, q = _Pointwise.apply(c, *mine, x, *parameters[2:], *kept, norm2.mean, before, act, norm2.batch)
-        return u, s, q, *moments
+        own = norm1.affine(moments)
+        return *_Pointwise.apply(c, *own, x, *parameters[2:], *kept, norm2.mean, before, act, norm2.batch), *moments
 
-    parameters = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
+    run: Any = compute
     if checkpointing and torch.is_grad_enabled():
-        compute = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
-    u, s, q, *moments1 = compute(u, scale, shift, *parameters)
-    moments2 = norm2.moments(u, s, q)
-    # Here and not where a checkpoint would do it twice.
-    _track(module1, Moments(*moments1))
-    _track(module2, moments2)
-    return Features(u, *norm2.affine(moments2), act)
+        run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    # Parameters are arguments: what is computed anew must have these, whatever the modules hold by then.
+    parameters = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
+    u, s, q, *moments1 = run(u, scale, shift, *parameters)
+    moments2 = norm2.moments(u, (s, q))
+    return _State(u, *norm2.affine(moments2), act), _Moments(*moments1), moments2
 
 
-def _infer(depthwise: Any, pointwise: Any, norm1: _Norm, norm2: _Norm, x: Tensor, act: str) -> Features:
+def _infer(
+    depthwise: Any, pointwise: Any, norm1: _Norm, norm2: _Norm, x: Tensor, act: str
+) -> tuple[_State, _Moments, _Moments]:
     kernels, wide = dispatch.kernels(x), norm1.mean.dtype
+    moments1, moments2 = norm1.moments(x, ()), norm2.moments(x, ())
     weights = depthwise.weight.to(x.dtype), depthwise.bias.to(wide), act
-    z = kernels.depthwise_infer(x, *weights, *norm1.affine(norm1.moments(x)), x)
+    z = kernels.depthwise_infer(x, *weights, *norm1.affine(moments1), x)
     weights = pointwise.weight.flatten(1).to(x.dtype), pointwise.bias.to(wide), act
-    return Features(kernels.pointwise_infer(z, *weights, *norm2.affine(norm2.moments(x))), None, None, act)
+    return _State(kernels.pointwise_infer(z, *weights, *norm2.affine(moments2)), None, None, act), moments1, moments2
 
 
-def normalize(features: Features) -> Tensor:
+def _normalize(state: _State) -> Tensor:
     """The features themselves, (B, C, H, W)."""
-    if features.scale is None:
-        return features.u
-    result: Tensor = _Normalize.apply(*features)
+    if state.scale is None:
+        return state.u
+    result: Tensor = _Normalize.apply(*state)
     return result
 
 
