@@ -160,9 +160,7 @@ class _Pointwise(Function):
 
 def _convolution_grads(grad: Tensor, z: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Any:
     one, none = [1, 1], [0, 0]
-    return torch.ops.aten.convolution_backward(
-        grad, z, weight, None, one, none, one, False, none, 1, [*wanted, False]
-    )
+    return torch.ops.aten.convolution_backward(grad, z, weight, None, one, none, one, False, none, 1, [*wanted, False])
 
 
 class _Normalize(Function):
@@ -360,11 +358,13 @@ def features(stem: Any, blocks: Any, images: Tensor, taken: Iterable[int], check
 
 
 def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, **_options: Any) -> CheckpointPolicy:
-    kept = operator is torch.ops.convmixer.pointwise.default
     if operator is torch.ops.aten.convolution.default:
         kept = not checkpointing or arguments[8] == 1  # groups
     elif operator is torch.ops.convmixer.depthwise.default:
         kept = not checkpointing
+    else:  # beside u, vectors and what makes them of feature maps
+        kept = operator in (torch.ops.convmixer.pointwise.default, torch.ops.aten.sum.dim_IntList)
+        kept |= all(argument.ndim < 2 for argument in arguments if isinstance(argument, Tensor))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -120,15 +120,22 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Te
 
 
 def _taps(x: Tensor, grad: Tensor, size: int) -> Tensor:
-    before, after = _borders(size)
     height, width = x.shape[-2:]
     # Not permuted to (B, H, W, C): a compiler would then store x in a layout that is slow to read.
-    padded, last = _wide(F.pad(x, (before, after, before, after))), _wide(grad)
-    taps = [
-        (padded[..., i : i + height, j : j + width] * last).sum((2, 3)) for i in range(size) for j in range(size)
-    ]
+    padded, last = _wide(torch.ops.convmixer.pad(x, *_borders(size))), _wide(grad)
+    taps = [(padded[..., i : i + height, j : j + width] * last).sum((2, 3)) for i in range(size) for j in range(size)]
     # Summed per image first: the partial sums of one image stay in the cache.
     return torch.stack(taps, 2).sum(0)
+
+
+def _pad(x: Tensor, before: int, after: int) -> Tensor:
+    return F.pad(x, (before, after, before, after))
+
+
+# An operator that compilers cannot look into: what x is made of is computed once, and not for each tap.
+torch.library.define("convmixer::pad", "(Tensor x, int before, int after) -> Tensor")
+torch.library.impl("convmixer::pad", "CPU")(_pad)
+torch.library.register_fake("convmixer::pad")(_pad)
 
 
 def _toeplitz(x: Tensor, grad: Tensor, size: int) -> Tensor:
