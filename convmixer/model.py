@@ -255,7 +255,7 @@ class ConvMixer(nn.Module):
         self.in_chans = in_chans
         self.num_features = dim
         self.grad_checkpointing = False
-        self.fused = False
+        self.fused = self.sync_batchnorm = False
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype),
             _new(act, device, dtype),
@@ -290,7 +290,7 @@ class ConvMixer(nn.Module):
         if not torch.jit.is_scripting():
             check_input(x, self.in_chans, self.patch_size)
             if self._runs_fused(x):
-                return fused.features(self.stem, self.blocks, x, [len(self.blocks) - 1], self.grad_checkpointing)[0]
+                return self._fused_features(x, self.blocks, [len(self.blocks) - 1])[0]
         x = self.stem(x)
         for block in self.blocks:
             x = self.block_drop(x)
@@ -366,7 +366,7 @@ class ConvMixer(nn.Module):
         blocks = self.blocks[: last + 1] if stop_early else self.blocks
         if self._runs_fused(x):
             wanted = sorted({*taken, len(blocks) - 1})
-            maps = fused.features(self.stem, blocks, x, wanted, self.grad_checkpointing)
+            maps = self._fused_features(x, blocks, wanted)
             x, found = maps[-1], [y for i, y in zip(wanted, maps, strict=True) if i in taken]
         else:
             x, found = self.stem(x), []
@@ -381,7 +381,7 @@ class ConvMixer(nn.Module):
     # ---- fused blocks -------------------------------------------------------------------------------------------
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
-    def set_fused(self, enable: bool | Literal["auto"] = True) -> None:
+    def set_fused(self, enable: bool | Literal["auto"] = True, *, sync_batchnorm: bool = False) -> None:
         """Compute stem and blocks by fused functions, which keep less than half as much for the backward pass.
 
         Parameters, state dict and results stay the same, up to rounding. TorchScript, `torch.fx` and `torch.export` see
@@ -390,6 +390,9 @@ class ConvMixer(nn.Module):
         Args:
             enable: False goes back to the layers. "auto" switches on what is possible for this model and the device
                 that it is on, and writes the choice to the log.
+            sync_batchnorm: In training, BatchNorm sees the images of all processes of the default group, on CPUs too,
+                as layers of `nn.SyncBatchNorm` do. The running statistics must be the same in each; DistributedDataParallel
+                makes them so.
 
         Raises:
             ArgumentError: The model has what fused blocks do not: dropout between blocks, stochastic depth, activations
@@ -399,8 +402,10 @@ class ConvMixer(nn.Module):
         """
         if not (isinstance(enable, bool) or enable == "auto"):
             raise ArgumentError(f"fused={enable!r}; valid: True, False, 'auto'")
-        self.fused = False
+        self.fused = self.sync_batchnorm = False
         if enable is False:
+            if sync_batchnorm:
+                raise ArgumentError("sync_batchnorm=True is for fused blocks; layers have nn.SyncBatchNorm for it")
             return
         weight = self.stem[0].weight
         try:
@@ -411,9 +416,13 @@ class ConvMixer(nn.Module):
                 raise
             _LOGGER.info("fused='auto': off, %s", error)
             return
-        self.fused = True
+        self.fused, self.sync_batchnorm = True, sync_batchnorm
         if enable == "auto":
             _LOGGER.info("fused='auto': on, by %s", "Triton" if weight.device.type == "cuda" else "PyTorch")
+
+    def _fused_features(self, x: Tensor, blocks: nn.Sequential, taken: list[int]) -> list[Tensor]:
+        options = {"checkpointing": self.grad_checkpointing, "sync_batchnorm": self.sync_batchnorm}
+        return fused.features(self.stem, blocks, x, taken, **options)
 
     def _check_fused(self) -> None:
         fused.check(self.stem, self.blocks, self.block_drop, depthwise=DepthwiseConv2d, residual=Residual)

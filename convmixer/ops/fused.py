@@ -232,6 +232,11 @@ class _Moments(NamedTuple):
     unbiased: Tensor
 
 
+def _processes(group: Any) -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
+
+
 @dataclass(frozen=True)
 class _Norm:
     """What a BatchNorm does to activations whose sums are known."""
@@ -246,7 +251,7 @@ class _Norm:
     group: Any
 
     @staticmethod
-    def of(module: Any, u: Tensor) -> _Norm:
+    def of(module: Any, u: Tensor, synchronised: bool) -> _Norm:
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
         batch = module.training or module.running_mean is None
         if module.running_mean is None:
@@ -254,14 +259,7 @@ class _Norm:
         else:
             mean = module.running_mean.detach().to(wide, copy=True)
         group = getattr(module, "process_group", None)
-        synchronised = (
-            batch
-            and module.training
-            and type(module) is nn.SyncBatchNorm
-            and torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size(group) > 1
-        )
+        synchronised = module.training and (synchronised or type(module) is nn.SyncBatchNorm) and _processes(group) > 1
         var = None if batch else module.running_var.detach().to(wide, copy=True)
         weight, bias = (None if p is None else p.to(wide) for p in (module.weight, module.bias))
         return _Norm(weight, bias, mean, var, module.eps, batch, synchronised, group)
@@ -293,19 +291,33 @@ class _Norm:
         return scale, shift if self.bias is None else shift + self.bias
 
 
+class _Track(Function):
+    """Moves running statistics; as a function because `torch.func` lets nothing else change a module's tensors."""
+
+    @staticmethod
+    def forward(
+        mean: Tensor, unbiased: Tensor, running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: Any
+    ) -> None:
+        if count is not None:
+            count.add_(1)
+            if momentum is None:  # a cumulative average
+                momentum = 1 / count.to(mean.dtype)
+        for running, now in ((running_mean, mean), (running_var, unbiased)):
+            wide = running.to(now.dtype)
+            running.copy_(wide + (now - wide) * (0.0 if momentum is None else momentum))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
 @torch.no_grad()
 def _track(module: Any, moments: _Moments) -> None:
     """Move running statistics as nn.BatchNorm2d does in training."""
-    if not module.training or module.running_mean is None:
-        return
-    momentum = module.momentum
-    if module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if momentum is None:  # a cumulative average
-            momentum = 1 / module.num_batches_tracked.to(moments.mean.dtype)
-    for running, now in ((module.running_mean, moments.mean), (module.running_var, moments.unbiased)):
-        wide = running.to(now.dtype)
-        running.copy_(wide + (now - wide) * (0.0 if momentum is None else momentum))
+    if module.training and module.running_mean is not None:
+        running = module.running_mean, module.running_var, module.num_batches_tracked, module.momentum
+        track = _Track.forward if torch.compiler.is_compiling() else _Track.apply
+        track(moments.mean, moments.unbiased, *running)
 
 
 # ---- stem and blocks ------------------------------------------------------------------------------------------------
@@ -320,7 +332,15 @@ class _State(NamedTuple):
     act: str
 
 
-def features(stem: Any, blocks: Any, images: Tensor, taken: Iterable[int], checkpointing: bool = False) -> list[Tensor]:
+def features(
+    stem: Any,
+    blocks: Any,
+    images: Tensor,
+    taken: Iterable[int],
+    *,
+    checkpointing: bool = False,
+    sync_batchnorm: bool = False,
+) -> list[Tensor]:
     """What the stem and the blocks make of images, as `check` expects them to be.
 
     Args:
@@ -329,16 +349,17 @@ def features(stem: Any, blocks: Any, images: Tensor, taken: Iterable[int], check
         images: (B, in_chans, H, W).
         taken: The blocks whose output is wanted, as numbers.
         checkpointing: Keep one feature map per block, u, and compute c anew.
+        sync_batchnorm: In training, BatchNorm sees the images of all processes.
 
     Returns:
         Feature maps (B, C, h, w), in the order of the blocks.
     """
 
     def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
-        state, *moments = _embed(stem, images)
+        state, *moments = _embed(stem, images, sync_batchnorm)
         found = []
         for i, block in enumerate(blocks):
-            state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling())
+            state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling(), sync_batchnorm)
             moments += more
             if i in taken:
                 found.append(_normalize(state))
@@ -368,20 +389,20 @@ def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, 
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _embed(stem: Any, images: Tensor) -> tuple[_State, _Moments]:
+def _embed(stem: Any, images: Tensor, sync_batchnorm: bool) -> tuple[_State, _Moments]:
     convolution, act, module = stem
     u = convolution(images)
     dispatch.check(u.device, u.dtype)
-    norm, act = _Norm.of(module, u), _ACTIVATIONS[type(act)]
+    norm, act = _Norm.of(module, u, sync_batchnorm), _ACTIVATIONS[type(act)]
     moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
     return _State(u, *norm.affine(moments), act), moments
 
 
-def _mix(block: Any, state: _State, checkpointing: bool) -> tuple[_State, _Moments, _Moments]:
+def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, _Moments, _Moments]:
     """A block after the features before it."""
     (depthwise, act, module1), pointwise, _, module2 = block[0].fn, *block[1:]
     u, act = state.u, _ACTIVATIONS[type(act)]
-    norm1, norm2 = _Norm.of(module1, u), _Norm.of(module2, u)
+    norm1, norm2 = _Norm.of(module1, u, sync_batchnorm), _Norm.of(module2, u, sync_batchnorm)
     if not (torch.is_grad_enabled() or norm1.batch or norm2.batch):
         return _infer(depthwise, pointwise, norm1, norm2, _normalize(state), act)
     before, scale, shift = state.act, state.scale, state.shift
