@@ -388,11 +388,11 @@ class ConvMixer(nn.Module):
         the plain layers. First derivatives only.
 
         Args:
-            enable: False goes back to the layers. "auto" switches on what is possible for this model and the device
-                that it is on, and writes the choice to the log.
+            enable: False goes back to the layers. "auto" is True where that is possible for a model on a GPU, and False
+                elsewhere, since on CPUs it saves memory but not time; the choice is written to the log.
             sync_batchnorm: In training, BatchNorm sees the images of all processes of the default group, on CPUs too,
-                as layers of `nn.SyncBatchNorm` do. The running statistics must be the same in each; DistributedDataParallel
-                makes them so.
+                as layers of `nn.SyncBatchNorm` do. The running statistics must be the same in each, as
+                DistributedDataParallel makes them.
 
         Raises:
             ArgumentError: The model has what fused blocks do not: dropout between blocks, stochastic depth, activations
@@ -407,7 +407,7 @@ class ConvMixer(nn.Module):
             if sync_batchnorm:
                 raise ArgumentError("sync_batchnorm=True is for fused blocks; layers have nn.SyncBatchNorm for it")
             return
-        weight = self.stem[0].weight
+        weight = cast("Tensor", self.stem[0].weight)
         try:
             self._check_fused()
             dispatch.check(weight.device, weight.dtype)
@@ -416,9 +416,12 @@ class ConvMixer(nn.Module):
                 raise
             _LOGGER.info("fused='auto': off, %s", error)
             return
-        self.fused, self.sync_batchnorm = True, sync_batchnorm
+        if enable == "auto" and weight.device.type != "cuda":
+            _LOGGER.info("fused='auto': off, as on %s it saves memory but not time", weight.device.type)
+            return
         if enable == "auto":
-            _LOGGER.info("fused='auto': on, by %s", "Triton" if weight.device.type == "cuda" else "PyTorch")
+            _LOGGER.info("fused='auto': on, by Triton")
+        self.fused, self.sync_batchnorm = True, sync_batchnorm
 
     def _fused_features(self, x: Tensor, blocks: nn.Sequential, taken: list[int]) -> list[Tensor]:
         options = {"checkpointing": self.grad_checkpointing, "sync_batchnorm": self.sync_batchnorm}

@@ -226,7 +226,7 @@ def test_less_than_half_of_the_activations_are_kept(run):
     assert kept(fused, x, forward) <= limit * kept(theirs, x)
 
 
-# ---- everything else a model is used for ------------------------------------------------------------------------------
+# ---- everything else a model is used for ----------------------------------------------------------------------------
 
 
 def test_on_and_off_and_on():
@@ -247,14 +247,14 @@ def test_create_model():
     model = convmixer.create_model("convmixer_256_8", device="cpu", fused=True, depth=1, dim=8)
     assert model.fused
     backbone = convmixer.create_model(
-        "convmixer_256_8", device="cpu", fused="auto", features_only=True, out_indices=(0, 2), depth=4, dim=8
+        "convmixer_256_8", device="cpu", fused=True, features_only=True, out_indices=(0, 2), depth=4, dim=8
     )
     assert backbone.model.fused
     plain = copy.deepcopy(backbone)
     plain.model.set_fused(False)
     x = torch.randn(2, 3, 16, 16)
     assert_equal(backbone(x), plain(x), 1e-5)
-    with pytest.raises(ArgumentError, match="block_drop_rate=0.1, and fused blocks have no dropout"):
+    with pytest.raises(ArgumentError, match=r"block_drop_rate=0\.1, and fused blocks have no dropout"):
         convmixer.create_model("convmixer_256_8", device="cpu", fused=True, block_drop_rate=0.1)
 
 
@@ -462,6 +462,7 @@ def test_models_that_cannot_be_fused(changes, text):
         (lambda m: _replace(m, "blocks.0.0.fn.1", nn.ReLU()), "its activations differ: GELU, ReLU"),
         (lambda m: _replace(m, "stem.1", nn.GELU("tanh")), "stem.1 is a GELU approximated by tanh"),
         (lambda m: _replace(m, "blocks.2.1", nn.Conv2d(12, 12, 1, bias=False)), "blocks.2.1 has no bias"),
+        (lambda m: _replace(m, "blocks.2.1", nn.Conv2d(12, 12, 1, groups=2)), "blocks.2.1 is no plain 1x1 convolution"),
         (lambda m: m.blocks[1].append(nn.Identity()), "blocks.1 has 5 layers, not 4"),
         (lambda m: m.stem.register_forward_hook(lambda *_: None), "stem has hooks or a forward of its own"),
         (lambda m: m.blocks[2][0].fn[2].register_forward_pre_hook(lambda *_: None), "blocks.2.0.fn.2 has hooks"),
@@ -487,7 +488,7 @@ def test_devices_and_types_without_kernels(monkeypatch):
     with pytest.raises(ConvMixerError, match="no fused blocks for 'mps' devices, only for cpu and cuda"):
         dispatch.check(torch.device("mps"), torch.float32)
     monkeypatch.setitem(sys.modules, "convmixer.ops.triton", None)
-    with pytest.raises(DependencyError, match="fused blocks on a GPU need Triton .*pip install triton"):
+    with pytest.raises(DependencyError, match=r"fused blocks on a GPU need Triton .*pip install triton"):
         dispatch.check(torch.device("cuda"), torch.float32)
     monkeypatch.setitem(sys.modules, "convmixer.ops.triton", reference)
     with pytest.raises(ConvMixerError, match=r"fused blocks on a GPU take .*torch.float16, not torch.float64"):
@@ -495,17 +496,29 @@ def test_devices_and_types_without_kernels(monkeypatch):
     dispatch.check(torch.device("cuda"), torch.bfloat16)
 
 
-def test_auto_says_once_what_it_chose(caplog):
+def test_auto_says_once_what_it_chose(caplog, monkeypatch):
     caplog.set_level(logging.INFO, "convmixer")
+    for changes in ({}, {"drop_path_rate": 0.1}):
+        model = ConvMixer(**SHAPE, **changes)
+        model.set_fused("auto")
+        model(torch.randn(2, 3, 8, 8))
+        assert not model.fused
+    monkeypatch.setitem(sys.modules, "convmixer.ops.triton", reference)
     model = ConvMixer(**SHAPE)
+    monkeypatch.setattr(type(model.stem[0].weight), "device", torch.device("cuda"))
     model.set_fused("auto")
-    model(torch.randn(2, 3, 8, 8))
     assert model.fused
-    model = ConvMixer(**SHAPE, drop_path_rate=0.1)
-    model.set_fused("auto")
-    assert not model.fused
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["fused='auto'"] * 2
-    assert "on, by PyTorch" in caplog.text
-    assert "off, this model cannot be fused: drop_path_rate is above 0" in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [
+        "fused='auto': off, as on cpu it saves memory but not time",
+        "fused='auto': off, this model cannot be fused: drop_path_rate is above 0, and fused blocks have no stochastic "
+        "depth. set_fused(False) runs its layers one by one",
+        "fused='auto': on, by Triton",
+    ]
+
+
+def test_switches_that_do_not_exist():
+    model = ConvMixer(**SHAPE)
     with pytest.raises(ArgumentError, match="fused='yes'; valid: True, False, 'auto'"):
         model.set_fused("yes")
+    with pytest.raises(ArgumentError, match="sync_batchnorm=True is for fused blocks"):
+        model.set_fused(False, sync_batchnorm=True)

@@ -2,10 +2,10 @@
 
     c = depthwise(x) + bias      z = BatchNorm(act(c)) + x      u = pointwise(z) + bias      y = BatchNorm(act(u))
 
-Between blocks goes u with the scale and shift of its BatchNorm, in place of y = scale * act(u) + shift. Each block keeps
-c and u; its backward pass computes x anew from the u of the block before, and z from c and x. The functions return the
-sums that BatchNorm needs. Mean, variance, scale and shift are made of these by plain autograd on vectors, so the gradients
-into the sums come back to the functions, and several processes are synchronised by adding up their sums.
+Between blocks goes u with the scale and shift of its BatchNorm, in place of y = scale * act(u) + shift. Each block
+keeps c and u; its backward pass computes x anew from the u of the block before, and z from c and x. The functions
+return the sums that BatchNorm needs. Mean, variance, scale and shift are made of these by plain autograd on vectors,
+so the gradients into the sums come back to the functions, and several processes are synchronised by adding up sums.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ class _Norm:
         if self.synchronised:
             # The running means of all processes are one, so their sums are relative to the same.
             total = _AllReduce.apply(torch.cat([s, q, s.new_full((1,), count)]), self.group)
-            s, q, count = *total[:-1].chunk(2), total[-1].detach()
+            (s, q), count = total[:-1].chunk(2), total[-1].detach()
         elif count == 1:
             raise ArgumentError(
                 "BatchNorm in training mode needs more than 1 value per channel, and features of shape "
@@ -357,7 +357,7 @@ def features(
 
     def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
         state, *moments = _embed(stem, images, sync_batchnorm)
-        found = []
+        found: list[Tensor] = []
         for i, block in enumerate(blocks):
             state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling(), sync_batchnorm)
             moments += more
@@ -371,6 +371,7 @@ def features(
         policy = functools.partial(_policy, checkpointing)
         contexts = functools.partial(create_selective_checkpoint_contexts, policy)
         run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    found: list[Tensor]
     found, moments = run(images)
     modules = [stem[2], *(module for block in blocks for module in (block[0].fn[2], block[3]))]
     for module, its in zip(modules, moments, strict=True):
@@ -400,7 +401,7 @@ def _embed(stem: Any, images: Tensor, sync_batchnorm: bool) -> tuple[_State, _Mo
 
 def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, _Moments, _Moments]:
     """A block after the features before it."""
-    (depthwise, act, module1), pointwise, _, module2 = block[0].fn, *block[1:]
+    (depthwise, act, module1), (_, pointwise, _, module2) = block[0].fn, block
     u, act = state.u, _ACTIVATIONS[type(act)]
     norm1, norm2 = _Norm.of(module1, u, sync_batchnorm), _Norm.of(module2, u, sync_batchnorm)
     if not (torch.is_grad_enabled() or norm1.batch or norm2.batch):
@@ -448,7 +449,7 @@ def _normalize(state: _State) -> Tensor:
 # ---- what can be fused ----------------------------------------------------------------------------------------------
 
 
-def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residual: type) -> None:
+def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residual: type[Any]) -> None:
     """Raise ArgumentError where fused blocks would not compute what the layers compute.
 
     Args:
@@ -463,16 +464,17 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
         raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
 
 
-def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type) -> Iterator[str]:
+def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> Iterator[str]:
     if block_drop.p:
         yield f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them"
     plain = ((nn.Conv2d,), tuple(_ACTIVATIONS), _NORMS)
     groups: list[tuple[str, Any, Any]] = [("stem", stem, plain)]
     for i, block in enumerate(blocks):
         groups.append((f"blocks.{i}", block, ((residual,), *plain)))
-        if type(block[0]) is residual:
-            groups.append((f"blocks.{i}.0.fn", block[0].fn, ((depthwise,), *plain[1:])))
-            if getattr(block[0].drop_path, "drop_prob", 0.0):
+        first: Any = block[0]
+        if isinstance(first, residual):
+            groups.append((f"blocks.{i}.0.fn", first.fn, ((depthwise,), *plain[1:])))
+            if getattr(first.drop_path, "drop_prob", 0.0):
                 yield "drop_path_rate is above 0, and fused blocks have no stochastic depth"
     activations = set()
     for group, modules, expected in groups:
@@ -484,6 +486,8 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
                 yield f"{group}.{i} is a GELU approximated by {module.approximate}"
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 yield f"{group}.{i} has no bias"
+            if kind is nn.Conv2d and group != "stem" and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
+                yield f"{group}.{i} is no plain 1x1 convolution"
             if kind in _ACTIVATIONS:
                 activations.add(kind.__name__)
             if _is_called_for_more(module):
@@ -494,6 +498,10 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
             yield f"{group} has hooks or a forward of its own, which would not be called"
     if len(activations) > 1:
         yield f"its activations differ: {', '.join(sorted(activations))}"
+
+
+def _geometry(convolution: Any) -> tuple[Any, ...]:
+    return convolution.kernel_size, convolution.stride, convolution.padding, convolution.groups
 
 
 def _is_called_for_more(module: nn.Module) -> bool:
