@@ -150,6 +150,7 @@ class _Pointwise(Function):
             z = kernels.normalize_act(c, scale, shift, ctx.act)
             z = z + kernels.normalize_act(u_before, scale_before, shift_before, ctx.act_before)
             grad_weight = _convolution_grads(grad_u, z, product, (False, True))[1].to(weight.dtype)
+            grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
         if ctx.needs_input_grad[5]:
             grad_bias = grad_u.sum((0, 2, 3), dtype=center.dtype).to(ctx.bias_type)
         if any(ctx.needs_input_grad[:4]):
