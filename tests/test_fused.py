@@ -111,6 +111,16 @@ def test_training_steps(shape, size, layout, momentum):
     assert_equal(list(fused.state_dict().values()), list(plain.state_dict().values()))
 
 
+def test_groups_of_images(monkeypatch):
+    """Large feature maps are computed in parts."""
+    monkeypatch.setattr(reference, "_PART", 500)
+    plain, fused = pair()
+    x = torch.randn(5, 3, 12, 12, dtype=torch.float64)
+    assert_equal(gradients(fused, x), gradients(plain, x))
+    with torch.no_grad():
+        assert_equal([fused.eval()(x)], [plain.eval()(x)])
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_each_batchnorm_has_its_own_mode(grad):
     plain, fused = pair()

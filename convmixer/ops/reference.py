@@ -14,11 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PART = 2**18  # values whose float32 temporaries stay in a cache
 _TILE = 16  # columns of a row-Toeplitz product: wider ones multiply more zeros
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _parts(*maps: Tensor) -> list[tuple[Tensor, ...]]:
+    """Feature maps in groups of images; a compiler, and a GPU, take them whole."""
+    first = maps[0]
+    if torch.compiler.is_compiling() or first.device.type != "cpu" or first.numel() <= _PART:
+        return [maps]
+    images = max(1, _PART * len(first) // first.numel())
+    return list(zip(*(each.split(images) for each in maps), strict=True))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _over_channels(vector: Tensor) -> Tensor:
@@ -59,28 +73,52 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     """`scale * act(u) + shift`, of u's type."""
-    return (_activate(_wide(u), act) * _over_channels(scale) + _over_channels(shift)).to(u.dtype)
+    return _join([_normalized(u, scale, shift, act).to(u.dtype) for (u,) in _parts(u)])
+
+
+def _normalized(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+    return _activate(_wide(u), act) * _over_channels(scale) + _over_channels(shift)
+
+
+def _add_normalized(x: Tensor, c: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+    """`x + scale * act(c) + shift`, of x's type."""
+    return _join([(_wide(x) + _normalized(c, scale, shift, act)).to(x.dtype) for x, c in _parts(x, c)])
 
 
 def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `normalize_act` for u, scale and shift."""
-    wide, values = _wide(grad), _wide(u)
-    grad_u = _activation_grad(wide * _over_channels(scale), values, act).to(u.dtype)
-    return grad_u, (wide * _activate(values, act)).sum((0, 2, 3)), wide.sum((0, 2, 3))
+    grads, scales, shifts = [], [], []
+    for part, u_part in _parts(grad, u):
+        wide, values = _wide(part), _wide(u_part)
+        grads.append(_activation_grad(wide * _over_channels(scale), values, act).to(u.dtype))
+        scales.append((wide * _activate(values, act)).sum((0, 2, 3)))
+        shifts.append(wide.sum((0, 2, 3)))
+    return _join(grads), _total(scales), _total(shifts)
+
+
+def _total(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.stack(vectors).sum(0)
 
 
 def stats(u: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over B, H and W of `act(u) - center`, and of its square."""
-    offset = _activate(_wide(u), act) - _over_channels(center)
-    return offset.sum((0, 2, 3)), offset.square().sum((0, 2, 3))
+    sums, squares = [], []
+    for (part,) in _parts(u):
+        offset = _activate(_wide(part), act) - _over_channels(center)
+        sums.append(offset.sum((0, 2, 3)))
+        squares.append(offset.square().sum((0, 2, 3)))
+    return _total(sums), _total(squares)
 
 
 def stats_grad(grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tensor, grad_q: Tensor) -> Tensor:
     """`grad_u` plus the gradient of `stats` for u."""
-    values = _wide(u)
-    offset = _activate(values, act) - _over_channels(center)
-    inner = _over_channels(grad_s) + 2 * offset * _over_channels(grad_q)
-    return (_wide(grad_u) + _activation_grad(inner, values, act)).to(u.dtype)
+    results = []
+    for grad, part in _parts(grad_u, u):
+        values = _wide(part)
+        offset = _activate(values, act) - _over_channels(center)
+        inner = _over_channels(grad_s) + 2 * offset * _over_channels(grad_q)
+        results.append((_wide(grad) + _activation_grad(inner, values, act)).to(u.dtype))
+    return _join(results)
 
 
 # ---- depthwise ------------------------------------------------------------------------------------------------------
@@ -97,8 +135,7 @@ def depthwise_infer(
 ) -> Tensor:
     """`scale * act(c) + shift + residual`, where c is `depthwise` of x."""
     c = correlate(x, weight, bias.to(x.dtype))
-    wide = _activate(_wide(c), act) * _over_channels(scale) + _over_channels(shift)
-    return (wide + _wide(residual)).to(x.dtype)
+    return _add_normalized(residual, c, scale, shift, act)
 
 
 def depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
@@ -171,8 +208,7 @@ def pointwise(
     center: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """u, the product of (O, C) weights with `scale1 * act(c) + shift1 + x` plus bias; and `stats` of u."""
-    z = _wide(x) + _activate(_wide(c), act) * _over_channels(scale1) + _over_channels(shift1)
-    u = F.conv2d(z.to(c.dtype), weight[..., None, None], bias.to(c.dtype))
+    u = F.conv2d(_add_normalized(x, c, scale1, shift1, act), weight[..., None, None], bias.to(c.dtype))
     return u, *stats(u, act, center)
 
 
