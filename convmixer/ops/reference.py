@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PART = 2**18  # values whose float32 temporaries stay in a cache
+_PART = 2**16  # values whose float32 temporaries stay in a cache
 _TILE = 16  # columns of a row-Toeplitz product: wider ones multiply more zeros
 
 
@@ -77,7 +77,7 @@ def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
 
 
 def _normalized(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
-    return _activate(_wide(u), act) * _over_channels(scale) + _over_channels(shift)
+    return torch.addcmul(_over_channels(shift), _activate(_wide(u), act), _over_channels(scale))
 
 
 def _add_normalized(x: Tensor, c: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
