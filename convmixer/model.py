@@ -402,10 +402,12 @@ class ConvMixer(nn.Module):
         """
         if not (isinstance(enable, bool) or enable == "auto"):
             raise ArgumentError(f"fused={enable!r}; valid: True, False, 'auto'")
+        if sync_batchnorm and enable is not True:
+            raise ArgumentError(
+                "sync_batchnorm=True needs fused=True: it is for fused blocks; layers have nn.SyncBatchNorm"
+            )
         self.fused = self.sync_batchnorm = False
         if enable is False:
-            if sync_batchnorm:
-                raise ArgumentError("sync_batchnorm=True is for fused blocks; layers have nn.SyncBatchNorm for it")
             return
         weight = cast("Tensor", self.stem[0].weight)
         try:

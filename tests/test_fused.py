@@ -530,5 +530,6 @@ def test_switches_that_do_not_exist():
     model = ConvMixer(**SHAPE)
     with pytest.raises(ArgumentError, match="fused='yes'; valid: True, False, 'auto'"):
         model.set_fused("yes")
-    with pytest.raises(ArgumentError, match="sync_batchnorm=True is for fused blocks"):
-        model.set_fused(False, sync_batchnorm=True)
+    for enable in (False, "auto"):
+        with pytest.raises(ArgumentError, match="sync_batchnorm=True needs fused=True"):
+            model.set_fused(enable, sync_batchnorm=True)
