@@ -259,6 +259,7 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
+@click.option("--fused", is_flag=True, help="Use fused blocks, which keep less than half of the activations.")
 @click.option("--tracker", "trackers", multiple=True, help="A tracker of accelerate's, such as tensorboard.")
 @click.pass_context
 def train(

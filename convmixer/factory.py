@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -145,6 +145,7 @@ def create_model(
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     channels_last: bool | None = None,
+    fused: bool | Literal["auto"] = False,
     checkpoint: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -163,6 +164,7 @@ def create_model(
         dtype: Type of the parameters, such as `torch.bfloat16`; None keeps float32.
         channels_last: Memory layout of the convolution weights, which the activations follow. None takes
             channels_last where it is known to be faster: on CPUs, and with 7x7 kernels on GPUs.
+        fused: As in `ConvMixer.set_fused`: True, False, or "auto".
         checkpoint: A .safetensors file to load in place of the named weights. Its number of classes and channels hold
             unless `model_args` say otherwise.
         revision: Branch, tag or commit of a Hub repository.
@@ -180,6 +182,7 @@ def create_model(
         UnknownModelError: No such model or weights.
         ArgumentError: An unknown or senseless argument.
         WeightsError: Weights that cannot be found, read or fitted. No half-loaded model is left behind.
+        ConvMixerError: `fused=True`, and it is not possible; see `ConvMixer.set_fused`.
     """
     if not isinstance(name, str):
         raise ArgumentError(f"name={name!r}: give a string; for a folder local-dir:PATH")
@@ -217,6 +220,7 @@ def create_model(
         # The other weights, 1x1 and depthwise, lie the same way in both layouts; the activations follow the stem.
         stem: Any = _inner(model).stem[0]
         stem.weight.data = stem.weight.data.to(memory_format=torch.channels_last)
+    _inner(model).set_fused(fused)
     return model
 
 

@@ -45,6 +45,7 @@ def test_signature_of_create_model():
         "device",
         "dtype",
         "channels_last",
+        "fused",
         "checkpoint",
         "revision",
         "cache_dir",

@@ -137,7 +137,7 @@ def evaluate(
     return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": seen}
 
 
-def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> ConvMixer:
+def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device, *, fused: bool) -> ConvMixer:
     rates = {n: getattr(recipe, n) for n in ("drop_rate", "block_drop_rate", "drop_path_rate")}
     torch.manual_seed(recipe.seed)
     model: ConvMixer = create_model(
@@ -147,6 +147,7 @@ def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -
         device=device,
         num_classes=len(classes),
         in_chans=recipe.in_chans,
+        fused=fused,
         **rates,
     )
     config = preprocessing(model)
@@ -190,7 +191,9 @@ def _diagnose(model: ConvMixer, inputs: Tensor) -> str:
         return hook
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    fused, model.fused = model.fused, False  # fused blocks call no layers, so no hooks
     model(inputs)
+    model.fused = fused
     for handle in hooks:
         handle.remove()
     return f"the output of {found[0]} is not finite" if found else "the gradients of the step before were not finite"
@@ -217,11 +220,16 @@ class _Trainer:
         accelerator: Accelerator,
         *,
         compile: bool,
+        fused: bool,
     ) -> None:
         self.recipe, self.where, self.accelerator, self.compile = recipe, where, accelerator, compile
         self.images = images.to(where)
-        self.model = _new_model(recipe, images.classes, where)
-        self.learner = _synchronised(self.model) if recipe.sync_batchnorm else self.model
+        self.model = _new_model(recipe, images.classes, where, fused=fused)
+        self.learner = self.model
+        if recipe.sync_batchnorm and fused:
+            self.model.set_fused(sync_batchnorm=True)
+        elif recipe.sync_batchnorm:
+            self.learner = _synchronised(self.model)
         self.optimizer = accelerator.prepare_optimizer(  # with it, gradients of float16 are scaled
             create_optimizer_v2(
                 self.model,
@@ -383,6 +391,7 @@ def train(
     device: str | torch.device = "auto",
     precision: str = "auto",
     compile: bool = False,
+    fused: bool = False,
     trackers: Sequence[str] = (),
     progress: Progress = _no_progress,
     report: Callable[[str], None] = print,
@@ -410,6 +419,7 @@ def train(
         precision: "float32", "bfloat16" or "float16" (mixed precision; float16 on a GPU, with scaled gradients), or
             "auto": bfloat16 where the hardware has products for it, else float32.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
+        fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`.
         trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
         progress: Called as `progress(iterable, description)`, for a progress bar.
         report: Takes each line of text.
@@ -422,7 +432,7 @@ def train(
     """
     run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
-    _check_together(recipe, str(data), tests, where, workers)
+    _check_together(recipe, str(data), tests, where, workers, fused)
     accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[choose_precision(where, precision)])
     from accelerate.utils import broadcast_object_list
 
@@ -476,7 +486,7 @@ def train(
                 f"cannot resume {str(run.state)!r} with other data: it had {state['data']['images']} training images "
                 f"of {len(state['data']['classes'])} classes, here are {held['images']} of {len(held['classes'])}"
             )
-        trainer = _Trainer(recipe, training, where, accelerator, compile=compile)
+        trainer = _Trainer(recipe, training, where, accelerator, compile=compile, fused=fused)
         steps, history, place = trainer.steps, list[Epoch](), _Place()
         if state:
             trainer.load(state)
@@ -577,7 +587,7 @@ def train(
 
 
 def _check_together(
-    recipe: Recipe, data: str, tests: Sequence[str | Path], where: torch.device, workers: int | None
+    recipe: Recipe, data: str, tests: Sequence[str | Path], where: torch.device, workers: int | None, fused: bool
 ) -> None:
     """A recipe, data and a machine may each be fine and not go together."""
     shards = [source for source in (data, *map(str, tests)) if source.startswith(SHARDS)]
@@ -593,9 +603,16 @@ def _check_together(
             f"workers={workers}: give at least 0, and only with stream=True (--set stream=true): images in memory need "
             "none"
         )
-    if recipe.sync_batchnorm and where.type != "cuda":
+    if recipe.sync_batchnorm and where.type != "cuda" and not fused:
         raise ArgumentError(
-            f"sync_batchnorm=True works on GPUs alone, since torch has it for them, not on {where.type!r}: leave it out"
+            f"sync_batchnorm=True works on GPUs alone, since torch has it for them, not on {where.type!r}: leave it "
+            "out, or use fused blocks (fused=True, --fused), which have it on CPUs too"
+        )
+    rates = {name: getattr(recipe, name) for name in ("block_drop_rate", "drop_path_rate")}
+    if fused and any(rates.values()):
+        raise ArgumentError(
+            f"fused=True with {', '.join(f'{n}={rate}' for n, rate in rates.items() if rate)} of the recipe: fused "
+            "blocks have neither; leave fused out, or set them to 0"
         )
 
 
