@@ -90,23 +90,40 @@ class Product(NamedTuple):
 
 # By compute capability (the nearest below counts), kernel size and bytes of an element. Unmeasured.
 DEPTHWISE: dict[tuple[int, int, int], Direct | Banded] = {
-    (capability, size, itemsize): Direct(16, 4, 1, 64 if itemsize == 2 else 32, 4)
-    for capability in (80, 90)
-    for size in KERNEL_SIZES
-    for itemsize in (2, 4)
+    **{(capability, size, 2): Banded(32, 16, 8) for capability in (80, 90) for size in KERNEL_SIZES},
+    **{(capability, size, 4): Direct(16, 4, 1, 32, 4) for capability in (80, 90) for size in KERNEL_SIZES},
 }
 WEIGHT_GRADIENT: dict[tuple[int, int, int], Gradient] = {
-    (capability, size, itemsize): Gradient(3 if size < 6 else 2, 8, 4, 64 if itemsize == 2 else 32, 4)
-    for capability in (80, 90)
-    for size in KERNEL_SIZES
-    for itemsize in (2, 4)
+    **{(capability, size, 2): Gradient(2, 8, 4, 64, 4) for capability in (80, 90) for size in KERNEL_SIZES},
+    **{(capability, size, 4): Gradient(2, 8, 4, 32, 4) for capability in (80, 90) for size in KERNEL_SIZES},
 }
-# By compute capability and bytes of an element. Unmeasured.
-POINTWISE: dict[tuple[int, int], Product] = {
-    (80, 2): Product(128, 128, 32, 8, 3),
-    (80, 4): Product(64, 64, 32, 4, 2),
-    (90, 2): Product(128, 256, 64, 8, 3),
-    (90, 4): Product(64, 128, 32, 8, 2),
+# By compute capability, whether z is formed on the way (1) or given (0), and bytes of an element. Unmeasured.
+POINTWISE: dict[tuple[int, int, int], Product] = {
+    (80, 0, 2): Product(128, 128, 32, 8, 3),
+    (80, 1, 2): Product(128, 128, 32, 8, 3),
+    (80, 0, 4): Product(64, 64, 32, 4, 2),
+    (80, 1, 4): Product(64, 64, 32, 4, 2),
+    (90, 0, 2): Product(128, 256, 64, 8, 3),
+    (90, 1, 2): Product(64, 256, 64, 4, 2),
+    (90, 0, 4): Product(64, 128, 32, 8, 2),
+    (90, 1, 4): Product(64, 128, 32, 8, 2),
+}
+# What `tune` tries beside the row of the table.
+CANDIDATES: dict[str, tuple[Any, ...]] = {
+    "depthwise": (
+        *(Direct(columns, down, 1, 64, 4) for columns in (8, 16) for down in (4, 8)),
+        *(Banded(rows, 16, warps) for rows in (16, 32) for warps in (8, 16)),
+        Banded(32, 32, 16),
+    ),
+    "weight_gradient": (
+        *(Gradient(rows, columns, 4, 64, 4) for rows in (1, 2, 3) for columns in (8, 16)),
+        Gradient(2, 8, 8, 64, 8),
+    ),
+    "pointwise": (
+        *(Product(128, outputs, 64, 8, stages) for outputs in (128, 256) for stages in (2, 3)),
+        Product(64, 256, 64, 4, 3),
+        Product(128, 128, 32, 4, 3),
+    ),
 }
 ROWS, CHANNELS = 32, 128  # of a tile of the elementwise kernels
 PROGRAMS = 2048  # of a weight gradient, about
@@ -119,6 +136,13 @@ def _row(table: dict[Any, Any], tensor: Tensor, *key: int) -> Any:
     if not below:
         raise ArgumentError(f"{torch.cuda.get_device_name(tensor.device)}: the fused kernels need compute capability 8.0")
     return table[(max(below), *key, tensor.element_size())]
+
+
+def forms(x: Tensor, kernel_size: int) -> list[Direct | Banded]:
+    """The table's form of the depthwise convolution for x, then the other one where there is one for x's type."""
+    chosen: Direct | Banded = _row(DEPTHWISE, x, kernel_size)
+    others = [config for config in CANDIDATES["depthwise"] if type(config) is not type(chosen)]
+    return [chosen, *others[: 1 if x.element_size() == 2 else 0]]
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -718,7 +742,7 @@ def _multiply(
         _vector(name, vector, outputs, c)
         for name, vector in {"bias": bias, "center": center, "scale": scale, "shift": shift}.items()
     ]
-    config = config or _row(POINTWISE, c)
+    config = config or _row(POINTWISE, c, int(x is not None))
     u, rows = _empty(c, outputs), batch * height * width
     tiles = -(-rows // config.rows)
     sums = None if center is None else _floats(c, 2, tiles, outputs)
