@@ -2,8 +2,8 @@
 
     python benchmarks/kernels_static.py [--json FILE] [--capability 80 90]
 
-Compiles each kernel as it would be launched for a block of convmixer_256_8 (k 5), 768_32 (k 7) and 1536_20 (k 9) with 64
-images of 32 x 32 positions (16 x 16 for 256_8), for bfloat16 and float32, and disassembles it with the tools in the
+Compiles each kernel as it would be launched for a block of convmixer_256_8 (k 5), 768_32 (k 7) and 1536_20 (k 9) with
+64 images of 32 x 32 positions (16 x 16 for 256_8), for bfloat16 and float32, and disassembles it with the tools in the
 triton package. Bytes and operations are computed from the shapes, times from the peaks of an H200. `issue_us` is how
 long the streaming multiprocessors need to issue the instructions, four each per cycle: no run can be faster. All
 figures are static; nothing here was measured on a GPU.
@@ -19,7 +19,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,7 +56,7 @@ def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
     with (
         FakeTensorMode(),
         mock.patch.object(kernels, "_launch", record),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10)),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
     ):
         yield recorded
 
@@ -145,14 +145,17 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
         transposed = functools.partial(kernels._convolve, x, kernel, None, "identity", transpose=True, config=config)
         found[f"depthwise_input_grad, {form}"] = (transposed, 2 * tensor, *work)
     multiply = functools.partial(kernels._multiply, x, weight, vector, "gelu")
-    unwrapped = {name: getattr(kernels, name).__wrapped__ for name in ("normalize_act", "normalize_act_grad", "stats_grad")}
+    normalize, normalize_grad, stats = (  # the functions inside the operators
+        functools.partial(getattr(kernels, name).__wrapped__, x)
+        for name in ("normalize_act", "normalize_act_grad", "stats_grad")
+    )
     return found | {
         "depthwise_weight_grad": (functools.partial(kernels._correlate, x, x, size), 2 * tensor, 0.0, taps),
         "pointwise": (functools.partial(multiply, (vector, vector, x), vector), 3 * tensor, *dots),
         "pointwise_infer": (functools.partial(multiply, **infer), 2 * tensor, *dots),
-        "normalize_act": (functools.partial(unwrapped["normalize_act"], x, vector, vector, "gelu"), 2 * tensor, 0, 0),
-        "normalize_act_grad": (functools.partial(unwrapped["normalize_act_grad"], x, x, vector, "gelu"), 3 * tensor, 0, 0),
-        "stats_grad": (functools.partial(unwrapped["stats_grad"], x, x, "gelu", *[vector] * 3), 3 * tensor, 0, 0),
+        "normalize_act": (functools.partial(normalize, vector, vector, "gelu"), 2 * tensor, 0.0, 0.0),
+        "normalize_act_grad": (functools.partial(normalize_grad, x, vector, "gelu"), 3 * tensor, 0.0, 0.0),
+        "stats_grad": (functools.partial(stats, x, "gelu", vector, vector, vector), 3 * tensor, 0.0, 0.0),
     }
 
 
@@ -162,20 +165,22 @@ def trips(launch: dict[str, Any]) -> float:
     names = launch["kernel"].arg_names
     named = dict(zip(names, arguments, strict=False))
     kernel = launch["kernel"].__name__
-    if kernel == "_direct":
+    if kernel == "depthwise_direct":
         return constants["K"]
-    if kernel == "_banded":
+    if kernel == "depthwise_banded":
         return named["strip_rows"] + constants["K"] - 1
-    if kernel == "_weight_gradient":
+    if kernel == "depthwise_weight_gradient":
         return named["tiles"] / launch["grid"][0]
-    return constants["C"] / constants["INPUTS"] if kernel == "_pointwise" else 1
+    return constants["C"] / constants["INPUTS"] if kernel == "pointwise" else 1
 
 
-def report(capability: int, dtype: torch.dtype, variant: str) -> Iterator[dict[str, Any]]:
-    """A record per kernel of a block."""
+def report(
+    capability: int, dtype: torch.dtype, variant: str, names: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """A record per kernel of a block; of those named."""
     dim, size, side = BLOCKS[variant]
     with launches(capability) as recorded:
-        calls = cases(dim, size, side, dtype)
+        calls = {k: v for k, v in cases(dim, size, side, dtype).items() if names is None or k in names}
         for call, *_ in calls.values():
             call()
     for (name, (_, moved, tensor, cores)), launch in zip(calls.items(), recorded, strict=True):
@@ -190,7 +195,7 @@ def report(capability: int, dtype: torch.dtype, variant: str) -> Iterator[dict[s
             "dtype": str(dtype).removeprefix("torch."),
             "capability": capability,
             "kernel": name,
-            "config": {k: v for k, v in launch["constants"].items() if isinstance(v, int) and k not in ("C", "OUT", "K")}
+            "config": {k: v for k, v in launch["constants"].items() if k not in ("C", "OUT", "K", "ACT")}
             | {"warps": launch["options"]["num_warps"], "stages": launch["options"]["num_stages"]},
             **static,
             "bytes_per_image": moved,
@@ -205,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="*", default=[80, 90])
     parser.add_argument("--block", nargs="*", default=list(BLOCKS), choices=list(BLOCKS))
-    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     records = []
@@ -215,17 +220,24 @@ def main() -> None:
                 for record in report(capability, getattr(torch, dtype), variant):
                     records.append(record)
                     print(
-                        f"{variant:18} {dtype:8} sm_{capability} {record['kernel']:29} {record['registers']:3} registers, "
+                        f"{variant:18} {dtype:8} sm_{capability} {record['kernel']:29} "
+                        f"{record['registers']:3} registers, "
                         f"{record['spill_instructions']:3} spills, {record['shared_bytes']:6} B shared, "
                         f"{record['instructions']['total']:5} instructions, loop {record['loop']['total']:4} "
                         f"({record['loop']['fma']} FMA, {record['loop']['tensor']} tensor), "
-                        f"roof {record['h200_roof_us']:7.3f} us ({record['bound']}), issue {record['h200_issue_us']:7.3f} us",
+                        f"roof {record['h200_roof_us']:7.3f} us ({record['bound']}), "
+                        f"issue {record['h200_issue_us']:7.3f} us",
                         flush=True,
                     )
     if arguments.json:
-        versions = {"triton": triton.__version__, "torch": torch.__version__}
-        content = {"command": "python benchmarks/kernels_static.py --json FILE", "measured": False, "batch": BATCH}
-        arguments.json.write_text(json.dumps(content | {"versions": versions, "kernels": records}, indent=1) + "\n")
+        content = {
+            "command": "python benchmarks/kernels_static.py --json FILE",
+            "measured_on_gpu": False,
+            "batch": BATCH,
+            "versions": {"triton": triton.__version__, "torch": torch.__version__},
+        }
+        lines = ",\n".join(json.dumps(record) for record in records)  # one to a line
+        arguments.json.write_text(json.dumps(content)[:-1] + f', "kernels": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

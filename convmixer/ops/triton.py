@@ -1,8 +1,8 @@
-"""Triton kernels of a ConvMixer block for CUDA devices; `convmixer.ops.reference` has the same functions for any tensor.
+"""The operations of a ConvMixer block on CUDA devices, in Triton; `convmixer.ops.reference` has them for any tensor.
 
-Activations are (B, C, H, W) and lie in memory as (B, H, W, C), channels_last; other layouts are accepted and copied into
-it first. They are bfloat16, float16 or float32, all sums are float32. No kernel uses atomics: each program writes its
-own partial sums and a second pass adds them, so results do not change from run to run on one GPU.
+Activations are (B, C, H, W) and lie in memory as (B, H, W, C), channels_last; other layouts are accepted and copied
+first. They are bfloat16, float16 or float32, all sums are float32. No kernel uses atomics: each program writes its own
+partial sums and a second pass adds them, so results do not change from run to run on one GPU.
 
 The depthwise convolution exists in two forms, and a row of `DEPTHWISE` says which one runs:
 
@@ -18,8 +18,8 @@ banded   On the tensor cores. For one channel, a row of outputs is `Y[h] = sum_i
          shared memory to reach the tensor cores channel by channel; and neighbouring tiles share inputs, which are
          read twice.
 
-No row of the tables was measured: they come from what the compiler says (`benchmarks/kernels_static.py`). `tune` measures
-candidates on the GPU at hand.
+No row of the tables was measured: they come from what the compiler says (`benchmarks/kernels_static.py`). `tune`
+measures candidates on the GPU at hand.
 
 GELU is `max(u, 0) - |u| Q(|u|)` with the normal distribution's tail Q by Abramowitz & Stegun 26.2.17, whose error of
 7.5e-8 is below float32's resolution of the result.
@@ -38,10 +38,12 @@ from convmixer.errors import ArgumentError, DependencyError
 
 try:
     import triton
-    import triton.language as tl
 except ImportError as error:
     raise DependencyError("the fused kernels need triton, which is missing: pip install triton") from error
 
+from convmixer.ops import kernels
+
+INTERPRETED = not isinstance(kernels.normalize, triton.JITFunction)  # TRITON_INTERPRET=1 at the first import
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNEL_SIZES = range(3, 12)
 ACTIVATIONS = ("gelu", "relu", "identity")
@@ -111,8 +113,8 @@ POINTWISE: dict[tuple[int, int, int], Product] = {
 # What `tune` tries beside the row of the table.
 CANDIDATES: dict[str, tuple[Any, ...]] = {
     "depthwise": (
-        *(Direct(columns, down, 1, 64, 4) for columns in (8, 16) for down in (4, 8)),
-        *(Banded(rows, 16, warps) for rows in (16, 32) for warps in (8, 16)),
+        *(Direct(columns, down, 1, 64, 4) for columns in (16, 8) for down in (4, 8)),
+        *(Banded(rows, 16, warps) for rows in (32, 16) for warps in (8, 16)),
         Banded(32, 32, 16),
     ),
     "weight_gradient": (
@@ -134,8 +136,9 @@ def _row(table: dict[Any, Any], tensor: Tensor, *key: int) -> Any:
     major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
     below = [known[0] for known in table if known[0] <= 10 * major + minor]
     if not below:
-        raise ArgumentError(f"{torch.cuda.get_device_name(tensor.device)}: the fused kernels need compute capability 8.0")
-    return table[(max(below), *key, tensor.element_size())]
+        raise ArgumentError(f"compute capability {major}.{minor}: the Triton kernels need a GPU of at least 8.0")
+    place = (max(below), *key, tensor.element_size())
+    return table[place]
 
 
 def forms(x: Tensor, kernel_size: int) -> list[Direct | Banded]:
@@ -143,305 +146,6 @@ def forms(x: Tensor, kernel_size: int) -> list[Direct | Banded]:
     chosen: Direct | Banded = _row(DEPTHWISE, x, kernel_size)
     others = [config for config in CANDIDATES["depthwise"] if type(config) is not type(chosen)]
     return [chosen, *others[: 1 if x.element_size() == 2 else 0]]
-
-
-# ---- kernels --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tail(u):
-    """|u|, exp(-u²/2) and the tail of the normal distribution above |u|."""
-    size = tl.abs(u)
-    root = 1.0 + 0.2316419 * size
-    t = tl.rsqrt(root * root)  # 1/root: cheaper than a division
-    e = tl.exp2(u * -0.7213475204444817 * u)
-    series = 0.12741479567 + t * (-0.14224837336 + t * (0.71070687056 + t * (-0.72657601347 + t * 0.53070271413)))
-    return size, e, e * (t * series)
-
-
-@triton.jit
-def _activate(u, ACT: tl.constexpr):
-    if ACT == "gelu":
-        size, _, tail = _tail(u)
-        return tl.maximum(u, 0.0) - size * tail
-    elif ACT == "relu":
-        return tl.where(u < 0, 0.0, u)  # NaN stays
-    else:
-        return u
-
-
-@triton.jit
-def _activate_grad(u, ACT: tl.constexpr):
-    """The activation and its derivative."""
-    if ACT == "gelu":
-        size, e, tail = _tail(u)
-        return tl.maximum(u, 0.0) - size * tail, tl.where(u < 0, tail, 1.0 - tail) + u * e * 0.3989422804014327
-    elif ACT == "relu":
-        return tl.where(u < 0, 0.0, u), tl.where(u > 0, 1.0, 0.0)
-    else:
-        return u, tl.full(u.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def _finish(
-    value, offset, ok, channel, fits, bias, center, scale, shift, residual, y, ACT: tl.constexpr
-):
-    """Bias, activation and what follows of one tile of outputs; stores it, and returns what it adds to the sums."""
-    if bias is not None:
-        value += tl.load(bias + channel, mask=fits, other=0.0)
-    if center is not None:
-        c = value.to(y.dtype.element_ty)
-        tl.store(y + offset, c, mask=ok)
-        a = _activate(c.to(tl.float32), ACT) - tl.load(center + channel, mask=fits, other=0.0)
-        return tl.where(ok, a, 0.0)
-    else:
-        a = _activate(value, ACT)
-        if scale is not None:
-            a *= tl.load(scale + channel, mask=fits, other=0.0)
-        if shift is not None:
-            a += tl.load(shift + channel, mask=fits, other=0.0)
-        if residual is not None:
-            a += tl.load(residual + offset, mask=ok, other=0.0).to(tl.float32)
-        tl.store(y + offset, a.to(y.dtype.element_ty), mask=ok)
-        return a
-
-
-@triton.jit
-def _direct(
-    x, weight, bias, center, scale, shift, residual, y, sums, H, W, tiles_h, tiles_w,
-    C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr, FLIP: tl.constexpr, ACT: tl.constexpr,
-    COLUMNS: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    tile_w = program % tiles_w
-    tile_h = program // tiles_w % tiles_h
-    image = (program // tiles_w // tiles_h).to(tl.int64) * H * W
-    group = tl.arange(0, DOWN * ACROSS)[:, None]
-    h = tile_h * DOWN + group // ACROSS
-    w = (tile_w * ACROSS + group % ACROSS) * COLUMNS
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    fits = channel < C
-    acc = ()
-    for t in tl.static_range(COLUMNS):
-        acc = acc + (tl.zeros((DOWN * ACROSS, CHANNELS), tl.float32),)
-    for i in range(K):
-        taps = ()
-        for j in tl.static_range(K):
-            at = (K - 1 - i) * K + (K - 1 - j) if FLIP else i * K + j
-            taps = taps + (tl.load(weight + (at * C + channel), mask=fits, other=0.0).to(tl.float32),)
-        row = h + (i - BEFORE)
-        start = x + (image + row.to(tl.int64) * W + (w - BEFORE)) * C + channel
-        inside = fits & (row >= 0) & (row < H)
-        for s in tl.static_range(COLUMNS + K - 1):
-            column = w + (s - BEFORE)
-            value = tl.load(start + s * C, mask=inside & (column >= 0) & (column < W), other=0.0).to(tl.float32)
-            updated = ()
-            for t in tl.static_range(COLUMNS):
-                if s - t >= 0 and s - t < K:
-                    updated = updated + (tl.fma(value, taps[s - t], acc[t]),)
-                else:
-                    updated = updated + (acc[t],)
-            acc = updated
-    first = tl.zeros((DOWN * ACROSS, CHANNELS), tl.float32)
-    second = first
-    for t in tl.static_range(COLUMNS):
-        offset = (image + h.to(tl.int64) * W + w + t) * C + channel
-        ok = fits & (h < H) & (w + t < W)
-        a = _finish(acc[t], offset, ok, channel, fits, bias, center, scale, shift, residual, y, ACT)
-        if center is not None:
-            first += a
-            second += a * a
-    if center is not None:
-        out = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        partial = sums + program.to(tl.int64) * C + out
-        tl.store(partial, tl.sum(first, 0), mask=out < C)
-        tl.store(partial + tl.num_programs(0).to(tl.int64) * C, tl.sum(second, 0), mask=out < C)
-
-
-@triton.jit
-def _banded(
-    x, weight, bias, center, scale, shift, residual, y, sums, H, W, strips, strip_rows, lanes, tiles_w,
-    C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr, FLIP: tl.constexpr, ACT: tl.constexpr,
-    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    # A lane is one strip of rows of one image. Dimensions: channels, lanes, columns.
-    program = tl.program_id(0)
-    lane = program // tiles_w * 16 + tl.arange(0, 16)[None, :, None]
-    image = (lane // strips).to(tl.int64) * H * W
-    top = lane % strips * strip_rows
-    left = program % tiles_w * OUTPUTS
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None, None]
-    fits = channel < C
-    tap = tl.arange(0, INPUTS)[None, :, None] - tl.arange(0, OUTPUTS)[None, None, :]
-    bands = ()
-    acc = ()
-    for i in tl.static_range(K):
-        at = K * K - 1 - i * K - tap if FLIP else i * K + tap
-        band = tl.load(weight + (at * C + channel), mask=fits & (tap >= 0) & (tap < K), other=0.0)
-        bands = bands + (band.to(x.dtype.element_ty),)
-        acc = acc + (tl.zeros((CHANNELS, 16, OUTPUTS), tl.float32),)
-    first = tl.zeros((CHANNELS, 16, OUTPUTS), tl.float32)
-    second = first
-    column = left - BEFORE + tl.arange(0, INPUTS)[None, None, :]
-    inside = fits & (lane < lanes) & (column >= 0) & (column < W)
-    w = left + tl.arange(0, OUTPUTS)[None, None, :]
-    for step in range(strip_rows + K - 1):
-        row = top + (step - BEFORE)
-        offset = (image + row.to(tl.int64) * W + column) * C + channel
-        value = tl.load(x + offset, mask=inside & (row >= 0) & (row < H), other=0.0)
-        # acc[i] is the output row that this input row reaches through kernel row i; the last one is complete.
-        updated = ()
-        for i in tl.static_range(K):
-            updated = updated + (tl.dot(value, bands[i], acc[i], input_precision="ieee"),)
-        h = top + (step - K + 1)
-        ok = fits & (lane < lanes) & (h >= top) & (h < H) & (w < W)
-        offset = (image + h.to(tl.int64) * W + w) * C + channel
-        a = _finish(updated[K - 1], offset, ok, channel, fits, bias, center, scale, shift, residual, y, ACT)
-        if center is not None:
-            first += a
-            second += a * a
-        acc = (tl.zeros((CHANNELS, 16, OUTPUTS), tl.float32),) + updated[: K - 1]
-    if center is not None:
-        out = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        partial = sums + program.to(tl.int64) * C + out
-        tl.store(partial, tl.sum(tl.sum(first, 2), 1), mask=out < C)
-        tl.store(partial + tl.num_programs(0).to(tl.int64) * C, tl.sum(tl.sum(second, 2), 1), mask=out < C)
-
-
-@triton.jit
-def _weight_gradient(
-    x, grad, sums, H, W, tiles_h, tiles_w, tiles,
-    C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr,
-    KERNEL_ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    group = tl.arange(0, GROUPS)[:, None]
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    fits = channel < C
-    first_row = tl.program_id(2) * KERNEL_ROWS
-    total = tl.zeros((GROUPS, CHANNELS), tl.float32)
-    acc = ()
-    for t in tl.static_range(KERNEL_ROWS * K):
-        acc = acc + (tl.zeros((GROUPS, CHANNELS), tl.float32),)
-    for turn in range(tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))):
-        tile = tl.program_id(0) + turn * tl.num_programs(0)
-        w = tile % tiles_w * COLUMNS + group * 0  # one for each group, as h
-        h = tile // tiles_w % tiles_h * GROUPS + group
-        image = (tile // tiles_w // tiles_h).to(tl.int64) * H * W
-        start = grad + (image + h.to(tl.int64) * W + w) * C + channel
-        grads = ()
-        for t in tl.static_range(COLUMNS):
-            value = tl.load(start + t * C, mask=fits & (h < H) & (w + t < W), other=0.0).to(tl.float32)
-            grads = grads + (value,)
-            total += value
-        for i in tl.static_range(KERNEL_ROWS):
-            row = h + (first_row + i - BEFORE)
-            start = x + (image + row.to(tl.int64) * W + (w - BEFORE)) * C + channel
-            inside = fits & (row >= 0) & (row < H)
-            for s in tl.static_range(COLUMNS + K - 1):
-                column = w + (s - BEFORE)
-                value = tl.load(start + s * C, mask=inside & (column >= 0) & (column < W), other=0.0).to(tl.float32)
-                updated = ()
-                for t in tl.static_range(KERNEL_ROWS * K):
-                    if t // K == i and s - t % K >= 0 and s - t % K < COLUMNS:
-                        updated = updated + (tl.fma(value, grads[s - t % K], acc[t]),)
-                    else:
-                        updated = updated + (acc[t],)
-                acc = updated
-    out = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    partial = sums + tl.program_id(0).to(tl.int64) * (K * K + 1) * C + out
-    for t in tl.static_range(KERNEL_ROWS * K):
-        at = first_row * K + t
-        tl.store(partial + at * C, tl.sum(acc[t], 0), mask=(out < C) & (at + out * 0 < K * K))
-    tl.store(partial + K * K * C, tl.sum(total, 0), mask=(out < C) & (first_row + out * 0 == 0))
-
-
-@triton.jit
-def _pointwise(
-    c, scale1, shift1, x, weight, bias, center, scale, shift, u, sums, M,
-    C: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-):  # fmt: skip
-    # Programs of the same positions come one after the other: the positions are then read from the L2 cache.
-    across: tl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
-    tile = tl.program_id(0) // across
-    m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n = tl.program_id(0) % across * OUTPUTS + tl.arange(0, OUTPUTS)
-    acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    for start in range(0, C, INPUTS):
-        k = start + tl.arange(0, INPUTS)
-        inside = (m < M)[:, None] & (k < C)[None, :]
-        offset = m[:, None] * C + k[None, :]
-        z = tl.load(c + offset, mask=inside, other=0.0)
-        if x is not None:
-            gain = tl.load(scale1 + k, mask=k < C, other=0.0)[None, :]
-            a = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-            a += tl.load(shift1 + k, mask=k < C, other=0.0)[None, :]
-            z = tl.fma(gain, _activate(z.to(tl.float32), ACT), a).to(c.dtype.element_ty)
-        taps = tl.load(weight + n[None, :] * C + k[:, None], mask=(n < OUT)[None, :] & (k < C)[:, None], other=0.0)
-        acc = tl.dot(z, taps, acc, input_precision="tf32x3")
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < OUT, other=0.0)[None, :]
-    ok = (m < M)[:, None] & (n < OUT)[None, :]
-    offset = m[:, None] * OUT + n[None, :]
-    if center is not None:
-        r = acc.to(u.dtype.element_ty)
-        tl.store(u + offset, r, mask=ok)
-        a = _activate(r.to(tl.float32), ACT) - tl.load(center + n, mask=n < OUT, other=0.0)[None, :]
-        a = tl.where(ok, a, 0.0)
-        partial = sums + tile.to(tl.int64) * OUT + n
-        tl.store(partial, tl.sum(a, 0), mask=n < OUT)
-        tl.store(partial + (tl.num_programs(0) // across).to(tl.int64) * OUT, tl.sum(a * a, 0), mask=n < OUT)
-    else:
-        a = _activate(acc, ACT)
-        if scale is not None:
-            a *= tl.load(scale + n, mask=n < OUT, other=0.0)[None, :]
-        if shift is not None:
-            a += tl.load(shift + n, mask=n < OUT, other=0.0)[None, :]
-        tl.store(u + offset, a.to(u.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _normalize(
-    u, scale, shift, grad, out, sums, M, C: tl.constexpr, ACT: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    n = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    ok = (m < M) & (n < C)[None, :]
-    offset = m * C + n[None, :]
-    value = tl.load(u + offset, mask=ok, other=0.0).to(tl.float32)
-    gain = tl.load(scale + n, mask=n < C, other=0.0)[None, :]
-    if grad is not None:
-        a, slope = _activate_grad(value, ACT)
-        above = tl.load(grad + offset, mask=ok, other=0.0).to(tl.float32)
-        tl.store(out + offset, (above * gain * slope).to(out.dtype.element_ty), mask=ok)
-        partial = sums + tl.program_id(0).to(tl.int64) * C + n
-        tl.store(partial, tl.sum(above * a, 0), mask=n < C)
-        tl.store(partial + tl.num_programs(0).to(tl.int64) * C, tl.sum(above, 0), mask=n < C)
-    else:
-        a = tl.fma(_activate(value, ACT), gain, tl.load(shift + n, mask=n < C, other=0.0)[None, :])
-        tl.store(out + offset, a.to(out.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _stats_gradient(
-    grad, u, center, grad_s, grad_q, out, M, C: tl.constexpr, ACT: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    n = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    fits = n < C
-    ok = (m < M) & fits[None, :]
-    offset = m * C + n[None, :]
-    a, slope = _activate_grad(tl.load(u + offset, mask=ok, other=0.0).to(tl.float32), ACT)
-    a -= tl.load(center + n, mask=fits, other=0.0)[None, :]
-    twice = 2.0 * tl.load(grad_q + n, mask=fits, other=0.0)[None, :]
-    push = tl.fma(a, twice, tl.load(grad_s + n, mask=fits, other=0.0)[None, :])
-    above = tl.load(grad + offset, mask=ok, other=0.0).to(tl.float32)
-    tl.store(out + offset, tl.fma(slope, push, above).to(out.dtype.element_ty), mask=ok)
-
-
-INTERPRETED = not isinstance(_direct, triton.JITFunction)  # TRITON_INTERPRET=1 when this module was imported
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
@@ -464,7 +168,8 @@ def _require(first: Tensor, act: str | None = None, **others: Tensor | None) -> 
             raise ArgumentError(f"{name} of {tensor.dtype}: the Triton kernels compute in bfloat16, float16 or float32")
         if tensor.shape != first.shape or tensor.device != first.device:
             raise ArgumentError(
-                f"{name} of shape {tuple(tensor.shape)} on {tensor.device}: {tuple(first.shape)} on {first.device} is needed"
+                f"{name} of shape {tuple(tensor.shape)} on {tensor.device}: "
+                f"{tuple(first.shape)} on {first.device} is needed"
             )
 
 
@@ -473,7 +178,8 @@ def _vector(name: str, vector: Tensor | None, length: int, x: Tensor) -> Tensor 
     if vector is None:
         return None
     if vector.shape != (length,) or vector.device != x.device:
-        raise ArgumentError(f"{name} of shape {tuple(vector.shape)} on {vector.device}: ({length},) on {x.device} is needed")
+        given = f"{name} of shape {tuple(vector.shape)} on {vector.device}"
+        raise ArgumentError(f"{given}: ({length},) on {x.device} is needed")
     return vector.detach().float().contiguous()
 
 
@@ -489,7 +195,7 @@ def _kernel(weight: Tensor, x: Tensor) -> Tensor:
 
 def _size(kernel_size: int) -> None:
     if kernel_size not in KERNEL_SIZES:
-        raise ArgumentError(f"kernel_size={kernel_size}: the Triton kernels take {KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}")
+        raise ArgumentError(f"kernel_size={kernel_size}: the Triton kernels take 3 to 11")
 
 
 def _last(x: Tensor) -> Tensor:
@@ -555,7 +261,7 @@ def _convolve(
         constants |= {"INPUTS": inputs, "OUTPUTS": outputs}
     sums = None if center is None else _floats(x, 2, programs, channels)
     _launch(
-        _direct if isinstance(config, Direct) else _banded,
+        kernels.depthwise_direct if isinstance(config, Direct) else kernels.depthwise_banded,
         (programs, -(-channels // config.channels)),
         *(_last(x), taps, *vectors, None if residual is None else _last(residual), y, sums, height, width, *places),
         warps=config.warps,
@@ -593,9 +299,9 @@ def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     _require(u, act)
     batch, channels, height, width = u.shape
     rows, out = batch * height * width, _empty(u)
-    scale, shift = _vector("scale", scale, channels, u), _vector("shift", shift, channels, u)
+    vectors = [_vector(name, vector, channels, u) for name, vector in {"scale": scale, "shift": shift}.items()]
     grid, constants = _elementwise(rows, channels)
-    _launch(_normalize, grid, _last(u), scale, shift, None, out, None, rows, ACT=act, **constants)
+    _launch(kernels.normalize, grid, _last(u), *vectors, None, out, None, rows, ACT=act, **constants)
     return out
 
 
@@ -610,8 +316,8 @@ def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tupl
     rows, out = batch * height * width, _empty(u)
     grid, constants = _elementwise(rows, channels)
     sums = _floats(u, 2, grid[0], channels)
-    scale = _vector("scale", scale, channels, u)
-    _launch(_normalize, grid, _last(u), scale, None, _last(grad), out, sums, rows, ACT=act, **constants)
+    gain = _vector("scale", scale, channels, u)
+    _launch(kernels.normalize, grid, _last(u), gain, None, _last(grad), out, sums, rows, ACT=act, **constants)
     return out, sums[0].sum(0), sums[1].sum(0)
 
 
@@ -627,7 +333,7 @@ def stats_grad(grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tens
     named = {"center": center, "grad_s": grad_s, "grad_q": grad_q}
     vectors = [_vector(name, vector, channels, u) for name, vector in named.items()]
     grid, constants = _elementwise(rows, channels)
-    _launch(_stats_gradient, grid, _last(grad_u), _last(u), *vectors, out, rows, ACT=act, **constants)
+    _launch(kernels.stats_gradient, grid, _last(grad_u), _last(u), *vectors, out, rows, ACT=act, **constants)
     return out
 
 
@@ -640,7 +346,9 @@ def _elementwise(rows: int, channels: int) -> tuple[tuple[int, int], dict[str, i
     "(Tensor x, Tensor weight, Tensor? bias, str act, Tensor center) -> (Tensor, Tensor, Tensor)",
     lambda x, weight, bias, act, center: (_empty(x), _floats(x, x.shape[1]), _floats(x, x.shape[1])),
 )
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, center: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Depthwise "same" convolution and sums of its activation in one pass.
 
     Args:
@@ -701,7 +409,7 @@ def _correlate(x: Tensor, grad: Tensor, size: int, config: Gradient | None = Non
     programs = min(tiles, -(-PROGRAMS // (blocks * parts)))
     sums = _floats(x, programs, size * size + 1, channels)
     _launch(
-        _weight_gradient,
+        kernels.depthwise_weight_gradient,
         (programs, blocks, parts),
         *(_last(x), _last(grad), sums, height, width, tiles_h, tiles_w, tiles),
         C=channels,
@@ -747,7 +455,7 @@ def _multiply(
     tiles = -(-rows // config.rows)
     sums = None if center is None else _floats(c, 2, tiles, outputs)
     _launch(
-        _pointwise,
+        kernels.pointwise,
         (tiles * -(-outputs // config.outputs),),
         *(_last(c), *before, None if x is None else _last(x), weight.detach().to(c.dtype).contiguous(), *after),
         *(u, sums, rows),
@@ -808,3 +516,53 @@ def pointwise_infer(
 ) -> Tensor:
     """`scale*act(weight z + bias) + shift`, (B, O, H, W) of z's type; what is None is left out."""
     return _multiply(z, weight, bias, act, scale=scale, shift=shift)[0]
+
+
+# ---- tuning ---------------------------------------------------------------------------------------------------------
+
+
+def tune(
+    shape: tuple[int, int, int, int], kernel_size: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, list[tuple[Any, float]]]:
+    """Measure `CANDIDATES` and the tables' rows on the current GPU: what a person who edits the tables runs.
+
+    Args:
+        shape: Of the activations, (B, C, H, W).
+        kernel_size: Of the depthwise convolution.
+        dtype: Of activations and weights.
+
+    Returns:
+        For each operation its configurations and their milliseconds, the fastest first; a configuration that the GPU
+        has no room for is left out.
+    """
+    from triton.testing import do_bench
+
+    x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+    channels = shape[1]
+    vector = torch.rand(channels, device="cuda")
+    weight = torch.randn(channels, 1, kernel_size, kernel_size, device="cuda", dtype=dtype) / kernel_size
+    square = torch.randn(channels, channels, device="cuda", dtype=dtype) / channels**0.5
+    calls: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+        "depthwise": (
+            _row(DEPTHWISE, x, kernel_size),
+            lambda config: _convolve(x, weight, vector, "gelu", center=vector, config=config),
+        ),
+        "weight_gradient": (
+            _row(WEIGHT_GRADIENT, x, kernel_size),
+            lambda config: _correlate(x, x, kernel_size, config),
+        ),
+        "pointwise": (
+            _row(POINTWISE, x, 1),
+            lambda config: _multiply(x, square, vector, "gelu", (vector, vector, x), vector, config=config),
+        ),
+    }
+    found: dict[str, list[tuple[Any, float]]] = {}
+    for name, (row, call) in calls.items():
+        times = []
+        for config in dict.fromkeys((row, *CANDIDATES[name])):
+            try:
+                times.append((config, float(do_bench(functools.partial(call, config)))))
+            except triton.runtime.errors.OutOfResources:
+                continue
+        found[name] = sorted(times, key=lambda pair: pair[1])
+    return found
