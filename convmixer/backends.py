@@ -13,6 +13,7 @@ import importlib.util
 import io
 import itertools
 import logging
+import os
 import queue
 import statistics
 import threading
@@ -38,7 +39,7 @@ from convmixer.inference import read_image
 from convmixer.model import check_dtype, check_input
 from convmixer.transforms import create_transform
 
-BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native")
+BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
 GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
 CALIBRATION_IMAGES = 512
 MOST_LOST = 0.25  # of the outputs' size, by int8; what loses more classifies otherwise
@@ -49,6 +50,8 @@ _NEEDS = {  # modules of each runtime, and the extra that brings them
 }
 # What OpenVINO calls the types.
 _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
+# What convmixer.ops.triton calls the activations.
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "identity"}
 _CPU = torch.device("cpu")
 _COMPILING = threading.Lock()  # TorchInductor's settings are global
 
@@ -94,8 +97,9 @@ def _missing(backend: str, device: torch.device = _CPU) -> str | None:
         return missing(backend, absent, extra)
     if device.type == "cpu" and backend in ("compile", "native") and native.compiler() is None:
         return f"{backend} needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
-    if backend == "compile" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "compile needs triton on a GPU, which is missing: pip install triton"
+    if backend == "triton" or (backend == "compile" and device.type == "cuda"):
+        if importlib.util.find_spec("triton") is None:
+            return f"{backend} needs triton on a GPU, which is missing: pip install triton"
     return None
 
 
@@ -107,7 +111,7 @@ def _require(backend: str, device: torch.device = _CPU) -> None:
 def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The backends that can compute in `dtype` on `device` with what is installed, the usually fastest first."""
     device = torch.device(device)
-    ordered = ["compile", "eager"]
+    ordered = ["compile", "eager", "triton"]  # the last one's speed is unmeasured
     if device.type == "cpu":
         ordered = ["native", "openvino", "compile", "eager"]
         if dtype == torch.float32:
@@ -131,6 +135,10 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
         return "backend='native' needs a CPU with AVX-512; choose another one, such as openvino"
     if backend == "native" and dtype not in (torch.float32, torch.bfloat16):
         return f"dtype={dtype}: native computes in float32 or bfloat16"
+    if backend == "triton" and device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
+        return f"backend='triton' computes on CUDA devices, this model is on {device}: call model.cuda() first"
+    if backend == "triton" and dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype={dtype}: triton computes in bfloat16, float16 or float32"
     if backend in ("eager", "compile") and dtype == torch.int8:
         return f"dtype={dtype}: give a floating point type such as torch.bfloat16, or backend='openvino' with it"
     return None
@@ -293,6 +301,44 @@ class Compiled(Whole):
             with torch.inference_mode(False):
                 x = x.clone()  # graphs are for ordinary tensors
         return _as_list(self._graph(tuple(x.shape), x.stride(), x.dtype, x.device)(x))
+
+
+class Triton(Whole):
+    """A folded model whose blocks are two kernels each, of `convmixer.ops.triton`, on a CUDA device.
+
+    What is left of a block's BatchNorm in front of it is added at the end of the block before.
+    """
+
+    def __init__(self, module: Any, rule: Rule | None = None) -> None:
+        super().__init__(module, rule)
+        from convmixer.ops import triton  # imports triton
+
+        self._depthwise, self._pointwise = triton.depthwise_infer, triton.pointwise_infer
+        self._blocks: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+        blocks = list(module.blocks)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            # Channels side by side, as the kernel reads them: it then copies nothing.
+            weight = block.depthwise.weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+            norm = [None, None] if following is None else [following.norm.scale, following.norm.shift]
+            vectors = (block.depthwise.bias, block.gain, block.pointwise.bias, *norm)
+            first, gain, second, scale, shift = (v if v is None else v.flatten().float() for v in vectors)
+            self._blocks.append(
+                (
+                    (weight, first, ACTIVATIONS[type(block.act)], gain),
+                    (block.pointwise.weight.flatten(1), second, ACTIVATIONS[type(block.last_act)], scale, shift),
+                )
+            )
+
+    def _run(self, x: Tensor) -> list[Tensor]:
+        folded: Any = self.module
+        x = folded.stem(x).contiguous(memory_format=torch.channels_last)
+        x = folded.blocks[0].norm(x)
+        for (weight, bias, act, gain), product in self._blocks:
+            x = self._depthwise(x, weight, bias, act, gain, None, x)
+            x = self._pointwise(x, *product)
+        if folded.global_pool.pool_type in ("avg", "fastavg"):
+            x = x.mean((2, 3), keepdim=True)  # a mean commutes with the last BatchNorm
+        return [folded.forward_head(folded.norms[-1](x))]
 
 
 class OpenVINO:
@@ -465,8 +511,8 @@ def optimize(
             hardware has products for it, else float32. `torch.int8` quantises the convolutions and computes the
             rest in the type of "auto"; it needs `backend="openvino"` and `calibration`.
         backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
-            x86 with AVX-512); or "auto": by rule the usually fastest of those that work here, or by measurement if
-            there is an `example`.
+            x86 with AVX-512); on CUDA devices "triton" (own kernels, of unmeasured speed); or "auto": by rule the
+            usually fastest of those that work here, or by measurement if there is an `example`.
         chunk: Most images to compute at a time by one thread (by all of them together with "compile"); larger batches
             are cut up. None: on CPUs as many as fill a core's second-level cache. "native" takes single images.
         threads: Of "openvino", "onnxruntime" and "native"; None: as many as PyTorch uses.
@@ -541,11 +587,21 @@ def _candidates(
 
 def _refusal(backend: str, model: nn.Module) -> str | None:
     """Why the backend does not take this model; None if it does."""
-    if backend != "native":
+    if backend not in ("native", "triton"):
         return None
     if isinstance(model, FeatureGetterNet):
-        return "native returns the last output alone: use another backend for features_only, such as openvino"
-    return native.refusal(unwrap(model))
+        other = "openvino" if backend == "native" else "compile"
+        return f"{backend} returns the last output alone: use another backend for features_only, such as {other}"
+    inner = unwrap(model)
+    if backend == "native":
+        return native.refusal(inner)
+    block: Any = inner.blocks[0]
+    depthwise, act, _ = block[0].fn
+    if depthwise.kernel_size[0] not in range(3, 12):
+        return f"triton computes kernels of 3 to 11, this model has {depthwise.kernel_size[0]}: use compile"
+    if type(act) not in ACTIVATIONS or getattr(act, "approximate", "none") != "none":
+        return f"triton computes {', '.join(ACTIVATIONS.values())}, this model has {act}: use compile"
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -612,7 +668,7 @@ class _Maker:
     def _source(self, backend: str) -> tuple[nn.Module, Any]:
         """The folded module, and what the backend makes of it."""
         if backend not in self._sources:
-            if backend in ("eager", "compile"):
+            if backend in ("eager", "compile", "triton"):
                 folded = fold(self.model, self.normalization, self.dtype)
                 stem = _inner(folded).stem[0]
                 last = prefers_channels_last(self.device, self.kernel_size)
@@ -651,8 +707,8 @@ class _Maker:
             runtime = source
         else:
             together = rule and (lambda height, width: rule(height, width) * torch.get_num_threads())
-            runtime = (Compiled if backend == "compile" else Whole)(folded, together)
-        layout = "own"
+            runtime = {"eager": Whole, "compile": Compiled, "triton": Triton}[backend](folded, together)
+        layout = "channels_last" if backend == "triton" else "own"
         if backend in ("eager", "compile"):
             layout = "channels_last" if prefers_channels_last(self.device, self.kernel_size) else "contiguous"
         kind = f"int8 and {_name(self.rest)}" if self.dtype == torch.int8 else _name(self.dtype)

@@ -1,0 +1,244 @@
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, instructions.
+
+    python benchmarks/kernels_static.py [--json FILE] [--capability 80 90]
+
+Compiles each kernel as it would be launched for a block of convmixer_256_8 (k 5), 768_32 (k 7) and 1536_20 (k 9) with
+64 images of 32 x 32 positions (16 x 16 for 256_8), for bfloat16 and float32, and disassembles it with the tools in the
+triton package. Bytes and operations are computed from the shapes, times from the peaks of an H200. `issue_us` is how
+long the streaming multiprocessors need to issue the instructions, four each per cycle: no run can be faster. All
+figures are static; nothing here was measured on a GPU.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from torch._subclasses import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from convmixer.ops import triton as kernels
+
+BLOCKS = {"convmixer_256_8": (256, 5, 16), "convmixer_768_32": (768, 7, 32), "convmixer_1536_20": (1536, 9, 32)}
+BATCH = 64
+# H200: dense products in bfloat16, the float32 cores, memory; multiprocessors and their clock.
+PRODUCTS, CORES, MEMORY = 790e12, 67e12, 4.3e12
+MULTIPROCESSORS, CLOCK = 132, 1.755e9
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@contextlib.contextmanager
+def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
+    """What the functions of `convmixer.ops.triton` would launch on a GPU, recorded in place of running it."""
+    recorded: list[dict[str, Any]] = []
+
+    def record(kernel: Any, grid: Any, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
+        recorded.append(
+            {"kernel": kernel, "grid": grid, "arguments": arguments, "constants": constants}
+            | {"options": {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}}
+        )
+
+    with (
+        FakeTensorMode(),
+        mock.patch.object(kernels, "_launch", record),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
+    ):
+        yield recorded
+
+
+def compile_launch(launch: dict[str, Any], capability: int) -> Any:
+    """The compiled kernel, specialised as Triton does at a launch."""
+    names = launch["kernel"].arg_names
+    values = dict(zip(names, launch["arguments"], strict=False)) | launch["constants"]
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name in launch["constants"] or value is None or value == 1:
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch["kernel"], signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
+
+
+def disassemble(compiled: Any) -> dict[str, Any]:
+    """Registers, spilled bytes, shared memory, and instructions by kind: in all, and in loops."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+        usage = run(str(tools / "cuobjdump"), "-res-usage", file.name)
+        listing = run(str(tools / "nvdisasm"), "-c", file.name)
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*);", line):
+            jump = re.search(r"\((\.L_x_\d+)\)", found[2]) if found[1] == "BRA" else None
+            if jump and labels.get(jump[1], len(instructions)) < len(instructions):
+                loops.append((labels[jump[1]], len(instructions) + 1))
+            instructions.append(found[1])
+    # The longest loop is the main one; what it jumps to behind the end is rare.
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    spills = sum(name in ("LDL", "STL") for name in instructions)
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "stack_bytes": int(re.findall(r"STACK:(\d+)", usage)[0]),
+        "spill_instructions": spills,
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": _kinds(instructions),
+        "loop": _kinds(instructions[begin:end]),
+    }
+
+
+def _kinds(instructions: list[str]) -> dict[str, int]:
+    kinds = {
+        "fma": ("FFMA",),
+        "tensor": ("HMMA", "HGMMA"),
+        "global": ("LDG", "STG", "LDGSTS"),
+        "shared": ("LDS", "STS", "LDSM", "STSM"),
+    }
+    count = Counter(instructions)
+    return {"total": len(instructions)} | {name: sum(count[k] for k in of) for name, of in kinds.items()}
+
+
+def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple[Any, int, float, float]]:
+    """Per kernel: its call, bytes moved, and operations of tensor cores and float32 cores, per image."""
+    x = torch.empty(BATCH, dim, side, side, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
+    vector = torch.empty(dim, device="cuda")
+    kernel = torch.empty(dim, 1, size, size, dtype=dtype, device="cuda")
+    weight = torch.empty(dim, dim, dtype=dtype, device="cuda")
+    values = dim * side * side
+    tensor, taps, products = values * dtype.itemsize, 2.0 * size * size * values, 2.0 * dim * values
+    dots = (products, 0.0) if dtype.itemsize == 2 else (0.0, products)
+    infer = {"scale": vector, "shift": vector}
+    found: dict[str, tuple[Any, int, float, float]] = {}
+    for config in kernels.forms(x, size):
+        form = type(config).__name__.lower()
+        work = (0.0, taps) if form == "direct" else (taps, 0.0)
+        convolve = functools.partial(kernels._convolve, x, kernel, vector, "gelu", config=config)
+        found[f"depthwise, {form}"] = (functools.partial(convolve, center=vector), 2 * tensor, *work)
+        found[f"depthwise_infer, {form}"] = (functools.partial(convolve, residual=x, **infer), 2 * tensor, *work)
+        transposed = functools.partial(kernels._convolve, x, kernel, None, "identity", transpose=True, config=config)
+        found[f"depthwise_input_grad, {form}"] = (transposed, 2 * tensor, *work)
+    multiply = functools.partial(kernels._multiply, x, weight, vector, "gelu")
+    normalize, normalize_grad, stats = (  # the functions inside the operators
+        functools.partial(getattr(kernels, name).__wrapped__, x)
+        for name in ("normalize_act", "normalize_act_grad", "stats_grad")
+    )
+    return found | {
+        "depthwise_weight_grad": (functools.partial(kernels._correlate, x, x, size), 2 * tensor, 0.0, taps),
+        "pointwise": (functools.partial(multiply, (vector, vector, x), vector), 3 * tensor, *dots),
+        "pointwise_infer": (functools.partial(multiply, **infer), 2 * tensor, *dots),
+        "normalize_act": (functools.partial(normalize, vector, vector, "gelu"), 2 * tensor, 0.0, 0.0),
+        "normalize_act_grad": (functools.partial(normalize_grad, x, vector, "gelu"), 3 * tensor, 0.0, 0.0),
+        "stats_grad": (functools.partial(stats, x, "gelu", vector, vector, vector), 3 * tensor, 0.0, 0.0),
+    }
+
+
+def trips(launch: dict[str, Any]) -> float:
+    """How often the main loop of a launch runs."""
+    constants, arguments = launch["constants"], launch["arguments"]
+    names = launch["kernel"].arg_names
+    named = dict(zip(names, arguments, strict=False))
+    kernel = launch["kernel"].__name__
+    if kernel == "depthwise_direct":
+        return constants["K"]
+    if kernel == "depthwise_banded":
+        return named["strip_rows"] + constants["K"] - 1
+    if kernel == "depthwise_weight_gradient":
+        return named["tiles"] / launch["grid"][0]
+    return constants["C"] / constants["INPUTS"] if kernel == "pointwise" else 1
+
+
+def report(
+    capability: int, dtype: torch.dtype, variant: str, names: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """A record per kernel of a block; of those named."""
+    dim, size, side = BLOCKS[variant]
+    with launches(capability) as recorded:
+        calls = {k: v for k, v in cases(dim, size, side, dtype).items() if names is None or k in names}
+        for call, *_ in calls.values():
+            call()
+    for (name, (_, moved, tensor, cores)), launch in zip(calls.items(), recorded, strict=True):
+        static = disassemble(compile_launch(launch, capability))
+        loop = static["loop"]["total"]
+        issued = static["instructions"]["total"] - loop + trips(launch) * loop
+        issued *= launch["options"]["num_warps"] * math.prod(launch["grid"]) / BATCH
+        roofs = {"memory": moved / MEMORY, "tensor cores": tensor / PRODUCTS, "float32 cores": cores / CORES}
+        bound = max(roofs, key=lambda key: roofs[key])
+        yield {
+            "block": variant,
+            "dtype": str(dtype).removeprefix("torch."),
+            "capability": capability,
+            "kernel": name,
+            "config": {k: v for k, v in launch["constants"].items() if k not in ("C", "OUT", "K", "ACT")}
+            | {"warps": launch["options"]["num_warps"], "stages": launch["options"]["num_stages"]},
+            **static,
+            "bytes_per_image": moved,
+            "flops_per_image": tensor + cores,
+            "h200_roof_us": round(1e6 * roofs[bound], 3),
+            "bound": bound,
+            "h200_issue_us": round(1e6 * issued / (4 * MULTIPROCESSORS * CLOCK), 3),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="*", default=[80, 90])
+    parser.add_argument("--block", nargs="*", default=list(BLOCKS), choices=list(BLOCKS))
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    records = []
+    for variant in arguments.block:
+        for dtype in arguments.dtype:
+            for capability in arguments.capability:
+                for record in report(capability, getattr(torch, dtype), variant):
+                    records.append(record)
+                    print(
+                        f"{variant:18} {dtype:8} sm_{capability} {record['kernel']:29} "
+                        f"{record['registers']:3} registers, "
+                        f"{record['spill_instructions']:3} spills, {record['shared_bytes']:6} B shared, "
+                        f"{record['instructions']['total']:5} instructions, loop {record['loop']['total']:4} "
+                        f"({record['loop']['fma']} FMA, {record['loop']['tensor']} tensor), "
+                        f"roof {record['h200_roof_us']:7.3f} us ({record['bound']}), "
+                        f"issue {record['h200_issue_us']:7.3f} us",
+                        flush=True,
+                    )
+    if arguments.json:
+        content = {
+            "command": "python benchmarks/kernels_static.py --json FILE",
+            "measured_on_gpu": False,
+            "batch": BATCH,
+            "versions": {"triton": triton.__version__, "torch": torch.__version__},
+        }
+        lines = ",\n".join(json.dumps(record) for record in records)  # one to a line
+        arguments.json.write_text(json.dumps(content)[:-1] + f', "kernels": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""The Triton kernels against PyTorch in double precision.
+
+Tests marked `gpu` run on a GPU, and without one in a process of their own in Triton's interpreter, on small shapes.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from convmixer.errors import ArgumentError, DependencyError
+
+pytest.importorskip("triton")
+gpu = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative to the largest value, for one rounding to the type; sums are float32.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+ACTS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda u: u}
+SHAPES = [(2, 5, 6, 5), (1, 3, 17, 4), (2, 19, 2, 3), (1, 70, 1, 2)]
+
+
+@pytest.fixture
+def kernels():
+    return importlib.import_module("convmixer.ops.triton")
+
+
+def interpreted():
+    return "TRITON_INTERPRET" in os.environ
+
+
+def test_in_the_interpreter():
+    """All tests below that are for a GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("they run on the GPU")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert "failed" not in run.stdout
+
+
+def values(*shape, dtype=torch.float32):
+    tensor = torch.randn(shape, device=DEVICE).to(dtype)
+    return tensor.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else tensor
+
+
+def per_channel(vector):
+    return vector.double()[:, None, None]
+
+
+def correlate(x, weight, bias=None):
+    size = weight.shape[-1]
+    padded = F.pad(x.double(), [(size - 1) // 2, size // 2] * 2)
+    return F.conv2d(padded, weight.double(), None if bias is None else bias.double(), groups=x.shape[1])
+
+
+def close(actual, expected, dtype=torch.float32, factor=1.0):
+    assert actual.shape == expected.shape
+    assert actual.dtype == dtype
+    error = (actual.double() - expected).abs().max().item() if actual.numel() else 0.0
+    assert error <= factor * TOLERANCE[dtype] * max(expected.abs().max().item(), 1.0), error
+
+
+def check_sums(s, q, stored, act, center):
+    a = ACTS[act](stored.double()) - per_channel(center)
+    count = a.numel() / a.shape[1]
+    close(s / count, a.mean((0, 2, 3)), factor=2)
+    close(q / count, a.square().mean((0, 2, 3)), factor=4)
+
+
+def small(kernels, form):
+    """A configuration of few instructions, as the interpreter takes its time for each."""
+    return kernels.Direct(2, 8, 4, 32, 4) if form == "direct" else kernels.Banded(3, 16, 8)
+
+
+# The interpreter computes products of bfloat16 from their bits, which is wrong.
+FORMS = [("direct", torch.float32), ("direct", torch.bfloat16), ("banded", torch.float16), ("banded", torch.bfloat16)]
+
+
+@gpu
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+@pytest.mark.parametrize("size", range(3, 12))
+def test_depthwise(kernels, monkeypatch, form, dtype, size):
+    if interpreted() and dtype == torch.bfloat16 and (form == "banded" or size > 4):
+        pytest.skip("the interpreter has no products of bfloat16, and is slow")
+    config = small(kernels, form)
+    monkeypatch.setattr(kernels, "DEPTHWISE", dict.fromkeys(((80, size, 2), (80, size, 4)), config))
+    shape = SHAPES[size % len(SHAPES)]
+    channels = shape[1]
+    x, weight = values(*shape, dtype=dtype), values(channels, 1, size, size, dtype=dtype) / size
+    bias, center, scale, shift = values(4, channels)
+    act = list(ACTS)[size % 3]
+    expected = correlate(x, weight, bias)
+    c, s, q = kernels.depthwise(x, weight, bias, act, center)
+    assert c.is_contiguous(memory_format=torch.channels_last)
+    close(c, expected, dtype)
+    check_sums(s, q, c, act, center)
+    y = kernels.depthwise_infer(x, weight, bias, act, scale, shift, x)
+    close(y, per_channel(scale) * ACTS[act](expected) + per_channel(shift) + x.double(), dtype)
+    grad = values(*shape, dtype=dtype)
+    leaf = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(correlate(leaf, weight), leaf, grad.double())
+    close(kernels.depthwise_input_grad(grad, weight), expected, dtype)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [(form, shape) for form in ("direct", "banded") for shape in [*SHAPES, (1, 16, 1, 1), (2, 33, 9, 8)]]
+    + [("banded", (20, 1, 3, 3))],  # more images than a program takes
+)
+def test_shapes(kernels, form, shape):
+    dtype = torch.float32 if form == "direct" else torch.float16
+    x, weight = values(*shape, dtype=dtype), values(shape[1], 1, 4, 4, dtype=dtype)
+    c, sums = kernels._convolve(x, weight, None, "relu", center=values(shape[1]) * 0, config=small(kernels, form))
+    close(c, correlate(x, weight), dtype)
+    check_sums(*(part.sum(0) for part in sums), c, "relu", torch.zeros(shape[1], device=DEVICE))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [3, 4])
+def test_rows_of_the_tables(kernels, dtype, size):
+    if interpreted() and dtype == torch.bfloat16:
+        pytest.skip("the interpreter has no products of bfloat16")
+    x, weight = values(2, 5, 9, 6, dtype=dtype), values(5, 1, size, size, dtype=dtype)
+    close(kernels.depthwise_infer(x, weight, None, "identity", None, None, None), correlate(x, weight), dtype)
+    weight = values(7, 5, dtype=dtype)
+    expected = F.gelu(torch.einsum("oc,bchw->bohw", weight.double(), x.double()))
+    close(kernels.pointwise_infer(x, weight, None, "gelu", None, None), expected, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("size", range(3, 12))
+def test_weight_gradient(kernels, monkeypatch, dtype, size):
+    if interpreted() and dtype != torch.float32 and size != 4:
+        pytest.skip("the interpreter is slow")
+    config = kernels.Gradient(3, 3, 16, 32, 4)
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "WEIGHT_GRADIENT", dict.fromkeys(((80, size, 2), (80, size, 4)), config))
+    shape = SHAPES[(size + 1) % len(SHAPES)]
+    x, grad = values(*shape, dtype=dtype), values(*shape, dtype=dtype)
+    weight = values(shape[1], 1, size, size).double().requires_grad_()
+    bias = values(shape[1]).double().requires_grad_()
+    expected = torch.autograd.grad(correlate(x, weight, bias), (weight, bias), grad.double())
+    for actual, gradient in zip(kernels.depthwise_weight_grad(x, grad, size), expected, strict=True):
+        close(actual, gradient)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("act", "shape"), list(zip(ACTS, SHAPES, strict=False)))
+def test_pointwise(kernels, dtype, act, shape):
+    if interpreted() and dtype == torch.bfloat16:
+        pytest.skip("the interpreter has no products of bfloat16")
+    channels, outputs = shape[1], 9
+    c, x = values(*shape, dtype=dtype), values(*shape, dtype=dtype)
+    weight, (gain, offset) = values(outputs, channels, dtype=dtype) / channels, values(2, channels)
+    bias, center, scale, shift = values(4, outputs)
+    z = per_channel(gain) * ACTS[act](c.double()) + per_channel(offset) + x.double()
+    product = torch.einsum("oc,bchw->bohw", weight.double(), z) + per_channel(bias)
+    u, s, q = kernels.pointwise(c, gain, offset, x, weight, bias, act, center)
+    close(u, product, dtype, factor=2)  # z is rounded, too
+    check_sums(s, q, u, act, center)
+    product = torch.einsum("oc,bchw->bohw", weight.double(), c.double()) + per_channel(bias)
+    y = kernels.pointwise_infer(c, weight, bias, act, scale, shift)
+    close(y, per_channel(scale) * ACTS[act](product) + per_channel(shift), dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("act", "shape"), list(zip(ACTS, SHAPES[1:], strict=False)))
+def test_elementwise(kernels, dtype, act, shape):
+    channels = shape[1]
+    u, grad = values(*shape, dtype=dtype) * 2, values(*shape, dtype=dtype)
+    leaves = [leaf.double().requires_grad_() for leaf in (u, *values(2, channels))]
+    scale, shift = (leaf.detach().float() for leaf in leaves[1:])
+    expected = per_channel(leaves[1]) * ACTS[act](leaves[0]) + per_channel(leaves[2])
+    close(kernels.normalize_act(u, scale, shift, act), expected.detach(), dtype)
+    gradients = torch.autograd.grad(expected, leaves, grad.double())
+    actual = kernels.normalize_act_grad(grad, u, scale, act)
+    close(actual[0], gradients[0], dtype)
+    close(actual[1], gradients[1])
+    close(actual[2], gradients[2])
+    center, first, second = values(3, channels)
+    a = ACTS[act](leaves[0]) - per_channel(center)
+    loss = (a.sum((0, 2, 3)) * first).sum() + (a.square().sum((0, 2, 3)) * second).sum()
+    (gradient,) = torch.autograd.grad(loss, leaves[0])
+    close(kernels.stats_grad(grad, u, act, center, first, second), grad.double() + gradient, dtype)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_no_register_spills(capability):
+    """Of the largest block, compiled without a GPU; benchmarks/kernels_static.py does so for all of them."""
+    if interpreted():
+        pytest.skip("nothing is compiled")
+    spec = importlib.util.spec_from_file_location("kernels_static", ROOT / "benchmarks" / "kernels_static.py")
+    static = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(static)
+    names = ["depthwise, banded", "depthwise_weight_grad", "pointwise"]
+    records = list(static.report(capability, torch.bfloat16, "convmixer_1536_20", names))
+    assert [record["kernel"] for record in records] == names
+    for record in records:
+        assert record["spill_instructions"] == record["stack_bytes"] == 0, record
+        assert record["loop"]["fma" if "weight" in record["kernel"] else "tensor"] > 0, record
+
+
+@gpu
+def test_gelu_is_exact_in_the_tails(kernels):
+    u = torch.linspace(-12, 12, 4096, device=DEVICE).view(1, 1, 64, 64)
+    one, zero = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    error = kernels.normalize_act(u, one, zero, "gelu").double() - F.gelu(u.double())
+    assert error.abs().max() < 5e-7
+    assert not kernels.normalize_act(u * 1e18, one, zero, "gelu").isnan().any()
+    assert kernels.normalize_act(u * float("nan"), one, zero, "gelu").isnan().all()
+
+
+@gpu
+def test_any_layout_gives_the_same(kernels):
+    x, weight, vector = values(2, 8, 6, 6, dtype=torch.float16), values(8, 1, 3, 3), values(8)
+    expected = kernels.depthwise(x, weight, vector, "gelu", vector)
+    wide = torch.randn(2, 16, 8, 6, device=DEVICE).half()
+    wide[:, ::2, 1:7] = x
+    strided = torch.randn(8, 1, 3, 6, device=DEVICE)[..., ::2]
+    strided.copy_(weight)
+    for other in (x.contiguous(), wide[:, ::2, 1:7], x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)):
+        for a, b in zip(kernels.depthwise(other, strided, vector, "gelu", vector), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu
+def test_an_empty_batch(kernels):
+    x, weight, vector = values(0, 4, 5, 5), values(4, 1, 3, 3), values(4)
+    c, s, q = kernels.depthwise(x, weight, vector, "gelu", vector)
+    assert c.shape == x.shape
+    assert not s.any()
+    assert not q.any()
+    assert not any(grad.any() for grad in kernels.depthwise_weight_grad(x, x, 3))
+
+
+@gpu
+def test_operators_for_compilers(kernels):
+    x, weight, vector = values(2, 4, 5, 3, dtype=torch.float16), values(4, 1, 3, 3), values(4)
+    square = values(6, 4)
+    wide = values(6)
+    operators = torch.ops.convmixer
+    for name, arguments in {
+        "normalize_act": (x, vector, vector, "gelu"),
+        "normalize_act_grad": (x, x, vector, "gelu"),
+        "stats_grad": (x, x, "gelu", vector, vector, vector),
+        "depthwise": (x, weight, vector, "gelu", vector),
+        "depthwise_infer": (x, weight, None, "relu", None, vector, x),
+        "depthwise_input_grad": (x, weight),
+        "depthwise_weight_grad": (x, x, 3),
+        "pointwise": (x, vector, vector, x, square, wide, "gelu", wide),
+        "pointwise_infer": (x, square, wide, "gelu", None, None),
+    }.items():
+        operator = getattr(operators, f"triton_{name}").default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return kernels.depthwise_infer(x, weight, vector, "gelu", None, None, x) + 1
+
+    program = torch.export.export(Model(), (x,)).module()
+    compiled = torch.compile(Model(), backend="aot_eager", fullgraph=True)
+    expected = Model()(x)
+    assert torch.equal(program(x), expected)
+    assert torch.equal(compiled(x), expected)
+
+
+@gpu
+def test_more_than_two_to_the_31_elements(kernels):
+    if interpreted() or torch.cuda.get_device_properties(0).total_memory < 30e9:
+        pytest.skip("needs a GPU with 30 GB")
+    x = torch.zeros(1050, 2048, 32, 32, dtype=torch.bfloat16, device=DEVICE, memory_format=torch.channels_last)
+    x[-1] = torch.randn_like(x[-1])
+    weight, vector = values(2048, 1, 7, 7), values(2048)
+    for config in kernels.forms(x, 7):
+        last = kernels._convolve(x, weight, vector, "gelu", config=config)[0][-1:]
+        assert torch.equal(last, kernels._convolve(x[-1:], weight, vector, "gelu", config=config)[0])
+
+
+@gpu
+def test_arguments_that_do_not_fit(kernels):
+    x, weight, vector = values(2, 4, 5, 5), values(4, 1, 3, 3), values(4)
+    for call, message in [
+        (lambda: kernels.depthwise(x.double(), weight, vector, "gelu", vector), "float64.*bfloat16, float16 or"),
+        (lambda: kernels.depthwise(x[0], weight, vector, "gelu", vector), r"shape \(4, 5, 5\): \(B, C, H, W\)"),
+        (lambda: kernels.depthwise(x, weight, vector, "silu", vector), "act='silu'.*gelu, relu, identity"),
+        (lambda: kernels.depthwise(x, weight[:3], vector, "gelu", vector), r"\(4, 1, k, k\) is needed"),
+        (lambda: kernels.depthwise(x, values(4, 1, 2, 2), vector, "gelu", vector), "kernel_size=2.*3 to 11"),
+        (lambda: kernels.depthwise(x, values(4, 1, 12, 12), vector, "gelu", vector), "kernel_size=12.*3 to 11"),
+        (lambda: kernels.depthwise(x, weight, vector[:3], "gelu", vector), r"bias of shape \(3,\).*\(4,\)"),
+        (lambda: kernels.depthwise_weight_grad(x, x[:1], 3), r"grad of shape \(1, 4, 5, 5\)"),
+        (lambda: kernels.pointwise_infer(x, values(4, 5), None, "gelu", None, None), r"\(outputs, 4\).*is needed"),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            call()
+
+
+def test_tensors_elsewhere_are_refused(kernels):
+    x = torch.zeros(1, 4, 5, 5)
+    with pytest.raises(ArgumentError, match=r"on cpu: the Triton kernels run on CUDA devices; convmixer.ops.reference"):
+        kernels.normalize_act(x, x[0, :, 0, 0], x[0, :, 0, 0], "gelu")
+
+
+def test_triton_is_missing(monkeypatch):
+    monkeypatch.delitem(sys.modules, "convmixer.ops.triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(DependencyError, match="pip install triton"):
+        importlib.import_module("convmixer.ops.triton")
+
+
+@gpu
+@pytest.mark.parametrize("act", ["gelu", "relu"])
+def test_optimize(kernels, monkeypatch, act):
+    from convmixer import ConvMixer, optimize
+
+    monkeypatch.setattr(kernels, "DEPTHWISE", {(80, 3, 4): small(kernels, "direct"), (80, 3, 2): small(kernels, "")})
+
+    model = ConvMixer(12, 3, 3, 2, num_classes=5, act_layer=act).to(DEVICE)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    images = values(6, 3, 8, 10)
+    model(images)  # statistics
+    with torch.no_grad():
+        model.blocks[1][3].weight[::4] = 0  # channels that cannot be divided by their scale
+    expected = model.double().eval()(images.double())
+    fast = optimize(model.float(), backend="triton")
+    assert fast.choice.backend == "triton"
+    close(fast(images), expected.detach(), factor=20)
+    close(fast(images.to(torch.float16)), expected.detach(), torch.float16, factor=2)
+
+
+def test_optimize_refuses_what_it_cannot_run(monkeypatch):
+    from convmixer import ConvMixer, create_model, optimize
+
+    if not torch.cuda.is_available():
+        with pytest.raises(ArgumentError, match=r"backend='triton' computes on CUDA devices.*model\.cuda\(\)"):
+            optimize(ConvMixer(4, 1, 3, 2), backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ArgumentError, match="kernels of 3 to 11, this model has 13"):
+        optimize(ConvMixer(4, 1, 13, 2), backend="triton")
+    with pytest.raises(ArgumentError, match="gelu, relu, identity, this model has SiLU"):
+        optimize(ConvMixer(4, 1, 3, 2, act_layer="silu"), backend="triton")
+    with pytest.raises(ArgumentError, match="float64: triton computes in"):
+        optimize(ConvMixer(4, 1, 3, 2), backend="triton", dtype=torch.float64)
+    features = create_model("convmixer_256_8", features_only=True, device="cpu")
+    with pytest.raises(ArgumentError, match=r"triton returns the last output alone.*such as compile"):
+        optimize(features, backend="triton")
