@@ -7,7 +7,7 @@ Compiles each kernel as it would be launched for a block of convmixer_256_8 (k 5
 64 images of 32 x 32 positions (16 x 16 for 256_8), for bfloat16 and float32, and disassembles it with the tools in the
 triton package. Bytes and operations are computed from the shapes, times from the peaks of an H200. `issue_us` is how
 long the streaming multiprocessors need to issue the instructions, four each per cycle: no run can be faster. All
-figures are static; nothing here was measured on a GPU. `--table` prints a file's rows for bfloat16 on sm_90 as Markdown.
+figures are static; nothing here was measured on a GPU. `--table` prints what a file says of bfloat16 on sm_90.
 """
 
 import argparse
@@ -210,18 +210,24 @@ def report(
 def table(file: Path) -> str:
     """Markdown of what a file says of bfloat16 on sm_90."""
     lines = [
-        "| block | kernel | registers | shared KiB | instructions | in the loop: all, FMA, tensor | roof, us | issue, us |",
+        "| block | kernel | registers | shared KiB | instructions | loop: all, FMA, tensor | roof, us | issue, us |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for record in json.loads(file.read_text())["kernels"]:
         if record["capability"] == 90 and record["dtype"] == "bfloat16":
             loop = record["loop"]
-            inside = f"{loop['total']}, {loop['fma']}, {loop['tensor']}" if loop["total"] else "unrolled"
-            lines.append(
-                f"| {record['block']} | {record['kernel']} | {record['registers']} | {record['shared_bytes'] / 1024:.0f} "
-                f"| {record['instructions']['total']:,} | {inside} | {record['h200_roof_us']:.2f} ({record['bound']}) "
-                f"| {record['h200_issue_us']:.2f} |"
-            )
+            inside = f"{loop['total']}, {loop['fma']}, {loop['tensor']}" if loop["total"] else "no loop"
+            cells = [
+                record["block"],
+                record["kernel"],
+                record["registers"],
+                f"{record['shared_bytes'] / 1024:.0f}",
+                f"{record['instructions']['total']:,}",
+                inside,
+                f"{record['h200_roof_us']:.2f} ({record['bound']})",
+                f"{record['h200_issue_us']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
