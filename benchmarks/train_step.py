@@ -2,9 +2,10 @@
 
     python benchmarks/train_step.py [--batch-size 64] [--precision bfloat16] [--rounds 9] [--json FILE]
 
-The same weights in timm's class and in ours (eager, and compiled as `convmixer train --compile` runs it), by AdamW. All
-ways take turns in one process; ratios are medians over rounds, against timm's best. Memory is what autograd keeps
-between forward and backward. On Linux with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
+The same weights in timm's class and in ours (eager, and compiled as `convmixer train --compile` runs it; with and
+without fused blocks), by AdamW. All ways take turns in one process; ratios are medians over rounds, against timm's
+best. Memory is what autograd keeps between forward and backward, and its ratio is against timm's eager step. On Linux
+with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
 """
 
 import argparse
@@ -75,10 +76,12 @@ def main() -> None:
     labels = torch.randint(10, (arguments.batch_size,))
     state = convmixer.create_model("convmixer_256_8", device="cpu").state_dict()
 
-    def way(ours: bool, layout: torch.memory_format, compile: bool) -> Way:
+    def way(ours: bool, layout: torch.memory_format, compile: bool, fused: bool = False) -> Way:
         build = convmixer.ConvMixer if ours else TimmConvMixer
         model = build(256, 8, kernel_size=5, patch_size=2, num_classes=10)
         model.load_state_dict(state)
+        if fused:
+            model.set_fused()
         return Way(model, layout, compile, arguments.precision)
 
     ways = {
@@ -88,6 +91,8 @@ def main() -> None:
         "timm compiled channels_last": way(False, LAST, True),
         "convmixer eager": way(True, LAST, False),
         "convmixer compiled": way(True, LAST, True),
+        "convmixer fused": way(True, LAST, False, fused=True),
+        "convmixer fused, compiled": way(True, LAST, True, fused=True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(arguments.rounds + 2):
@@ -99,18 +104,28 @@ def main() -> None:
     rates = {name: arguments.batch_size / statistics.median(times) for name, times in seconds.items()}
     memory = {name: it.kept(images, labels) / arguments.batch_size / 2**20 for name, it in ways.items()}
     best = max((name for name in ways if name.startswith("timm")), key=rates.__getitem__)
-    pairs = zip(seconds[best], seconds["convmixer compiled"], strict=True)
-    ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+    ratios = {
+        name: statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds[name], strict=True))
+        for name in ways
+    }
+    least = min(memory[name] for name in ways if name.startswith("timm eager"))
     for name in ways:
-        print(f"{name:28} {rates[name]:6.1f} images/s {memory[name]:6.2f} MiB/image")
-    print(f"convmixer compiled against {best}: {ratio:.2f}")
+        print(
+            f"{name:28} {rates[name]:6.1f} images/s, {ratios[name]:.2f} of {best}; "
+            f"{memory[name]:6.2f} MiB/image, {memory[name] / least:.2f} of timm eager"
+        )
     if arguments.json:
         machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         machine |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version()}
         machine |= {"amx_bf16": torch.cpu._is_amx_tile_supported(), "torch": torch.__version__}
         machine |= {"timm": timm.__version__, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
         result = {"batch_size": arguments.batch_size, "precision": arguments.precision, "images_per_second": rates}
-        result |= {"activation_mib_per_image": memory, "best_of_timm": best, "ratio": ratio}
+        result |= {
+            "activation_mib_per_image": memory,
+            "best_of_timm": best,
+            "ratios": ratios,
+            "ratio": ratios["convmixer compiled"],
+        }
         arguments.json.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
 
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import logging
 import os
 import queue
@@ -26,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer import native
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing
 from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, l2_cache, prefers_channels_last
 from convmixer.inference import read_image
@@ -92,7 +94,7 @@ def _missing(backend: str, device: torch.device = _CPU) -> str | None:
     modules, extra = _NEEDS.get(backend, ((), ""))
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
-        return f"{backend} needs {' and '.join(absent)}, which is missing: pip install 'convmixer[{extra}]'"
+        return missing(backend, absent, extra)
     if device.type == "cpu" and backend in ("compile", "native") and native.compiler() is None:
         return f"{backend} needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
     if backend == "triton" or (backend == "compile" and device.type == "cuda"):
@@ -102,9 +104,8 @@ def _missing(backend: str, device: torch.device = _CPU) -> str | None:
 
 
 def _require(backend: str, device: torch.device = _CPU) -> None:
-    missing = _missing(backend, device)
-    if missing:
-        raise DependencyError(missing)
+    if lacking := _missing(backend, device):
+        raise DependencyError(lacking)
 
 
 def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
@@ -800,12 +801,18 @@ def _calibration_images(source: Tensor | str | Path | None, model: nn.Module) ->
             raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
         check_input(source, inner.in_chans, inner.patch_size)
         return source[:CALIBRATION_IMAGES]
-    from convmixer.training.data import open_split  # not needed for anything else here
+    from convmixer.training.readers import Split, open_split  # not needed for anything else here
 
     transform = create_transform(inner)
     channels: int = inner.in_chans
-    split = contextlib.closing(open_split(str(source), "train"))
-    with split as opened:
-        step = max(len(opened) / CALIBRATION_IMAGES, 1)
-        chosen = [int(i * step) for i in range(min(len(opened), CALIBRATION_IMAGES))]
-        return torch.stack([opened.read(i, lambda image: transform(read_image(image, channels)))[0] for i in chosen])
+
+    def prepare(image: Image.Image) -> Tensor:
+        return transform(read_image(image, channels))  # type: ignore[no-any-return]
+
+    with contextlib.closing(open_split(str(source), "train")) as opened:
+        if isinstance(opened, Split):  # spread over all classes, which may lie one after the other
+            step = max(len(opened) / CALIBRATION_IMAGES, 1)
+            samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))
+        else:
+            samples = (s for s in opened.in_order(prepare) if not isinstance(s, Exception))
+        return torch.stack([image for image, _ in itertools.islice(samples, CALIBRATION_IMAGES)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import platform
 import re
 import statistics
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from convmixer.backends import BACKENDS, Compiled, OnnxRuntime, OpenVINO, Whole, optimize, to_onnx, to_openvino
 from convmixer.errors import ArgumentError, ConvMixerError
-from convmixer.factory import create_model, resolve_device
+from convmixer.factory import create_model, open_model, resolve_device
 from convmixer.folding import unwrap
 from convmixer.hardware import cpu_field, cpu_name
 from convmixer.registry import get_variant
@@ -144,8 +145,9 @@ def benchmark(
     """Time a model, optimized in all ways that work here, and timm's, at each batch and image size.
 
     Args:
-        model: Any name of `create_model`. Weights are loaded if they ship with the package, or from `checkpoint`;
-            otherwise they are random, which costs the same time.
+        model: Any name of `create_model`, the folder of a finished run of `convmixer train`, or a .safetensors file.
+            Weights of a name are loaded if they ship with the package, or from `checkpoint`; otherwise they are
+            random, which costs the same time.
         batch_sizes: Images per call.
         image_sizes: Sides of square images; None: the model's own.
         backends: Of `optimize`; None: all.
@@ -191,10 +193,9 @@ def benchmark(
 
 
 def _open(name: str, device: torch.device, checkpoint: str | Path | None) -> tuple[Any, str]:
-    shipped = ":" in name or ((weights := get_variant(name)[1]) is not None and weights.path is not None)
-    if checkpoint is not None or shipped:
-        model = create_model(name, pretrained=True, device=device, checkpoint=checkpoint)
-        return model.eval(), str(checkpoint or name)
+    here = ":" in name or os.path.exists(name)
+    if checkpoint or here or ((weights := get_variant(name)[1]) is not None and weights.path is not None):
+        return open_model(name, checkpoint=checkpoint, device=device).eval(), str(checkpoint or name)
     torch.manual_seed(0)
     return create_model(name, device=device).eval(), "random"
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from convmixer.errors import ArgumentError, WeightsError, brief
 from convmixer.model import ConvMixer, evaluating
 from convmixer.registry import VARIANTS, Variant, get_variant
+from convmixer.untrusted import header_excess
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
@@ -68,6 +69,8 @@ def _opened(path: str | Path) -> Iterator[Any]:
     if not path.is_file():
         raise WeightsError(f"no weights file at {str(path)!r}: give the path of a .safetensors file")
     try:
+        if excess := header_excess(path):
+            raise WeightsError(f"{str(path)!r} has a header of {excess}: it holds no weights of a ConvMixer")
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:

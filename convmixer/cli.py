@@ -21,12 +21,12 @@ from rich.table import Table
 from convmixer import plots
 from convmixer.backends import BACKENDS, optimize
 from convmixer.benchmark import DTYPES, Report, benchmark
-from convmixer.checkpoints import convert_checkpoint, variant_of, write_atomically
+from convmixer.checkpoints import convert_checkpoint, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
 from convmixer.export import FORMATS, export_model
-from convmixer.factory import create_model
+from convmixer.factory import create_model, open_model
 from convmixer.inference import label_names, read_image
 from convmixer.inference import predict as predict_images
 from convmixer.publishing import push_to_hub, save_pretrained
@@ -259,6 +259,7 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
+@click.option("--fused", is_flag=True, help="Use fused blocks, which keep less than half of the activations.")
 @click.option("--tracker", "trackers", multiple=True, help="A tracker of accelerate's, such as tensorboard.")
 @click.pass_context
 def train(
@@ -316,8 +317,8 @@ def _metric(text: str) -> tuple[str, float]:
 def push(source: str, repo_id: str, metrics: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Publish a run or a model on the Hugging Face Hub, as OWNER/NAME.
 
-    RUN_OR_MODEL is the folder of a run of `convmixer train`, which brings metrics, recipe and curves, or any name of
-    create_model. The token is HF_TOKEN or what `hf auth login` stored.
+    RUN_OR_MODEL is the folder of a run of `convmixer train`, which brings metrics, recipe and curves, a .safetensors
+    file, or any name of create_model. The token is HF_TOKEN or what `hf auth login` stored.
     """
     given = dict(_metric(text) for text in metrics)
     published = push_to_hub(source, repo_id, metrics=given, dry_run=dry_run, **options)
@@ -331,28 +332,6 @@ def push(source: str, repo_id: str, metrics: tuple[str, ...], dry_run: bool, **o
 
 
 # ---- validation -----------------------------------------------------------------------------------------------------
-
-
-def _recipe_model(run: Path) -> str:
-    """The model that was trained in a run's folder."""
-    try:
-        name: str = json.loads((run / "recipe.json").read_text(encoding="utf-8"))["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArgumentError(
-            f"{str(run)!r} is no folder of a run, which has a recipe.json that names a model "
-            f"({type(error).__name__}: {error}): give a run, or a model's name such as those of `convmixer list`"
-        ) from error
-    return name
-
-
-def _open_model(name: str, checkpoint: Path | None, device: str) -> Any:
-    """A model of `create_model`, of the run that `convmixer train` left in the folder `name`, or of a weights file."""
-    if os.path.isdir(name):
-        weights = checkpoint or Path(name) / "model.safetensors"
-        return create_model(_recipe_model(Path(name)), checkpoint=weights, device=device)
-    if os.path.isfile(name):
-        return create_model(variant_of(name), checkpoint=checkpoint or name, device=device)
-    return create_model(name, pretrained=True, device=device, checkpoint=checkpoint)
 
 
 def _show(result: Evaluation) -> None:
@@ -422,7 +401,7 @@ def validate(
     """
     if backend is None and (int8 or calibration):
         raise ArgumentError("--int8 and --calibration are for the optimized model: add --backend openvino")
-    opened = _open_model(model, checkpoint, device)
+    opened = open_model(model, checkpoint=checkpoint, device=device)
     fast = None
     if backend:
         precisions: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -490,12 +469,11 @@ def export(source: str, format_: str, output: Path | None, checkpoint: Path | No
         others = [name for name, value in options.items() if value not in (None, False)]
         if others or dtype != "float32":
             raise ArgumentError("a hub folder holds the model as it is: leave out --dtype, sizes, and what folds")
-        named = checkpoint is None and not os.path.isfile(source)  # then the card says what is known of it
         folder = output or Path(f"{stem}-hub")
-        save_pretrained(source if named else _open_model(source, checkpoint, "cpu"), folder)
+        save_pretrained(open_model(source, checkpoint=checkpoint, device="cpu") if checkpoint else source, folder)
         _say(f"{folder}: for create_model, timm and transformers as local-dir:{folder}")
         return
-    model = _open_model(source, checkpoint, "cpu")
+    model = open_model(source, checkpoint=checkpoint, device="cpu")
     if output is None:
         output = Path(stem + ("" if dtype == "float32" else f".{dtype}") + FORMATS[format_].suffix)
     used = (Path(source), Path(source) / "model.safetensors", *([checkpoint] if checkpoint else []))
@@ -515,7 +493,7 @@ def _figures(source: str, data: str | None, image: Path | None, device: str) -> 
     if os.path.isdir(source):
         history = read_history(Path(source) / "metrics.csv")
         finished = (Path(source) / "model.safetensors").exists()
-        model = _open_model(source, None, device) if finished else None
+        model = open_model(source, device=device) if finished else None
         if model is None and (data or image):
             raise ArgumentError(
                 f"--data and --image need weights, and {source!r} has no model.safetensors, which the end of a run "
@@ -524,7 +502,7 @@ def _figures(source: str, data: str | None, image: Path | None, device: str) -> 
         yield "history", plots.plot_history(history)
     else:
         try:
-            model = create_model(source, pretrained=True, device=device)
+            model = open_model(source, device=device)
         except UnknownModelError as error:
             raise UnknownModelError(f"no folder {source!r}, and no model: {error}") from error
     if model is None:
@@ -554,7 +532,7 @@ def _figures(source: str, data: str | None, image: Path | None, device: str) -> 
 def plot(source: str, output: Path | None, data: str | None, image: Path | None, device: str) -> None:
     """Draw a run's history and a model's weights and mistakes.
 
-    RUN_OR_MODEL is the folder of a run, or any name of create_model.
+    RUN_OR_MODEL is the folder of a run, a .safetensors file, or any name of create_model.
     """
     if output is None:
         named = Path("plots") / re.sub(r"[^\w.-]+", "_", source)
@@ -639,6 +617,8 @@ def bench(
     **options: Any,
 ) -> None:
     """Time MODEL in all backends and precisions beside timm's, in one process.
+
+    MODEL is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file.
 
     Options that may be given again: --batch-size, --image-size, --backend, --dtype.
     """

@@ -19,8 +19,8 @@ from timm.models import PretrainedCfg
 from convmixer.errors import UnknownModelError, WeightsError, brief, nearest
 from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
 from convmixer.registry import VARIANTS, Variant
+from convmixer.untrusted import MAX_BYTES, json_excess
 
-MAX_BYTES = 8 * 2**20
 MAX_PARAMETERS = 10**9  # 20 times the largest variant
 MAX_SIDE = 4096  # pixels
 
@@ -179,8 +179,8 @@ def _parse(path: Path, name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise WeightsError(f"{name}: cannot read {str(path)!r}: {reason}") from error
-    if len(text) > MAX_BYTES:
-        raise WeightsError(f"{name}: {str(path)!r} has more than {MAX_BYTES:,} bytes: it is no config.json")
+    if excess := json_excess(text):
+        raise WeightsError(f"{name}: {str(path)!r} has {excess}: it is no config.json")
     try:
         return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:

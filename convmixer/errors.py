@@ -15,7 +15,9 @@ ConvMixerError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class ConvMixerError(Exception):
@@ -64,6 +66,19 @@ class TrainingStopped(ConvMixerError):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def missing(what: str, modules: Sequence[str], extra: str) -> str:
+    """What to say where `what` needs modules that are not installed, and which extra of this package brings them."""
+    return f"{what} needs {' and '.join(modules)}, which is missing: pip install 'convmixer[{extra}]'"
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+    """A module of an optional library, imported; a DependencyError says what needs it and which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DependencyError(missing(what, [module.partition(".")[0]], extra)) from error
 
 
 def brief(value: object, longest: int = 80) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from convmixer.errors import ArgumentError, DataError
 from convmixer.inference import imagenet_labels, known_labels, read_image
 from convmixer.model import evaluating
-from convmixer.training.data import Split, open_split
 from convmixer.training.loop import autocast
+from convmixer.training.readers import Sample, ShardSplit, Split, open_split
 from convmixer.transforms import create_transform
 
 
@@ -88,7 +89,8 @@ def validate(
 
     Args:
         model: A classifier from `create_model`; it is put in evaluation mode for the call.
-        data: A folder, a tar, or a name such as `torch/cifar10`; see `convmixer.training.data.load_images`.
+        data: A folder, a tar, WebDataset shards, or a name such as `torch/cifar10`; see
+            `convmixer.training.data.load_images`.
         split: "train" or "test"; of an `hfds/` data set any split that it has.
         classes: The model's class names by index, in place of those that came with its weights. A model without names
             is taken to have those of the data, in their order, if there are as many.
@@ -125,8 +127,9 @@ def validate(
     plain, mirrored, labels, seconds = [], [], [], 0.0
     with evaluating(model), contextlib.closing(open_split(data, split, root=data_root, download=download)) as opened:
         names, index = _match(opened, names, model.num_classes)  # type: ignore[arg-type]
-        for start in progress(range(0, len(opened), batch_size)):
-            images = [opened.read(i, prepare) for i in range(len(opened))[start : start + batch_size]]
+        samples = opened.in_order(prepare)
+        for _ in progress(range(0, len(opened), batch_size)):
+            images = [_readable(sample) for sample in itertools.islice(samples, batch_size)]
             labels += [label for _, label in images]
             batch = torch.stack([tensor for tensor, _ in images]).to(parameter.device, parameter.dtype)
             begun = time.perf_counter()
@@ -134,6 +137,7 @@ def validate(
             seconds += time.perf_counter() - begun
             if flip:
                 mirrored.append(compute(batch.flip(3)))
+        next(samples, None)  # shards say only at their end that they hold more than they should
     truth = index[labels]
     log_p = torch.cat(plain)
     return Evaluation(
@@ -145,7 +149,13 @@ def validate(
     )
 
 
-def _match(data: Split, names: tuple[str, ...] | None, count: int) -> tuple[tuple[str, ...], Tensor]:
+def _readable(sample: Sample) -> tuple[Tensor, int]:
+    if isinstance(sample, DataError):
+        raise sample
+    return sample
+
+
+def _match(data: Split | ShardSplit, names: tuple[str, ...] | None, count: int) -> tuple[tuple[str, ...], Tensor]:
     """The names of the model's `count` classes, and for each label of the data the model's label."""
     if names is None:
         if len(data.classes) != count:

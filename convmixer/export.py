@@ -7,7 +7,6 @@ a few images. Only a file that agrees is put in place.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from convmixer import folding
 from convmixer.checkpoints import read_tensors, save_weights, write_atomically
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ExportError, nearest
+from convmixer.errors import ArgumentError, ConvMixerError, ExportError, nearest, optional
 from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer
@@ -85,9 +84,7 @@ class _Job:
 
 
 def _onnx(job: _Job, path: Path) -> Run:
-    for module in ("onnx", "onnxscript"):
-        _optional(module, "onnx")
-    onnxruntime = _optional("onnxruntime", "onnx")
+    onnxruntime = [optional(name, "the format onnx", "export") for name in ("onnx", "onnxscript", "onnxruntime")][-1]
     names = {"input_names": ["images"], "output_names": [job.output]}
     program: Any = torch.onnx.export(
         _Float32(job.model, job.dtype),
@@ -105,8 +102,10 @@ def _onnx(job: _Job, path: Path) -> Run:
 
 
 def _openvino(job: _Job, path: Path) -> Run:
-    openvino = _optional("openvino", "openvino")
+    openvino = optional("openvino", "the format openvino", "export")
     model = openvino.convert_model(job.program(torch.float32))
+    # The conversion leaves open what the program does not; a fixed size lets the runtime plan ahead.
+    model.reshape([-1 if axis in job.shapes["images"] else side for axis, side in enumerate(job.example.shape)])
     model.inputs[0].get_tensor().set_names({"images"})
     model.outputs[0].get_tensor().set_names({job.output})
     for key, value in job.metadata.items():
@@ -148,15 +147,6 @@ FORMATS = {
     "torch-export": _Format(".pt2", _torch_export, (*_HALF, torch.bfloat16), True),
     "safetensors": _Format(".safetensors", _safetensors, (*_HALF, torch.bfloat16), False),
 }
-
-
-def _optional(module: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DependencyError(
-            f"the format {name} needs {module}, which is missing: pip install 'convmixer[export]'"
-        ) from error
 
 
 # ---- the one function for all of them -------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from convmixer import hub
-from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise
+from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise, variant_of
 from convmixer.config import MAX_SIDE, read_config
-from convmixer.errors import ArgumentError, WeightsError, nearest
+from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
 from convmixer.hardware import prefers_channels_last
 from convmixer.model import ConvMixer, check_dtype
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
+from convmixer.untrusted import json_excess
 
-__all__ = ["create_model", "resolve_device"]
+__all__ = ["create_model", "open_model", "read_recipe", "resolve_device"]
 
 # What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
 _MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
@@ -143,6 +145,7 @@ def create_model(
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     channels_last: bool | None = None,
+    fused: bool | Literal["auto"] = False,
     checkpoint: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -161,6 +164,7 @@ def create_model(
         dtype: Type of the parameters, such as `torch.bfloat16`; None keeps float32.
         channels_last: Memory layout of the convolution weights, which the activations follow. None takes
             channels_last where it is known to be faster: on CPUs, and with 7x7 kernels on GPUs.
+        fused: As in `ConvMixer.set_fused`: True, False, or "auto".
         checkpoint: A .safetensors file to load in place of the named weights. Its number of classes and channels hold
             unless `model_args` say otherwise.
         revision: Branch, tag or commit of a Hub repository.
@@ -178,6 +182,7 @@ def create_model(
         UnknownModelError: No such model or weights.
         ArgumentError: An unknown or senseless argument.
         WeightsError: Weights that cannot be found, read or fitted. No half-loaded model is left behind.
+        ConvMixerError: `fused=True`, and it is not possible; see `ConvMixer.set_fused`.
     """
     if not isinstance(name, str):
         raise ArgumentError(f"name={name!r}: give a string; for a folder local-dir:PATH")
@@ -215,7 +220,53 @@ def create_model(
         # The other weights, 1x1 and depthwise, lie the same way in both layouts; the activations follow the stem.
         stem: Any = _inner(model).stem[0]
         stem.weight.data = stem.weight.data.to(memory_format=torch.channels_last)
+    _inner(model).set_fused(fused)
     return model
+
+
+def open_model(source: str | Path, *, checkpoint: str | Path | None = None, device: str | torch.device = "auto") -> Any:
+    """A model with its weights, of whatever a user calls a model.
+
+    Args:
+        source: The folder of a finished run of `convmixer train`, a .safetensors file of a variant's shapes, or any
+            name of `create_model`.
+        checkpoint: A .safetensors file to load in place of its weights.
+        device: As in `create_model`.
+
+    Raises:
+        DataError: A folder that is no finished run.
+        ConvMixerError: As `create_model`.
+    """
+    if os.path.isdir(source):
+        run = Path(source)
+        base = read_recipe(run)["model"]
+        weights = Path(checkpoint) if checkpoint else run / "model.safetensors"
+        if not checkpoint and not weights.is_file():
+            raise DataError(
+                f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or "
+                f"load best.safetensors as the checkpoint of {base}"
+            )
+        return create_model(base, checkpoint=weights, device=device)
+    if os.path.isfile(source):
+        return create_model(variant_of(source), checkpoint=checkpoint or source, device=device)
+    return create_model(str(source), pretrained=True, checkpoint=checkpoint, device=device)
+
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """recipe.json of the folder of a run of `convmixer train`; a DataError if it is none."""
+    try:
+        recipe: dict[str, Any] = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+        if not isinstance(recipe["model"], str):
+            raise TypeError("model is no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        hint = "give a run, or a model's name such as those of `convmixer list`"
+        if (run / "config.json").is_file():
+            hint = f"it is in the Hub's form, so give local-dir:{run}"
+        raise DataError(
+            f"{str(run)!r} is no folder of a run, which has a recipe.json that names a model "
+            f"({type(error).__name__}: {error}): {hint}"
+        ) from error
+    return recipe
 
 
 class _NoInit(TorchFunctionMode):
@@ -257,8 +308,12 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
     if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
         found["input_size"] = (stem.shape[1], *config["input_size"][1:])
     header = read_metadata(path)
+    texts = [header.get(name, "null") for name in ("label_names", "input_size")]
+    for text in texts:
+        if excess := json_excess(text.encode()):
+            raise WeightsError(f"label_names or input_size in the header of {str(path)!r} has {excess}")
     try:
-        labels, size = (json.loads(header.get(name, "null")) for name in ("label_names", "input_size"))
+        labels, size = map(json.loads, texts)
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"label_names or input_size in the header of {str(path)!r} is not JSON: {error}") from error
     if isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MAX_SIDE for n in size):

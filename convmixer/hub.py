@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 from convmixer.errors import ArgumentError, HubError, WeightsError
 from convmixer.registry import Metric
+from convmixer.untrusted import header_excess
 
 Result = TypeVar("Result")
 
@@ -149,10 +150,10 @@ def _patiently(call: Callable[[], Result]) -> Result:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, its cause, the cause of that, ..."""
+    """An error, what it arose from, what that arose from, ...; also what a library hides by `from None`."""
     while error is not None:
         yield error
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
 
 
 def _response(error: BaseException) -> Any:
@@ -182,8 +183,10 @@ def _problem(path: Path, size: int, sha256: str) -> str:
             problem = f"its hash is {hashes[0]}, expected {expected}"
     elif path.suffix == ".safetensors":
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            problem = header_excess(path)
+            if not problem:
+                with safe_open(path, framework="pt"):
+                    pass
         except (SafetensorError, OSError, ValueError) as error:
             problem = str(error)
     if note and not problem:

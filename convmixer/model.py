@@ -7,11 +7,13 @@
 The activation comes before BatchNorm everywhere, every convolution has a bias, and resolution never changes after
 the stem. Parameter names are those of timm's `convmixer.py` (Apache-2.0), so that its weights load strictly; the code
 is this package's own. Deviations from timm: dropout before every block and stochastic depth (both off by default),
-activations by name, inputs checked, and on CPUs a faster weight gradient under `torch.compile`.
+activations by name, inputs checked, on CPUs a faster weight gradient under `torch.compile`, and `set_fused`: the same
+numbers by `ops.fused`, which keeps two feature maps per block for the backward pass.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast, overload
@@ -23,8 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convmixer import ops
-from convmixer.errors import ArgumentError, ImageError, nearest
+from convmixer.errors import ArgumentError, ConvMixerError, ImageError, nearest
+from convmixer.ops import dispatch, fused
 
+_LOGGER = logging.getLogger(__name__)
 GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
 ACTIVATIONS = [
     "gelu",
@@ -251,6 +255,7 @@ class ConvMixer(nn.Module):
         self.in_chans = in_chans
         self.num_features = dim
         self.grad_checkpointing = False
+        self.fused = self.sync_batchnorm = False
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype),
             _new(act, device, dtype),
@@ -284,6 +289,8 @@ class ConvMixer(nn.Module):
         """(B, in_chans, H, W) -> the last block's output, (B, dim, H // patch_size, W // patch_size)."""
         if not torch.jit.is_scripting():
             check_input(x, self.in_chans, self.patch_size)
+            if self._runs_fused(x):
+                return self._fused_features(x, self.blocks, [len(self.blocks) - 1])[0]
         x = self.stem(x)
         for block in self.blocks:
             x = self.block_drop(x)
@@ -356,16 +363,80 @@ class ConvMixer(nn.Module):
             raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
         taken, last = take_indices(indices, len(self.blocks))
         check_input(x, self.in_chans, self.patch_size)
-        x = self.stem(x)
-        intermediates: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            if stop_early and i > last:
-                break
-            x = self.block_drop(x)
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
-            if i in taken:
-                intermediates.append(x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
+        blocks = self.blocks[: last + 1] if stop_early else self.blocks
+        if self._runs_fused(x):
+            wanted = sorted({*taken, len(blocks) - 1})
+            maps = self._fused_features(x, blocks, wanted)
+            x, found = maps[-1], [y for i, y in zip(wanted, maps, strict=True) if i in taken]
+        else:
+            x, found = self.stem(x), []
+            for i, block in enumerate(blocks):
+                x = self.block_drop(x)
+                x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+                if i in taken:
+                    found.append(x)
+        intermediates = [y if output_fmt == "NCHW" else y.permute(0, 2, 3, 1) for y in found]
         return intermediates if intermediates_only else (x, intermediates)
+
+    # ---- fused blocks -------------------------------------------------------------------------------------------
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def set_fused(self, enable: bool | Literal["auto"] = True, *, sync_batchnorm: bool = False) -> None:
+        """Compute stem and blocks by fused functions, which keep less than half as much for the backward pass.
+
+        Parameters, state dict and results stay the same, up to rounding. TorchScript, `torch.fx` and `torch.export` see
+        the plain layers. First derivatives only.
+
+        Args:
+            enable: False goes back to the layers. "auto" is True where that is possible for a model on a GPU, and False
+                elsewhere, since on CPUs it saves memory but not time; the choice is written to the log.
+            sync_batchnorm: In training, BatchNorm sees the images of all processes of the default group, on CPUs too,
+                as layers of `nn.SyncBatchNorm` do. The running statistics must be the same in each, as
+                DistributedDataParallel makes them.
+
+        Raises:
+            ArgumentError: The model has what fused blocks do not: dropout between blocks, stochastic depth, activations
+                beside GELU and ReLU, replaced layers, hooks on layers.
+            DependencyError: Triton is missing, on a GPU.
+            ConvMixerError: There are no kernels for this device or for the type of the parameters.
+        """
+        if not (isinstance(enable, bool) or enable == "auto"):
+            raise ArgumentError(f"fused={enable!r}; valid: True, False, 'auto'")
+        if sync_batchnorm and enable is not True:
+            raise ArgumentError(
+                "sync_batchnorm=True needs fused=True: it is for fused blocks; layers have nn.SyncBatchNorm"
+            )
+        self.fused = self.sync_batchnorm = False
+        if enable is False:
+            return
+        weight = cast("Tensor", self.stem[0].weight)
+        try:
+            self._check_fused()
+            dispatch.check(weight.device, weight.dtype)
+        except ConvMixerError as error:
+            if enable is True:
+                raise
+            _LOGGER.info("fused='auto': off, %s", error)
+            return
+        if enable == "auto" and weight.device.type != "cuda":
+            _LOGGER.info("fused='auto': off, as on %s it saves memory but not time", weight.device.type)
+            return
+        if enable == "auto":
+            _LOGGER.info("fused='auto': on, by Triton")
+        self.fused, self.sync_batchnorm = True, sync_batchnorm
+
+    def _fused_features(self, x: Tensor, blocks: nn.Sequential, taken: list[int]) -> list[Tensor]:
+        options = {"checkpointing": self.grad_checkpointing, "sync_batchnorm": self.sync_batchnorm}
+        return fused.features(self.stem, blocks, x, taken, **options)
+
+    def _check_fused(self) -> None:
+        fused.check(self.stem, self.blocks, self.block_drop, depthwise=DepthwiseConv2d, residual=Residual)
+
+    def _runs_fused(self, x: Tensor) -> bool:
+        if not self.fused or torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
+            return False
+        self._check_fused()  # layers may have been replaced
+        return True
 
     # ---- timm's contract ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ thread may draw, with or without a display. `write_figure` makes a PNG file of i
 
 from __future__ import annotations
 
-import importlib
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from convmixer.checkpoints import write_atomically
-from convmixer.errors import ArgumentError, DependencyError
+from convmixer.errors import ArgumentError, optional
 from convmixer.inference import label_names, read_image
 from convmixer.model import evaluating
 from convmixer.transforms import create_transform, normalization, preprocessing
@@ -39,19 +38,9 @@ _DTYPES = ("float32", "bfloat16", "int8")  # of benchmarks
 SHOWN_SIDE = 224  # pixels; smaller inputs are drawn from the same part of the image at a higher resolution
 
 
-def _optional(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        library = module.partition(".")[0]
-        raise DependencyError(
-            f"this figure needs {library}, which is missing: pip install 'convmixer[train]'"
-        ) from error
-
-
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches."""
-    figure: Figure = _optional("matplotlib.figure").Figure((width, height), layout="constrained")
+    figure: Figure = optional("matplotlib.figure", "this figure", "train").Figure((width, height), layout="constrained")
     return figure
 
 
@@ -101,9 +90,10 @@ def plot_history(history: Sequence[Epoch]) -> Figure:
         axes.set(title=name, ylabel=unit)
     panels[2].plot(epochs, [row.learning_rate for row in history], ".-", color="tab:green")
     panels[2].set(title="learning rate", ylabel="at the end of the epoch")
+    ticker = optional("matplotlib.ticker", "this figure", "train")
     for axes in panels:
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(_optional("matplotlib.ticker").MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
     return figure
 
@@ -167,7 +157,7 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
     side = min(max(0.72 * count, 4), 16)
     figure = _figure(side + 1.5, side)
     axes = figure.subplots()
-    root = _optional("matplotlib.colors").PowerNorm(0.5, vmin=0, vmax=100)
+    root = optional("matplotlib.colors", "this figure", "train").PowerNorm(0.5, vmin=0, vmax=100)
     shown = axes.imshow(percent, cmap="Blues", norm=root)
     figure.colorbar(shown, ax=axes, label="% of the true class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true")
@@ -384,7 +374,7 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     names = label_names(model)
     if target is not None and not 0 <= target < len(names):
         raise ArgumentError(f"target={target}: this model has the classes 0 to {len(names) - 1}")
-    attribution = _optional("captum.attr")
+    attribution = optional("captum.attr", "this figure", "train")
     channels: int = model.in_chans  # type: ignore[assignment]
     opened, transform = read_image(image, channels), create_transform(model)
     parameter = next(model.parameters())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from convmixer import hub
 from convmixer.checkpoints import check_keys, read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsError
-from convmixer.factory import create_model
+from convmixer.factory import create_model, open_model, read_recipe
 from convmixer.inference import known_labels
 from convmixer.model import ACTIVATIONS, ConvMixer, activation
 from convmixer.registry import VARIANTS, Metric, Variant, get_variant
@@ -113,7 +113,7 @@ def save_pretrained(
 
     Args:
         model: A ConvMixer of this package or of timm; the folder of a finished run of `convmixer train`, whose recipe,
-            results and curves then go into the folder; or any name of `create_model`.
+            results and curves then go into the folder; a .safetensors file; or any name of `create_model`.
         directory: Folder to write; made if it does not exist.
         metrics: In percent: `{"top-1": 88.2}` on `test_data`, or `Metric` records for more than one test set. Those of
             a run or of registered weights are known.
@@ -124,7 +124,8 @@ def save_pretrained(
         description: A few sentences for the top of the card.
         tags: Further tags of the card.
         label_names: Class names by index; the model's own if None.
-        repo_id: "owner/name" on the Hub that the card's examples load from; by default they load from `directory`.
+        repo_id: "owner/name" on the Hub that the card's examples load from; by default they load from `directory`, of
+            an absolute path its name alone, because the card may be published.
 
     Returns:
         The folder.
@@ -150,7 +151,9 @@ def save_pretrained(
             with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
                 staging = Path(temporary)
                 files = _write(source, staging)
-                text = _card(source, repo_id.partition("/")[2] or folder.resolve().name, repo_id, str(folder), card)
+                name = folder.resolve().name
+                place = name if folder.is_absolute() else str(folder)
+                text = _card(source, repo_id.partition("/")[2] or name, repo_id, place, card)
                 (staging / "README.md").write_text(text, encoding="utf-8")
                 # Without config.json nothing opens a folder: it comes last.
                 for path in [*sorted(set(files) - {"config.json"}), "README.md", "config.json"]:
@@ -272,8 +275,9 @@ def _describe(
     elif os.path.isdir(given):
         model, known = _read_run(Path(given))
     else:
-        model = create_model(str(given), pretrained=True, device="cpu")
-        known = {"licence": model.pretrained_cfg.get("license") or "", **_read_registry(str(given))}
+        model = open_model(given, device="cpu")
+        known = {"licence": model.pretrained_cfg.get("license") or ""}
+        known |= {} if os.path.isfile(given) else _read_registry(str(given))
     if not isinstance(model, ConvMixer | TimmConvMixer):
         raise ArgumentError(
             f"{type(model).__name__} is no ConvMixer: give a model of create_model, without features_only, and not the "
@@ -325,30 +329,23 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
     """The model of a finished run, and what its folder tells."""
     from convmixer.training.recipes import Recipe  # with it the whole of training is imported
 
-    weights = run / "model.safetensors"
-    if not (run / "recipe.json").is_file() and (run / "config.json").is_file():
+    if not (run / "result.json").is_file() and (run / "config.json").is_file():  # recipe.json may be in both
         raise ArgumentError(
             f"{str(run)!r} is a folder in the Hub's form already. Publish it as it is with `hf upload OWNER/NAME "
             f"{run}`, or give local-dir:{run} to write another card for it"
         )
+    recipe = read_recipe(run)
+    model: ConvMixer = open_model(run, device="cpu")
     try:
-        recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-        base = recipe["model"]
-        result = json.loads((run / "result.json").read_text(encoding="utf-8")) if weights.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{str(run)!r} is no folder of a finished run, with recipe.json, result.json and model.safetensors "
-            f"({type(error).__name__}: {error}): give one, or a model's name such as those of `convmixer list`"
+            f"{str(run)!r} is no folder of a finished run, whose end writes a result.json: {error}. Finish it with "
+            "--resume, or load its weights with create_model(..., checkpoint=...) and publish that model"
         ) from error
-    if not weights.is_file():
-        raise DataError(
-            f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or load "
-            f"best.safetensors with create_model({base!r}, checkpoint=...) and publish that model"
-        )
-    model: ConvMixer = create_model(base, checkpoint=weights, device="cpu")
     # Not where they lay on this computer.
-    recipe["checkpoint"] = Path(recipe.get("checkpoint", "")).name
-    recipe["model"] = re.sub("^local-dir:.*[/\\\\]", "local-dir:", base)
+    recipe["checkpoint"] = _without_place(recipe.get("checkpoint", ""))
+    recipe["model"] = _without_place(recipe["model"])
     default = json.loads(json.dumps(dataclasses.asdict(Recipe())))
     changed = [f"`{k}={v!r}`" for k, v in recipe.items() if k != "note" and v != default.get(k)]
     steps = [f"`convmixer train` with the defaults of its `Recipe`, but {', '.join(changed)}."]
@@ -358,18 +355,32 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
     if result.get("validation_accuracy") is not None:
         steps.append(f"Accuracy on the held-out part of the training images: {result['validation_accuracy']:.2f} %.")
     metrics = tuple(
-        Metric("top-1", top1, f"{name} ({result['test_images'][name]:,} images)", "convmixer train, at its end")
+        Metric(
+            "top-1",
+            top1,
+            f"{_without_place(name)} ({result['test_images'][name]:,} images)",
+            "convmixer train, at its end",
+        )
         for name, top1 in result.get("test_accuracy", {}).items()
     )
-    data = result.get("data", "")
+    data = _without_place(result.get("data", ""))
     trained_on = f"{data}, {result['training_images']:,} images" if data and "training_images" in result else data
     extra = {"recipe.json": (json.dumps(recipe, indent=2) + "\n").encode()}
     for path in ("metrics.csv", "plots/history.png"):
         if (run / path).is_file():
             extra[path] = (run / path).read_bytes()
-    dataset = data.removeprefix("hfds/") if data.startswith("hfds/") else ""
+    dataset = data.removeprefix("hfds/") if data.startswith("hfds/") and data == result["data"] else ""
     known = {"metrics": metrics, "recipe": " ".join(steps), "training_data": trained_on, "dataset": dataset}
     return model, {**known, "extra": extra}
+
+
+def _without_place(name: str) -> str:
+    """A file, model or data set without the folder where it lay; names of the Hub and of torchvision stay."""
+    scheme = next((s for s in ("hf-hub:", "torch/", "hfds/", "wds/", "local-dir:") if name.startswith(s)), "")
+    rest = name.removeprefix(scheme)
+    if scheme in ("hf-hub:", "torch/") or (scheme == "hfds/" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", rest)):
+        return name
+    return scheme + re.split(r"[/\\]", rest.rstrip("/\\"))[-1]
 
 
 def _read_registry(name: str) -> dict[str, Any]:

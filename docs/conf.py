@@ -6,9 +6,11 @@ import dataclasses
 import inspect
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import timm
 from docutils.nodes import Node
@@ -16,7 +18,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from convmixer import registry
+from convmixer.plots import plot_history, write_figure
 from convmixer.training import RECIPES, Recipe, recipes
+from convmixer.training.history import read_history
 
 project = "convmixer"
 author = "The convmixer developers"
@@ -118,7 +122,7 @@ def _recipes() -> str:
 
 
 # The logs of recipes that were run to their end; the others are unverified.
-_RUNS = {"cifar10-cpu": "convmixer_256_8.cifar10/first", "cifar10-cpu-2": "convmixer_256_8.cifar10"}
+_RUNS = {"cifar10-cpu": "convmixer_256_8.cifar10/first", "cifar10-cpu-2": "convmixer_256_8.cifar10/third"}
 
 _DATA = {"imagenet1k": "data/imagenet --precision float16"}
 _FURTHER = {"cifar10-cpu-2": " --set checkpoint=runs/cifar10-cpu/model.safetensors"}
@@ -135,8 +139,7 @@ def _reached(name: str) -> str:
     )
     return (
         f"Accuracy: top-1 {accuracy}. One run, no spread known; {result['train_seconds'] / 3600:.1f} hours on "
-        f"{result['device']}, {result['threads']} threads, beside other work. The log is in "
-        f"`docs/runs/{_RUNS[name]}`."
+        f"{result['device']}, {result['threads']} threads, beside other work. [Its curves](runs.md)."
     )
 
 
@@ -152,6 +155,70 @@ def _recipe_sections() -> str:
             f"Differs from the defaults in: {changed or 'nothing'}.\n\n{_reached(name)}\n"
         )
     return "\n".join(sections)
+
+
+_LOGS = Path(__file__).parent / "runs"
+_CURVES = Path(__file__).parent / "_curves"
+
+
+def _runs() -> list[list[tuple[str, dict[str, Any]]]]:
+    """The runs in `docs/runs`, (folder, result) each; those that differ in the seed alone are together."""
+    groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for file in sorted(_LOGS.rglob("result.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        settings = {k: v for k, v in result["recipe"].items() if k != "seed"}
+        key = f"{file.parent.parent} {json.dumps(settings, sort_keys=True)}"
+        groups.setdefault(key, []).append((file.parent.relative_to(_LOGS).as_posix(), result))
+    return list(groups.values())
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ({min(values):.2f} to {max(values):.2f}, n = {len(values)})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f} %{spread}"
+
+
+def _run_table() -> str:
+    rows = []
+    for group in _runs():
+        results = [result for _, result in group]
+        first = results[0]
+        tests = [
+            f"{test}: {_mean([r['test_accuracy'][test] for r in results])}, {first['test_images'][test]:,} images"
+            for test in first["test_accuracy"]
+        ]
+        validation = [r["validation_accuracy"] for r in results if r.get("validation_accuracy") is not None]
+        minutes = statistics.mean(r["train_seconds"] for r in results) / 60
+        rows.append(
+            (
+                ", ".join(f"[{name}](#{_anchor(name)})" for name, _ in group),
+                first["recipe"]["epochs"],
+                _mean(validation) if validation else "none",
+                "<br>".join(tests),
+                f"{minutes:.1f} min",
+                f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}",
+            )
+        )
+    return _table(("run", "epochs", "top-1, validation", "top-1, tests", "time", "on"), rows)
+
+
+def _anchor(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def _run_sections() -> str:
+    """Command and curves of each run."""
+    return "\n\n".join(
+        f"({_anchor(name)})=\n## {name}\n\n```bash\n{result['command']}\n```\n\n"
+        f"![Loss, accuracy and learning rate of {name}](_curves/{_anchor(name)}.png)"
+        for group in _runs()
+        for name, result in group
+    )
+
+
+def _draw_curves(_app: Sphinx) -> None:
+    for group in _runs():
+        for name, _ in group:
+            write_figure(plot_history(read_history(_LOGS / name / "metrics.csv")), _CURVES / f"{_anchor(name)}.png")
 
 
 def _requirements() -> str:
@@ -216,6 +283,8 @@ _RECORDS: dict[str, Callable[[], str]] = {
     "timm-own": lambda: _timm_names(ours=False),
     "recipes": _recipes,
     "recipe-sections": _recipe_sections,
+    "runs": _run_table,
+    "run-sections": _run_sections,
     "speed": _speed,
     "cold-start": _cold_start,
     "python": lambda: f"Python {metadata.metadata('convmixer')['Requires-Python']}".replace(">=", "") + " or newer.",
@@ -253,5 +322,6 @@ def _after_napoleon(_app: Sphinx, what: str, _name: str, obj: object, _options: 
 
 def setup(app: Sphinx) -> None:
     app.add_directive("records", Records)
+    app.connect("builder-inited", _draw_curves)
     app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", _after_napoleon, priority=600)

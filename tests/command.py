@@ -1,13 +1,10 @@
 """The command line inside the tests' own process."""
 
-import inspect
-
 from click.testing import CliRunner
 
 from convmixer.cli import main
 
-# click before 8.2 mixes the two streams unless told otherwise; later it has no such option.
-RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}))
+RUNNER = CliRunner()
 
 
 def run(*arguments, status=0):

@@ -88,6 +88,12 @@ def test_command(tmp_path, monkeypatch):
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
+def test_weights_of_a_file(tmp_path):
+    path = str(convmixer.model_info("convmixer_256_8").weights[0].path)
+    model, weights = benchmarks._open(path, torch.device("cpu"), None)
+    assert (weights, model.training, model.num_classes) == (path, False, 10)
+
+
 def test_random_weights():
     model, weights = benchmarks._open("convmixer_768_32", torch.device("meta"), None)
     assert (weights, model.training) == ("random", False)

@@ -141,6 +141,19 @@ def test_fixed_size_is_kept_to(model, tmp_path):
         program(torch.rand(2, 3, 15, 15))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sizes_of_openvino_and_onnx(model, tmp_path, dynamic):
+    """A fixed size is kept to there, too; the batch is open in any case."""
+    onnxruntime, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
+    sides = [-1, -1] if dynamic else list(IMAGES.shape[2:])
+    export_model(model, tmp_path / "m.xml", dynamic_size=dynamic)
+    (given,) = openvino.Core().read_model(tmp_path / "m.xml").inputs
+    assert given.partial_shape == openvino.PartialShape([-1, 3, *sides])
+    export_model(model, tmp_path / "m.onnx", dynamic_size=dynamic)
+    (given,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_inputs()
+    assert [side if isinstance(side, int) else -1 for side in given.shape] == [-1, 3, *sides]
+
+
 def test_what_optimize_made_and_what_has_no_preprocessing(model, tmp_path):
     export_model(convmixer.optimize(model, normalization=True), tmp_path / "folded.pt2")
     found, metadata = run_torch_export(tmp_path / "folded.pt2", IMAGES)

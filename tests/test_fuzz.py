@@ -11,6 +11,8 @@ import random
 import re
 import signal
 import struct
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -21,8 +23,9 @@ from hypothesis import strategies as st
 
 import convmixer
 from convmixer.checkpoints import save_weights
-from convmixer.errors import ConvMixerError
+from convmixer.errors import ConvMixerError, WeightsError
 from convmixer.inference import known_labels
+from convmixer.untrusted import json_excess
 
 resource = pytest.importorskip("resource", reason="memory cannot be limited here")
 if not Path("/proc/self/statm").exists():
@@ -330,3 +333,132 @@ def test_any_json_in_a_header(folder, data):
         header[key] = data.draw(VALUES)
     folder.write_header(header)
     folder.try_it()
+
+
+# ---- much JSON ------------------------------------------------------------------------------------------------------
+
+_MANY = {
+    "tensors": b"{%s}" % b",".join(b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(60_000)),
+    "sizes": b'{"a":{"dtype":"U8","shape":[%s],"data_offsets":[0,0]}}' % b",".join([b"0"] * 1_500_000),
+    "metadata": b'{"__metadata__":{%s}}' % b",".join(b'"%x":""' % i for i in range(200_000)),
+    "bytes": b" " * 5 * 2**20 + b"{}",
+    "config": b'{"x":[%s]}' % b",".join([b"{}"] * 1_000_000),
+    "config of bytes": b" " * 5 * 2**20 + b"{}",
+}
+
+
+@pytest.mark.parametrize("case", _MANY)
+def test_much_json_is_not_parsed(folder, case):
+    """It takes up to a hundred times its size in memory."""
+    folder.restore()
+    if case.startswith("config"):
+        folder.config.write_bytes(_MANY[case])
+    else:
+        folder.write_header(_MANY[case])
+    folder.try_it()
+    with pytest.raises(WeightsError, match=r"has (a header of )?more than (4,194,304 bytes|100,000 values) of JSON"):
+        convmixer.create_model(f"local-dir:{folder.path}", pretrained=True, device="cpu")
+
+
+def test_many_labels_are_not_parsed(folder):
+    folder.restore()
+    header = json.loads(json.dumps(folder.header))
+    header["__metadata__"]["label_names"] = json.dumps([[]] * 300_000)
+    folder.write_header(header)
+    folder.try_it()
+    with pytest.raises(WeightsError, match=r"label_names or input_size in the header of .* more than 100,000 values"):
+        convmixer.create_model(NAME, checkpoint=folder.weights, device="cpu", dim=16, depth=2, kernel_size=3)
+
+
+def test_values_are_counted_outside_of_strings():
+    most = b'"a\\",,\\\\",' * 99_999 + b"1"
+    assert json_excess(b"[%s]" % most) == ""
+    assert json_excess(b"[%s,1]" % most) == "more than 100,000 values of JSON"
+    assert json_excess(b'["%s' % (b"," * 3_000_000)) == ""
+
+
+# ---- files of real size ---------------------------------------------------------------------------------------------
+
+PEAKS = """
+import ctypes, gc, json, sys
+from pathlib import Path
+import convmixer
+
+def status(key):
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(text.split(f"{key}:")[1].split()[0])
+
+def build(source, weights):
+    options = {"checkpoint": weights} if weights else {"pretrained": True}
+    return convmixer.create_model(source, device="cpu", **options)
+
+build("convmixer_256_8", None)  # what is taken once is taken now
+for case, source, weights in json.loads(sys.argv[1]):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what is in use
+    before, outcome = status("VmRSS"), "loaded"
+    try:
+        model = build(source, weights)
+        model = None
+    except convmixer.ConvMixerError as error:
+        outcome = str(error)
+    print(json.dumps([case, status("VmHWM") - before, outcome]))
+"""
+
+
+def peaks(cases):
+    """Growth of the peak of resident memory, in bytes, and what came of it, by case; in a process of its own."""
+    command = [sys.executable, "-c", PEAKS, json.dumps([[name, source, str(w or "")] for name, source, w in cases])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {case: (growth, outcome) for case, growth, outcome in map(json.loads, done.stdout.splitlines())}
+
+
+def write_folder(path, weights, config):
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(weights)
+    (path / "config.json").write_bytes(config)
+    return path
+
+
+def with_header(header, data):
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.slow
+def test_memory_of_a_large_file(tmp_path):
+    """The largest variant, 85 MB, good and spoilt, as a file and in a folder: less than twice the file's size."""
+    name = "convmixer_768_32"
+    model = convmixer.create_model(name, device="cpu")
+    good = convmixer.save_pretrained(model, tmp_path / "good")
+    content, config = ((good / file).read_bytes() for file in ("model.safetensors", "config.json"))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8:start]), content[start:]
+    # A weight as wide as the header likes; and all bytes as numbers of one byte, which would be four times as wide.
+    huge = json.loads(json.dumps(header))
+    huge["head.weight"]["shape"][0] = 10**9
+    eighth = json.loads(json.dumps(header))
+    for entry in eighth.values():
+        if entry.get("dtype") == "F32":
+            entry |= {"dtype": "F8_E4M3", "shape": [4 * entry["shape"][0], *entry["shape"][1:]]}
+    spoilt = {
+        "cut": (content[:-1], "is not a whole safetensors file"),
+        "a header of 2^63 bytes": (struct.pack("<Q", 2**63) + content[8:], "is not a whole safetensors file"),
+        "a dim of 10^9": (with_header(huge, data), "is not a whole safetensors file"),
+        "of one byte": (with_header(eighth, data), "not"),
+        "not finite": (content[:start] + b"\xff" * len(data), "values that are not finite"),
+    }
+    good_cases = {"good": (name, good / "model.safetensors"), "good, in a folder": (f"local-dir:{good}", None)}
+    cases = [(case, *given) for case, given in good_cases.items()]
+    for case, (text, _) in spoilt.items():
+        folder = write_folder(tmp_path / case, text, config)
+        cases += [(case, name, folder / "model.safetensors"), (f"{case}, in a folder", f"local-dir:{folder}", None)]
+    half = tmp_path / "half.safetensors"
+    save_weights(model.half(), half)
+    found = peaks([*cases, ("half", name, half)])
+    for case, (growth, outcome) in found.items():
+        assert growth < 2 * len(content), case  # of half precision, too: the model has float32
+        text = spoilt.get(case.removesuffix(", in a folder"), ("", "loaded"))[1]
+        assert text in outcome, case
+    assert len(found) == 2 * len(spoilt) + 3

@@ -26,7 +26,7 @@ from convmixer.errors import ArgumentError, DataError, DependencyError, ImageErr
 from convmixer.training.history import Epoch, read_history, write_history
 
 ROOT = Path(__file__).parent.parent
-RUN = ROOT / "docs" / "runs" / "convmixer_256_8.cifar10"
+RUN = ROOT / "docs" / "runs" / "convmixer_256_8.cifar10" / "third"
 NAMES = [field.name for field in dataclasses.fields(Epoch)]
 HISTORY = [Epoch(i + 1, 0.01 / (i + 1), 2.5 - i / 4, 30.0 + i, 2.25 - i / 8, 25.0 + i, 1.5, 100.25) for i in range(4)]
 

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from hub_server import READER, WRITER, run_client, serve
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -90,16 +93,55 @@ def test_opens_everywhere(shape, tmp_path, cat):
         assert (found["label"], pytest.approx(found["score"], rel=1e-4)) == asked
 
 
-def test_stock_shape_is_timms_own(tmp_path):
-    model = convmixer.create_model("convmixer_768_32", device="cpu", num_classes=2).eval()
-    folder = convmixer.save_pretrained(model, tmp_path)
+PLAIN = """
+import importlib.util, sys
+import timm
+from safetensors.torch import load_file, save_file
+
+folder, given = sys.argv[1], load_file(sys.argv[2])
+
+def compare(logits):
+    assert (logits - given["logits"]).norm() <= 1e-5 * given["logits"].norm()
+
+model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+compare(model(given["images"]))
+assert list(model.pretrained_cfg["label_names"]) == list("abcde")
+if importlib.util.find_spec("transformers"):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    compare(model(given["images"]).logits)
+    assert list(model.config.id2label.values()) == list("abcde")
+    AutoImageProcessor.from_pretrained(folder)
+assert "timm.models.convmixer" in sys.modules
+assert not [name for name in sys.modules if name.partition(".")[0] == "convmixer"]
+print(type(model).__module__)
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convmixer_768_32",
+        pytest.param("convmixer_1024_20_ks9_p14", marks=pytest.mark.slow),
+        pytest.param("convmixer_1536_20", marks=pytest.mark.slow),
+    ],
+)
+def test_stock_shapes_open_without_convmixer(name, tmp_path):
+    """In timm and transformers, in a process that never imports convmixer."""
+    model = convmixer.create_model(name, device="cpu", num_classes=5).eval()
+    folder = convmixer.save_pretrained(model, tmp_path / "folder", label_names=list("abcde"))
     assert "model_args" not in json.loads((folder / "config.json").read_text())
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert type(theirs) is TimmConvMixer
-    x = torch.randn(1, 3, 35, 28)
-    with torch.inference_mode():
-        assert (theirs(x) - model(x)).norm() <= 1e-5 * model(x).norm()
     assert 'timm.create_model("local-dir:' in (folder / "README.md").read_text()
+    images = torch.randn(1, 3, 5 * model.patch_size, 4 * model.patch_size)
+    with torch.inference_mode():
+        given = {"images": images, "logits": model(images)}
+    save_file(given, tmp_path / "given.safetensors")
+    command = [sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "given.safetensors")]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kind = "transformers.models.timm_wrapper" if find_spec("transformers") else "timm.models.convmixer"
+    assert run.stdout.startswith(kind)
 
 
 @pytest.mark.parametrize("name", convmixer.list_models())
@@ -256,14 +298,12 @@ def test_snippets_run(arguments, tmp_path, monkeypatch, cat, capsys):
 def finished_run(tmp_path):
     """The run of the weights that ship, as `convmixer train` leaves it."""
     run = tmp_path / "run"
-    shutil.copytree(ROOT / "docs" / "runs" / "convmixer_256_8.cifar10", run)
+    shutil.copytree(ROOT / "docs" / "runs" / "convmixer_256_8.cifar10" / "third", run)
     shutil.copy(convmixer.model_info(f"{NAME}.cifar10").weights[0].path, run / "model.safetensors")
     (run / "plots").mkdir()
     Image.new("RGB", (4, 4)).save(run / "plots" / "history.png")
     result = json.loads((run / "result.json").read_text()) | {"data": "cifar10-jpeg", "training_images": 49000}
     (run / "result.json").write_text(json.dumps(result))
-    recipe = json.loads((run / "recipe.json").read_text()) | {"checkpoint": "/home/me/start.safetensors"}
-    (run / "recipe.json").write_text(json.dumps(recipe))
     return run
 
 
@@ -286,8 +326,58 @@ def test_run(finished_run, tmp_path):
     assert "`lr=0.01`" in card.text
     assert "1.72 hours on Intel Xeon, AVX-512, AMX (bfloat16)." in card.text
     assert "(plots/history.png)" in card.text
-    for path in folder.rglob("*"):  # nothing of the place where it was made
-        assert path.is_dir() or b"/home/me" not in path.read_bytes()
+
+
+PLACES = {
+    "/home/me/start.safetensors": "start.safetensors",
+    r"C:\Users\me\start.safetensors": "start.safetensors",
+    "../me/cats/": "cats",
+    "wds//home/me/cats/train-{0000..0012}.tar|12345": "wds/train-{0000..0012}.tar|12345",
+    "hfds//home/me/cats": "hfds/cats",
+    "hfds/uoft-cs/cifar10": "hfds/uoft-cs/cifar10",
+    "torch/cifar10": "torch/cifar10",
+    "local-dir:/home/me/start/": "local-dir:start",
+    "hf-hub:owner/name": "hf-hub:owner/name",
+    "convmixer_256_8": "convmixer_256_8",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_names_without_their_place(name):
+    assert publishing._without_place(name) == PLACES[name]
+
+
+def test_nothing_of_this_computer_is_published(finished_run, tmp_path, monkeypatch):
+    """Neither of the place where it was made, nor who made it."""
+    monkeypatch.setattr(publishing.hub.constants, "HF_HUB_OFFLINE", True)
+    home = tmp_path / "home" / "somebody"
+    base = convmixer.save_pretrained(NAME, home / "base")
+    recipe = json.loads((finished_run / "recipe.json").read_text())
+    recipe |= {"model": f"local-dir:{base}", "checkpoint": str(home / "start.safetensors")}
+    (finished_run / "recipe.json").write_text(json.dumps(recipe))
+    result = json.loads((finished_run / "result.json").read_text())
+    result |= {"data": f"wds/{home}/cats-{{0..9}}.tar|10", "command": f"convmixer train {home}/x", "recipe": recipe}
+    result |= {"test_accuracy": {f"hfds/{home}/cats": 50.0}, "test_images": {f"hfds/{home}/cats": 10}}
+    (finished_run / "result.json").write_text(json.dumps(result))
+    for name, source in {"run": finished_run, "folder": f"local-dir:{base}", "model": NAME}.items():
+        folder = convmixer.save_pretrained(source, home / name)
+        contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+        contents.append(convmixer.push_to_hub(source, f"me/{name}", dry_run=True).card.encode())
+        for content in contents:
+            assert b"somebody" not in content
+            assert str(tmp_path).encode() not in content
+    card = (home / "run" / "README.md").read_text()
+    assert "Training data: wds/cats-{0..9}.tar\\|10, 49,000 images." in card
+    assert "`checkpoint='start.safetensors'`" in card
+
+
+def test_a_weights_file(tmp_path):
+    """A file of a variant's shapes says nothing of itself but its class names."""
+    weights = convmixer.model_info(f"{NAME}.cifar10").weights[0]
+    folder = convmixer.save_pretrained(weights.path, tmp_path / "folder")
+    assert json.loads((folder / "config.json").read_text())["label_names"] == list(weights.label_names)
+    assert ModelCard.load(folder / "README.md").data.license is None
 
 
 def test_registered_weights_bring_their_record(tmp_path):
@@ -338,13 +428,17 @@ def test_other_heads_and_places(small, tmp_path, finished_run):
     (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match="is a file: give a folder"):
         convmixer.save_pretrained(small, tmp_path / "file")
-    folder = convmixer.save_pretrained(small, tmp_path / "folder")
-    with pytest.raises(ArgumentError, match="is a folder in the Hub's form already"):
-        convmixer.push_to_hub(folder, "me/x")
+    for name, source in {"folder": small, "of a run": finished_run}.items():
+        folder = convmixer.save_pretrained(source, tmp_path / name)
+        with pytest.raises(ArgumentError, match="is a folder in the Hub's form already"):
+            convmixer.push_to_hub(folder, "me/x")
+    (finished_run / "result.json").rename(tmp_path / "result.json")
+    with pytest.raises(DataError, match=r"is no folder of a finished run, whose end writes a result.json"):
+        convmixer.push_to_hub(finished_run, "me/x")
     (finished_run / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"has no model.safetensors, which the end of a run writes"):
         convmixer.push_to_hub(finished_run, "me/x")
-    with pytest.raises(DataError, match="is no folder of a finished run"):
+    with pytest.raises(DataError, match=r"is no folder of a run, which has a recipe.json"):
         convmixer.push_to_hub(tmp_path, "me/x")
 
 
@@ -419,7 +513,7 @@ cli("push", "convmixer_256_8", "me/dry", "--metric", "top-1", "--dry-run", statu
 def hub(tmp_path_factory):
     """The server after all pushes, and the client's records."""
     run = tmp_path_factory.mktemp("parent") / "run"
-    shutil.copytree(ROOT / "docs" / "runs" / "convmixer_256_8.cifar10", run)
+    shutil.copytree(ROOT / "docs" / "runs" / "convmixer_256_8.cifar10" / "third", run)
     shutil.copy(convmixer.model_info(f"{NAME}.cifar10").weights[0].path, run / "model.safetensors")
     with serve() as server:
         lines = run_client(CLIENT, tmp_path_factory.mktemp("home"), server.endpoint, HF_TOKEN=WRITER, RUN=str(run))

@@ -21,6 +21,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 import convmixer
 from convmixer.errors import ArgumentError, DataError, TrainingStopped
+from convmixer.evaluation import validate
 from convmixer.training import get_recipe, train
 from convmixer.training.data import Fit, Share, hold_out, load_images, seed_all
 from convmixer.training.stream import default_workers, open_stream
@@ -253,6 +254,21 @@ def test_shards_hold_the_images(digits, shards, workers):
     assert _counts(test.in_order(7)) == _counts(expected.in_order(7))
 
 
+def test_shards_are_validated_as_their_folder_is(digits, shards, tmp_path):
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", num_classes=4, device="cpu")
+    found = [validate(model, source, classes=CLASSES) for source in (digits, f"wds/{shards}")]
+    for name in ("top1", "top5", "loss", "count", "classes"):
+        assert getattr(found[0], name) == pytest.approx(getattr(found[1], name))
+    images, same = load_images(digits, "test", SIZE), load_images(f"wds/{shards}", "test", SIZE)
+    assert _counts(same.in_order(7)) == _counts(images.in_order(7))
+    for number, other in ((29, "more"), (31, "30")):
+        source = f"wds/{shards}/validation-{{0..1}}.tar|{number}"
+        with pytest.raises(DataError, match=f"should have {number} samples and has {other}: correct the number"):
+            load_images(source, "test", SIZE)
+        with pytest.raises(DataError, match="correct the number"):
+            validate(model, source, classes=CLASSES)
+
+
 def test_processes_read_different_shards(digits, shards):
     images = _counts(load_images(digits, "train", SIZE).in_order(150))
     pattern = f"wds/{shards}/train-{{0..3}}.tar|150"
@@ -309,7 +325,7 @@ def test_shards_get_as_many_workers_as_they_can_feed(shards):
 @pytest.mark.parametrize(
     ("data", "fields", "options", "text"),
     [
-        ("wds/nowhere", {}, {}, r"does not fit into memory: give stream=True \(--set stream=true\)"),
+        ("wds/nowhere", {}, {}, r"is read from start to end: give stream=True \(--set stream=true\)"),
         ("wds/nowhere", {"stream": True}, {}, "no images of 'wds/nowhere' can be held out: give 0"),
         ("nowhere", {}, {"workers": 2}, "workers=2: give at least 0, and only with stream=True"),
         ("nowhere", {"stream": True}, {"workers": -1}, "workers=-1: give at least 0"),

@@ -692,6 +692,20 @@ def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monk
     assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
 
 
+def test_fused_blocks_train_alike(digits, tmp_path):
+    losses = []
+    for fused in (False, True):  # in one process, synchronised BatchNorm is BatchNorm
+        recipe = get_recipe("cifar10", **QUICK, sync_batchnorm=fused)
+        options = {"device": "cpu", "precision": "float32", "fused": fused, "report": quiet}
+        result = train(recipe, digits, tmp_path / str(fused), **options)
+        losses.append([row.train_loss for row in result.history])
+        assert result.model.fused is fused
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    recipe = get_recipe("cifar10", **QUICK, drop_path_rate=0.1)
+    with pytest.raises(ArgumentError, match=r"fused=True with drop_path_rate=0\.1 of the recipe: .* set them to 0"):
+        train(recipe, digits, tmp_path / "refused", device="cpu", fused=True, report=quiet)
+
+
 def test_too_few_images(digits, tmp_path):
     with pytest.raises(ArgumentError, match="270 training images do not fill one batch of 512"):
         train(get_recipe("cifar10"), digits, tmp_path / "run", report=quiet)

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,18 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_dataset
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
 from convmixer.errors import ArgumentError, DataError
 from convmixer.inference import read_image
+from convmixer.training.readers import open_split
 from convmixer.training.recipes import Recipe
 from convmixer.transforms import normalization
 
-READERS = ("torch/", "hfds/")
-SHARDS = "wds/"
 # Images that share one draw of RandAugment and of the colour changes: few enough to vary, enough to be fast.
 GROUP = 8
 
@@ -139,115 +137,6 @@ class Images:
         return list(zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True))
 
 
-SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
-
-
-def _find_split(source: Path, split: str) -> Path:
-    """The folder or tar of a split inside `source`; `source` itself if it is a tar or holds classes, not splits."""
-    if split not in SPLITS:
-        raise DataError(f"unknown split {split!r} of {str(source)!r}; valid: {', '.join(SPLITS)}")
-    if source.is_file() and source.suffix == ".tar":
-        return source
-    if not source.is_dir():
-        raise DataError(
-            f"no data at {str(source)!r}: give a folder, a .tar of class folders, or a name that starts with "
-            f"{' or '.join(READERS)} such as torch/cifar10 with --download"
-        )
-    places = {name: [source / f"{name}.tar", source / name] for names in SPLITS.values() for name in names}
-    found = [place for name in SPLITS[split] for place in places[name] if place.exists()]
-    if found:
-        return found[0]
-    other = [place.name for candidates in places.values() for place in candidates if place.exists()]
-    if other or not any(child.is_dir() for child in source.iterdir()):
-        looked_for = ", ".join(f"{name}.tar, {name}/" for name in SPLITS[split])
-        raise DataError(f"no {split} split in {str(source)!r}: looked for {looked_for} or folders of classes")
-    return source
-
-
-def has_split(source: str | Path, split: str) -> bool:
-    """Whether a source has its own training or test split; a named data set is taken to have both."""
-    if str(source).startswith(READERS):
-        return True
-    try:
-        return split == "train" or _find_split(Path(source), split) != Path(source)
-    except DataError:
-        return False
-
-
-@dataclass(frozen=True)
-class Split:
-    """An open split of a data set, whose images are decoded one at a time; class names by label."""
-
-    name: str
-    dataset: Any
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, index: int, prepare: Callable[[Image.Image], Tensor]) -> tuple[Tensor, int]:
-        """What `prepare` makes of an image, and its label. A DataError if the image cannot be read."""
-        reader = getattr(self.dataset, "reader", None)
-        try:
-            if reader is None:  # torchvision
-                image, label = self.dataset[index]
-                return prepare(image), label
-            # Not through timm's data set, which puts the next image in the place of one that it cannot read.
-            file, label = reader[index][:2]
-            with file, Image.open(file) as image:
-                return prepare(image), label
-        except Exception as error:
-            named = f" ({reader.filename(index)})" if reader is not None and "hfds/" not in self.name else ""
-            raise DataError(f"cannot read image {index} of {self.name!r}{named}: {error}") from error
-
-    def labels_in(self, classes: Sequence[str]) -> Tensor:
-        """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
-        return labels_in(self.name, self.classes, classes)
-
-    def close(self) -> None:
-        """Close a tar, which timm keeps open for the next image."""
-        archive = getattr(getattr(self.dataset, "reader", None), "tar_state", None)
-        if archive is not None and archive.tf is not None:
-            archive.tf.close()
-            for state in (archive, *archive.children.values()):
-                state.reset()
-
-
-def labels_in(name: str, own: Sequence[str], classes: Sequence[str]) -> Tensor:
-    """For each of a data set's `own` class names its place in `classes`; a DataError if one is not there."""
-    foreign = [label for label in own if label not in classes]
-    if foreign:
-        raise DataError(f"{name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}")
-    return torch.tensor([classes.index(label) for label in own])
-
-
-def open_split(source: str | Path, split: str, *, root: str | Path | None = None, download: bool = False) -> Split:
-    """Open a split through timm's readers; the arguments are those of `load_images`.
-
-    Raises:
-        DataError: Nothing there, or no images.
-    """
-    name = str(source)
-    if name.startswith(SHARDS):
-        raise DataError(f"{name!r} can only be streamed, in training: --set stream=true")
-    try:
-        if name.startswith("torch/"):
-            dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
-        elif name.startswith("hfds/"):
-            dataset = create_dataset(name, root=root and str(root), split=split, **_columns(name, split, root))
-        else:
-            dataset = create_dataset("", root=str(_find_split(Path(source), split)), search_split=False)
-    except DataError:
-        raise
-    except Exception as error:  # each reader has its own; the message must name the source
-        missing = isinstance(error, RuntimeError) and name.startswith("torch/") and not download
-        hint = ". Add --download to fetch it" if missing else ""
-        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}{hint}") from error
-    if not len(dataset):
-        raise DataError(f"no images in the {split} split of {name!r}")
-    return Split(name, dataset, _class_names(dataset))
-
-
 def load_images(
     source: str | Path,
     split: str,
@@ -293,14 +182,14 @@ def load_images(
     pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
     labels = torch.empty(len(opened), dtype=torch.int64)
     errors: dict[int, str] = {}
-    for i in progress(range(len(opened))):
-        try:
-            pixels[i], labels[i] = opened.read(i, fit)
-        except DataError as error:
-            if not skip_unreadable:
-                raise
-            errors[i] = str(error)
-    opened.close()
+    with contextlib.closing(opened):
+        for i, sample in zip(progress(range(len(opened))), opened.in_order(fit), strict=True):
+            if not isinstance(sample, DataError):
+                pixels[i], labels[i] = sample
+            elif skip_unreadable:
+                errors[i] = str(sample)
+            else:
+                raise sample
     if errors:
         shown = shorten(errors.values())
         report(f"{len(errors)} of {len(opened)} images are left out: {shown}")
@@ -347,29 +236,6 @@ class Fit:
         image = v2.functional.resize(image, sides, v2.InterpolationMode(self.interpolation), antialias=True)
         result: Tensor = v2.functional.center_crop(image, list(self.size[1:]))
         return result
-
-
-def _columns(name: str, split: str, root: str | Path | None) -> dict[str, str]:
-    """Which columns of a Hugging Face data set hold images and labels: timm expects "image" and "label"."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{name!r} needs the datasets library: pip install 'convmixer[train]'") from error
-    loaded = datasets.load_dataset(name.removeprefix("hfds/"), split=split, cache_dir=root and str(root))
-    kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}
-    found = {key: [c for c, f in loaded.features.items() if isinstance(f, kind)] for key, kind in kinds.items()}
-    if not all(found.values()):
-        raise DataError(f"{name!r} has no column of images or none of class labels: {loaded.features}")
-    return {key: columns[0] for key, columns in found.items()}
-
-
-def _class_names(dataset: Any) -> tuple[str, ...]:
-    names = getattr(dataset, "classes", None)  # torchvision
-    if names is None:
-        reader = dataset.reader
-        table = reader.class_name_to_idx if hasattr(reader, "class_name_to_idx") else reader.class_to_idx
-        names = sorted(table, key=table.__getitem__)
-    return tuple(str(name) for name in names)
 
 
 def fitting(config: dict[str, Any]) -> dict[str, Any]:

@@ -24,30 +24,28 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped
+from convmixer.errors import ArgumentError, ConvMixerError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history, write_figure
 from convmixer.training.data import (
-    READERS,
-    SHARDS,
     Augment,
     Batch,
     Fit,
     Share,
     Source,
     fitting,
-    has_split,
     hold_out,
     load_images,
     seed_all,
     shorten,
 )
 from convmixer.training.history import Epoch, write_history
+from convmixer.training.readers import READERS, SHARDS, has_split
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
-from convmixer.training.stream import has_shards, open_stream
+from convmixer.training.stream import open_stream
 from convmixer.transforms import normalization, preprocessing
 
 if TYPE_CHECKING:
@@ -139,7 +137,7 @@ def evaluate(
     return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": seen}
 
 
-def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -> ConvMixer:
+def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device, *, fused: bool) -> ConvMixer:
     rates = {n: getattr(recipe, n) for n in ("drop_rate", "block_drop_rate", "drop_path_rate")}
     torch.manual_seed(recipe.seed)
     model: ConvMixer = create_model(
@@ -149,6 +147,7 @@ def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device) -
         device=device,
         num_classes=len(classes),
         in_chans=recipe.in_chans,
+        fused=fused,
         **rates,
     )
     config = preprocessing(model)
@@ -192,7 +191,9 @@ def _diagnose(model: ConvMixer, inputs: Tensor) -> str:
         return hook
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    fused, model.fused = model.fused, False  # fused blocks call no layers, so no hooks
     model(inputs)
+    model.fused = fused
     for handle in hooks:
         handle.remove()
     return f"the output of {found[0]} is not finite" if found else "the gradients of the step before were not finite"
@@ -219,11 +220,16 @@ class _Trainer:
         accelerator: Accelerator,
         *,
         compile: bool,
+        fused: bool,
     ) -> None:
         self.recipe, self.where, self.accelerator, self.compile = recipe, where, accelerator, compile
         self.images = images.to(where)
-        self.model = _new_model(recipe, images.classes, where)
-        self.learner = _synchronised(self.model) if recipe.sync_batchnorm else self.model
+        self.model = _new_model(recipe, images.classes, where, fused=fused)
+        self.learner = self.model
+        if recipe.sync_batchnorm and fused:
+            self.model.set_fused(sync_batchnorm=True)
+        elif recipe.sync_batchnorm:
+            self.learner = _synchronised(self.model)
         self.optimizer = accelerator.prepare_optimizer(  # with it, gradients of float16 are scaled
             create_optimizer_v2(
                 self.model,
@@ -385,6 +391,7 @@ def train(
     device: str | torch.device = "auto",
     precision: str = "auto",
     compile: bool = False,
+    fused: bool = False,
     trackers: Sequence[str] = (),
     progress: Progress = _no_progress,
     report: Callable[[str], None] = print,
@@ -412,6 +419,7 @@ def train(
         precision: "float32", "bfloat16" or "float16" (mixed precision; float16 on a GPU, with scaled gradients), or
             "auto": bfloat16 where the hardware has products for it, else float32.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
+        fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`.
         trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
         progress: Called as `progress(iterable, description)`, for a progress bar.
         report: Takes each line of text.
@@ -424,7 +432,7 @@ def train(
     """
     run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
-    _check_together(recipe, str(data), tests, where, workers)
+    _check_together(recipe, str(data), tests, where, workers, fused)
     accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[choose_precision(where, precision)])
     from accelerate.utils import broadcast_object_list
 
@@ -478,7 +486,7 @@ def train(
                 f"cannot resume {str(run.state)!r} with other data: it had {state['data']['images']} training images "
                 f"of {len(state['data']['classes'])} classes, here are {held['images']} of {len(held['classes'])}"
             )
-        trainer = _Trainer(recipe, training, where, accelerator, compile=compile)
+        trainer = _Trainer(recipe, training, where, accelerator, compile=compile, fused=fused)
         steps, history, place = trainer.steps, list[Epoch](), _Place()
         if state:
             trainer.load(state)
@@ -579,12 +587,12 @@ def train(
 
 
 def _check_together(
-    recipe: Recipe, data: str, tests: Sequence[str | Path], where: torch.device, workers: int | None
+    recipe: Recipe, data: str, tests: Sequence[str | Path], where: torch.device, workers: int | None, fused: bool
 ) -> None:
     """A recipe, data and a machine may each be fine and not go together."""
     shards = [source for source in (data, *map(str, tests)) if source.startswith(SHARDS)]
     if shards and not recipe.stream:
-        raise ArgumentError(f"{shards[0]!r} does not fit into memory: give stream=True (--set stream=true)")
+        raise ArgumentError(f"{shards[0]!r} is read from start to end: give stream=True (--set stream=true)")
     if data.startswith(SHARDS) and recipe.validation_fraction:
         raise ArgumentError(
             f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
@@ -595,9 +603,16 @@ def _check_together(
             f"workers={workers}: give at least 0, and only with stream=True (--set stream=true): images in memory need "
             "none"
         )
-    if recipe.sync_batchnorm and where.type != "cuda":
+    if recipe.sync_batchnorm and where.type != "cuda" and not fused:
         raise ArgumentError(
-            f"sync_batchnorm=True works on GPUs alone, since torch has it for them, not on {where.type!r}: leave it out"
+            f"sync_batchnorm=True works on GPUs alone, since torch has it for them, not on {where.type!r}: leave it "
+            "out, or use fused blocks (fused=True, --fused), which have it on CPUs too"
+        )
+    rates = {name: getattr(recipe, name) for name in ("block_drop_rate", "drop_path_rate")}
+    if fused and any(rates.values()):
+        raise ArgumentError(
+            f"fused=True with {', '.join(f'{n}={rate}' for n, rate in rates.items() if rate)} of the recipe: fused "
+            "blocks have neither; leave fused out, or set them to 0"
         )
 
 
@@ -645,18 +660,12 @@ def _circumstances(where: torch.device) -> dict[str, Any]:
 
 def _accelerator(where: torch.device, trackers: Sequence[str], folder: Path, mixed_precision: str) -> Accelerator:
     """The processes of this run."""
-    try:
-        import matplotlib.figure  # noqa: F401 - for the curves, after an epoch's work
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise DependencyError(
-            f"training needs accelerate and matplotlib ({error}): pip install 'convmixer[train]'"
-        ) from error
+    optional("matplotlib.figure", "training", "train")  # for the curves, after an epoch's work
+    accelerate = optional("accelerate", "training", "train")
     # What accelerate remembers of an earlier run in this process, perhaps on another device, holds no longer.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        accelerator = Accelerator(
+        accelerator: Accelerator = accelerate.Accelerator(
             cpu=where.type == "cpu",
             mixed_precision=mixed_precision,
             log_with=list(trackers) or None,
@@ -722,7 +731,7 @@ def _read(
 
     images = read(data, "train")
     test_sets = {}
-    own = has_shards(str(data), "test") if str(data).startswith(SHARDS) else has_split(data, "test")
+    own = has_split(data, "test")
     for source in ([data] if own else []) + list(tests):
         name = _name(source)
         test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)

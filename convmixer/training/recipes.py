@@ -29,7 +29,7 @@ class Recipe:
         batch_size: Images per step, over all processes; the last, smaller batch of an epoch is left out.
         accumulate: Parts in which each process computes its share of a step, to save memory. BatchNorm sees one part
             at a time.
-        sync_batchnorm: BatchNorm sees the images of all processes; only on GPUs.
+        sync_batchnorm: BatchNorm sees the images of all processes; on GPUs, or with fused blocks.
         opt: An optimizer of timm by name: "adamw", "sgd", "lamb", "muon", ...
         lr: Peak learning rate.
         eps: Term in the denominator of Adam and its kin.

@@ -7,8 +7,6 @@ image, whatever the number of workers. `Shards` reads WebDataset tars from their
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import math
 import os
@@ -22,32 +20,17 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from timm.data.readers import create_reader
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
-from convmixer.errors import DataError, DependencyError
+from convmixer.errors import DataError
 from convmixer.inference import read_image
-from convmixer.training.data import (
-    SHARDS,
-    SPLITS,
-    Batch,
-    Fit,
-    Share,
-    Split,
-    image_changes,
-    labels_in,
-    open_split,
-    seed_all,
-    shorten,
-)
+from convmixer.training.data import Batch, Fit, Share, image_changes, seed_all, shorten
+from convmixer.training.readers import Prepare, ShardSplit, Split, open_split
 from convmixer.training.recipes import Recipe, policy
 
-SHUFFLE = 1000  # samples of shards from which the next one is drawn
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
-Prepare = Callable[[Image.Image], Tensor]
 Decoded = tuple[Tensor | None, int, list[str]]  # pixels, or none if unreadable; label; what could not be read
 S = TypeVar("S", bound="_Workers")
 
@@ -275,76 +258,24 @@ def open_stream(
         "change": Change(recipe, fit, tuple(mean)),
         "skip_unreadable": skip_unreadable,
     }
-    if name.startswith(SHARDS):
-        found, urls, count = _find_shards(name, split)
-        names = classes or found
-        here = default_workers() if workers is None else workers
-        if split == "train":
-            most = len(urls) // processes
-            if most < max(here if workers is not None else 1, 1):
-                raise DataError(
-                    f"{name!r} has {len(urls)} shards for {processes} processes with {here} workers each, and each "
-                    "worker needs one: give fewer workers, or cut the data into more shards"
-                )
-            here = min(here, most)
-        return Shards(
-            name,
-            names,
-            labels_in(name, found, names),
-            workers=here,
-            urls=urls,
-            count=count,
-            processes=processes,
-            **common,
-        )
     opened = open_split(source, split, root=root, download=download)
     names = classes or opened.classes
     here = default_workers() if workers is None else workers
-    index = torch.arange(len(opened))
-    return Stream(name, names, opened.labels_in(names), workers=here, split=opened, index=index, **common)
+    common |= {"name": name, "classes": names, "labels": opened.labels_in(names)}
+    if isinstance(opened, Split):
+        return Stream(workers=here, split=opened, index=torch.arange(len(opened)), **common)
+    if split == "train":
+        most = len(opened.urls) // processes
+        if most < max(here if workers is not None else 1, 1):
+            raise DataError(
+                f"{name!r} has {len(opened.urls)} shards for {processes} processes with {here} workers each, and each "
+                "worker needs one: give fewer workers, or cut the data into more shards"
+            )
+        here = min(here, most)
+    return Shards(workers=here, split=opened, processes=processes, **common)
 
 
 # ---- WebDataset -----------------------------------------------------------------------------------------------------
-
-
-def _find_shards(name: str, split: str) -> tuple[tuple[str, ...], list[str], int]:
-    """Class names, tars and number of samples of a split."""
-    try:
-        import webdataset
-    except ImportError as error:
-        raise DependencyError(f"{name!r} needs the webdataset library: pip install 'convmixer[train]'") from error
-    folder, _, pattern = name.removeprefix(SHARDS).rpartition("/") if ".tar" in name else (name[len(SHARDS) :], "", "")
-    problems = []
-    for candidate in [pattern] if pattern else SPLITS[split]:
-        try:
-            reader = create_reader(SHARDS, root=folder, split=candidate)
-            break
-        except Exception as error:  # timm's and webdataset's
-            problems.append(str(error))
-    else:
-        raise DataError(
-            f"cannot open the {split} split of {name!r}: {'; '.join(problems)}. Give a folder with an _info.json, or a "
-            "pattern with its number of samples such as wds/FOLDER/train-{0000..0012}.tar|12345"
-        )
-    if not reader.num_samples:
-        raise DataError(f"{name!r} does not say how many samples it has: add |NUMBER to it")
-    names = os.path.join(folder, "classes.txt")
-    try:
-        with webdataset.gopen(names) as file:
-            classes = tuple(line.strip() for line in file.read().decode().splitlines() if line.strip())
-    except Exception as error:
-        raise DataError(
-            f"cannot read {names!r}: {error}. It names the classes, one per line, in the order of the samples' .cls"
-        ) from error
-    return classes, [os.path.join(folder, file) for file in reader.split_info.filenames], reader.num_samples
-
-
-def has_shards(source: str, split: str) -> bool:
-    """Whether shards have a split; those of a pattern are one split alone."""
-    try:
-        return ".tar" not in source and bool(_find_shards(source, split))
-    except DataError:
-        return False
 
 
 @dataclass
@@ -352,25 +283,23 @@ class Shards(_Workers):
     """Images in WebDataset tars, which are read from their start to their end.
 
     Each epoch draws an order of the tars and deals them out to the workers of all processes; each worker draws the next
-    sample from `SHUFFLE` that it has read, and begins anew when its tars are done. So an epoch may miss some images and
-    show others twice, and its order follows from the seed, the epoch and the number of workers.
+    sample from those that it has read ahead, and begins anew when its tars are done. So an epoch may miss some images
+    and show others twice, and its order follows from the seed, the epoch and the number of workers.
 
     Attributes:
-        urls: The tars: paths, or whatever webdataset opens.
-        count: Number of samples in all of them.
+        split: Where they are.
         processes: Processes that train.
     """
 
-    urls: list[str]
-    count: int
+    split: ShardSplit
     processes: int
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.split)
 
     def subset(self, index: Tensor) -> Shards:
         """All of them or none: `train` refuses to hold out a part of what has no numbers."""
-        return self if len(index) else replace(self, urls=[], count=0)
+        return self if len(index) else replace(self, split=replace(self.split, urls=(), count=0))
 
     def record(self) -> dict[str, Any]:
         return {**super().record(), "streams": self.processes * max(self.workers, 1)}
@@ -381,7 +310,7 @@ class Shards(_Workers):
 
     def in_order(self, batch_size: int) -> Iterable[Batch]:
         load = partial(self._load, _ShardReader(self, None, batch_size), training=False, batch_size=None)
-        return _Sized(load, math.ceil(self.count / batch_size))
+        return _Sized(load, math.ceil(len(self) / batch_size))
 
 
 @dataclass(frozen=True)
@@ -423,43 +352,23 @@ class _ShardReader(IterableDataset[Any]):
 
     def _endless(self, share: Share, stream: int) -> Iterator[dict[str, Any]]:
         for turn in itertools.count():
-            urls = list(self.shards.urls)
+            urls = list(self.shards.split.urls)
             random.Random(repr((share.seed, share.epoch, turn))).shuffle(urls)
             rng = random.Random(repr((share.seed, share.epoch, turn, stream)))
             empty = True
-            for sample in self._samples(urls[stream :: self.shards.record()["streams"]], rng):
+            for sample in self.shards.split.samples(urls[stream :: self.shards.record()["streams"]], rng):
                 empty = False
                 yield sample
             if empty:
                 raise DataError("a tar without samples")
 
     def _validate(self, worker: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        samples = self._samples(self.shards.urls[worker::workers])
+        samples = self.shards.split.samples(self.shards.split.urls[worker::workers])
         while chosen := list(itertools.islice(samples, self.batch_size)):
             yield _collate([self._decode(sample, self.shards.fit) for sample in chosen])
 
-    def _samples(self, urls: list[str], rng: random.Random | None = None) -> Iterator[dict[str, Any]]:
-        """What the tars hold, as bytes by ending, shuffled by a generator of random numbers."""
-        import webdataset
-        from webdataset.tariterators import group_by_keys, tar_file_iterator
-
-        def read() -> Iterator[dict[str, Any]]:
-            for url in urls:
-                with contextlib.closing(webdataset.gopen(url)) as file:
-                    yield from group_by_keys({**member, "__url__": url} for member in tar_file_iterator(file))
-
-        yield from webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=rng)(read()) if rng else read()
-
     def _decode(self, sample: dict[str, Any], prepare: Prepare) -> Decoded:
         try:
-            content = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
-            if content is None:
-                raise DataError(f"none of its parts ends in {', '.join(IMAGE_KEYS)}")
-            label = int(sample["cls"])
-            if not 0 <= label < len(self.shards.labels):
-                raise DataError(f"class {label}, of {len(self.shards.labels)} in classes.txt")
-            with Image.open(io.BytesIO(content)) as image:
-                return prepare(image), label, []
-        except Exception as error:
-            what = f"{sample.get('__key__')} in {sample.get('__url__')!r}"
-            return None, 0, [f"cannot read {what}: {type(error).__name__}: {error}"]
+            return *self.shards.split.decode(sample, prepare), []
+        except DataError as error:
+            return None, 0, [str(error)]

@@ -1,0 +1,101 @@
+"""What bounds `native` inference: the time of its parts, by leaving them out of the model one after the other.
+
+    python benchmarks/native_parts.py [--model convmixer_256_8] [--image-size 32] [--batch-size 64] [--json FILE]
+
+A model with ReLU in place of GELU, one with 1x1 in place of its depthwise kernels as well, and plain matrix products
+of the size of all its 1x1 convolutions take turns with the model itself, all with random weights; the medians of the
+differences within the rounds are the parts. "1x1 convolutions" hold reading, writing and all else that is left.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import convmixer
+from convmixer.benchmark import device_name
+from convmixer.registry import get_variant
+
+
+def seconds(call: Callable[[], Any], least: float = 0.2) -> float:
+    """Of one call, as a mean over enough of them."""
+    count, begun = 0, time.perf_counter()
+    while (taken := time.perf_counter() - begun) < least:
+        call()
+        count += 1
+    return taken / count
+
+
+def parts(name: str, size: int, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Microseconds per image of each part."""
+    variant, _ = get_variant(name)
+    x = torch.randn(batch, 3, size, size)
+
+    def native(act: str, kernel_size: int) -> Callable[[], Any]:
+        model = convmixer.ConvMixer(
+            variant.dim, variant.depth, kernel_size, variant.patch_size, act_layer=act, num_classes=variant.num_classes
+        ).eval()
+        fast = convmixer.optimize(model, backend="native", dtype=dtype)
+        return lambda: fast(x)
+
+    positions = (size // variant.patch_size) ** 2
+    a = torch.randn(batch * positions, variant.dim).to(dtype)
+    b = torch.randn(variant.depth, variant.dim, variant.dim).to(dtype)
+    out = torch.empty(len(a), variant.dim, dtype=dtype)
+    calls = {
+        "all": native(variant.act_layer, variant.kernel_size),
+        "relu": native("relu", variant.kernel_size),
+        "1x1": native("relu", 1),
+        "product": lambda: [torch.mm(a, weight, out=out) for weight in b],
+    }
+    taken: dict[str, list[float]] = {key: [] for key in calls}
+    for turn in range(rounds + 1):
+        for key, call in calls.items():
+            value = seconds(call)
+            if turn:
+                taken[key].append(1e6 * value / batch)
+    rows = [dict(zip(taken, row, strict=True)) for row in zip(*taken.values(), strict=True)]
+    median = statistics.median
+    return {
+        "whole model": median(r["all"] for r in rows),
+        "activations, beyond ReLU": median(r["all"] - r["relu"] for r in rows),
+        "depthwise convolutions, beyond 1x1": median(r["relu"] - r["1x1"] for r in rows),
+        "1x1 convolutions, and the rest": median(r["1x1"] for r in rows),
+        "matrix products of that size alone": median(r["product"] for r in rows),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="convmixer_256_8")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args()
+    report: dict[str, Any] = {
+        "model": options.model,
+        "image_size": options.image_size,
+        "batch_size": options.batch_size,
+        "machine": {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()},
+        "microseconds_per_image": {},
+    }
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            found = parts(options.model, options.image_size, options.batch_size, dtype, options.rounds)
+            kind = str(dtype).removeprefix("torch.")
+            report["microseconds_per_image"][kind] = found
+            print(kind)
+            for name, value in found.items():
+                print(f"  {name:36} {value:8.1f} us an image, {100 * value / found['whole model']:4.0f} %")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Whether reading and augmenting images is off the critical path: epochs of a recipe against its bare training steps.
+
+    python benchmarks/train_epoch.py [cifar10] [--images 5120] [--rounds 3] [--device auto] [--compile] [--json FILE]
+
+Random images are written as a folder, since their content does not matter here. Each round trains two epochs, of which
+the second counts, without its validation, and then makes as many steps on one batch that lies on the device.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.optim import create_optimizer_v2
+
+import convmixer
+from convmixer.benchmark import device_name
+from convmixer.training import Recipe, get_recipe, train
+from convmixer.training.loop import autocast
+
+
+def write_images(folder: Path, count: int, side: int, classes: int = 10) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        place = folder / "train" / str(i % classes)
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(place / f"{i}.png")
+
+
+def quiet(_line: str) -> None:
+    pass
+
+
+def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str, compiled: bool) -> float:
+    """Seconds for the training steps alone."""
+    model = convmixer.create_model(recipe.model, device=device, num_classes=10).train()
+    forward = torch.compile(model) if compiled else model
+    optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    x = torch.randn(recipe.batch_size, *model.pretrained_cfg["input_size"], device=device)
+    labels = torch.randint(10, (recipe.batch_size,), device=device)
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            optimizer.zero_grad()
+            with autocast(device, precision):
+                logits = forward(x)
+            F.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    steps(3)
+    begun = time.perf_counter()
+    steps(count)
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", nargs="?", default="cifar10")
+    parser.add_argument("--images", type=int, default=5120)
+    parser.add_argument("--batch-size", type=int, help="in place of the recipe's")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    options = parser.parse_args()
+    recipe = get_recipe(options.recipe, epochs=2, validation_fraction=0.0, patience=0, image_sizes=())
+    if options.batch_size:
+        recipe = get_recipe(options.recipe, **{**vars(recipe), "batch_size": options.batch_size})
+    device = next(convmixer.create_model(recipe.model, device=options.device).parameters()).device
+    count = options.images // recipe.batch_size
+    epochs, bare = [], []
+    with tempfile.TemporaryDirectory() as place:
+        write_images(Path(place), options.images, convmixer.model_info(recipe.model).input_size[1])
+        for turn in range(options.rounds):
+            output = Path(place) / f"run{turn}"
+            result = train(
+                recipe, place, output, device=device, precision=options.precision, compile=options.compile, report=quiet
+            )
+            epochs.append(count * recipe.batch_size / result.history[1].images_per_second)
+            bare.append(bare_steps(recipe, count, device, options.precision, options.compile))
+    ratio = statistics.median(e / b for e, b in zip(epochs, bare, strict=True))
+    seconds = {"epoch": statistics.median(epochs), "bare steps": statistics.median(bare)}
+    print(f"epoch of {count} steps {seconds['epoch']:.2f} s, bare steps {seconds['bare steps']:.2f} s: {ratio:.2f}")
+    if options.json:
+        report = {
+            "recipe": options.recipe,
+            "batch_size": recipe.batch_size,
+            "images": options.images,
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "precision": options.precision,
+            "compile": options.compile,
+            "seconds": seconds,
+            "ratio": ratio,
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

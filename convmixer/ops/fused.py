@@ -1,0 +1,509 @@
+"""ConvMixer's stem and blocks with two feature maps per block kept for the backward pass.
+
+    c = depthwise(x) + bias      z = BatchNorm(act(c)) + x      u = pointwise(z) + bias      y = BatchNorm(act(u))
+
+Between blocks goes u with the scale and shift of its BatchNorm, in place of y = scale * act(u) + shift. Each block
+keeps c and u; its backward pass computes x anew from the u of the block before, and z from c and x. The functions
+return the sums that BatchNorm needs. Mean, variance, scale and shift are made of these by plain autograd on vectors,
+so the gradients into the sums come back to the functions, and several processes are synchronised by adding up sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from convmixer.errors import ArgumentError, ConvMixerError
+from convmixer.ops import dispatch, reference
+
+_ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "identity"}
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+# ---- functions with gradients ---------------------------------------------------------------------------------------
+
+
+class _NoSecondDerivative(Function):
+    """Passes on gradients; whoever differentiates them gets an error."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ConvMixerError(
+            "fused blocks have first derivatives alone: for second ones, switch them off by set_fused(False)"
+        )
+
+
+def _first_derivative(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        given = [result for result in results if result is not None]
+        guarded = iter(_NoSecondDerivative.apply(len(given), *given, *grads, *ctx.saved_tensors))
+        return tuple(None if result is None else next(guarded) for result in results)
+
+    return guarded
+
+
+class _Depthwise(Function):
+    """(u, ...) of the block before -> x, c, and the sums of act(c)."""
+
+    @staticmethod
+    def forward(
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        center: Tensor,
+        act_before: str,
+        act: str,
+        batch: bool,
+    ) -> tuple[Tensor, ...]:
+        kernels = dispatch.kernels(u)
+        x = kernels.normalize_act(u, scale, shift, act_before)
+        return x, *kernels.depthwise(x, weight.to(u.dtype), bias.to(center.dtype), act, center)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        u, scale, shift, weight, bias, center, ctx.act_before, ctx.act, ctx.batch = inputs
+        ctx.bias_type = bias.dtype
+        ctx.save_for_backward(u, scale, shift, weight, center, output[1])
+
+    @staticmethod
+    @_first_derivative
+    def backward(ctx: Any, grad_x: Tensor, grad_c: Tensor, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
+        u, scale, shift, weight, center, c = ctx.saved_tensors
+        kernels = dispatch.kernels(u)
+        if ctx.batch:
+            grad_c = kernels.stats_grad(grad_c, c, ctx.act, center, grad_s, grad_q)
+        grad_weight = grad_bias = grad_u = grad_scale = grad_shift = None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            x = kernels.normalize_act(u, scale, shift, ctx.act_before)
+            grad_weight, grad_bias = kernels.depthwise_weight_grad(x, grad_c, weight.shape[-1])
+            grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_type)
+        if any(ctx.needs_input_grad[:3]):
+            grad_x = grad_x + kernels.depthwise_input_grad(grad_c, weight.to(u.dtype))
+            grad_u, grad_scale, grad_shift = kernels.normalize_act_grad(grad_x, u, scale, ctx.act_before)
+        return grad_u, grad_scale, grad_shift, grad_weight, grad_bias, None, None, None, None
+
+
+class _Pointwise(Function):
+    """c and x -> u, and the sums of act(u). What x is made of comes too: it is kept in place of x."""
+
+    @staticmethod
+    def forward(
+        c: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        u_before: Tensor,
+        scale_before: Tensor,
+        shift_before: Tensor,
+        center: Tensor,
+        act_before: str,
+        act: str,
+        batch: bool,
+    ) -> tuple[Tensor, ...]:
+        product = weight.flatten(1).to(c.dtype)
+        result: tuple[Tensor, ...] = dispatch.kernels(c).pointwise(
+            c, scale, shift, x, product, bias.to(center.dtype), act, center
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        c, scale, shift, _, weight, bias, *before, center, ctx.act_before, ctx.act, ctx.batch = inputs
+        ctx.bias_type = bias.dtype
+        ctx.save_for_backward(c, scale, shift, weight, *before, center, output[0])
+
+    @staticmethod
+    @_first_derivative
+    def backward(ctx: Any, grad_u: Tensor, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
+        c, scale, shift, weight, u_before, scale_before, shift_before, center, u = ctx.saved_tensors
+        kernels = dispatch.kernels(c)
+        if ctx.batch:
+            grad_u = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
+        grad_weight = grad_bias = grad_c = grad_scale = grad_shift = grad_z = None
+        product = weight.to(c.dtype)
+        if ctx.needs_input_grad[4]:
+            z = kernels.normalize_act(c, scale, shift, ctx.act)
+            z = z + kernels.normalize_act(u_before, scale_before, shift_before, ctx.act_before)
+            grad_weight = _convolution_grads(grad_u, z, product, (False, True))[1].to(weight.dtype)
+            grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
+        if ctx.needs_input_grad[5]:
+            grad_bias = grad_u.sum((0, 2, 3), dtype=center.dtype).to(ctx.bias_type)
+        if any(ctx.needs_input_grad[:4]):
+            grad_z = _convolution_grads(grad_u, c, product, (True, False))[0]
+            grad_c, grad_scale, grad_shift = kernels.normalize_act_grad(grad_z, c, scale, ctx.act)
+        return grad_c, grad_scale, grad_shift, grad_z, grad_weight, grad_bias, *[None] * 7
+
+
+def _convolution_grads(grad: Tensor, z: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Any:
+    one, none = [1, 1], [0, 0]
+    return torch.ops.aten.convolution_backward(grad, z, weight, None, one, none, one, False, none, 1, [*wanted, False])
+
+
+class _Normalize(Function):
+    """`scale * act(u) + shift`, of which only u is kept."""
+
+    @staticmethod
+    def forward(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+        result: Tensor = dispatch.kernels(u).normalize_act(u, scale, shift, act)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        u, scale, _, ctx.act = inputs
+        ctx.save_for_backward(u, scale)
+
+    @staticmethod
+    @_first_derivative
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        u, scale = ctx.saved_tensors
+        return *dispatch.kernels(u).normalize_act_grad(grad, u, scale, ctx.act), None
+
+
+class _Stats(Function):
+    """The sums of act(u), for the stem; once per step, so PyTorch's own functions do on every device."""
+
+    @staticmethod
+    def forward(u: Tensor, center: Tensor, act: str) -> tuple[Tensor, Tensor]:
+        return reference.stats(u, act, center)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        u, center, ctx.act = inputs
+        ctx.save_for_backward(u, center)
+
+    @staticmethod
+    @_first_derivative
+    def backward(ctx: Any, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
+        u, center = ctx.saved_tensors
+        grad = dispatch.kernels(u).stats_grad(torch.zeros_like(u), u, ctx.act, center, grad_s, grad_q)
+        return grad, None, None
+
+
+class _AllReduce(Function):
+    """The sum over processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(x: Tensor, group: Any) -> Tensor:
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return _AllReduce.apply(grad, ctx.group), None
+
+
+# ---- BatchNorm of sums ----------------------------------------------------------------------------------------------
+
+
+class _Moments(NamedTuple):
+    """Mean, variance, and variance without bias, per channel (C,)."""
+
+    mean: Tensor
+    var: Tensor
+    unbiased: Tensor
+
+
+def _processes(group: Any) -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """What a BatchNorm does to activations whose sums are known."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor  # as it was before this step; sums are taken relative to it
+    var: Tensor | None
+    eps: float
+    batch: bool  # by the statistics of this batch
+    synchronised: bool
+    group: Any
+
+    @staticmethod
+    def of(module: Any, u: Tensor, synchronised: bool) -> _Norm:
+        wide = torch.float64 if u.dtype == torch.float64 else torch.float32
+        batch = module.training or module.running_mean is None
+        if module.running_mean is None:
+            mean = torch.zeros(module.num_features, device=u.device, dtype=wide)
+        else:
+            mean = module.running_mean.detach().to(wide, copy=True)
+        group = getattr(module, "process_group", None)
+        synchronised = module.training and (synchronised or type(module) is nn.SyncBatchNorm) and _processes(group) > 1
+        var = None if batch else module.running_var.detach().to(wide, copy=True)
+        weight, bias = (None if p is None else p.to(wide) for p in (module.weight, module.bias))
+        return _Norm(weight, bias, mean, var, module.eps, batch, synchronised, group)
+
+    def moments(self, u: Tensor, sums: Sequence[Tensor]) -> _Moments:
+        """Of activations that have u's shape and these sums; without `batch`, those that are kept."""
+        if self.var is not None:
+            return _Moments(self.mean, self.var, self.var)
+        s, q = sums
+        count: Any = u.shape[0] * u.shape[2] * u.shape[3]
+        if self.synchronised:
+            # The running means of all processes are one, so their sums are relative to the same.
+            total = _AllReduce.apply(torch.cat([s, q, s.new_full((1,), count)]), self.group)
+            (s, q), count = total[:-1].chunk(2), total[-1].detach()
+        elif count == 1:
+            raise ArgumentError(
+                "BatchNorm in training mode needs more than 1 value per channel, and features of shape "
+                f"{tuple(u.shape)} have 1: give more images, or larger ones"
+            )
+        offset = s / count
+        var = (q / count - offset.square()).clamp(min=0)
+        return _Moments(self.mean + offset, var, var * (count / (count - 1)))
+
+    def affine(self, moments: _Moments) -> tuple[Tensor, Tensor]:
+        """Scale and shift per channel (C,)."""
+        scale = torch.rsqrt(moments.var + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -moments.mean * scale
+        return scale, shift if self.bias is None else shift + self.bias
+
+
+class _Track(Function):
+    """Moves running statistics; as a function because `torch.func` lets nothing else change a module's tensors."""
+
+    @staticmethod
+    def forward(
+        mean: Tensor, unbiased: Tensor, running_mean: Tensor, running_var: Tensor, count: Tensor | None, momentum: Any
+    ) -> None:
+        if count is not None:
+            count.add_(1)
+            if momentum is None:  # a cumulative average
+                momentum = 1 / count.to(mean.dtype)
+        for running, now in ((running_mean, mean), (running_var, unbiased)):
+            wide = running.to(now.dtype)
+            running.copy_(wide + (now - wide) * (0.0 if momentum is None else momentum))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+@torch.no_grad()
+def _track(module: Any, moments: _Moments) -> None:
+    """Move running statistics as nn.BatchNorm2d does in training."""
+    if module.training and module.running_mean is not None:
+        running = module.running_mean, module.running_var, module.num_batches_tracked, module.momentum
+        track = _Track.forward if torch.compiler.is_compiling() else _Track.apply
+        track(moments.mean, moments.unbiased, *running)
+
+
+# ---- stem and blocks ------------------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """Features `scale * act(u) + shift`; where scale and shift are None, u itself."""
+
+    u: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    act: str
+
+
+def features(
+    stem: Any,
+    blocks: Any,
+    images: Tensor,
+    taken: Iterable[int],
+    *,
+    checkpointing: bool = False,
+    sync_batchnorm: bool = False,
+) -> list[Tensor]:
+    """What the stem and the blocks make of images, as `check` expects them to be.
+
+    Args:
+        stem: Convolution, activation, BatchNorm.
+        blocks: See `check`.
+        images: (B, in_chans, H, W).
+        taken: The blocks whose output is wanted, as numbers.
+        checkpointing: Keep one feature map per block, u, and compute c anew.
+        sync_batchnorm: In training, BatchNorm sees the images of all processes.
+
+    Returns:
+        Feature maps (B, C, h, w), in the order of the blocks.
+    """
+
+    def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
+        state, *moments = _embed(stem, images, sync_batchnorm)
+        found: list[Tensor] = []
+        for i, block in enumerate(blocks):
+            state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling(), sync_batchnorm)
+            moments += more
+            if i in taken:
+                found.append(_normalize(state))
+        return found, moments
+
+    run: Any = compute
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        # Left to itself, a compiler also keeps a part of what the backward pass would compute anew.
+        policy = functools.partial(_policy, checkpointing)
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    found: list[Tensor]
+    found, moments = run(images)
+    modules = [stem[2], *(module for block in blocks for module in (block[0].fn[2], block[3]))]
+    for module, its in zip(modules, moments, strict=True):
+        _track(module, its)  # here and not where a checkpoint would do it twice
+    return found
+
+
+def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, **_options: Any) -> CheckpointPolicy:
+    if operator is torch.ops.aten.convolution.default:
+        kept = not checkpointing or arguments[8] == 1  # groups
+    elif operator is torch.ops.convmixer.depthwise.default:
+        kept = not checkpointing
+    else:  # beside u, vectors and what makes them of feature maps
+        kept = operator in (torch.ops.convmixer.pointwise.default, torch.ops.aten.sum.dim_IntList)
+        kept |= all(argument.ndim < 2 for argument in arguments if isinstance(argument, Tensor))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _embed(stem: Any, images: Tensor, sync_batchnorm: bool) -> tuple[_State, _Moments]:
+    convolution, act, module = stem
+    u = convolution(images)
+    dispatch.check(u.device, u.dtype)
+    norm, act = _Norm.of(module, u, sync_batchnorm), _ACTIVATIONS[type(act)]
+    moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
+    return _State(u, *norm.affine(moments), act), moments
+
+
+def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, _Moments, _Moments]:
+    """A block after the features before it."""
+    (depthwise, act, module1), (_, pointwise, _, module2) = block[0].fn, block
+    u, act = state.u, _ACTIVATIONS[type(act)]
+    norm1, norm2 = _Norm.of(module1, u, sync_batchnorm), _Norm.of(module2, u, sync_batchnorm)
+    if not (torch.is_grad_enabled() or norm1.batch or norm2.batch):
+        return _infer(depthwise, pointwise, norm1, norm2, _normalize(state), act)
+    before, scale, shift = state.act, state.scale, state.shift
+    if scale is None or shift is None:
+        before, scale, shift = "identity", torch.ones_like(norm1.mean), torch.zeros_like(norm1.mean)
+
+    def compute(u: Tensor, scale: Tensor, shift: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
+        x, c, *sums = _Depthwise.apply(u, scale, shift, *parameters[:2], norm1.mean, before, act, norm1.batch)
+        moments = norm1.moments(c, sums)
+        kept = u.detach(), scale.detach(), shift.detach()
+        own = norm1.affine(moments)
+        return *_Pointwise.apply(c, *own, x, *parameters[2:], *kept, norm2.mean, before, act, norm2.batch), *moments
+
+    run: Any = compute
+    if checkpointing and torch.is_grad_enabled():
+        run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    # Parameters are arguments: what is computed anew must have these, whatever the modules hold by then.
+    parameters = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
+    u, s, q, *moments1 = run(u, scale, shift, *parameters)
+    moments2 = norm2.moments(u, (s, q))
+    return _State(u, *norm2.affine(moments2), act), _Moments(*moments1), moments2
+
+
+def _infer(
+    depthwise: Any, pointwise: Any, norm1: _Norm, norm2: _Norm, x: Tensor, act: str
+) -> tuple[_State, _Moments, _Moments]:
+    kernels, wide = dispatch.kernels(x), norm1.mean.dtype
+    moments1, moments2 = norm1.moments(x, ()), norm2.moments(x, ())
+    weights = depthwise.weight.to(x.dtype), depthwise.bias.to(wide), act
+    z = kernels.depthwise_infer(x, *weights, *norm1.affine(moments1), x)
+    weights = pointwise.weight.flatten(1).to(x.dtype), pointwise.bias.to(wide), act
+    return _State(kernels.pointwise_infer(z, *weights, *norm2.affine(moments2)), None, None, act), moments1, moments2
+
+
+def _normalize(state: _State) -> Tensor:
+    """The features themselves, (B, C, H, W)."""
+    if state.scale is None:
+        return state.u
+    result: Tensor = _Normalize.apply(*state)
+    return result
+
+
+# ---- what can be fused ----------------------------------------------------------------------------------------------
+
+
+def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residual: type[Any]) -> None:
+    """Raise ArgumentError where fused blocks would not compute what the layers compute.
+
+    Args:
+        stem: Convolution, activation, BatchNorm.
+        blocks: Each a residual of depthwise convolution, activation and BatchNorm; pointwise convolution, activation,
+            BatchNorm.
+        block_drop: Dropout before every block.
+        depthwise: Class of the depthwise convolutions.
+        residual: Class of the residuals.
+    """
+    for reason in _obstacles(stem, blocks, block_drop, depthwise, residual):
+        raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
+
+
+def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> Iterator[str]:
+    if block_drop.p:
+        yield f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them"
+    plain = ((nn.Conv2d,), tuple(_ACTIVATIONS), _NORMS)
+    groups: list[tuple[str, Any, Any]] = [("stem", stem, plain)]
+    for i, block in enumerate(blocks):
+        groups.append((f"blocks.{i}", block, ((residual,), *plain)))
+        first: Any = block[0]
+        if isinstance(first, residual):
+            groups.append((f"blocks.{i}.0.fn", first.fn, ((depthwise,), *plain[1:])))
+            if getattr(first.drop_path, "drop_prob", 0.0):
+                yield "drop_path_rate is above 0, and fused blocks have no stochastic depth"
+    activations = set()
+    for group, modules, expected in groups:
+        for i, (module, classes) in enumerate(zip(modules, expected, strict=False)):
+            kind = type(module)
+            if kind not in classes:
+                yield f"{group}.{i} is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}"
+            if getattr(module, "approximate", "none") != "none":
+                yield f"{group}.{i} is a GELU approximated by {module.approximate}"
+            if isinstance(module, nn.Conv2d) and module.bias is None:
+                yield f"{group}.{i} has no bias"
+            if kind is nn.Conv2d and group != "stem" and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
+                yield f"{group}.{i} is no plain 1x1 convolution"
+            if kind in _ACTIVATIONS:
+                activations.add(kind.__name__)
+            if _is_called_for_more(module):
+                yield f"{group}.{i} has hooks or a forward of its own, which would not be called"
+        if len(modules) != len(expected):
+            yield f"{group} has {len(modules)} layers, not {len(expected)}"
+        if _is_called_for_more(modules):
+            yield f"{group} has hooks or a forward of its own, which would not be called"
+    if len(activations) > 1:
+        yield f"its activations differ: {', '.join(sorted(activations))}"
+
+
+def _geometry(convolution: Any) -> tuple[Any, ...]:
+    return convolution.kernel_size, convolution.stride, convolution.padding, convolution.groups
+
+
+def _is_called_for_more(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module)

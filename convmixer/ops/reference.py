@@ -1,0 +1,218 @@
+"""The tensor functions of fused blocks in plain PyTorch: what every kernel must compute, and what runs on CPUs.
+
+Feature maps are (B, C, H, W) in any memory format, which results keep; vectors are (C,). Vectors, sums and everything
+between reading and writing a feature map are float32, or float64 for float64 feature maps. `act` is "gelu" (exact),
+"relu" or "identity".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PART = 2**16  # values whose float32 temporaries stay in a cache
+_TILE = 16  # columns of a row-Toeplitz product: wider ones multiply more zeros
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _parts(*maps: Tensor) -> list[tuple[Tensor, ...]]:
+    """Feature maps in groups of images; a compiler, and a GPU, take them whole."""
+    first = maps[0]
+    if torch.compiler.is_compiling() or first.device.type != "cpu" or first.numel() <= _PART:
+        return [maps]
+    images = max(1, _PART * len(first) // first.numel())
+    return list(zip(*(each.split(images) for each in maps), strict=True))
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _over_channels(vector: Tensor) -> Tensor:
+    return vector[:, None, None]
+
+
+def _activate(u: Tensor, act: str) -> Tensor:
+    if act == "gelu":
+        return F.gelu(u)
+    return u.relu() if act == "relu" else u
+
+
+def _activation_grad(grad: Tensor, u: Tensor, act: str) -> Tensor:
+    """grad * act'(u)"""
+    if act == "gelu":
+        return cast("Tensor", torch.ops.aten.gelu_backward(grad, u))
+    return torch.where(u > 0, grad, 0.0) if act == "relu" else grad
+
+
+def _correlate(x: Tensor, weight: Tensor, bias: Tensor | None, before: int, after: int) -> Tensor:
+    if before == after:
+        return F.conv2d(x, weight, bias, padding=before, groups=x.shape[1])
+    return F.conv2d(F.pad(x, (before, after, before, after)), weight, bias, groups=x.shape[1])
+
+
+def _borders(kernel_size: int) -> tuple[int, int]:
+    """Rows of padding before and after; even kernels need one more at the end."""
+    return (kernel_size - 1) // 2, kernel_size // 2
+
+
+def correlate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.conv2d(x, weight, bias, padding="same", groups=C)` with (C, 1, k, k) kernels."""
+    return _correlate(x, weight, bias, *_borders(weight.shape[-1]))
+
+
+# ---- activation and normalisation -----------------------------------------------------------------------------------
+
+
+def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+    """`scale * act(u) + shift`, of u's type."""
+    return _join([_normalized(u, scale, shift, act).to(u.dtype) for (u,) in _parts(u)])
+
+
+def _normalized(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+    return torch.addcmul(_over_channels(shift), _activate(_wide(u), act), _over_channels(scale))
+
+
+def _add_normalized(x: Tensor, c: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
+    """`x + scale * act(c) + shift`, of x's type."""
+    return _join([(_wide(x) + _normalized(c, scale, shift, act)).to(x.dtype) for x, c in _parts(x, c)])
+
+
+def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `normalize_act` for u, scale and shift."""
+    grads, scales, shifts = [], [], []
+    for part, u_part in _parts(grad, u):
+        wide, values = _wide(part), _wide(u_part)
+        grads.append(_activation_grad(wide * _over_channels(scale), values, act).to(u.dtype))
+        scales.append((wide * _activate(values, act)).sum((0, 2, 3)))
+        shifts.append(wide.sum((0, 2, 3)))
+    return _join(grads), _total(scales), _total(shifts)
+
+
+def _total(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.stack(vectors).sum(0)
+
+
+def stats(u: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over B, H and W of `act(u) - center`, and of its square."""
+    sums, squares = [], []
+    for (part,) in _parts(u):
+        offset = _activate(_wide(part), act) - _over_channels(center)
+        sums.append(offset.sum((0, 2, 3)))
+        squares.append(offset.square().sum((0, 2, 3)))
+    return _total(sums), _total(squares)
+
+
+def stats_grad(grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tensor, grad_q: Tensor) -> Tensor:
+    """`grad_u` plus the gradient of `stats` for u."""
+    results = []
+    for grad, part in _parts(grad_u, u):
+        values = _wide(part)
+        offset = _activate(values, act) - _over_channels(center)
+        inner = _over_channels(grad_s) + 2 * offset * _over_channels(grad_q)
+        results.append((_wide(grad) + _activation_grad(inner, values, act)).to(u.dtype))
+    return _join(results)
+
+
+# ---- depthwise ------------------------------------------------------------------------------------------------------
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """c, the convolution of x with (C, 1, k, k) kernels at equal resolution plus bias; and `stats` of c."""
+    c = correlate(x, weight, bias.to(x.dtype))
+    return c, *stats(c, act, center)
+
+
+def depthwise_infer(
+    x: Tensor, weight: Tensor, bias: Tensor, act: str, scale: Tensor, shift: Tensor, residual: Tensor
+) -> Tensor:
+    """`scale * act(c) + shift + residual`, where c is `depthwise` of x."""
+    c = correlate(x, weight, bias.to(x.dtype))
+    return _add_normalized(residual, c, scale, shift, act)
+
+
+def depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of `depthwise` for x, of that for c."""
+    before, after = _borders(weight.shape[-1])
+    # The transpose of a correlation is one with the flipped kernel, padded the other way round.
+    return _correlate(grad, weight.flip(-2, -1), None, after, before)
+
+
+def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `depthwise` for weight and bias, of x and the gradient for c.
+
+    PyTorch's own is slow on CPUs. Compiled, one product and sum per kernel tap becomes a single pass over both
+    tensors; in eager mode, products of matrices that hold a row of an image in each line are faster.
+    """
+    taps = _taps if torch.compiler.is_compiling() else _toeplitz
+    weight = taps(x, grad, kernel_size).view(-1, 1, kernel_size, kernel_size)
+    return weight, _wide(grad).sum((0, 2, 3))
+
+
+def _taps(x: Tensor, grad: Tensor, size: int) -> Tensor:
+    height, width = x.shape[-2:]
+    # Not permuted to (B, H, W, C): a compiler would then store x in a layout that is slow to read.
+    padded, last = _wide(torch.ops.convmixer.pad(x, *_borders(size))), _wide(grad)
+    taps = [(padded[..., i : i + height, j : j + width] * last).sum((2, 3)) for i in range(size) for j in range(size)]
+    # Summed per image first: the partial sums of one image stay in the cache.
+    return torch.stack(taps, 2).sum(0)
+
+
+def _pad(x: Tensor, before: int, after: int) -> Tensor:
+    return F.pad(x, (before, after, before, after))
+
+
+# An operator that compilers cannot look into: what x is made of is computed once, and not for each tap.
+torch.library.define("convmixer::pad", "(Tensor x, int before, int after) -> Tensor")
+torch.library.impl("convmixer::pad", "CPU")(_pad)
+torch.library.register_fake("convmixer::pad")(_pad)
+
+
+def _toeplitz(x: Tensor, grad: Tensor, size: int) -> Tensor:
+    before, after = _borders(size)
+    batch, channels, height, width = x.shape
+    tile = min(width, _TILE)
+    tiles = math.ceil(width / tile)
+    more = tiles * tile - width
+    # Lines of (channels, rows x batch x tiles): `size - 1` columns more of x than of grad.
+    lines = F.pad(x, (before, after + more, before, after)).permute(1, 2, 0, 3).unfold(3, tile + size - 1, tile)
+    lines = lines.reshape(channels, -1, tile + size - 1)
+    columns = F.pad(grad, (0, more)).permute(1, 2, 0, 3).reshape(channels, -1, tile)
+    each = batch * tiles
+    rows = []
+    for i in range(size):
+        product = torch.bmm(lines[:, i * each : (i + height) * each].mT, columns)  # (channels, tile + size - 1, tile)
+        # Column w of grad meets column w + j of x at tap j: each tap is the sum of a diagonal.
+        rows.append(torch.stack([_wide(product.diagonal(-j, 1, 2)).sum(1) for j in range(size)], 1))
+    return torch.cat(rows, 1)
+
+
+# ---- pointwise ------------------------------------------------------------------------------------------------------
+
+
+def pointwise(
+    c: Tensor,
+    scale1: Tensor,
+    shift1: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    act: str,
+    center: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """u, the product of (O, C) weights with `scale1 * act(c) + shift1 + x` plus bias; and `stats` of u."""
+    u = F.conv2d(_add_normalized(x, c, scale1, shift1, act), weight[..., None, None], bias.to(c.dtype))
+    return u, *stats(u, act, center)
+
+
+def pointwise_infer(z: Tensor, weight: Tensor, bias: Tensor, act: str, scale: Tensor, shift: Tensor) -> Tensor:
+    """`scale * act(u) + shift`, where u is the product of (O, C) weights with z plus bias."""
+    u = F.conv2d(z, weight[..., None, None], bias.to(z.dtype))
+    return normalize_act(u, scale, shift, act)
