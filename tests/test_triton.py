@@ -366,3 +366,25 @@ def test_optimize_refuses_what_it_cannot_run(monkeypatch):
     features = create_model("convmixer_256_8", features_only=True, device="cpu")
     with pytest.raises(ArgumentError, match=r"triton returns the last output alone.*such as compile"):
         optimize(features, backend="triton")
+
+
+@gpu
+def test_fused_training(kernels, monkeypatch):
+    from convmixer import ConvMixer
+    from convmixer.ops import dispatch
+
+    monkeypatch.setattr(kernels, "DEPTHWISE", {(80, 3, 4): small(kernels, "direct")})
+    if interpreted():
+        monkeypatch.setattr(dispatch, "kernels", lambda x: kernels)
+    model, twin = (ConvMixer(10, 2, 3, 2, num_classes=5).to(DEVICE) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    model.set_fused(True)
+    twin.double()
+    images = values(4, 3, 6, 10)
+    for _ in range(2):
+        F.cross_entropy(model(images), torch.arange(4, device=DEVICE)).backward()
+        F.cross_entropy(twin(images.double()), torch.arange(4, device=DEVICE)).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm() + 1e-6, name
+    for ours, theirs in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)

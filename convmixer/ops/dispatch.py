@@ -66,12 +66,15 @@ def _fake(name: str) -> Any:
     def vector(x: Tensor, *shape: int) -> Tensor:
         return x.new_empty(shape or x.shape[1:2], dtype=torch.float32)
 
+    def feature_map(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.channels_last)  # whatever the layout of x
+
     def result(x: Tensor, *others: Any) -> Any:
         if name in ("depthwise", "pointwise", "normalize_act_grad"):
-            return torch.empty_like(x), vector(x), vector(x)
+            return feature_map(x), vector(x), vector(x)
         if name == "depthwise_weight_grad":
             return vector(x, x.shape[1], 1, others[1], others[1]), vector(x)
-        return torch.empty_like(x)
+        return feature_map(x)
 
     return result
 
