@@ -1,12 +1,13 @@
 """What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, instructions.
 
     python benchmarks/kernels_static.py [--json FILE] [--capability 80 90]
+    python benchmarks/kernels_static.py --table FILE
 
 Compiles each kernel as it would be launched for a block of convmixer_256_8 (k 5), 768_32 (k 7) and 1536_20 (k 9) with
 64 images of 32 x 32 positions (16 x 16 for 256_8), for bfloat16 and float32, and disassembles it with the tools in the
 triton package. Bytes and operations are computed from the shapes, times from the peaks of an H200. `issue_us` is how
 long the streaming multiprocessors need to issue the instructions, four each per cycle: no run can be faster. All
-figures are static; nothing here was measured on a GPU.
+figures are static; nothing here was measured on a GPU. `--table` prints what a file says of bfloat16 on sm_90.
 """
 
 import argparse
@@ -206,13 +207,41 @@ def report(
         }
 
 
+def table(file: Path) -> str:
+    """Markdown of what a file says of bfloat16 on sm_90."""
+    lines = [
+        "| block | kernel | registers | shared KiB | instructions | loop: all, FMA, tensor | roof, us | issue, us |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in json.loads(file.read_text())["kernels"]:
+        if record["capability"] == 90 and record["dtype"] == "bfloat16":
+            loop = record["loop"]
+            inside = f"{loop['total']}, {loop['fma']}, {loop['tensor']}" if loop["total"] else "no loop"
+            cells = [
+                record["block"],
+                record["kernel"],
+                record["registers"],
+                f"{record['shared_bytes'] / 1024:.0f}",
+                f"{record['instructions']['total']:,}",
+                inside,
+                f"{record['h200_roof_us']:.2f} ({record['bound']})",
+                f"{record['h200_issue_us']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="*", default=[80, 90])
     parser.add_argument("--block", nargs="*", default=list(BLOCKS), choices=list(BLOCKS))
     parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path)
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.table))
+        return
     records = []
     for variant in arguments.block:
         for dtype in arguments.dtype:

@@ -4,6 +4,7 @@ Tests marked `gpu` run on a GPU, and without one in a process of their own in Tr
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -209,6 +210,16 @@ def test_no_register_spills(capability):
     for record in records:
         assert record["spill_instructions"] == record["stack_bytes"] == 0, record
         assert record["loop"]["fma" if "weight" in record["kernel"] else "tensor"] > 0, record
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_through(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--dry-run", "--json", str(tmp_path / "gpu.json")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert not report["left_out"]
+    assert not report["failed"]
+    assert "ours, triton" in report["inference of tiny"]
 
 
 @gpu

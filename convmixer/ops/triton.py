@@ -96,8 +96,8 @@ DEPTHWISE: dict[tuple[int, int, int], Direct | Banded] = {
     **{(capability, size, 4): Direct(16, 4, 1, 32, 4) for capability in (80, 90) for size in KERNEL_SIZES},
 }
 WEIGHT_GRADIENT: dict[tuple[int, int, int], Gradient] = {
-    **{(capability, size, 2): Gradient(2, 8, 4, 64, 4) for capability in (80, 90) for size in KERNEL_SIZES},
-    **{(capability, size, 4): Gradient(2, 8, 4, 32, 4) for capability in (80, 90) for size in KERNEL_SIZES},
+    **{(capability, size, 2): Gradient(2, 16, 4, 64, 4) for capability in (80, 90) for size in KERNEL_SIZES},
+    **{(capability, size, 4): Gradient(2, 16, 4, 32, 4) for capability in (80, 90) for size in KERNEL_SIZES},
 }
 # By compute capability, whether z is formed on the way (1) or given (0), and bytes of an element. Unmeasured.
 POINTWISE: dict[tuple[int, int, int], Product] = {
@@ -189,7 +189,9 @@ def _kernel(weight: Tensor, x: Tensor) -> Tensor:
         raise ArgumentError(f"weight of shape {tuple(weight.shape)}: ({x.shape[1]}, 1, k, k) is needed")
     _size(weight.shape[-1])
     if weight.device != x.device or weight.dtype not in DTYPES:
-        raise ArgumentError(f"weight of {weight.dtype} on {weight.device}: a float type on {x.device} is needed")
+        raise ArgumentError(
+            f"weight of {weight.dtype} on {weight.device}: bfloat16, float16 or float32 on {x.device} is needed"
+        )
     return weight.detach().permute(2, 3, 1, 0).contiguous()
 
 
