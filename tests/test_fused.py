@@ -325,39 +325,6 @@ def test_hooks_are_found_while_compiling():
         compiled(torch.randn(2, 3, 12, 12, dtype=torch.float64))
 
 
-def test_custom_operators(monkeypatch):
-    """The way of GPUs, with the functions of CPUs in place of the kernels."""
-    library = torch.library.Library("convmixer", "IMPL")
-    for name in dispatch._SCHEMAS:
-        library.impl(name, getattr(reference, name), "CPU")
-    monkeypatch.setattr(dispatch, "kernels", lambda x: torch.ops.convmixer)
-    torch._dynamo.reset()
-    plain, fused = pair(torch.float32, depth=1)
-    x = torch.randn(3, 3, 12, 12).to(memory_format=torch.channels_last)
-    c = torch.randn(3, 12, 6, 6).to(memory_format=torch.channels_last)
-    v, k, w = torch.rand(12), torch.randn(12, 1, 3, 3), torch.randn(12, 12)
-    arguments = {
-        "normalize_act": (c, v, v, "gelu"),
-        "normalize_act_grad": (c, c, v, "relu"),
-        "stats_grad": (c, c, "gelu", v, v, v),
-        "depthwise": (c, k, v, "gelu", v),
-        "depthwise_infer": (c, k, v, "gelu", v, v, c),
-        "depthwise_input_grad": (c, k),
-        "depthwise_weight_grad": (c, c, 3),
-        "pointwise": (c, v, v, c, w, v, "gelu", v),
-        "pointwise_infer": (c, w, v, "gelu", v, v),
-    }
-    assert set(arguments) == set(dispatch._SCHEMAS)
-    for name, given in arguments.items():
-        tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(getattr(torch.ops.convmixer, name).default, given, test_utils=tests)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    assert_equal(gradients(compiled, x), gradients(plain, x), 1e-4)
-    feature_map = 3 * 12 * 6 * 6 * 2
-    assert kept(fused, x, compiled) < 4 * feature_map + 5e3  # 2 * 1 + 1, and vectors
-    library._destroy()
-
-
 def test_traced_scripted_and_exported_models_have_the_plain_layers():
     plain, fused = pair(torch.float32)
     plain.eval()

@@ -1,7 +1,7 @@
 """The tensor functions of fused blocks, each by the kernels of the device that its tensors are on.
 
-On CPUs they are those of `reference.py`, which a compiler can look into. On CUDA devices they are the Triton kernels,
-as custom operators `convmixer::NAME` with a rule for fake tensors, so that `torch.compile` takes them whole.
+On CPUs they are those of `reference.py`, which a compiler can look into. On CUDA devices they are the Triton kernels of
+`triton.py`, custom operators that a compiler takes whole.
 """
 
 from __future__ import annotations
@@ -45,53 +45,10 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-_SCHEMAS = {
-    "normalize_act": "(Tensor u, Tensor scale, Tensor shift, str act) -> Tensor",
-    "normalize_act_grad": "(Tensor grad, Tensor u, Tensor scale, str act) -> (Tensor, Tensor, Tensor)",
-    "stats_grad": "(Tensor grad_u, Tensor u, str act, Tensor center, Tensor grad_s, Tensor grad_q) -> Tensor",
-    "depthwise": "(Tensor x, Tensor weight, Tensor bias, str act, Tensor center) -> (Tensor, Tensor, Tensor)",
-    "depthwise_infer": "(Tensor x, Tensor weight, Tensor bias, str act, Tensor scale, Tensor shift, Tensor residual)"
-    " -> Tensor",
-    "depthwise_input_grad": "(Tensor grad, Tensor weight) -> Tensor",
-    "depthwise_weight_grad": "(Tensor x, Tensor grad, int kernel_size) -> (Tensor, Tensor)",
-    "pointwise": "(Tensor c, Tensor scale1, Tensor shift1, Tensor x, Tensor weight, Tensor bias, str act, "
-    "Tensor center) -> (Tensor, Tensor, Tensor)",
-    "pointwise_infer": "(Tensor z, Tensor weight, Tensor bias, str act, Tensor scale, Tensor shift) -> Tensor",
-}
-
-
-def _fake(name: str) -> Any:
-    """What an operator returns, without its values: feature maps are like the first tensor, vectors float32 (C,)."""
-
-    def vector(x: Tensor, *shape: int) -> Tensor:
-        return x.new_empty(shape or x.shape[1:2], dtype=torch.float32)
-
-    def feature_map(x: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.channels_last)  # whatever the layout of x
-
-    def result(x: Tensor, *others: Any) -> Any:
-        if name in ("depthwise", "pointwise", "normalize_act_grad"):
-            return feature_map(x), vector(x), vector(x)
-        if name == "depthwise_weight_grad":
-            return vector(x, x.shape[1], 1, others[1], others[1]), vector(x)
-        return feature_map(x)
-
-    return result
-
-
-def _kernel(name: str) -> Any:
-    def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module("convmixer.ops.triton"), name)(*arguments)
-
-    return call
-
-
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"convmixer::{_name}", _schema)
-    torch.library.impl(f"convmixer::{_name}", "CUDA")(_kernel(_name))
-    torch.library.register_fake(f"convmixer::{_name}")(_fake(_name))
-
-
 def kernels(x: Tensor) -> Any:
-    """The functions of `reference.py` for the device of x, as attributes."""
-    return torch.ops.convmixer if x.device.type == "cuda" else reference
+    """The module whose functions, those of `reference.py`, compute on the device of x."""
+    if x.device.type == "cuda":
+        from convmixer.ops import triton
+
+        return triton
+    return reference

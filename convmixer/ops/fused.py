@@ -381,12 +381,13 @@ def features(
 
 
 def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, **_options: Any) -> CheckpointPolicy:
+    name = str(operator)  # the Triton operators exist only where Triton does
     if operator is torch.ops.aten.convolution.default:
         kept = not checkpointing or arguments[8] == 1  # groups
-    elif operator is torch.ops.convmixer.depthwise.default:
+    elif name == "convmixer.triton_depthwise.default":
         kept = not checkpointing
     else:  # beside u, vectors and what makes them of feature maps
-        kept = operator in (torch.ops.convmixer.pointwise.default, torch.ops.aten.sum.dim_IntList)
+        kept = name == "convmixer.triton_pointwise.default" or operator is torch.ops.aten.sum.dim_IntList
         kept |= all(argument.ndim < 2 for argument in arguments if isinstance(argument, Tensor))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -395,6 +396,8 @@ def _embed(stem: Any, images: Tensor, sync_batchnorm: bool) -> tuple[_State, _Mo
     convolution, act, module = stem
     u = convolution(images)
     dispatch.check(u.device, u.dtype)
+    if u.is_cuda:
+        u = u.contiguous(memory_format=torch.channels_last)  # as the kernels write
     norm, act = _Norm.of(module, u, sync_batchnorm), _ACTIVATIONS[type(act)]
     moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
     return _State(u, *norm.affine(moments), act), moments
