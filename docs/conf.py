@@ -216,6 +216,7 @@ def _run_sections() -> str:
 
 
 def _draw_curves(_app: Sphinx) -> None:
+    _CURVES.mkdir(exist_ok=True)
     for group in _runs():
         for name, _ in group:
             write_figure(plot_history(read_history(_LOGS / name / "metrics.csv")), _CURVES / f"{_anchor(name)}.png")
