@@ -42,6 +42,7 @@ from convmixer.transforms import create_transform
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
 GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
 CALIBRATION_IMAGES = 512
+NATIVE_DIM = 512  # above it OpenVINO is faster: measured with 256 and 768 channels
 MOST_LOST = 0.25  # of the outputs' size, by int8; what loses more classifies otherwise
 _NEEDS = {  # modules of each runtime, and the extra that brings them
     "openvino": (("openvino",), "export"),
@@ -576,6 +577,8 @@ def _candidates(
     if dtype == torch.int8:
         return _candidates("openvino", model, device, dtype)[0], "it alone computes in int8"
     found = tuple(b for b in available_backends(device, dtype) if not _refusal(b, model))
+    if "openvino" in found and unwrap(model).dim > NATIVE_DIM:
+        found = ("openvino", *(b for b in found if b != "openvino"))
     absent = [
         m
         for b in ("native", "openvino", "compile", "onnxruntime")
@@ -683,7 +686,7 @@ class _Maker:
                 make: Any = {"openvino": to_openvino, "onnxruntime": to_onnx, "native": self._native}[backend]
                 source = make(folded)
                 if self.dtype == torch.int8:
-                    images = _calibration_images(self.calibration, folded)
+                    images = calibration_images(self.calibration, folded)
                     source = quantize(source, images)
                     _check_int8(source, folded, images[:64].float())
                 self._sources[backend] = folded, source
@@ -794,7 +797,8 @@ def _check_int8(quantized: Any, folded: nn.Module, images: Tensor) -> None:
             )
 
 
-def _calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> Tensor:
+def calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> Tensor:
+    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W)."""
     inner: Any = _inner(model)
     if isinstance(source, Tensor):
         if not len(source):

@@ -21,9 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer.backends import BACKENDS, Compiled, OnnxRuntime, OpenVINO, Whole, optimize, to_onnx, to_openvino
+from convmixer.backends import (
+    BACKENDS,
+    Compiled,
+    OnnxRuntime,
+    OpenVINO,
+    Whole,
+    calibration_images,
+    optimize,
+    to_onnx,
+    to_openvino,
+)
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.factory import create_model, open_model, resolve_device
 from convmixer.folding import unwrap
@@ -154,7 +165,7 @@ def benchmark(
         dtypes: Of "float32", "bfloat16" and "int8"; int8 needs `calibration`.
         peers: Also timm's `ConvMixer` with the same weights: eager, in channels_last, compiled, in ONNX Runtime and in
             OpenVINO.
-        calibration: Training images for int8, as `optimize` takes them.
+        calibration: Training images for int8, as `optimize` takes them; then all are timed with these, not with noise.
         device: As in `create_model`.
         rounds: Rounds of a case.
         seconds: Least time of a candidate in a round.
@@ -177,15 +188,17 @@ def benchmark(
     if "int8" in dtypes and calibration is None:
         raise ArgumentError("int8 needs calibration, training images by which its ranges are set: --calibration FOLDER")
     target = resolve_device(device)
+    if backends is None and target.type == "cpu":
+        chosen = tuple(backend for backend in chosen if backend != "triton")
     opened, weights = _open(model, target, checkpoint)
     config: dict[str, Any] = opened.pretrained_cfg
     sides = tuple(image_sizes) if image_sizes else (config["input_size"][1],)
+    photographs = None if calibration is None else calibration_images(calibration, opened)
     cases = []
     for side in sides:
         for batch in batch_sizes:
-            images = torch.randn(batch, opened.in_chans, side, side, generator=torch.Generator().manual_seed(0))
-            images = images.to(target)
-            candidates = _ours(opened, images, chosen, dtypes, calibration)
+            images = _images(opened, batch, side, photographs).to(target)
+            candidates = _ours(opened, images, chosen, dtypes, photographs)
             if peers:
                 candidates += _peers(opened, images, dtypes)
             cases.append(_case(opened, images, candidates, rounds, seconds, report))
@@ -198,6 +211,14 @@ def _open(name: str, device: torch.device, checkpoint: str | Path | None) -> tup
         return open_model(name, checkpoint=checkpoint, device=device).eval(), str(checkpoint or name)
     torch.manual_seed(0)
     return create_model(name, device=device).eval(), "random"
+
+
+def _images(model: Any, batch: int, side: int, photographs: Tensor | None) -> Tensor:
+    """Random ones, or calibration images again and again: int8's ranges do not hold for noise."""
+    if photographs is None:
+        return torch.randn(batch, model.in_chans, side, side, generator=torch.Generator().manual_seed(0))
+    images = photographs.repeat(-(-batch // len(photographs)), 1, 1, 1)[:batch]
+    return images if images.shape[2:] == (side, side) else F.interpolate(images, (side, side))
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -227,7 +248,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _ours(
-    model: Any, images: Tensor, backends: Sequence[str], dtypes: Sequence[str], calibration: str | Path | None
+    model: Any, images: Tensor, backends: Sequence[str], dtypes: Sequence[str], photographs: Tensor | None
 ) -> list[_Candidate]:
     def plain(dtype: str) -> Callable[[], tuple[Callable[[], Any], str]]:
         def make() -> tuple[Callable[[], Any], str]:
@@ -245,7 +266,7 @@ def _ours(
                 return lambda: folded(inputs), "the folded module"
             # Where a graph costs little, its pieces are chosen by trial; compiling takes too long for that.
             example = None if backend == "compile" else images
-            images_for_int8 = calibration if dtype == "int8" else None
+            images_for_int8 = photographs if dtype == "int8" else None
             fast = optimize(model, backend=backend, dtype=DTYPES[dtype], example=example, calibration=images_for_int8)
             return lambda: fast(images), str(fast.choice)
 

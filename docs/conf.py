@@ -275,6 +275,24 @@ def _cold_start() -> str:
     return f"On {record['machine']['device']}:\n\n" + _table(("step", "median"), rows)
 
 
+def _native_parts() -> str:
+    """What `benchmarks/native_parts.py` measured."""
+    tables = []
+    for file in sorted(_RESULTS.glob("native_parts_*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        kinds = record["microseconds_per_image"]
+        rows = [
+            (part, *(f"{v[part]:,.0f} ({100 * v[part] / v['whole model']:.0f} %)" for v in kinds.values()))
+            for part in next(iter(kinds.values()))
+        ]
+        tables.append(
+            f"`{record['model']}` at {record['image_size']} pixels, batch {record['batch_size']}, microseconds per image, on "
+            f"{record['machine']['device']}, {record['machine']['threads']} threads:\n\n"
+            + _table(("part", *kinds), rows)
+        )
+    return "\n\n".join(tables)
+
+
 _RECORDS: dict[str, Callable[[], str]] = {
     "models": _models,
     "notes": _notes,
@@ -288,6 +306,7 @@ _RECORDS: dict[str, Callable[[], str]] = {
     "run-sections": _run_sections,
     "speed": _speed,
     "cold-start": _cold_start,
+    "native-parts": _native_parts,
     "python": lambda: f"Python {metadata.metadata('convmixer')['Requires-Python']}".replace(">=", "") + " or newer.",
     "requirements": _requirements,
 }

@@ -309,6 +309,13 @@ def test_auto_says_what_it_took(caplog):
     assert str(fast.choice) in repr(fast)
 
 
+def test_auto_takes_openvino_for_wide_models():
+    if not {"native", "openvino"} <= set(available_backends()):
+        pytest.skip("needs both")
+    wide = convmixer.ConvMixer(544, 1, 3, 2, num_classes=2).eval()
+    assert optimize(wide, backend="auto").choice.backend == "openvino"
+
+
 def test_auto_without_other_libraries(monkeypatch):
     found = importlib.util.find_spec
     absent = ("openvino", "onnxruntime")

@@ -170,9 +170,10 @@ def _pad(x: Tensor, before: int, after: int) -> Tensor:
 
 
 # An operator that compilers cannot look into: what x is made of is computed once, and not for each tap.
-torch.library.define("convmixer::pad", "(Tensor x, int before, int after) -> Tensor")
-torch.library.impl("convmixer::pad", "CPU")(_pad)
-torch.library.register_fake("convmixer::pad")(_pad)
+_LIBRARY = torch.library.Library("convmixer", "FRAGMENT")
+_LIBRARY.define("pad(Tensor x, int before, int after) -> Tensor")
+for _key in ("CPU", "Meta"):
+    _LIBRARY.impl("pad", _pad, _key)
 
 
 def _toeplitz(x: Tensor, grad: Tensor, size: int) -> Tensor:
