@@ -285,11 +285,9 @@ def _native_parts() -> str:
             (part, *(f"{v[part]:,.0f} ({100 * v[part] / v['whole model']:.0f} %)" for v in kinds.values()))
             for part in next(iter(kinds.values()))
         ]
-        tables.append(
-            f"`{record['model']}` at {record['image_size']} pixels, batch {record['batch_size']}, microseconds per image, on "
-            f"{record['machine']['device']}, {record['machine']['threads']} threads:\n\n"
-            + _table(("part", *kinds), rows)
-        )
+        machine = f"{record['machine']['device']}, {record['machine']['threads']} threads"
+        case = f"`{record['model']}` at {record['image_size']} pixels, batch {record['batch_size']}"
+        tables.append(f"{case}, microseconds per image, on {machine}:\n\n{_table(('part', *kinds), rows)}")
     return "\n\n".join(tables)
 
 
