@@ -121,25 +121,36 @@ def _recipes() -> str:
     return _table(("field", "meaning", "default"), rows)
 
 
-# The logs of recipes that were run to their end; the others are unverified.
-_RUNS = {"cifar10-cpu": "convmixer_256_8.cifar10/first", "cifar10-cpu-2": "convmixer_256_8.cifar10/third"}
+_LOGS = Path(__file__).parent / "runs"
+_CURVES = Path(__file__).parent / "_curves"
 
-_DATA = {"imagenet1k": "data/imagenet --precision float16"}
+# The folders with the runs of recipes that were run to their end; the others are unverified.
+_RUNS = {
+    "cifar10-cpu": "convmixer_256_8.cifar10/first",
+    "cifar10-cpu-2": "convmixer_256_8.cifar10/third",
+    "finetune": "digits",
+}
+
+_DATA = {"imagenet1k": "data/imagenet --precision float16", "finetune": "data/flowers"}
 _FURTHER = {"cifar10-cpu-2": " --set checkpoint=runs/cifar10-cpu/model.safetensors"}
 
 
 def _reached(name: str) -> str:
-    """What a recipe's run reached and on what, from its log."""
+    """What the runs of a recipe reached and on what, from their logs."""
     if name not in _RUNS:
         return "Accuracy: unverified; it was not run to its end here."
-    result = json.loads((Path(__file__).parent / "runs" / _RUNS[name] / "result.json").read_text(encoding="utf-8"))
+    files = sorted((_LOGS / _RUNS[name]).rglob("result.json"))
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    first = results[0]
     accuracy = ", ".join(
-        f"{top1:.2f} % of {result['test_images'][test]:,} images ({test})"
-        for test, top1 in result["test_accuracy"].items()
+        f"{_mean([r['test_accuracy'][test] for r in results])} of {count:,} images ({test})"
+        for test, count in first["test_images"].items()
     )
+    spread = "One run, no spread known" if len(results) == 1 else f"{len(results)} runs"
+    minutes = statistics.mean(r["train_seconds"] for r in results) / 60
     return (
-        f"Accuracy: top-1 {accuracy}. One run, no spread known; {result['train_seconds'] / 3600:.1f} hours on "
-        f"{result['device']}, {result['threads']} threads, beside other work. [Its curves](runs.md)."
+        f"Accuracy: top-1 {accuracy}. {spread}; {minutes:.1f} minutes on {first['device']}, "
+        f"{first['threads']} threads. [Its command, settings and curves](runs.md)."
     )
 
 
@@ -155,10 +166,6 @@ def _recipe_sections() -> str:
             f"Differs from the defaults in: {changed or 'nothing'}.\n\n{_reached(name)}\n"
         )
     return "\n".join(sections)
-
-
-_LOGS = Path(__file__).parent / "runs"
-_CURVES = Path(__file__).parent / "_curves"
 
 
 def _runs() -> list[list[tuple[str, dict[str, Any]]]]:
