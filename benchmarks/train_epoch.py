@@ -21,7 +21,7 @@ from timm.optim import create_optimizer_v2
 import convmixer
 from convmixer.benchmark import device_name
 from convmixer.training import Recipe, get_recipe, train
-from convmixer.training.loop import autocast
+from convmixer.training.loop import _no_denormals, autocast
 
 
 def write_images(folder: Path, count: int, side: int, classes: int = 10) -> None:
@@ -43,6 +43,8 @@ def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str,
     forward = torch.compile(model) if compiled else model
     optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
     x = torch.randn(recipe.batch_size, *model.pretrained_cfg["input_size"], device=device)
+    if not next(model.parameters()).is_contiguous():
+        x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (recipe.batch_size,), device=device)
 
     def steps(number: int) -> None:
@@ -55,10 +57,11 @@ def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str,
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    steps(3)
-    begun = time.perf_counter()
-    steps(count)
-    return time.perf_counter() - begun
+    with _no_denormals(device):  # as in training
+        steps(3)
+        begun = time.perf_counter()
+        steps(count)
+        return time.perf_counter() - begun
 
 
 def main() -> None:
