@@ -37,6 +37,8 @@ from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, l2_cache, prefers_channels_last
 from convmixer.inference import read_image
 from convmixer.model import check_dtype, check_input
+from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES
+from convmixer.ops.fused import ACTIVATIONS
 from convmixer.transforms import create_transform
 
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
@@ -51,8 +53,6 @@ _NEEDS = {  # modules of each runtime, and the extra that brings them
 }
 # What OpenVINO calls the types.
 _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
-# What convmixer.ops.triton calls the activations.
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "identity"}
 _CPU = torch.device("cpu")
 _COMPILING = threading.Lock()  # TorchInductor's settings are global
 
@@ -138,7 +138,7 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
         return f"dtype={dtype}: native computes in float32 or bfloat16"
     if backend == "triton" and device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
         return f"backend='triton' computes on CUDA devices, this model is on {device}: call model.cuda() first"
-    if backend == "triton" and dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if backend == "triton" and dtype not in DTYPES:
         return f"dtype={dtype}: triton computes in bfloat16, float16 or float32"
     if backend in ("eager", "compile") and dtype == torch.int8:
         return f"dtype={dtype}: give a floating point type such as torch.bfloat16, or backend='openvino' with it"
@@ -600,7 +600,7 @@ def _refusal(backend: str, model: nn.Module) -> str | None:
         return native.refusal(inner)
     block: Any = inner.blocks[0]
     depthwise, act, _ = block[0].fn
-    if depthwise.kernel_size[0] not in range(3, 12):
+    if depthwise.kernel_size[0] not in KERNEL_SIZES:
         return f"triton computes kernels of 3 to 11, this model has {depthwise.kernel_size[0]}: use compile"
     if type(act) not in ACTIVATIONS or getattr(act, "approximate", "none") != "none":
         return f"triton computes {', '.join(ACTIVATIONS.values())}, this model has {act}: use compile"

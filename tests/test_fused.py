@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import vary_norms
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 
@@ -25,12 +26,7 @@ SHAPE = {"dim": 12, "depth": 3, "kernel_size": 5, "patch_size": 2, "num_classes"
 def pair(dtype=torch.float64, **changes) -> tuple[ConvMixer, ConvMixer]:
     """A model and its fused twin, with BatchNorm statistics that are not the initial ones."""
     plain = ConvMixer(**{**SHAPE, **changes}, dtype=dtype)
-    for module in plain.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, -1.0, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
+    vary_norms(plain)
     twin = copy.deepcopy(plain)
     twin.set_fused()
     return plain, twin

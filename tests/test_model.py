@@ -5,6 +5,7 @@ import re
 import pytest
 import timm
 import torch
+from conftest import vary_norms
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 
@@ -27,12 +28,7 @@ SHAPES = [
 def make(**changes) -> ConvMixer:
     """A small model whose BatchNorm statistics are not the initial ones."""
     model = ConvMixer(**{**SHAPES[0], **changes})
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, -1.0, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
+    vary_norms(model)
     return model
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from convmixer.errors import ConvMixerError, DependencyError
 from convmixer.ops import reference
 
+# What the Triton kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_SIZES = range(3, 12)
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:

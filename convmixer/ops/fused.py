@@ -23,7 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.ops import dispatch, reference
 
-_ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "identity"}
+ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "identity"}
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -398,7 +398,7 @@ def _embed(stem: Any, images: Tensor, sync_batchnorm: bool) -> tuple[_State, _Mo
     dispatch.check(u.device, u.dtype)
     if u.is_cuda:
         u = u.contiguous(memory_format=torch.channels_last)  # as the kernels write
-    norm, act = _Norm.of(module, u, sync_batchnorm), _ACTIVATIONS[type(act)]
+    norm, act = _Norm.of(module, u, sync_batchnorm), ACTIVATIONS[type(act)]
     moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
     return _State(u, *norm.affine(moments), act), moments
 
@@ -406,7 +406,7 @@ def _embed(stem: Any, images: Tensor, sync_batchnorm: bool) -> tuple[_State, _Mo
 def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, _Moments, _Moments]:
     """A block after the features before it."""
     (depthwise, act, module1), (_, pointwise, _, module2) = block[0].fn, block
-    u, act = state.u, _ACTIVATIONS[type(act)]
+    u, act = state.u, ACTIVATIONS[type(act)]
     norm1, norm2 = _Norm.of(module1, u, sync_batchnorm), _Norm.of(module2, u, sync_batchnorm)
     if not (torch.is_grad_enabled() or norm1.batch or norm2.batch):
         return _infer(depthwise, pointwise, norm1, norm2, _normalize(state), act)
@@ -471,7 +471,7 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
 def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> Iterator[str]:
     if block_drop.p:
         yield f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them"
-    plain = ((nn.Conv2d,), tuple(_ACTIVATIONS), _NORMS)
+    plain = ((nn.Conv2d,), tuple(ACTIVATIONS), _NORMS)
     groups: list[tuple[str, Any, Any]] = [("stem", stem, plain)]
     for i, block in enumerate(blocks):
         groups.append((f"blocks.{i}", block, ((residual,), *plain)))
@@ -492,7 +492,7 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
                 yield f"{group}.{i} has no bias"
             if kind is nn.Conv2d and group != "stem" and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
                 yield f"{group}.{i} is no plain 1x1 convolution"
-            if kind in _ACTIVATIONS:
+            if kind in ACTIVATIONS:
                 activations.add(kind.__name__)
             if _is_called_for_more(module):
                 yield f"{group}.{i} has hooks or a forward of its own, which would not be called"

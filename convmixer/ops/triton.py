@@ -42,10 +42,9 @@ except ImportError as error:
     raise DependencyError("the fused kernels need triton, which is missing: pip install triton") from error
 
 from convmixer.ops import kernels
+from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES
 
 INTERPRETED = not isinstance(kernels.normalize, triton.JITFunction)  # TRITON_INTERPRET=1 at the first import
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-KERNEL_SIZES = range(3, 12)
 ACTIVATIONS = ("gelu", "relu", "identity")
 
 
