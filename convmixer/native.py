@@ -1,4 +1,4 @@
-"""This package's own kernels for x86 CPUs: `ops/cpu.cpp`, compiled once for the machine, and a model packed for them.
+"""This package's own kernels for x86 CPUs: `ops/cpu*`, compiled once for the machine, and a model packed for them.
 
 The library is compiled with the C++ compiler at hand, when it is first needed, and kept in `$XDG_CACHE_HOME/convmixer`
 (`~/.cache/convmixer`) under a name made of source, compiler and processor.
@@ -24,9 +24,10 @@ from convmixer.errors import DependencyError
 from convmixer.folding import FoldedConvMixer
 from convmixer.hardware import cpu_field, cpu_name
 
-SOURCE = Path(__file__).parent / "ops" / "cpu.cpp"
+SOURCES = [Path(__file__).parent / "ops" / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
-PANEL = 64  # output channels that are packed together; PANEL in the source
+PANEL = 64  # output channels that are packed together; PANEL in cpu.cpp
+LARGEST = 15  # kernel size on tiles; LARGEST in cpu_tiles.h
 
 
 def compiler() -> str | None:
@@ -52,7 +53,8 @@ def library() -> Any:
     if path is None:
         raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    content = "\n".join([SOURCE.read_text(encoding="utf-8"), version, cpu_name(), cpu_field("flags"), *FLAGS])
+    texts = [source.read_text(encoding="utf-8") for source in SOURCES]
+    content = "\n".join([*texts, version, cpu_name(), cpu_field("flags"), *FLAGS])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer"
     file = folder / f"native-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     if not file.exists():
@@ -60,7 +62,7 @@ def library() -> Any:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / file.name
             run = subprocess.run(
-                [path, *FLAGS, "-o", str(made), str(SOURCE)], capture_output=True, text=True, check=False
+                [path, *FLAGS, "-o", str(made), str(SOURCES[0])], capture_output=True, text=True, check=False
             )
             if run.returncode:
                 lines = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
@@ -76,6 +78,15 @@ def library() -> Any:
         function.argtypes = [pointer, pointer, number, number, number, pointer, number, number]
         function.restype = None
     return loaded
+
+
+def _three_bfloat16(x: Tensor) -> list[Tensor]:
+    """Three tensors in bfloat16 whose sum is the float32 tensor exactly."""
+    parts = []
+    for _ in range(3):
+        parts.append((x.view(torch.int32) & -65536).view(torch.float32))
+        x = x - parts[-1]
+    return [part.to(torch.bfloat16) for part in parts]
 
 
 class _Affine(ctypes.Structure):
@@ -118,14 +129,14 @@ class Native:
         stem: Any = folded.stem[0]
         blocks: list[Any] = list(folded.blocks)
         dim, kernel_size = stem.out_channels, blocks[0].depthwise.kernel_size[0]
+        self._amx = bool(self._library.convmixer_amx()) and (dtype == torch.float32 or kernel_size <= LARGEST)
         inputs = stem.weight[0].numel()
         padded = -(-inputs // 32) * 32
         weight = nn.functional.pad(stem.weight.reshape(dim, inputs).contiguous(), (0, padded - inputs))
         norms = [*(block.norm for block in blocks), None]
         records = (_Block * len(blocks))()
         for record, block, norm in zip(records, blocks, norms[1:], strict=True):
-            kernels = block.depthwise.weight.reshape(dim, kernel_size**2)
-            record.kernel = self._keep(self._registers(kernels))
+            record.kernel = self._keep(self._kernels(block.depthwise.weight[:, 0]))
             record.bias = self._keep(self._registers(block.depthwise.bias[:, None]))
             record.gain = self._keep(self._registers(block.gain.reshape(dim, 1)))
             record.pointwise = self._keep(self._packed(block.pointwise.weight.reshape(dim, dim)))
@@ -138,7 +149,7 @@ class Native:
             in_chans=folded.in_chans,
             relu=isinstance(folded.stem[1], nn.ReLU),
             stem_inputs=padded,
-            amx=self._library.convmixer_amx(),
+            amx=self._amx,
             stem=self._keep(self._packed(weight)),
             stem_end=self._end(stem.bias, norms[0]),
             blocks=records,
@@ -148,15 +159,36 @@ class Native:
         self._kept.append(tensor.detach().contiguous())
         return int(self._kept[-1].data_ptr())
 
+    @property
+    def _tiles(self) -> bool:
+        """Whether activations are planar, computed by cpu_tiles.h."""
+        return self._amx and self.dtype == torch.bfloat16
+
+    def _kernels(self, weight: Tensor) -> Tensor:
+        """(dim, k, k) -> on tiles (dim, k, 16), reversed rows with zeros behind; else in the order of registers."""
+        if self._tiles:
+            return nn.functional.pad(weight.flip(2), (0, 16 - weight.shape[2])).to(torch.bfloat16)
+        return self._registers(weight.flatten(1))
+
     def _registers(self, values: Tensor) -> Tensor:
         """(dim, n) -> (dim/32, n, 2, 16): two registers of 16 channels; in bfloat16 even channels and odd ones."""
+        if self._tiles:
+            return values
         if self.dtype == torch.bfloat16:
             return values.reshape(len(values) // 32, 16, 2, -1).permute(0, 3, 2, 1)
         return values.reshape(len(values) // 32, 2, 16, -1).permute(0, 3, 1, 2)
 
     def _packed(self, weight: Tensor) -> Tensor:
-        """(outputs, inputs) -> (outputs/PANEL, inputs, PANEL); in bfloat16 two inputs lie side by side."""
+        """(outputs, inputs) -> tiles as cpu_tiles.h and `product_split` read them, else (outputs/PANEL, inputs, PANEL).
+
+        In the latter two inputs lie side by side in bfloat16.
+        """
         outputs, inputs = weight.shape
+        if self._tiles:
+            return weight.to(torch.bfloat16).reshape(outputs // 16, 16, inputs // 32, 32).permute(0, 2, 1, 3)
+        if self._amx:
+            tiles = torch.stack(_three_bfloat16(weight)).reshape(3, outputs // 32, 2, 16, inputs // 32, 16, 2)
+            return tiles.permute(1, 4, 0, 2, 5, 3, 6)
         if self.dtype == torch.bfloat16:
             pairs = weight.to(torch.bfloat16).reshape(outputs // PANEL, PANEL, inputs // 2, 2)
             return pairs.permute(0, 2, 1, 3)
@@ -175,8 +207,9 @@ class Native:
         pooled = self.folded.global_pool.pool_type in ("avg", "fastavg")
         patch = self.folded.patch_size
         places: Sequence[int] = () if pooled else (height // patch, width // patch)
-        out = torch.empty(batch, *places, self._record.dim)
+        dim = self._record.dim
+        out = torch.empty(batch, dim, *places) if self._tiles else torch.empty(batch, *places, dim)
         self._run(ctypes.byref(self._record), x.data_ptr(), batch, height, width, out.data_ptr(), pooled, self.threads)
-        features = out[:, :, None, None] if pooled else out.permute(0, 3, 1, 2)
+        features = out[:, :, None, None] if pooled else out if self._tiles else out.permute(0, 3, 1, 2)
         with torch.no_grad():
             return [self.folded.forward_head(self.folded.norms[-1](features))]

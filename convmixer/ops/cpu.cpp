@@ -1,4 +1,5 @@
-// A folded ConvMixer on x86 CPUs with AVX-512, block by block in the cache, in float32 or bfloat16 (AMX where there is).
+// A folded ConvMixer on x86 CPUs with AVX-512, block by block in the cache, in float32 or bfloat16; for bfloat16 on AMX
+// see cpu_tiles.h.
 //
 // Activations lie channels-last with a border of zeros, (H + k - 1, W + k - 1 + extra, dim), in two buffers per image
 // that take turns. A block of the model is computed 32 positions at a time: the depthwise convolution, its activation
@@ -7,150 +8,22 @@
 //
 // In registers bfloat16 channels are float32, even channels in one register and odd ones in another: that is one shift
 // and one mask. Sums are float32 throughout; values are rounded to bfloat16 where they are stored.
+//
+// AMX multiplies bfloat16 alone, but a float32 is the exact sum of three bfloat16, and six of the nine products of two
+// such sums hold all that float32 keeps: still more than twice as fast as multiplying float32.
 
-#include <immintrin.h>
-#include <omp.h>
+#include "cpu.h"
+
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
+#include "cpu_tiles.h"
 
 namespace {
 
 constexpr int ROWS = 32;    // positions computed together
 constexpr int PANEL = 64;   // output channels of one panel of packed weights
 constexpr int EXTRA = 8;    // columns of zeros that the last strip of a row may read
-
-struct Affine {  // of an epilogue: scale * act(x + bias) + shift
-    const float *bias, *scale, *shift;
-};
-
-struct Block {
-    const float *kernel, *bias, *gain;  // depthwise; (dim / 32, k * k, 2, 16), (dim), (dim), in register order
-    const void *pointwise;              // packed
-    Affine end;
-};
-
-}  // namespace
-
-// The layout of this record is known to native.py.
-struct Model {
-    int32_t dim, depth, kernel_size, patch_size, in_chans, relu, stem_inputs, amx;
-    const void *stem;
-    Affine stem_end;
-    const Block *blocks;
-};
-
-namespace {
-
-struct Buffer {  // memory of one thread, kept between calls
-    char *data = nullptr;
-    size_t size = 0;
-    char *take(size_t bytes) {
-        if (bytes > size) {
-            std::free(data);
-            size = (bytes + 4095) / 4096 * 4096;
-            data = static_cast<char *>(std::aligned_alloc(4096, size));
-            if (data == nullptr) {
-                size = 0;
-                throw std::bad_alloc();
-            }
-        }
-        return data;
-    }
-    ~Buffer() { std::free(data); }
-};
-
-struct Pair {
-    __m512 a, b;
-};
-
-inline Pair load(const float *p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
-inline Pair load(const uint16_t *p) {
-    __m512i v = _mm512_loadu_si512(p);
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)))};
-}
-
-inline __m512i rounded(__m512 x) {  // to the nearest bfloat16, in the upper half of each lane
-    __m512i i = _mm512_castps_si512(x);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(i, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(i, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-}
-inline void store(float *p, Pair v) {
-    _mm512_storeu_ps(p, v.a);
-    _mm512_storeu_ps(p + 16, v.b);
-}
-inline void store(uint16_t *p, Pair v) {
-#ifdef __AVX512BF16__
-    __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v.a));
-    __m512i odd = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v.b)), 16);
-    _mm512_storeu_si512(p, _mm512_or_si512(even, odd));
-#else
-    __m512i even = _mm512_srli_epi32(rounded(v.a), 16);
-    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded(v.b)));
-#endif
-}
-// 32 channels in their own order, as a matrix product leaves them.
-inline void store_ordered(float *p, __m512 a, __m512 b) { store(p, Pair{a, b}); }
-inline void store_ordered(uint16_t *p, __m512 a, __m512 b) {
-#ifdef __AVX512BF16__
-    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-#else
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)));
-    _mm256_storeu_si256((__m256i *)(p + 16), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(b), 16)));
-#endif
-}
-
-inline uint16_t to_bf16(float x) {
-    uint32_t i;
-    std::memcpy(&i, &x, 4);
-    return (i + 0x7fff + ((i >> 16) & 1)) >> 16;
-}
-inline void assign(float &to, float x) { to = x; }
-inline void assign(uint16_t &to, float x) { to = to_bf16(x); }
-
-template <int N>
-inline __m512 polynomial(const float (&terms)[N], __m512 x) {  // highest power first
-    __m512 sum = _mm512_set1_ps(terms[0]);
-#pragma GCC unroll 16
-    for (int i = 1; i < N; i++) sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(terms[i]));
-    return sum;
-}
-
-// x * Phi(x), Phi the normal distribution. For float32 erf by a rational function; for bfloat16 by a polynomial.
-inline __m512 gelu(__m512 x, const float *) {
-    static const float top[] = {
-        -2.72614226e-10f, 2.77068142e-08f, -2.10102402e-06f, -5.69250639e-05f, -0.00073499063f, -0.00295459981f,
-        -0.0160960333f};
-    static const float bottom[] = {
-        -1.45660718e-05f, -0.000213374055f, -0.00168282697f, -0.00737332917f, -0.0142647391f};
-    const __m512 most = _mm512_set1_ps(4.0f), half = _mm512_set1_ps(0.5f);
-    __m512 z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678f));
-    z = _mm512_max_ps(_mm512_min_ps(z, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
-    const __m512 t = _mm512_mul_ps(z, z);
-    const __m512 erf = _mm512_div_ps(_mm512_mul_ps(z, polynomial(top, t)), polynomial(bottom, t));
-    return _mm512_mul_ps(x, _mm512_fmadd_ps(half, erf, half));
-}
-inline __m512 gelu(__m512 x, const uint16_t *) {
-    // A fit for |x| <= 4, where x * Phi(x) is met to within 4e-5, a fiftieth of what bfloat16 can tell apart near 1.
-    static const float terms[] = {
-        -1.30129074e-09f, 1.04195827e-07f, -3.65712776e-06f, 7.48549865e-05f, -0.00100648997f, 0.00950539671f,
-        -0.0658878386f, 0.398673385f};
-    const __m512 most = _mm512_set1_ps(4.0f);
-    const __m512 z = _mm512_max_ps(_mm512_min_ps(x, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
-    const __m512 half = _mm512_set1_ps(0.5f);
-    return _mm512_mul_ps(x, _mm512_fmadd_ps(z, polynomial(terms, _mm512_mul_ps(z, z)), half));
-}
-
-template <typename T>
-inline __m512 activate(__m512 x, bool relu) {
-    return relu ? _mm512_max_ps(x, _mm512_setzero_ps()) : gelu(x, static_cast<const T *>(nullptr));
-}
 
 // ---- depthwise ------------------------------------------------------------------------------------------------------
 
@@ -207,7 +80,7 @@ void depthwise(const T *in, long row, int width, int dim, int k, const Block &bl
     const int side = K ? K : k;
     constexpr int WIDE = 8;
     for (int c = 0; c < dim; c += 32) {
-        const float *kernel = block.kernel + (long)c * side * side;
+        const float *kernel = static_cast<const float *>(block.kernel) + (long)c * side * side;
         for (int m = first; m < last;) {
             const int y = m / width, x = m % width, left = std::min(width - x, last - m);
             const T *corner = in + y * row + (long)x * dim + c;
@@ -281,41 +154,78 @@ inline void few_rows(const T *a, int inputs, const char *panel, const Affine &en
     }
 }
 
-#ifdef __AMX_BF16__
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-void product_amx(const uint16_t *a, int inputs, const char *weights, int outputs, const Affine &end,
-                 const Target<uint16_t> &to, int first, int last) {
-    alignas(64) float sums[ROWS][32];
-    const long panel_bytes = (long)inputs * PANEL * 2;
-    for (int n = 0; n < outputs; n += 32) {
-        const char *b = weights + (n / PANEL) * panel_bytes + (n % PANEL) * 4;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+#ifdef CONVMIXER_TILES
+// float32 as sums of three bfloat16, the largest first, in tiles: (ROWS, inputs) -> (inputs / 32, 3, 2, 16, 32).
+inline void split(const float *a, int inputs, int rows, uint16_t *parts) {
+    const __m512i high = _mm512_set1_epi32(0xffff0000);
+    for (int r = 0; r < rows; r++) {
         for (int i = 0; i < inputs; i += 32) {
-            _tile_loadd(4, a + i, inputs * 2);
-            _tile_loadd(6, b + (i / 2) * (PANEL * 4), PANEL * 4);
-            _tile_loadd(7, b + (i / 2) * (PANEL * 4) + 64, PANEL * 4);
-            _tile_loadd(5, a + 16 * inputs + i, inputs * 2);
+            __m512 low = _mm512_loadu_ps(a + (long)r * inputs + i), up = _mm512_loadu_ps(a + (long)r * inputs + i + 16);
+            uint16_t *to = parts + (i / 32) * 3072L + r * 32;
+            for (int part = 0; part < 3; part++) {
+                const __m512i x = _mm512_and_si512(_mm512_castps_si512(low), high);
+                const __m512i y = _mm512_and_si512(_mm512_castps_si512(up), high);
+                const __m256i first = _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16));
+                const __m256i second = _mm512_cvtepi32_epi16(_mm512_srli_epi32(y, 16));
+                _mm512_storeu_si512(to + part * 1024, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+                low = _mm512_sub_ps(low, _mm512_castsi512_ps(x)), up = _mm512_sub_ps(up, _mm512_castsi512_ps(y));
+            }
+        }
+    }
+}
+
+// `weights` (outputs / 32, inputs / 32, 3, 2, 16, 16, 2): for each part the tiles of 16 outputs and 16 pairs of inputs.
+void product_split(const uint16_t *parts, int inputs, const char *weights, int outputs, const Affine &end,
+                   const Target<float> &to, int first, int last) {
+    alignas(64) float sums[2][ROWS * 32];
+    const int rate = (ROWS * 32 + inputs - 1) / inputs;
+    for (int n = 0; n <= outputs; n += 32) {
+        // The sums of the outputs before are finished between the products of these.
+        const float *ready = sums[n / 32 % 2];
+        int row = first;
+        auto finish_row = [&] {
+            const float *sum = ready + (row - first) * 32;
+            finish<float>(_mm512_load_ps(sum), _mm512_load_ps(sum + 16), end, n - 32, to.relu, to.at(row) + n - 32);
+            row++;
+        };
+        if (n == outputs) {
+            while (row < last) finish_row();
+            return;
+        }
+        if (n == 0) row = last;
+        const char *a = reinterpret_cast<const char *>(parts);
+        auto left = [&](int part) {
+            _tile_loadd(4, a + part * 2048, 64);
+            _tile_loadd(5, a + part * 2048 + 1024, 64);
+        };
+        auto right = [&](int part) {
+            _tile_loadd(6, weights + part * 2048, 64);
+            _tile_loadd(7, weights + part * 2048 + 1024, 64);
+        };
+        auto multiply = [] {
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
+        };
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int i = 0; i < inputs; i += 32, weights += 6144, a += 6144) {
+            left(2), right(0), multiply();
+            left(1), multiply();
+            right(1), multiply();
+            left(0), multiply();
+            right(2), multiply();
+            right(0), multiply();
+            for (int j = 0; j < rate && row < last; j++) finish_row();
         }
-        _tile_stored(0, &sums[0][0], 128);
-        _tile_stored(1, &sums[0][16], 128);
-        _tile_stored(2, &sums[16][0], 128);
-        _tile_stored(3, &sums[16][16], 128);
-        for (int m = first; m < last; m++) {
-            const float *row = sums[m - first];
-            finish<uint16_t>(_mm512_load_ps(row), _mm512_load_ps(row + 16), end, n, to.relu, to.at(m) + n);
-        }
+        float *sum = sums[(n / 32 + 1) % 2];
+        _tile_stored(0, sum, 128);
+        _tile_stored(1, sum + 16, 128);
+        _tile_stored(2, sum + 512, 128);
+        _tile_stored(3, sum + 528, 128);
     }
 }
 #endif
@@ -323,11 +233,14 @@ void product_amx(const uint16_t *a, int inputs, const char *weights, int outputs
 // act(a @ weights + bias) * scale + shift for positions [first, last), of which `a` (ROWS, inputs) holds the inputs.
 template <typename T>
 void product(const T *a, int inputs, const void *weights, int outputs, const Affine &end, const Target<T> &to,
-             int first, int last, [[maybe_unused]] bool amx) {
+             int first, int last, [[maybe_unused]] bool amx, [[maybe_unused]] uint16_t *parts) {
     const char *packed = static_cast<const char *>(weights);
-#ifdef __AMX_BF16__
-    if constexpr (sizeof(T) == 2)
-        if (amx) return product_amx(a, inputs, packed, outputs, end, to, first, last);
+#ifdef CONVMIXER_TILES
+    if constexpr (sizeof(T) == 4)
+        if (amx) {
+            split(a, inputs, last - first, parts);
+            return product_split(parts, inputs, packed, outputs, end, to, first, last);
+        }
 #endif
     const long panel_bytes = (long)inputs * PANEL * sizeof(T);
     for (int n = 0; n < outputs; n += PANEL, packed += panel_bytes) {
@@ -377,7 +290,7 @@ struct Run {
                         assign(line[i++], corner[((long)c * image_height + y) * image_width + x]);
             for (; i < inputs; i++) line[i] = 0;
         }
-        product<T>(panel, inputs, model.stem, dim, model.stem_end, interior(to), first, last, model.amx);
+        product<T>(panel, inputs, model.stem, dim, model.stem_end, interior(to), first, last, model.amx, parts(panel));
     }
 
     void block(const Block &b, int task, const T *from, T *panel, T *to) const {
@@ -389,7 +302,7 @@ struct Run {
             case 9: depthwise<T, 9>(from, row, width, dim, k, b, model.relu, first, last, panel); break;
             default: depthwise<T, 0>(from, row, width, dim, k, b, model.relu, first, last, panel);
         }
-        product<T>(panel, dim, b.pointwise, dim, b.end, interior(to), first, last, model.amx);
+        product<T>(panel, dim, b.pointwise, dim, b.end, interior(to), first, last, model.amx, parts(panel));
     }
 
     void finish_image(int image, T *from, int first_channel, int last_channel) const {
@@ -422,27 +335,29 @@ struct Run {
         _mm512_store_ps(to + 16, _mm512_permutex2var_ps(v.a, high, v.b));
     }
 
-    // Two activations and a panel; what a border may hold is zeroed.
+    long panel_size() const { return (long)ROWS * std::max(dim, (int)model.stem_inputs); }
+    uint16_t *parts(T *panel) const { return reinterpret_cast<uint16_t *>(panel + panel_size()); }
+
+    // Two activations, a panel and its parts; what a border may hold is zeroed.
     void buffers(Buffer &memory, T *&one, T *&two, T *&panel) const {
         const long bytes = (buffer_size * sizeof(T) + 63) / 64 * 64;
-        char *data = memory.take(2 * bytes + (long)ROWS * std::max(dim, (int)model.stem_inputs) * sizeof(T) + 64);
+        char *data = memory.take(2 * bytes + panel_size() * (sizeof(T) + (model.amx ? 6 : 0)) + 64);
         std::memset(data, 0, 2 * bytes);
         one = reinterpret_cast<T *>(data), two = reinterpret_cast<T *>(data + bytes);
         panel = reinterpret_cast<T *>(data + 2 * bytes);
     }
 
     void begin_thread() const {
-#ifdef __AMX_BF16__
-        if (sizeof(T) == 2 && model.amx) {
-            TileConfig config;
-            for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+#ifdef CONVMIXER_TILES
+        if (model.amx) {
+            const TileConfig config(16, 16);
             _tile_loadconfig(&config);
         }
 #endif
     }
     void end_thread() const {
-#ifdef __AMX_BF16__
-        if (sizeof(T) == 2 && model.amx) _tile_release();
+#ifdef CONVMIXER_TILES
+        if (model.amx) _tile_release();
 #endif
     }
 };
@@ -493,7 +408,7 @@ extern "C" {
 
 // Whether tiles may be used; Linux wants to be asked once per process.
 int convmixer_amx() {
-#ifdef __AMX_BF16__
+#ifdef CONVMIXER_TILES
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 #else
@@ -508,6 +423,10 @@ void convmixer_float32(const Model *model, const float *images, int batch, int h
 
 void convmixer_bfloat16(const Model *model, const float *images, int batch, int height, int width, float *out,
                         int pooled, int threads) {
+#ifdef CONVMIXER_TILES
+    if (model->amx && model->relu) return Tiles<true>(*model, images, height, width, out, pooled).forward(batch, threads);
+    if (model->amx) return Tiles<false>(*model, images, height, width, out, pooled).forward(batch, threads);
+#endif
     forward<uint16_t>(*model, images, batch, height, width, out, pooled, threads);
 }
 }

@@ -1,0 +1,374 @@
+// A folded ConvMixer in bfloat16 on AMX: both convolutions of a block are products of tiles, with float32 sums.
+//
+// Activations are planar, (dim, positions), each row of the image filled up to `columns`, a multiple of 16. A block has
+// two phases, and x is overwritten in the second:
+//
+//   depthwise  For 16 columns of up to 16 rows of one channel, each row of the kernel is a product: (rows, neighbours)
+//              of x times a Toeplitz matrix (neighbours, 16) that holds the row of the kernel once per column. With
+//              activation and residual it goes to a panel of positions, (positions / 16, dim / 2, 16, 2).
+//   pointwise  weights (outputs, inputs) times panel (inputs, positions), activation, scale and shift, into x.
+//
+// The neighbours of 16 columns are copied to rows of one cache line first, since tiles load far slower from elsewhere.
+// A Toeplitz matrix is a run of zeros with the row of the kernel in their midst, read with a stride of minus two columns.
+
+#pragma once
+
+#include "cpu.h"
+
+#ifdef CONVMIXER_TILES
+
+#include <unistd.h>
+
+namespace {
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+    // Tiles 0 to 3 are sums, 4 and 5 left operands, 6 and 7 right ones; `inner` pairs of values are multiplied.
+    TileConfig(int height, int inner) {
+        for (int i = 0; i < 8; i++) {
+            bytes[i] = i == 4 || i == 5 ? inner * 4 : 64;
+            rows[i] = i < 6 ? height : inner;
+        }
+    }
+};
+
+constexpr int SIDE = 16;      // columns of a tile, and at most as many rows
+constexpr int LARGEST = 15;   // kernel size
+constexpr int RUN = 3 * SIDE; // pairs of values in the run that holds a Toeplitz matrix
+constexpr int AHEAD = 32;     // values before the activations, which masked loads may begin at
+
+template <bool RELU>
+struct Tiles {
+    struct Work {  // of a thread
+        alignas(64) uint16_t windows[2][4][(SIDE + LARGEST - 1) * 32] = {};
+        alignas(64) uint32_t runs[2][4][LARGEST * RUN] = {};
+        alignas(64) float sums[2][4 * SIDE * SIDE];
+    };
+    struct Item {  // four sums: channels x neighbouring strips of 16 columns
+        int channel, strip;
+        bool wide;  // 2 x 2, else 4 x 1
+    };
+
+    const Model &model;
+    const float *images;  // (B, in_chans, H, W)
+    int image_height, image_width;
+    float *out;  // (B, dim) means, or (B, dim, h, w)
+    bool pooled;
+    int k, dim, before, height, width, columns, strips, positions;
+    long plane;  // values from channel to channel
+
+  public:
+    Tiles(const Model &m, const float *x, int h, int w, float *o, bool p)
+        : model(m), images(x), image_height(h), image_width(w), out(o), pooled(p), k(m.kernel_size), dim(m.dim) {
+        before = (k - 1) / 2;
+        height = h / m.patch_size, width = w / m.patch_size;
+        strips = (width + SIDE - 1) / SIDE, columns = strips * SIDE;
+        positions = (height * columns + 31) / 32 * 32;
+        plane = positions + 32;  // channels must not lie a power of two apart
+    }
+
+    void forward(int batch, int threads) const {
+        const int alone = fits_alone(threads) ? batch / threads * threads : 0;  // images that one thread computes
+        char *shared = nullptr;
+#pragma omp parallel num_threads(threads)
+        {
+            Work work;
+            char *own = take();
+#pragma omp for schedule(dynamic) nowait
+            for (int image = 0; image < alone; image++) {
+                for (int task = 0; task < tasks(1); task++) fill(image, task, 1, own);
+                pointwise(true, nullptr, 0, 1, own, work);
+                for (int b = 0; b < model.depth; b++) {
+                    for (int task = 0; task < tasks(1); task++) depthwise(model.blocks[b], task, 1, own, work);
+                    pointwise(false, &model.blocks[b], 0, 1, own, work);
+                }
+                finish(image, 0, dim, own);
+            }
+            if (alone < batch) {  // the rest all threads compute together
+#pragma omp single
+                shared = own;
+                for (int image = alone; image < batch; image++) {
+#pragma omp for schedule(static)
+                    for (int task = 0; task < tasks(threads); task++) fill(image, task, threads, shared);
+#pragma omp for schedule(static)
+                    for (int task = 0; task < threads; task++) pointwise(true, nullptr, task, threads, shared, work);
+                    for (int b = 0; b < model.depth; b++) {
+#pragma omp for schedule(static)
+                        for (int task = 0; task < tasks(threads); task++)
+                            depthwise(model.blocks[b], task, threads, shared, work);
+#pragma omp for schedule(static)
+                        for (int task = 0; task < threads; task++)
+                            pointwise(false, &model.blocks[b], task, threads, shared, work);
+                    }
+#pragma omp for schedule(static)
+                    for (int c = 0; c < dim; c += 32) finish(image, c, c + 32, shared);
+                }
+            }
+            _tile_release();
+        }
+    }
+
+  private:
+    // Bytes of 16 positions in the panel. One line more, so that they do not lie a power of two apart.
+    static long bundle(int inputs) { return inputs * 32L + 64; }
+    long bytes_x() const { return (AHEAD + dim * plane) * 2; }
+    long bytes() const { return bytes_x() + positions / SIDE * bundle(std::max(dim, (int)model.stem_inputs)); }
+    char *take() const {
+        thread_local Buffer memory;
+        return memory.take(bytes());
+    }
+    static uint16_t *activations(char *memory) { return reinterpret_cast<uint16_t *>(memory) + AHEAD; }
+    char *panel(char *memory) const { return memory + bytes_x(); }
+
+    static long cache() {
+        static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        return size > 0 ? size : 1 << 20;
+    }
+
+    // Threads share images that do not fit a core's cache, if there is a tile for each of them.
+    bool fits_alone(int threads) const {
+        return bytes() <= cache() || (height + SIDE - 1) / SIDE * strips < threads;
+    }
+
+    // Rows of the image are divided into bands; the bands' channels, where there are too few bands, as well.
+    int bands(int threads) const { return std::max((height + SIDE - 1) / SIDE, std::min(threads, height / (SIDE / 2))); }
+    int tasks(int threads) const {
+        const int n = bands(threads);
+        return n * ((threads + n - 1) / n);
+    }
+
+    void fill(int image, int task, int threads, char *memory) const {  // the panel of the patch embedding
+        const int p = model.patch_size, inputs = model.stem_inputs, n = tasks(threads), bundles = positions / SIDE;
+        const float *pixels = images + (long)image * model.in_chans * image_height * image_width;
+        for (int i = bundles * task / n; i < bundles * (task + 1) / n; i++) {
+            char *to = panel(memory) + i * bundle(inputs);
+            std::memset(to, 0, inputs * 32);
+            const int y = i / strips, left = i % strips * SIDE;
+            if (y >= height) continue;
+            for (int m = 0; m < std::min(SIDE, width - left); m++) {
+                const float *corner = pixels + (long)y * p * image_width + (left + m) * p;
+                int j = 0;
+                for (int c = 0; c < model.in_chans; c++)
+                    for (int v = 0; v < p; v++)
+                        for (int u = 0; u < p; u++, j++)
+                            reinterpret_cast<uint16_t *>(to)[j / 2 * 32 + m * 2 + j % 2] =
+                                to_bf16(corner[((long)c * image_height + v) * image_width + u]);
+            }
+        }
+    }
+
+    // ---- depthwise --------------------------------------------------------------------------------------------------
+
+    // What four sums need: neighbours, (rows + k - 1, 32) each, and for each channel a run for each row of the kernel.
+    void prepare(const Item &item, const Block &block, int top, int rows, const uint16_t *x, int half, Work &work) const {
+        for (int a = 0; a < 4; a++) {
+            const int channel = item.channel + (item.wide ? a / 2 : a), strip = item.strip + (item.wide ? a % 2 : 0);
+            const int left = strip * SIDE - before;  // of the first neighbour
+            const int from = std::max(0, -left), to = std::min(32, width - left);
+            const __mmask32 inside = (to == 32 ? ~0u : (1u << to) - 1) & ~0u << from;
+            const uint16_t *line = x + channel * plane + left;
+            uint16_t *window = work.windows[half][a];
+            for (int i = 0, y = top - before; i < rows + k - 1; i++, y++) {
+                const bool real = y >= 0 && y < height;
+                _mm512_store_si512(window + i * 32,
+                                   _mm512_maskz_loadu_epi16(real ? inside : 0, real ? line + (long)y * columns : x));
+            }
+        }
+        const uint16_t *kernel = static_cast<const uint16_t *>(block.kernel) + (long)item.channel * k * SIDE;
+        for (int c = 0; c < (item.wide ? 2 : 4); c++) {
+            uint32_t *run = work.runs[half][c] + RUN - 1 - SIDE - k;
+            for (int y = 0; y < k; y++, kernel += SIDE, run += RUN) {  // reversed; pairs of neighbours, one after the other
+                const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)kernel));
+                const __m512i next = _mm512_maskz_expand_epi32(0xfffe, w);
+                _mm512_storeu_si512(run, _mm512_or_si512(w, _mm512_slli_epi32(next, 16)));
+            }
+        }
+    }
+
+    void multiply(const Item &item, int half, Work &work) const {
+        const auto *windows = work.windows[half];
+        const uint32_t *run = work.runs[half][0] + RUN - 2 - SIDE;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        if (item.wide) {
+            for (int y = 0; y < k; y++, run += RUN) {
+                _tile_loadd(6, run, -8);
+                _tile_loadd(4, windows[0] + y * 32, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(5, windows[1] + y * 32, 64);
+                _tile_dpbf16ps(1, 5, 6);
+                _tile_loadd(7, run + LARGEST * RUN, -8);
+                _tile_loadd(4, windows[2] + y * 32, 64);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_loadd(5, windows[3] + y * 32, 64);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        } else {
+            for (int y = 0; y < k; y++, run += RUN) {
+                _tile_loadd(6, run, -8);
+                _tile_loadd(4, windows[0] + y * 32, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, run + LARGEST * RUN, -8);
+                _tile_loadd(5, windows[1] + y * 32, 64);
+                _tile_dpbf16ps(1, 5, 7);
+                _tile_loadd(6, run + 2 * LARGEST * RUN, -8);
+                _tile_loadd(4, windows[2] + y * 32, 64);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_loadd(7, run + 3 * LARGEST * RUN, -8);
+                _tile_loadd(5, windows[3] + y * 32, 64);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        const int size = SIDE * SIDE;
+        _tile_stored(0, work.sums[half], 64);
+        _tile_stored(1, work.sums[half] + size, 64);
+        _tile_stored(2, work.sums[half] + 2 * size, 64);
+        _tile_stored(3, work.sums[half] + 3 * size, 64);
+    }
+
+    // y + gain * act(depthwise(y)) of two channels, side by side.
+    void combine(const Item &item, const Block &block, int half, int top, int rows, char *to, Work &work) const {
+        const __m512i order = _mm512_add_epi16(  // 0 16 1 17 ...
+            _mm512_srli_epi32(_mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0), 1),
+            _mm512_slli_epi32(_mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));
+        const int step = item.wide ? 2 : 1;  // from a channel's sums to the next one's
+        for (int pair = 0; pair < 2; pair++) {
+            const int a = item.wide ? pair : 2 * pair, b = a + step;
+            const int channel = item.channel + (item.wide ? 0 : a), strip = item.strip + (item.wide ? pair : 0);
+            const float *sum_a = work.sums[half] + a * SIDE * SIDE, *sum_b = work.sums[half] + b * SIDE * SIDE;
+            const uint16_t *x_a = work.windows[half][a] + before * 33, *x_b = work.windows[half][b] + before * 33;
+            const __m512 bias_a = _mm512_set1_ps(block.bias[channel]), bias_b = _mm512_set1_ps(block.bias[channel + 1]);
+            const __m512 gain_a = _mm512_set1_ps(block.gain[channel]), gain_b = _mm512_set1_ps(block.gain[channel + 1]);
+            char *line = to + ((long)top * strips + strip) * bundle(dim) + channel * 32L;
+            for (int i = 0; i < std::min(rows, height - top); i++, line += strips * bundle(dim)) {
+                const __m512 va = activate<uint16_t>(_mm512_add_ps(_mm512_load_ps(sum_a + i * SIDE), bias_a), RELU);
+                const __m512 vb = activate<uint16_t>(_mm512_add_ps(_mm512_load_ps(sum_b + i * SIDE), bias_b), RELU);
+                const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(gain_b, vb, widened(x_b + i * 32)),
+                                                          _mm512_fmadd_ps(gain_a, va, widened(x_a + i * 32)));
+                _mm512_storeu_si512(line, _mm512_permutexvar_epi16(order, (__m512i)both));
+            }
+        }
+    }
+
+    static __m512 widened(const uint16_t *x) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(x)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+
+    void depthwise(const Block &block, int task, int threads, char *memory, Work &work) const {
+        const int n = bands(threads), parts = tasks(threads) / n, band = task / parts, part = task % parts;
+        const int top = height * band / n, rows = height * (band + 1) / n - top;
+        const int first = dim / 4 * part / parts * 4, last = dim / 4 * (part + 1) / parts * 4;
+        const int pairs = strips / 2 * 2, each = pairs + strips % 2, items = (last - first) / 4 * each;
+        const TileConfig config(rows, (SIDE + k) / 2);
+        _tile_loadconfig(&config);
+        const uint16_t *x = activations(memory);
+        auto item = [&](int i) {
+            const int channel = first + i / each * 4, j = i % each;
+            return j < pairs ? Item{channel + j % 2 * 2, j / 2 * 2, true} : Item{channel, pairs, false};
+        };
+        if (items) prepare(item(0), block, top, rows, x, 0, work);
+        for (int i = 0; i < items; i++) {
+            // Ahead, as tiles must wait until what they load has left the store buffer.
+            if (i + 1 < items) prepare(item(i + 1), block, top, rows, x, (i + 1) % 2, work);
+            multiply(item(i), i % 2, work);
+            combine(item(i), block, i % 2, top, rows, panel(memory), work);
+        }
+    }
+
+    // ---- pointwise --------------------------------------------------------------------------------------------------
+
+    // One thread's part of all outputs and positions; without a block that of the patch embedding.
+    void pointwise(bool stem, const Block *block, int task, int threads, char *memory, Work &work) const {
+        const int inputs = stem ? (int)model.stem_inputs : dim;
+        const Affine &end = stem ? model.stem_end : block->end;
+        const char *weights = static_cast<const char *>(stem ? model.stem : block->pointwise);
+        const long half = inputs * 32L;  // bytes of the weights of 16 outputs
+        const int parts = std::min(threads, positions / 32), shares = (threads + parts - 1) / parts;
+        const int part = task % parts, share = task / parts;
+        const int first = positions / 32 * part / parts, last = positions / 32 * (part + 1) / parts;
+        const TileConfig config(SIDE, SIDE);
+        _tile_loadconfig(&config);
+        // As many positions at a time as leave room for the weights in the cache.
+        const int pieces = (last - first) * 2 * bundle(inputs) / (cache() / 2) + 1, step = (last - first + pieces - 1) / pieces;
+        const int rate = (32 * 1024 + half - 1) / half;
+        Ready ready{};
+        int turn = 0;
+        for (int begin = first; begin < last; begin += step) {
+            for (int n = dim / 32 * share / shares * 32; n < dim / 32 * (share + 1) / shares * 32; n += 32) {
+                const char *a = weights + n / 16 * half, *ahead = a + 2 * half;
+                for (int m = begin; m < std::min(begin + step, last); m++, turn = 1 - turn) {
+                    const char *b = panel(memory) + 2 * m * bundle(inputs);
+                    float *sums = work.sums[turn];
+                    int row = 0;
+                    _tile_zero(0);
+                    _tile_zero(1);
+                    _tile_zero(2);
+                    _tile_zero(3);
+                    for (long i = 0; i < half; i += 1024, ahead += 128) {
+                        _mm_prefetch(ahead, _MM_HINT_T1);  // the next outputs' weights
+                        _mm_prefetch(ahead + 64, _MM_HINT_T1);
+                        _tile_loadd(4, a + i, 64);
+                        _tile_stream_loadd(6, b + i, 64);  // past the first-level cache, which the weights fill
+                        _tile_stream_loadd(7, b + bundle(inputs) + i, 64);
+                        _tile_loadd(5, a + half + i, 64);
+                        _tile_dpbf16ps(0, 4, 6);
+                        _tile_dpbf16ps(1, 4, 7);
+                        _tile_dpbf16ps(2, 5, 6);
+                        _tile_dpbf16ps(3, 5, 7);
+                        if (ready.to)
+                            for (int j = 0; j < rate && row < 32; j++) ready.finish(row++, end, plane);
+                    }
+                    _tile_stored(0, sums, 128);
+                    _tile_stored(1, sums + 16, 128);
+                    _tile_stored(2, sums + 512, 128);
+                    _tile_stored(3, sums + 528, 128);
+                    ready = {activations(memory) + n * plane + m * 32L, sums, n};
+                }
+            }
+        }
+        if (ready.to)
+            for (int row = 0; row < 32; row++) ready.finish(row, end, plane);
+    }
+
+    // Sums of 32 outputs at 32 positions: rows of them are finished between the products of the next ones.
+    struct Ready {
+        uint16_t *to;
+        const float *sums;
+        int n;
+        void finish(int i, const Affine &end, long plane) const {
+            const __m512 bias = _mm512_set1_ps(end.bias[n + i]);
+            const __m512 scale = _mm512_set1_ps(end.scale[n + i]), shift = _mm512_set1_ps(end.shift[n + i]);
+            const __m512 v = activate<uint16_t>(_mm512_add_ps(_mm512_load_ps(sums + i * 32), bias), RELU);
+            const __m512 w = activate<uint16_t>(_mm512_add_ps(_mm512_load_ps(sums + i * 32 + 16), bias), RELU);
+            _mm512_storeu_si512(to + i * plane, (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(w, scale, shift),
+                                                                             _mm512_fmadd_ps(v, scale, shift)));
+        }
+    };
+
+    void finish(int image, int first, int last, char *memory) const {
+        for (int c = first; c < last; c++) {
+            const uint16_t *x = activations(memory) + c * plane;
+            __m512 sum = _mm512_setzero_ps();
+            for (int y = 0; y < height; y++) {
+                for (int left = 0; left < width; left += SIDE) {
+                    const __mmask16 inside = width - left < SIDE ? (1u << (width - left)) - 1 : 0xffff;
+                    const __m512 v = _mm512_maskz_mov_ps(inside, widened(x + (long)y * columns + left));
+                    if (pooled)
+                        sum = _mm512_add_ps(sum, v);
+                    else
+                        _mm512_mask_storeu_ps(out + (((long)image * dim + c) * height + y) * width + left, inside, v);
+                }
+            }
+            if (pooled) out[(long)image * dim + c] = _mm512_reduce_add_ps(sum) / (height * width);
+        }
+    }
+};
+
+}  // namespace
+
+#endif
