@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from convmixer.errors import DependencyError
 from convmixer.folding import FoldedConvMixer
 from convmixer.hardware import cpu_field, cpu_name
 
-SOURCES = [Path(__file__).parent / "ops" / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h")]
+SOURCES = [Path(__file__).parent / "ops" / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h", "cpu_bytes.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PANEL = 64  # output channels that are packed together; PANEL in cpu.cpp
 LARGEST = 15  # kernel size on tiles; LARGEST in cpu_tiles.h
+LARGEST_BYTES = 13  # kernel size in int8; LARGEST_BYTES in cpu_bytes.h
+MARGIN = 1.3  # by which int8 goes beyond what calibration images span: saturation costs more than coarser steps
 
 
 def compiler() -> str | None:
@@ -73,8 +76,10 @@ def library() -> Any:
             made.replace(file)  # whole or not at all, whoever else compiles it
     loaded = ctypes.CDLL(str(file))
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    for name in ("float32", "bfloat16"):
-        function = getattr(loaded, f"convmixer_{name}")
+    for name in ("float32", "bfloat16", "int8"):
+        function = getattr(loaded, f"convmixer_{name}", None)
+        if function is None:  # this processor has no int8 tiles
+            continue
         function.argtypes = [pointer, pointer, number, number, number, pointer, number, number]
         function.restype = None
     return loaded
@@ -89,6 +94,12 @@ def _three_bfloat16(x: Tensor) -> list[Tensor]:
     return [part.to(torch.bfloat16) for part in parts]
 
 
+def _scale_and_shift(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(dim,) each, of what is left of a BatchNorm; ones and zeros where there is none."""
+    scale = torch.ones_like(like) if norm is None or norm.scale is None else norm.scale.flatten()
+    return scale, torch.zeros_like(like) if norm is None else norm.shift.flatten()
+
+
 class _Affine(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("bias", "scale", "shift")]
 
@@ -97,6 +108,8 @@ class _Block(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("kernel", "bias", "gain", "pointwise")),
         ("end", _Affine),
+        ("tables", ctypes.c_void_p * 2),
+        ("zeros", ctypes.c_void_p),
     ]
 
 
@@ -109,6 +122,7 @@ class _Model(ctypes.Structure):
         ("stem", ctypes.c_void_p),
         ("stem_end", _Affine),
         ("blocks", ctypes.POINTER(_Block)),
+        ("last", ctypes.c_void_p),
     ]
 
 
@@ -135,12 +149,8 @@ class Native:
         weight = nn.functional.pad(stem.weight.reshape(dim, inputs).contiguous(), (0, padded - inputs))
         norms = [*(block.norm for block in blocks), None]
         records = (_Block * len(blocks))()
-        for record, block, norm in zip(records, blocks, norms[1:], strict=True):
-            record.kernel = self._keep(self._kernels(block.depthwise.weight[:, 0]))
-            record.bias = self._keep(self._registers(block.depthwise.bias[:, None]))
-            record.gain = self._keep(self._registers(block.gain.reshape(dim, 1)))
-            record.pointwise = self._keep(self._packed(block.pointwise.weight.reshape(dim, dim)))
-            record.end = self._end(block.pointwise.bias, norm)
+        for i, (record, block) in enumerate(zip(records, blocks, strict=True)):
+            self._fill(record, block, norms[i + 1], i)
         self._record = _Model(
             dim=dim,
             depth=len(blocks),
@@ -155,6 +165,15 @@ class Native:
             blocks=records,
         )
 
+    def _fill(self, record: Any, block: Any, norm: Any, _: int) -> None:
+        """The record of a block; `norm` is the next one's."""
+        dim = len(block.gain)
+        record.kernel = self._keep(self._kernels(block.depthwise.weight[:, 0]))
+        record.bias = self._keep(self._registers(block.depthwise.bias[:, None]))
+        record.gain = self._keep(self._registers(block.gain.reshape(dim, 1)))
+        record.pointwise = self._keep(self._packed(block.pointwise.weight.reshape(dim, dim)))
+        record.end = self._end(block.pointwise.bias, norm)
+
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor.detach().contiguous())
         return int(self._kept[-1].data_ptr())
@@ -162,7 +181,7 @@ class Native:
     @property
     def _tiles(self) -> bool:
         """Whether activations are planar, computed by cpu_tiles.h."""
-        return self._amx and self.dtype == torch.bfloat16
+        return self._amx and self.dtype != torch.float32
 
     def _kernels(self, weight: Tensor) -> Tensor:
         """(dim, k, k) -> on tiles (dim, k, 16), reversed rows with zeros behind; else in the order of registers."""
@@ -196,10 +215,7 @@ class Native:
 
     def _end(self, bias: Tensor, norm: Any) -> _Affine:
         """Bias of a convolution, and what is left of the BatchNorm after its activation."""
-        none = norm is None
-        scale = torch.ones_like(bias) if none or norm.scale is None else norm.scale.flatten()
-        shift = torch.zeros_like(bias) if none else norm.shift.flatten()
-        return _Affine(*(self._keep(tensor) for tensor in (bias, scale, shift)))
+        return _Affine(*(self._keep(tensor) for tensor in (bias, *_scale_and_shift(norm, bias))))
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         x = x.detach().float().contiguous()
@@ -210,6 +226,139 @@ class Native:
         dim = self._record.dim
         out = torch.empty(batch, dim, *places) if self._tiles else torch.empty(batch, *places, dim)
         self._run(ctypes.byref(self._record), x.data_ptr(), batch, height, width, out.data_ptr(), pooled, self.threads)
+        out = self._shifted(out)
         features = out[:, :, None, None] if pooled else out if self._tiles else out.permute(0, 3, 1, 2)
         with torch.no_grad():
             return [self.folded.forward_head(self.folded.norms[-1](features))]
+
+    def _shifted(self, out: Tensor) -> Tensor:
+        return out
+
+
+# ---- int8 -----------------------------------------------------------------------------------------------------------
+
+
+Span = tuple[Tensor, Tensor]  # lowest and highest value of each channel, (dim,) each
+
+
+@dataclass
+class Ranges:
+    """What a model's values span for calibration images.
+
+    Attributes:
+        x: The spans in each block of what is carried through it, and that of the last block's outputs.
+        depthwise: Those of each block's depthwise convolution, before the activation.
+        pointwise: The same of its 1x1 convolution.
+    """
+
+    x: list[Span]
+    depthwise: list[Span]
+    pointwise: list[Span]
+
+
+def _span(*values: Tensor) -> Span:
+    """Of values (B, dim, H, W)."""
+    low, high = zip(*((v.amin((0, 2, 3)), v.amax((0, 2, 3))) for v in values), strict=True)
+    return torch.stack(low).amin(0), torch.stack(high).amax(0)
+
+
+@torch.inference_mode()
+def calibrate(folded: FoldedConvMixer, images: Tensor) -> Ranges:
+    """Ranges of a model folded with `divide=False` for images (N, C, H, W)."""
+    depth = len(folded.blocks)
+    found = Ranges(*([[] for _ in range(length)] for length in (depth + 1, depth, depth)))  # per batch
+    for batch in images.float().split(64):
+        x = folded.stem(batch)
+        for i, block in enumerate(folded.blocks):
+            layers: Any = block
+            x = layers.norm(x)
+            c = layers.depthwise(x)
+            z = torch.addcmul(x, layers.gain, layers.act(c))
+            u = layers.pointwise(z)
+            found.x[i].append(_span(x, z))
+            found.depthwise[i].append(_span(c))
+            found.pointwise[i].append(_span(u))
+            x = layers.last_act(u)
+        found.x[depth].append(_span(x))
+    return Ranges(*([_joined(spans) for spans in kind] for kind in (found.x, found.depthwise, found.pointwise)))
+
+
+def _joined(spans: list[Span]) -> Span:
+    low, high = zip(*spans, strict=True)
+    return torch.stack(low).amin(0), torch.stack(high).amax(0)
+
+
+class NativeInt8(Native):
+    """A folded model in int8: convolutions and activations, by tables. The patch embedding is in bfloat16.
+
+    Args:
+        folded: With `divide=False`, in float32 on the CPU.
+        ranges: From `calibrate`.
+        threads: Number of them.
+    """
+
+    def __init__(self, folded: FoldedConvMixer, ranges: Ranges, threads: int) -> None:
+        self.ranges = ranges
+        self._units = [_unit_and_zero(span) for span in ranges.x]
+        super().__init__(folded, torch.int8, threads)
+        norm: Any = folded.blocks[0].norm
+        stem: Any = folded.stem[0]
+        (scale, shift), (unit, zero) = _scale_and_shift(norm, stem.bias), self._units[0]
+        values = (stem.bias, scale / unit, shift / unit + zero)
+        self._record.stem_end = _Affine(*(self._keep(value) for value in values))
+        self._record.last = self._keep(self._units[-1][0])
+
+    def _fill(self, record: Any, block: Any, norm: Any, i: int) -> None:
+        (unit, zero), (next_unit, next_zero) = self._units[i], self._units[i + 1]
+        dim, gain = len(unit), block.gain.flatten()[:, None]
+        record.zeros = self._keep(zero.to(torch.int8))
+        weight, size = _int8(block.depthwise.weight[:, 0])
+        record.kernel = self._keep(_runs(weight))
+        record.gain, record.bias, record.tables[0] = self._activation(
+            unit * size,
+            block.depthwise.bias - unit * size * zero * weight.sum((1, 2)),
+            self.ranges.depthwise[i],
+            lambda c: gain * block.act(c) / unit[:, None],
+        )
+        weight, size = _int8(block.pointwise.weight[:, :, 0, 0] * unit)
+        record.pointwise = self._keep(weight.reshape(dim // 16, 16, dim // 64, 64).permute(0, 2, 1, 3))
+        scale, shift = (value[:, None] for value in _scale_and_shift(norm, block.pointwise.bias))
+        record.end.scale, record.end.bias, record.tables[1] = self._activation(
+            size,
+            block.pointwise.bias - size * (weight * zero).sum(1),
+            self.ranges.pointwise[i],
+            lambda u: (scale * block.last_act(u) + shift) / next_unit[:, None] + next_zero[:, None],
+        )
+
+    def _shifted(self, out: Tensor) -> Tensor:
+        unit, zero = self._units[-1]
+        return out - (unit * zero).reshape(-1, *[1] * (out.dim() - 2))
+
+    def _activation(self, unit: Tensor, bias: Tensor, span: Span, function: Any) -> tuple[int, ...]:
+        """Addresses of scale and offset, which make sums in `unit` the index of a table, and of the tables."""
+        floor = 0.0 if isinstance(self.folded.stem[1], nn.ReLU) else -4.5  # where the activation has ended
+        low = span[0].clamp_min(floor)
+        step = (span[1] - low).clamp_min(1e-6) / 255
+        values = low[:, None] + step[:, None] * torch.arange(256)
+        table = function(values).round().clamp(-128, 127).to(torch.int8).roll(-128, 1)  # by index as an unsigned byte
+        return tuple(self._keep(value) for value in (unit / step, (bias - low) / step - 128, table))
+
+
+def _unit_and_zero(span: Span) -> tuple[Tensor, Tensor]:
+    """What one step of int8 stands for, and which number stands for zero, (dim,) each."""
+    low, high = (MARGIN * value for value in (span[0].clamp(max=0), span[1].clamp(min=0)))
+    unit = (high - low).clamp_min(1e-6) / 255
+    return unit, (-128 - low / unit).round().clamp(-128, 127)
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(outputs, ...) -> int8 values, and what one of them stands for, (outputs,)."""
+    unit = weight.abs().flatten(1).amax(1).clamp_min(1e-12) / 127
+    return (weight / unit.reshape(-1, *[1] * (weight.dim() - 1))).round().to(torch.int8), unit
+
+
+def _runs(weight: Tensor) -> Tensor:
+    """(dim, k, k) -> (dim, k, 16, 4): group i holds the reversed row's values i, i - 1, i - 2 and i - 3."""
+    k = weight.shape[2]
+    row = nn.functional.pad(weight.flip(2), (3, 16 - k))
+    return torch.stack([row[..., 3 - j : 19 - j] for j in range(4)], -1)

@@ -17,7 +17,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "cpu_tiles.h"
+#include "cpu_bytes.h"
 
 namespace {
 
@@ -429,4 +429,16 @@ void convmixer_bfloat16(const Model *model, const float *images, int batch, int 
 #endif
     forward<uint16_t>(*model, images, batch, height, width, out, pooled, threads);
 }
+
+#ifdef CONVMIXER_BYTES
+void convmixer_int8(const Model *model, const float *images, int batch, int height, int width, float *out, int pooled,
+                    int threads) {
+    auto forward = [&](auto engine) { engine.forward(batch, threads); };
+    const int k = model->kernel_size;
+    if (k < 2) return forward(Bytes<4>(*model, images, height, width, out, pooled));
+    if (k < 6) return forward(Bytes<5>(*model, images, height, width, out, pooled));
+    if (k < 10) return forward(Bytes<6>(*model, images, height, width, out, pooled));
+    forward(Bytes<7>(*model, images, height, width, out, pooled));
+}
+#endif
 }

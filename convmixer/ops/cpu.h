@@ -21,10 +21,12 @@ struct Affine {  // of an epilogue: scale * act(x + bias) + shift
 };
 
 struct Block {
-    const void *kernel;           // of the depthwise convolution
-    const float *bias, *gain;     // (dim)
-    const void *pointwise;        // (dim, dim)
+    const void *kernel;        // of the depthwise convolution
+    const float *bias, *gain;  // (dim)
+    const void *pointwise;     // (dim, dim)
     Affine end;
+    const int8_t *tables[2];  // in int8, of both activations, (dim, 256)
+    const int8_t *zeros;      // in int8, what stands for zero in x, (dim)
 };
 
 // The layout of these records, and how what they point to is packed, is known to native.py.
@@ -33,6 +35,7 @@ struct Model {
     const void *stem;
     Affine stem_end;
     const Block *blocks;
+    const float *last;  // in int8, what the last block's outputs are multiples of, (dim)
 };
 
 namespace {

@@ -39,97 +39,30 @@ constexpr int LARGEST = 15;   // kernel size
 constexpr int RUN = 3 * SIDE; // pairs of values in the run that holds a Toeplitz matrix
 constexpr int AHEAD = 32;     // values before the activations, which masked loads may begin at
 
-template <bool RELU>
-struct Tiles {
-    struct Work {  // of a thread
-        alignas(64) uint16_t windows[2][4][(SIDE + LARGEST - 1) * 32] = {};
-        alignas(64) uint32_t runs[2][4][LARGEST * RUN] = {};
-        alignas(64) float sums[2][4 * SIDE * SIDE];
-    };
-    struct Item {  // four sums: channels x neighbouring strips of 16 columns
-        int channel, strip;
-        bool wide;  // 2 x 2, else 4 x 1
-    };
-
+// What the engines on tiles share: where activations lie, and how images and their parts go to threads.
+class Planar {
+  protected:
     const Model &model;
     const float *images;  // (B, in_chans, H, W)
     int image_height, image_width;
     float *out;  // (B, dim) means, or (B, dim, h, w)
     bool pooled;
     int k, dim, before, height, width, columns, strips, positions;
-    long plane;  // values from channel to channel
 
-  public:
-    Tiles(const Model &m, const float *x, int h, int w, float *o, bool p)
+    Planar(const Model &m, const float *x, int h, int w, float *o, bool p)
         : model(m), images(x), image_height(h), image_width(w), out(o), pooled(p), k(m.kernel_size), dim(m.dim) {
         before = (k - 1) / 2;
         height = h / m.patch_size, width = w / m.patch_size;
         strips = (width + SIDE - 1) / SIDE, columns = strips * SIDE;
         positions = (height * columns + 31) / 32 * 32;
-        plane = positions + 32;  // channels must not lie a power of two apart
     }
 
-    void forward(int batch, int threads) const {
-        const int alone = fits_alone(threads) ? batch / threads * threads : 0;  // images that one thread computes
-        char *shared = nullptr;
-#pragma omp parallel num_threads(threads)
-        {
-            Work work;
-            char *own = take();
-#pragma omp for schedule(dynamic) nowait
-            for (int image = 0; image < alone; image++) {
-                for (int task = 0; task < tasks(1); task++) fill(image, task, 1, own);
-                pointwise(true, nullptr, 0, 1, own, work);
-                for (int b = 0; b < model.depth; b++) {
-                    for (int task = 0; task < tasks(1); task++) depthwise(model.blocks[b], task, 1, own, work);
-                    pointwise(false, &model.blocks[b], 0, 1, own, work);
-                }
-                finish(image, 0, dim, own);
-            }
-            if (alone < batch) {  // the rest all threads compute together
-#pragma omp single
-                shared = own;
-                for (int image = alone; image < batch; image++) {
-#pragma omp for schedule(static)
-                    for (int task = 0; task < tasks(threads); task++) fill(image, task, threads, shared);
-#pragma omp for schedule(static)
-                    for (int task = 0; task < threads; task++) pointwise(true, nullptr, task, threads, shared, work);
-                    for (int b = 0; b < model.depth; b++) {
-#pragma omp for schedule(static)
-                        for (int task = 0; task < tasks(threads); task++)
-                            depthwise(model.blocks[b], task, threads, shared, work);
-#pragma omp for schedule(static)
-                        for (int task = 0; task < threads; task++)
-                            pointwise(false, &model.blocks[b], task, threads, shared, work);
-                    }
-#pragma omp for schedule(static)
-                    for (int c = 0; c < dim; c += 32) finish(image, c, c + 32, shared);
-                }
-            }
-            _tile_release();
-        }
-    }
-
-  private:
-    // Bytes of 16 positions in the panel. One line more, so that they do not lie a power of two apart.
-    static long bundle(int inputs) { return inputs * 32L + 64; }
-    long bytes_x() const { return (AHEAD + dim * plane) * 2; }
-    long bytes() const { return bytes_x() + positions / SIDE * bundle(std::max(dim, (int)model.stem_inputs)); }
-    char *take() const {
-        thread_local Buffer memory;
-        return memory.take(bytes());
-    }
-    static uint16_t *activations(char *memory) { return reinterpret_cast<uint16_t *>(memory) + AHEAD; }
-    char *panel(char *memory) const { return memory + bytes_x(); }
+    // Bytes of 16 positions in the panel, of `each` bytes. One line more: they must not lie a power of two apart.
+    static long bundle(long each) { return SIDE * each + 64; }
 
     static long cache() {
         static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
         return size > 0 ? size : 1 << 20;
-    }
-
-    // Threads share images that do not fit a core's cache, if there is a tile for each of them.
-    bool fits_alone(int threads) const {
-        return bytes() <= cache() || (height + SIDE - 1) / SIDE * strips < threads;
     }
 
     // Rows of the image are divided into bands; the bands' channels, where there are too few bands, as well.
@@ -139,11 +72,37 @@ struct Tiles {
         return n * ((threads + n - 1) / n);
     }
 
-    void fill(int image, int task, int threads, char *memory) const {  // the panel of the patch embedding
+    struct Part {  // of a block's depthwise convolution
+        int top, rows, first, last;
+    };
+    Part part(int task, int threads) const {
+        const int n = bands(threads), parts = tasks(threads) / n, band = task / parts, i = task % parts;
+        const int top = height * band / n;
+        return {top, height * (band + 1) / n - top, dim / 4 * i / parts * 4, dim / 4 * (i + 1) / parts * 4};
+    }
+
+    struct Share {  // of a 1x1 convolution: positions in pairs of 16, outputs
+        int first, last, begin, end;
+    };
+    Share share(int task, int threads) const {
+        const int parts = std::min(threads, positions / 32), shares = (threads + parts - 1) / parts;
+        const int i = task % parts, j = task / parts;
+        return {positions / 32 * i / parts, positions / 32 * (i + 1) / parts, dim / 32 * j / shares * 32,
+                dim / 32 * (j + 1) / shares * 32};
+    }
+
+    // Neighbours -before to 31 - before of a strip that lie in the image.
+    __mmask32 inside(int strip) const {
+        const int left = strip * SIDE - before, from = std::max(0, -left), to = std::min(32, width - left);
+        return (to == 32 ? ~0u : (1u << to) - 1) & ~0u << from;
+    }
+
+    // The patches, in bfloat16, as the panel of the patch embedding.
+    void fill(int image, int task, int threads, char *panel) const {
         const int p = model.patch_size, inputs = model.stem_inputs, n = tasks(threads), bundles = positions / SIDE;
         const float *pixels = images + (long)image * model.in_chans * image_height * image_width;
         for (int i = bundles * task / n; i < bundles * (task + 1) / n; i++) {
-            char *to = panel(memory) + i * bundle(inputs);
+            char *to = panel + i * bundle(inputs * 2);
             std::memset(to, 0, inputs * 32);
             const int y = i / strips, left = i % strips * SIDE;
             if (y >= height) continue;
@@ -159,21 +118,117 @@ struct Tiles {
         }
     }
 
+    // An engine has bytes(), panel(memory), work of a thread, and the steps of an image.
+    template <class Engine>
+    static void run(const Engine &engine, int batch, int threads) {
+        const Model &model = engine.model;
+        // Threads share images that do not fit a core's cache, if there is a tile for each of them.
+        const bool fits = engine.bytes() <= cache() || (engine.height + SIDE - 1) / SIDE * engine.strips < threads;
+        const int alone = fits ? batch / threads * threads : 0;  // images that one thread computes
+        char *shared = nullptr;
+#pragma omp parallel num_threads(threads)
+        {
+            thread_local Buffer memory;
+            typename Engine::Work work;
+            char *own = memory.take(engine.bytes());
+#pragma omp for schedule(dynamic) nowait
+            for (int image = 0; image < alone; image++) {
+                for (int task = 0; task < engine.tasks(1); task++) engine.fill(image, task, 1, engine.panel(own));
+                engine.embed(0, 1, own, work);
+                for (int b = 0; b < model.depth; b++) {
+                    for (int task = 0; task < engine.tasks(1); task++)
+                        engine.depthwise(model.blocks[b], task, 1, own, work);
+                    engine.pointwise(model.blocks[b], 0, 1, own, work);
+                }
+                engine.finish(image, 0, model.dim, own);
+            }
+            if (alone < batch) {  // the rest all threads compute together
+#pragma omp single
+                shared = own;
+                for (int image = alone; image < batch; image++) {
+#pragma omp for schedule(static)
+                    for (int task = 0; task < engine.tasks(threads); task++)
+                        engine.fill(image, task, threads, engine.panel(shared));
+#pragma omp for schedule(static)
+                    for (int task = 0; task < threads; task++) engine.embed(task, threads, shared, work);
+                    for (int b = 0; b < model.depth; b++) {
+#pragma omp for schedule(static)
+                        for (int task = 0; task < engine.tasks(threads); task++)
+                            engine.depthwise(model.blocks[b], task, threads, shared, work);
+#pragma omp for schedule(static)
+                        for (int task = 0; task < threads; task++)
+                            engine.pointwise(model.blocks[b], task, threads, shared, work);
+                    }
+#pragma omp for schedule(static)
+                    for (int c = 0; c < model.dim; c += 32) engine.finish(image, c, c + 32, shared);
+                }
+            }
+            _tile_release();
+        }
+    }
+};
+
+// Four products of 16 x 16 x 32 (bfloat16) each: of 32 outputs' weights and 32 positions.
+inline void multiply_bfloat16(const char *a, long half, const char *b, long next, float *sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long i = 0; i < half; i += 1024) {
+        _tile_loadd(4, a + i, 64);
+        _tile_loadd(6, b + i, 64);
+        _tile_loadd(7, b + next + i, 64);
+        _tile_loadd(5, a + half + i, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + 512, 128);
+    _tile_stored(3, sums + 528, 128);
+}
+
+template <bool RELU>
+class Tiles : Planar {
+    friend Planar;
+    struct Work {  // of a thread
+        alignas(64) uint16_t windows[2][4][(SIDE + LARGEST - 1) * 32] = {};
+        alignas(64) uint32_t runs[2][4][LARGEST * RUN] = {};
+        alignas(64) float sums[2][4 * SIDE * SIDE];
+    };
+    struct Item {  // four sums: channels x neighbouring strips of 16 columns
+        int channel, strip;
+        bool wide;  // 2 x 2, else 4 x 1
+    };
+    long plane;  // values from channel to channel, which must not lie a power of two apart
+
+  public:
+    Tiles(const Model &m, const float *x, int h, int w, float *o, bool p)
+        : Planar(m, x, h, w, o, p), plane(positions + 32) {}
+
+    void forward(int batch, int threads) const { run(*this, batch, threads); }
+
+  private:
+    long bytes_x() const { return (AHEAD + dim * plane) * 2; }
+    long bytes() const { return bytes_x() + positions / SIDE * bundle(2 * std::max(dim, (int)model.stem_inputs)); }
+    static uint16_t *activations(char *memory) { return reinterpret_cast<uint16_t *>(memory) + AHEAD; }
+    char *panel(char *memory) const { return memory + bytes_x(); }
+
     // ---- depthwise --------------------------------------------------------------------------------------------------
 
     // What four sums need: neighbours, (rows + k - 1, 32) each, and for each channel a run for each row of the kernel.
     void prepare(const Item &item, const Block &block, int top, int rows, const uint16_t *x, int half, Work &work) const {
         for (int a = 0; a < 4; a++) {
             const int channel = item.channel + (item.wide ? a / 2 : a), strip = item.strip + (item.wide ? a % 2 : 0);
-            const int left = strip * SIDE - before;  // of the first neighbour
-            const int from = std::max(0, -left), to = std::min(32, width - left);
-            const __mmask32 inside = (to == 32 ? ~0u : (1u << to) - 1) & ~0u << from;
-            const uint16_t *line = x + channel * plane + left;
+            const uint16_t *line = x + channel * plane + strip * SIDE - before;
             uint16_t *window = work.windows[half][a];
+            const __mmask32 columns_inside = inside(strip);
             for (int i = 0, y = top - before; i < rows + k - 1; i++, y++) {
                 const bool real = y >= 0 && y < height;
                 _mm512_store_si512(window + i * 32,
-                                   _mm512_maskz_loadu_epi16(real ? inside : 0, real ? line + (long)y * columns : x));
+                                   _mm512_maskz_loadu_epi16(real ? columns_inside : 0, real ? line + (long)y * columns : x));
             }
         }
         const uint16_t *kernel = static_cast<const uint16_t *>(block.kernel) + (long)item.channel * k * SIDE;
@@ -243,8 +298,8 @@ struct Tiles {
             const uint16_t *x_a = work.windows[half][a] + before * 33, *x_b = work.windows[half][b] + before * 33;
             const __m512 bias_a = _mm512_set1_ps(block.bias[channel]), bias_b = _mm512_set1_ps(block.bias[channel + 1]);
             const __m512 gain_a = _mm512_set1_ps(block.gain[channel]), gain_b = _mm512_set1_ps(block.gain[channel + 1]);
-            char *line = to + ((long)top * strips + strip) * bundle(dim) + channel * 32L;
-            for (int i = 0; i < std::min(rows, height - top); i++, line += strips * bundle(dim)) {
+            char *line = to + ((long)top * strips + strip) * bundle(2 * dim) + channel * 32L;
+            for (int i = 0; i < std::min(rows, height - top); i++, line += strips * bundle(2 * dim)) {
                 const __m512 va = activate<uint16_t>(_mm512_add_ps(_mm512_load_ps(sum_a + i * SIDE), bias_a), RELU);
                 const __m512 vb = activate<uint16_t>(_mm512_add_ps(_mm512_load_ps(sum_b + i * SIDE), bias_b), RELU);
                 const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(gain_b, vb, widened(x_b + i * 32)),
@@ -260,14 +315,12 @@ struct Tiles {
     }
 
     void depthwise(const Block &block, int task, int threads, char *memory, Work &work) const {
-        const int n = bands(threads), parts = tasks(threads) / n, band = task / parts, part = task % parts;
-        const int top = height * band / n, rows = height * (band + 1) / n - top;
-        const int first = dim / 4 * part / parts * 4, last = dim / 4 * (part + 1) / parts * 4;
+        const auto [top, rows, first, last] = part(task, threads);
         const int pairs = strips / 2 * 2, each = pairs + strips % 2, items = (last - first) / 4 * each;
         const TileConfig config(rows, (SIDE + k) / 2);
         _tile_loadconfig(&config);
         const uint16_t *x = activations(memory);
-        auto item = [&](int i) {
+        auto item = [&, first = first](int i) {
             const int channel = first + i / each * 4, j = i % each;
             return j < pairs ? Item{channel + j % 2 * 2, j / 2 * 2, true} : Item{channel, pairs, false};
         };
@@ -282,27 +335,30 @@ struct Tiles {
 
     // ---- pointwise --------------------------------------------------------------------------------------------------
 
-    // One thread's part of all outputs and positions; without a block that of the patch embedding.
-    void pointwise(bool stem, const Block *block, int task, int threads, char *memory, Work &work) const {
-        const int inputs = stem ? (int)model.stem_inputs : dim;
-        const Affine &end = stem ? model.stem_end : block->end;
-        const char *weights = static_cast<const char *>(stem ? model.stem : block->pointwise);
+    void embed(int task, int threads, char *memory, Work &work) const {
+        product(model.stem, model.stem_inputs, model.stem_end, task, threads, memory, work);
+    }
+    void pointwise(const Block &block, int task, int threads, char *memory, Work &work) const {
+        product(block.pointwise, dim, block.end, task, threads, memory, work);
+    }
+
+    void product(const void *packed, int inputs, const Affine &end, int task, int threads, char *memory, Work &work) const {
+        const char *weights = static_cast<const char *>(packed);
         const long half = inputs * 32L;  // bytes of the weights of 16 outputs
-        const int parts = std::min(threads, positions / 32), shares = (threads + parts - 1) / parts;
-        const int part = task % parts, share = task / parts;
-        const int first = positions / 32 * part / parts, last = positions / 32 * (part + 1) / parts;
+        const auto [first, last, from, to] = share(task, threads);
         const TileConfig config(SIDE, SIDE);
         _tile_loadconfig(&config);
         // As many positions at a time as leave room for the weights in the cache.
-        const int pieces = (last - first) * 2 * bundle(inputs) / (cache() / 2) + 1, step = (last - first + pieces - 1) / pieces;
+        const int pieces = (last - first) * 2 * bundle(2 * inputs) / (cache() / 2) + 1;
+        const int step = (last - first + pieces - 1) / pieces;
         const int rate = (32 * 1024 + half - 1) / half;
         Ready ready{};
         int turn = 0;
         for (int begin = first; begin < last; begin += step) {
-            for (int n = dim / 32 * share / shares * 32; n < dim / 32 * (share + 1) / shares * 32; n += 32) {
+            for (int n = from; n < to; n += 32) {
                 const char *a = weights + n / 16 * half, *ahead = a + 2 * half;
                 for (int m = begin; m < std::min(begin + step, last); m++, turn = 1 - turn) {
-                    const char *b = panel(memory) + 2 * m * bundle(inputs);
+                    const char *b = panel(memory) + 2 * m * bundle(2 * inputs);
                     float *sums = work.sums[turn];
                     int row = 0;
                     _tile_zero(0);
@@ -314,7 +370,7 @@ struct Tiles {
                         _mm_prefetch(ahead + 64, _MM_HINT_T1);
                         _tile_loadd(4, a + i, 64);
                         _tile_stream_loadd(6, b + i, 64);  // past the first-level cache, which the weights fill
-                        _tile_stream_loadd(7, b + bundle(inputs) + i, 64);
+                        _tile_stream_loadd(7, b + bundle(2 * inputs) + i, 64);
                         _tile_loadd(5, a + half + i, 64);
                         _tile_dpbf16ps(0, 4, 6);
                         _tile_dpbf16ps(1, 4, 7);
