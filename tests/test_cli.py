@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from command import run
 from PIL import Image
+from processes import finish
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import convmixer
@@ -72,7 +72,7 @@ def test_unknown_command():
 def test_as_a_module(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(convmixer.__file__).parent.parent)}
     command = [sys.executable, "-m", "convmixer", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    done = finish(command, cwd=tmp_path, env=environment)
     assert done.returncode == 0
     assert done.stderr == ""
     assert "Usage:" in done.stdout

@@ -2,9 +2,10 @@
 
 import ast
 import inspect
-import subprocess
 import sys
 from pathlib import Path
+
+from processes import finish
 
 import convmixer
 
@@ -101,5 +102,5 @@ def test_import_prints_nothing_and_changes_no_environment():
         "import convmixer;"
         "assert before == state()"
     )
-    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    run = finish([sys.executable, "-W", "error::UserWarning", "-c", code])
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -1,5 +1,6 @@
 """Recipes, data and the loop, on real images: scikit-learn's digits."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -17,9 +18,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from processes import finish, started
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
@@ -556,30 +559,13 @@ COMMANDED = get_recipe("cifar10", batch_size=90, rand_augment=(1, 9), model="con
 COMMANDED = COMMANDED.override(image_sizes=((0, 4),), random_erasing=0.5)
 
 
-def _start(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "convmixer",
-        *COMMAND,
-        "--data",
-        str(digits),
-        "--output",
-        str(folder),
-        *options,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def _command(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> list[object]:
+    return [sys.executable, *launcher, "-m", "convmixer", *COMMAND, "--data", digits, "--output", folder, *options]
 
 
-def _finish(process: subprocess.Popen) -> str:
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, output
-    return output
+def _finish(command: list[object]) -> None:
+    done = finish(command)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _wait_for(process: subprocess.Popen, file: Path, rows: int) -> None:
@@ -588,6 +574,19 @@ def _wait_for(process: subprocess.Popen, file: Path, rows: int) -> None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_no_process_of_a_program_outlives_its_test(tmp_path):
+    """Nor one that has left its group, as those of a launcher do."""
+    code = "import subprocess, sys; child = subprocess.Popen(['sleep', '99'], start_new_session=True)\n"
+    code += "open(sys.argv[1], 'w').write(str(child.pid)); child.wait()"
+    with pytest.raises(subprocess.TimeoutExpired):
+        finish([sys.executable, "-c", code, tmp_path / "pid"], timeout=1)
+    child, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 10
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -605,16 +604,17 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
     for number in (signal.SIGKILL, signal.SIGTERM):
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         (folder / "metrics.csv").unlink(missing_ok=True)  # it may be an epoch ahead of last.pt
-        process = _start(digits, folder, "--set", "epochs=8", *resume)
-        _wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2))
-        time.sleep(random.random() / 5)
-        process.send_signal(number)
-        output = process.communicate(timeout=60)[0]
+        command = _command(digits, folder, "--set", "epochs=8", *resume)
+        with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            _wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2))
+            time.sleep(random.random() / 5)
+            process.send_signal(number)
+            output = process.communicate(timeout=60)[0]
         if (folder / "last.pt").exists():
             rows = len(torch.load(folder / "last.pt", weights_only=True)["history"])
     assert process.returncode == 128 + signal.SIGTERM, output
     assert re.search(r"stopped (in|after) epoch .* saved: go on with --resume", output)
-    _finish(_start(digits, folder, "--set", "epochs=8", "--resume"))
+    _finish(_command(digits, folder, "--set", "epochs=8", "--resume"))
     _assert_equal(folder, load_file(tmp_path / "whole" / "model.safetensors"))
     with (folder / "metrics.csv").open(newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(8)]
@@ -682,7 +682,7 @@ def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monk
     monkeypatch.setattr(loop, "create_model", convmixer.create_model)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
-    _finish(_start(digits, tmp_path / "two", *common, launcher=launcher))
+    _finish(_command(digits, tmp_path / "two", *common, launcher=launcher))
     one = COMMANDED.override(epochs=3, drop_rate=0.1, mixup=0.2, batch_size=88, accumulate=2)
     train(one, digits, tmp_path / "one", device="cpu", report=quiet)
     histories = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
