@@ -99,7 +99,7 @@ def test_import_prints_nothing_and_changes_no_environment():
     code = (
         "import os, torch, timm; state = lambda: (dict(os.environ), torch.get_num_threads(), torch.initial_seed());"
         "before = state();"
-        "import convmixer;"
+        "import convmixer, convmixer.cli;"
         "assert before == state()"
     )
     run = finish([sys.executable, "-W", "error::UserWarning", "-c", code])

@@ -28,6 +28,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 import convmixer
+from convmixer import plots
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
@@ -53,7 +54,7 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_model(monkeypatch):
-    """8x8 images and two blocks, so that an epoch takes a second."""
+    """8x8 images, two blocks and no curves, which take as long as all else of such an epoch."""
     from convmixer.training import loop
 
     def create(name, pretrained=False, **options):
@@ -62,6 +63,8 @@ def _small_model(monkeypatch):
         return model
 
     monkeypatch.setattr(loop, "create_model", create)
+    monkeypatch.setattr(loop, "write_figure", lambda _, path: path.touch())
+    monkeypatch.setattr(loop, "plot_history", lambda _: None)
 
 
 def quiet(*_: object) -> None:
@@ -316,7 +319,11 @@ def test_small_images():
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
-def test_learns_and_leaves_its_records(digits, tmp_path):
+def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "write_figure", plots.write_figure)
+    monkeypatch.setattr(loop, "plot_history", plots.plot_history)
     lines: list[str] = []
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=lines.append)
@@ -325,6 +332,8 @@ def test_learns_and_leaves_its_records(digits, tmp_path):
         ".lock", "best.safetensors", "last.pt", "last.safetensors", "metrics.csv", "metrics.json", "model.safetensors",
         "plots", "recipe.json", "result.json", "train.log"
     ]  # fmt: skip
+    with Image.open(tmp_path / "run" / "plots" / "history.png") as curves:
+        curves.load()
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
@@ -614,7 +623,7 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
             rows = len(torch.load(folder / "last.pt", weights_only=True)["history"])
     assert process.returncode == 128 + signal.SIGTERM, output
     assert re.search(r"stopped (in|after) epoch .* saved: go on with --resume", output)
-    _finish(_command(digits, folder, "--set", "epochs=8", "--resume"))
+    train(COMMANDED.override(epochs=8), digits, folder, device="cpu", resume=True, report=quiet)
     _assert_equal(folder, load_file(tmp_path / "whole" / "model.safetensors"))
     with (folder / "metrics.csv").open(newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(8)]
