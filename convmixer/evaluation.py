@@ -20,7 +20,7 @@ from convmixer.errors import ArgumentError, DataError
 from convmixer.inference import imagenet_labels, known_labels, read_image
 from convmixer.model import evaluating
 from convmixer.training.loop import autocast
-from convmixer.training.readers import Sample, ShardSplit, Split, open_split
+from convmixer.training.readers import ShardSplit, Split, open_split
 from convmixer.transforms import create_transform
 
 
@@ -129,7 +129,7 @@ def validate(
         names, index = _match(opened, names, model.num_classes)  # type: ignore[arg-type]
         samples = opened.in_order(prepare)
         for _ in progress(range(0, len(opened), batch_size)):
-            images = [_readable(sample) for sample in itertools.islice(samples, batch_size)]
+            images = list(itertools.islice(samples, batch_size))
             labels += [label for _, label in images]
             batch = torch.stack([tensor for tensor, _ in images]).to(parameter.device, parameter.dtype)
             begun = time.perf_counter()
@@ -147,12 +147,6 @@ def validate(
         classes=_per_class(log_p, truth, names),
         flip=_scores(torch.logaddexp(log_p, torch.cat(mirrored)) - math.log(2), truth) if flip else None,
     )
-
-
-def _readable(sample: Sample) -> tuple[Tensor, int]:
-    if isinstance(sample, DataError):
-        raise sample
-    return sample
 
 
 def _match(data: Split | ShardSplit, names: tuple[str, ...] | None, count: int) -> tuple[tuple[str, ...], Tensor]:

@@ -25,7 +25,7 @@ from convmixer.model import ConvMixer, check_dtype
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
 from convmixer.untrusted import json_excess
 
-__all__ = ["create_model", "open_model", "read_recipe", "resolve_device"]
+__all__ = ["create_model", "open_model", "open_run", "read_recipe", "resolve_device"]
 
 # What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
 _MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
@@ -239,17 +239,23 @@ def open_model(source: str | Path, *, checkpoint: str | Path | None = None, devi
     """
     if os.path.isdir(source):
         run = Path(source)
-        base = read_recipe(run)["model"]
-        weights = Path(checkpoint) if checkpoint else run / "model.safetensors"
-        if not checkpoint and not weights.is_file():
-            raise DataError(
-                f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or "
-                f"load best.safetensors as the checkpoint of {base}"
-            )
-        return create_model(base, checkpoint=weights, device=device)
+        return open_run(run, read_recipe(run), checkpoint=checkpoint, device=device)
     if os.path.isfile(source):
         return create_model(variant_of(source), checkpoint=checkpoint or source, device=device)
     return create_model(str(source), pretrained=True, checkpoint=checkpoint, device=device)
+
+
+def open_run(
+    run: Path, recipe: dict[str, Any], *, checkpoint: str | Path | None = None, device: str | torch.device = "auto"
+) -> Any:
+    """The model of the folder of a run, given what `read_recipe` says of it; a DataError if it has no weights."""
+    weights = Path(checkpoint) if checkpoint else run / "model.safetensors"
+    if not checkpoint and not weights.is_file():
+        raise DataError(
+            f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or "
+            f"load best.safetensors as the checkpoint of {recipe['model']}"
+        )
+    return create_model(recipe["model"], checkpoint=weights, device=device)
 
 
 def read_recipe(run: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from convmixer import hub
 from convmixer.checkpoints import check_keys, read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsError
-from convmixer.factory import create_model, open_model, read_recipe
+from convmixer.factory import create_model, open_model, open_run, read_recipe
 from convmixer.inference import known_labels
 from convmixer.model import ACTIVATIONS, ConvMixer, activation
 from convmixer.registry import VARIANTS, Metric, Variant, get_variant
@@ -335,7 +335,7 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
             f"{run}`, or give local-dir:{run} to write another card for it"
         )
     recipe = read_recipe(run)
-    model: ConvMixer = open_model(run, device="cpu")
+    model: ConvMixer = open_run(run, recipe, device="cpu")
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

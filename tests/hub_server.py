@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
+
+from processes import finish
 
 WRITER, READER = "hf_WriterWriterWriterWriter", "hf_ReaderReaderReaderReader"
 LARGE = (".safetensors", ".png")
@@ -296,12 +297,6 @@ def run_client(code: str, home: Path, endpoint: str, **environment: str) -> list
     settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**ours, **settings, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    process = finish([sys.executable, "-c", code], env={**ours, **settings, **environment}, timeout=600)
     assert process.returncode == 0, process.stderr
     return process.stdout.splitlines()

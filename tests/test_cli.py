@@ -4,8 +4,8 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -69,14 +69,15 @@ def test_unknown_command():
     assert "No such command 'classify'" in run("classify", status=2).stderr
 
 
-def test_as_a_module(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(convmixer.__file__).parent.parent)}
-    command = [sys.executable, "-m", "convmixer", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert "Usage:" in done.stdout
-    assert "predict" in done.stdout
+def test_as_a_module(monkeypatch, capsys):
+    """What `python -m convmixer` does; in a process of its own it trains in test_training.py."""
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("convmixer", run_name="__main__")
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "Usage: convmixer" in shown.out
+    assert "predict" in shown.out
 
 
 # ---- list and info --------------------------------------------------------------------------------------------------

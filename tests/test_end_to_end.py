@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,6 +12,7 @@ import timm
 import torch
 from command import run
 from PIL import Image
+from processes import started
 from sklearn.datasets import load_digits
 
 import convmixer
@@ -39,10 +39,11 @@ def test_digits(digits, tmp_path, monkeypatch):
     for name, value in SETTINGS.items():
         train += ["--set", f"{name}={value}"]
     log = tmp_path / "run" / "metrics.csv"
-    with subprocess.Popen([sys.executable, "-m", "convmixer", *map(str, train)]) as process:
+    with started([sys.executable, "-m", "convmixer", *train]) as process:
         while not (log.exists() and len(log.read_text().splitlines()) > 2) and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
+        process.wait()
     assert process.returncode == -signal.SIGKILL
     run(*train, "--resume")
 

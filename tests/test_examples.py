@@ -8,8 +8,18 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import sklearn.datasets
+from sklearn.utils import Bunch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def _half_of_the_digits(monkeypatch):
+    """Enough to run everything; what training on all of them reaches is seen in test_script."""
+    digits = sklearn.datasets.load_digits()
+    half = Bunch(images=digits.images[:900], target=digits.target[:900])
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: half)
 
 
 def test_script(tmp_path, monkeypatch, capsys):
@@ -25,6 +35,7 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["history.png", "mistakes.png"]
 
 
+@pytest.mark.usefixtures("_half_of_the_digits")
 def test_notebook(tmp_path, monkeypatch, capsys):
     """All code cells in their order, as plain Python: there are no magic commands in them."""
     monkeypatch.setenv("CONVMIXER_EPOCHS", "1")
@@ -38,6 +49,7 @@ def test_notebook(tmp_path, monkeypatch, capsys):
     assert "fine-tuned: top-1" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_half_of_the_digits")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves images open
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_timm_parts(tmp_path, monkeypatch, capsys):
@@ -45,8 +57,8 @@ def test_timm_parts(tmp_path, monkeypatch, capsys):
     runpy.run_path(str(EXAMPLES / "timm_finetune.py"), run_name="__main__")
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("epoch 1: loss")
-    assert float(line.split("accuracy ")[1].split(" %")[0]) > 50  # of ten classes
-    assert len(list((tmp_path / "validation").rglob("*.png"))) == 450
+    assert float(line.split("accuracy ")[1].split(" %")[0]) > 30  # of ten classes
+    assert len(list((tmp_path / "validation").rglob("*.png"))) == 225
 
 
 @pytest.mark.parametrize("name", ["from_scratch.py", "fine_tune_digits.py"])

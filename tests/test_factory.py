@@ -1,5 +1,6 @@
 """create_model: every form of name, every option, every source, and what goes wrong."""
 
+import hashlib
 import json
 import os
 import re
@@ -198,39 +199,41 @@ def error(name, **options):
 
 
 def test_hub(folder, tmp_path_factory):
+    """One client that is online, and one that is not: each is a process that imports all of it."""
     cache = tmp_path_factory.mktemp("cache")
     expected = load_file(folder / "model.safetensors")["head.weight"].sum().item()
-    with serve() as hub:
-        commit = hub.add("me/small", folder, "v2")
-        online = "total('hf-hub:me/small@v2'); error('hf-hub:me/other'); error('hf-hub:me/small@v9')"
-        loaded, missing, unknown = run(online, cache, hub.endpoint)
-        assert float(loaded) == expected
-        assert hub.requests[0] == "HEAD /me/small/resolve/v2/config.json"
-        assert f"HEAD /me/small/resolve/{commit}/model.safetensors" in hub.requests  # of the same commit
-        assert missing.startswith("WeightsError cannot get 'config.json' of hf-hub:me/other: ")
-        assert unknown.startswith("WeightsError cannot get 'config.json' of hf-hub:me/small@v9: 404")
-        hub.requests.clear()
-        for options, environment in (", local_files_only=True", {}), ("", {"HF_HUB_OFFLINE": "1"}):
-            offline = f"total('hf-hub:me/small@v2'{options}); error('hf-hub:me/other@v2'{options})"
-            loaded, missing = run(offline, cache, hub.endpoint, **environment)
-            assert float(loaded) == expected
-            assert "'config.json' of hf-hub:me/other@v2 is not in the local cache" in missing
-            assert "hf download me/other config.json --revision v2" in missing
-        assert hub.requests == []
-
-
-def test_registry_weights_come_from_the_cache_first(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
     name = "convmixer_1024_20_ks9_p14"
     source = timm.create_model(name)
     with serve() as hub:
-        hub.add(f"timm/{name}.in1k", {"model.safetensors": save(source.state_dict())})
-        code = f"total('{name}'); total('{name}'); error('convmixer_768_32', local_files_only=True); total('{NAME}')"
-        first, second, missing, _ = run(code, cache, hub.endpoint)
+        commit = hub.add("me/small", folder, "v2")
+        weights = save(source.state_dict())
+        hub.add(f"timm/{name}.in1k", {"model.safetensors": weights})
+        registry = f"total('{name}'); total('{name}'); total('{NAME}')"
+        online = "total('hf-hub:me/small@v2'); error('hf-hub:me/other'); error('hf-hub:me/small@v9')"
+        cached = "total('hf-hub:me/small@v2'{0}); error('hf-hub:me/other@v2'{0}); error('convmixer_768_32'{0})"
+        code = "\n".join((registry, online, cached.format(", local_files_only=True")))
+        first, second, _, loaded, missing, unknown, *offline = run(code, cache, hub.endpoint)
+
+        # Registered weights come from the cache first, if they are not in the package.
         assert float(first) == float(second) == source.head.weight.sum().item()
-        assert len(hub.gets()) == 1
+        assert len(hub.gets(hashlib.sha256(weights).hexdigest())) == 1
         assert not any("convmixer_768_32" in r or NAME in r for r in hub.requests)
-        assert "hf download timm/convmixer_768_32.in1k model.safetensors" in missing
+
+        assert float(loaded) == expected
+        ours = [r for r in hub.requests if " /me/" in r]
+        assert ours[0] == "HEAD /me/small/resolve/v2/config.json"
+        assert f"HEAD /me/small/resolve/{commit}/model.safetensors" in ours  # of the same commit
+        assert missing.startswith("WeightsError cannot get 'config.json' of hf-hub:me/other: ")
+        assert unknown.startswith("WeightsError cannot get 'config.json' of hf-hub:me/small@v9: 404")
+
+        assert "/v9" in hub.requests[-1]  # local_files_only asked nothing after it
+        hub.requests.clear()
+        for loaded, missing, unregistered in offline, run(cached.format(""), cache, hub.endpoint, HF_HUB_OFFLINE="1"):
+            assert float(loaded) == expected
+            assert "'config.json' of hf-hub:me/other@v2 is not in the local cache" in missing
+            assert "hf download me/other config.json --revision v2" in missing
+            assert "hf download timm/convmixer_768_32.in1k model.safetensors" in unregistered
+        assert hub.requests == []
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

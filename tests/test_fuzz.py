@@ -11,7 +11,6 @@ import random
 import re
 import signal
 import struct
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import finish
 
 import convmixer
 from convmixer.checkpoints import save_weights
@@ -410,7 +410,8 @@ for case, source, weights in json.loads(sys.argv[1]):
 def peaks(cases):
     """Growth of the peak of resident memory, in bytes, and what came of it, by case; in a process of its own."""
     command = [sys.executable, "-c", PEAKS, json.dumps([[name, source, str(w or "")] for name, source, w in cases])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = finish(command)
+    done.check_returncode()
     return {case: (growth, outcome) for case, growth, outcome in map(json.loads, done.stdout.splitlines())}
 
 

@@ -2,9 +2,10 @@
 
 import ast
 import inspect
-import subprocess
 import sys
 from pathlib import Path
+
+from processes import finish
 
 import convmixer
 
@@ -94,12 +95,15 @@ def test_only_hub_imports_huggingface_hub():
     assert users == {"hub.py"}
 
 
-def test_import_prints_nothing_and_changes_no_environment():
+def test_import_prints_nothing_changes_no_environment_and_needs_no_extra():
+    optional = ("accelerate", "captum", "datasets", "matplotlib", "nncf", "onnx", "onnxruntime", "openvino")
     code = (
-        "import os, torch, timm; state = lambda: (dict(os.environ), torch.get_num_threads(), torch.initial_seed());"
+        "import os, sys, torch, timm;"
+        "state = lambda: (dict(os.environ), torch.get_num_threads(), torch.initial_seed());"
         "before = state();"
-        "import convmixer;"
-        "assert before == state()"
+        "import convmixer, convmixer.cli;"
+        "assert before == state();"
+        f"assert not sys.modules.keys() & {set(optional)}"
     )
-    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    run = finish([sys.executable, "-W", "error::UserWarning", "-c", code])
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from hub_server import READER, WRITER, run_client, serve
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import finish
 from safetensors.torch import load_file, save_file
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils import ModelEmaV3
@@ -137,8 +137,8 @@ def test_stock_shapes_open_without_convmixer(name, tmp_path):
     with torch.inference_mode():
         given = {"images": images, "logits": model(images)}
     save_file(given, tmp_path / "given.safetensors")
-    command = [sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "given.safetensors")]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", PLAIN, folder, tmp_path / "given.safetensors"]
+    run = finish(command, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     kind = "transformers.models.timm_wrapper" if find_spec("transformers") else "timm.models.convmixer"
     assert run.stdout.startswith(kind)
@@ -307,8 +307,11 @@ def finished_run(tmp_path):
     return run
 
 
-def test_run(finished_run, tmp_path):
+def test_run(finished_run, tmp_path, monkeypatch):
+    read, read_text = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read.append(path.name) or read_text(path, **how))
     folder = convmixer.save_pretrained(finished_run, tmp_path / "folder", licence="mit")
+    assert read.count("recipe.json") == 1  # model and card are of one recipe, though a run be resumed meanwhile
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert files == {"model.safetensors", "config.json", "README.md", "recipe.json", "metrics.csv", "plots/history.png"}
     model = convmixer.create_model(f"local-dir:{folder}", pretrained=True, device="cpu")

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -15,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import finish
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from timm.data.auto_augment import rand_augment_transform
 
 import convmixer
+from convmixer.backends import calibration_images
 from convmixer.errors import ArgumentError, DataError, TrainingStopped
 from convmixer.evaluation import validate
 from convmixer.training import get_recipe, train
@@ -75,7 +76,7 @@ def _write_shard(path: Path, files: list[Path], spoiled: tuple[str, ...] = ()) -
 
 @pytest.fixture(autouse=True)
 def _small_model(monkeypatch):
-    """8x8 images and two blocks, so that an epoch takes a second."""
+    """8x8 images, two blocks and no curves, so that an epoch takes less than a second."""
     from convmixer.training import loop
 
     def create(name, pretrained=False, **options):
@@ -84,6 +85,8 @@ def _small_model(monkeypatch):
         return model
 
     monkeypatch.setattr(loop, "create_model", create)
+    monkeypatch.setattr(loop, "write_figure", lambda _, path: path.touch())
+    monkeypatch.setattr(loop, "plot_history", lambda _: None)
 
 
 def quiet(*_: object) -> None:
@@ -298,6 +301,30 @@ def test_unreadable_samples_of_shards(digits, shards, tmp_path):
         list(_open(source, skip_unreadable=True, workers=1).parts(_share(60)))
 
 
+def test_nothing_unreadable_is_left_out_in_silence(digits, shards, tmp_path, capsys):
+    """Of shards as of a folder: the error names the tar and the sample."""
+    root = tmp_path / "folder"
+    shutil.copytree(digits / "train", root / "train")
+    files = sorted((root / "train").rglob("*.png"))[:40:10]
+    _write_shard(tmp_path / "a.tar", files, spoiled=(files[2].stem,))
+    shutil.copy(shards / "classes.txt", tmp_path)
+    files[2].write_bytes(files[2].read_bytes()[:40])
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", num_classes=4, device="cpu")
+    named = f"cannot read {files[2].stem} in '{tmp_path}/a.tar': "
+    sources = {f"wds/{tmp_path}/a.tar|4": re.escape(named), root: files[2].name}
+    for source, text in sources.items():
+        for read in (
+            lambda data: calibration_images(data, model),
+            lambda data: load_images(data, "train", SIZE),
+            lambda data: validate(model, data, split="train", classes=CLASSES),
+        ):
+            with pytest.raises(DataError, match=text):
+                read(source)
+    kept = load_images(next(iter(sources)), "train", SIZE, skip_unreadable=True)
+    assert len(kept) == 3
+    assert f"1 of 4 images are left out: cannot read {files[2].stem} in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("source", "options", "text"),
     [
@@ -403,11 +430,11 @@ def test_accelerate_launch(digits, tmp_path):
     """Two processes on a CPU, which read a stream with a worker each."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["-m", "convmixer", "train", "cifar10", "--device", "cpu", "--data", str(digits), "--workers", "1"]
-    for field, value in {"stream": "true", "batch_size": 44, "epochs": 3, "rand_augment": "[0, 0]"}.items():
+    command += ["-m", "convmixer", "train", "cifar10", "--device", "cpu", "--data", digits, "--workers", "1"]
+    for field, value in {"stream": "true", "batch_size": 44, "epochs": 1, "rand_augment": "[0, 0]"}.items():
         command += ["--set", f"{field}={value}"]
     command += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "input_size=[8, 8]", "--set", "image_sizes=[[0, 4]]"]
-    done = subprocess.run([*command, "--output", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
+    done = finish([*command, "--output", tmp_path / "run"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["processes"] == 2
     assert "2 x cpu" in done.stdout

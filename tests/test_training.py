@@ -1,5 +1,6 @@
 """Recipes, data and the loop, on real images: scikit-learn's digits."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -17,14 +18,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
+from processes import finish, started
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 import convmixer
+from convmixer import plots
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
@@ -50,7 +54,7 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_model(monkeypatch):
-    """8x8 images and two blocks, so that an epoch takes a second."""
+    """8x8 images, two blocks and no curves, so that an epoch takes less than a second."""
     from convmixer.training import loop
 
     def create(name, pretrained=False, **options):
@@ -59,6 +63,8 @@ def _small_model(monkeypatch):
         return model
 
     monkeypatch.setattr(loop, "create_model", create)
+    monkeypatch.setattr(loop, "write_figure", lambda _, path: path.touch())
+    monkeypatch.setattr(loop, "plot_history", lambda _: None)
 
 
 def quiet(*_: object) -> None:
@@ -313,7 +319,11 @@ def test_small_images():
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 
-def test_learns_and_leaves_its_records(digits, tmp_path):
+def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "write_figure", plots.write_figure)
+    monkeypatch.setattr(loop, "plot_history", plots.plot_history)
     lines: list[str] = []
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=lines.append)
@@ -322,6 +332,8 @@ def test_learns_and_leaves_its_records(digits, tmp_path):
         ".lock", "best.safetensors", "last.pt", "last.safetensors", "metrics.csv", "metrics.json", "model.safetensors",
         "plots", "recipe.json", "result.json", "train.log"
     ]  # fmt: skip
+    with Image.open(tmp_path / "run" / "plots" / "history.png") as curves:
+        curves.load()
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
@@ -556,30 +568,8 @@ COMMANDED = get_recipe("cifar10", batch_size=90, rand_augment=(1, 9), model="con
 COMMANDED = COMMANDED.override(image_sizes=((0, 4),), random_erasing=0.5)
 
 
-def _start(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "convmixer",
-        *COMMAND,
-        "--data",
-        str(digits),
-        "--output",
-        str(folder),
-        *options,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _finish(process: subprocess.Popen) -> str:
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, output
-    return output
+def _command(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> list[object]:
+    return [sys.executable, *launcher, "-m", "convmixer", *COMMAND, "--data", digits, "--output", folder, *options]
 
 
 def _wait_for(process: subprocess.Popen, file: Path, rows: int) -> None:
@@ -588,6 +578,23 @@ def _wait_for(process: subprocess.Popen, file: Path, rows: int) -> None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_no_process_of_a_program_outlives_its_test(tmp_path):
+    """Nor one that has left its group, as those of a launcher do."""
+    code = "import subprocess, sys; child = subprocess.Popen(['sleep', '99'], start_new_session=True)\n"
+    code += "open(sys.argv[1], 'w').write(str(child.pid)); child.wait()"
+    file = tmp_path / "pid"
+    with contextlib.suppress(Interrupted), started([sys.executable, "-c", code, file]) as process:
+        while not (file.exists() and file.read_text()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        raise Interrupted
+    child, deadline = int(file.read_text()), time.monotonic() + 10
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -605,16 +612,17 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
     for number in (signal.SIGKILL, signal.SIGTERM):
         resume = ["--resume"] if (folder / "last.pt").exists() else []
         (folder / "metrics.csv").unlink(missing_ok=True)  # it may be an epoch ahead of last.pt
-        process = _start(digits, folder, "--set", "epochs=8", *resume)
-        _wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2))
-        time.sleep(random.random() / 5)
-        process.send_signal(number)
-        output = process.communicate(timeout=60)[0]
+        command = _command(digits, folder, "--set", "epochs=8", *resume)
+        with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            _wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2))
+            time.sleep(random.random() / 5)
+            process.send_signal(number)
+            output = process.communicate(timeout=60)[0]
         if (folder / "last.pt").exists():
             rows = len(torch.load(folder / "last.pt", weights_only=True)["history"])
     assert process.returncode == 128 + signal.SIGTERM, output
     assert re.search(r"stopped (in|after) epoch .* saved: go on with --resume", output)
-    _finish(_start(digits, folder, "--set", "epochs=8", "--resume"))
+    train(COMMANDED.override(epochs=8), digits, folder, device="cpu", resume=True, report=quiet)
     _assert_equal(folder, load_file(tmp_path / "whole" / "model.safetensors"))
     with (folder / "metrics.csv").open(newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(8)]
@@ -682,7 +690,8 @@ def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monk
     monkeypatch.setattr(loop, "create_model", convmixer.create_model)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
-    _finish(_start(digits, tmp_path / "two", *common, launcher=launcher))
+    done = finish(_command(digits, tmp_path / "two", *common, launcher=launcher))
+    assert done.returncode == 0, done.stdout + done.stderr
     one = COMMANDED.override(epochs=3, drop_rate=0.1, mixup=0.2, batch_size=88, accumulate=2)
     train(one, digits, tmp_path / "one", device="cpu", report=quiet)
     histories = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]

@@ -183,7 +183,7 @@ def load_images(
     labels = torch.empty(len(opened), dtype=torch.int64)
     errors: dict[int, str] = {}
     with contextlib.closing(opened):
-        for i, sample in zip(progress(range(len(opened))), opened.in_order(fit), strict=True):
+        for i, sample in zip(progress(range(len(opened))), opened.each(fit), strict=True):
             if not isinstance(sample, DataError):
                 pixels[i], labels[i] = sample
             elif skip_unreadable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import io
 import os
@@ -66,12 +67,36 @@ def has_split(source: str | Path, split: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Split:
+class _Labelled(abc.ABC):
     """An open split of a data set, whose images are decoded one at a time; class names by label."""
 
     name: str
-    dataset: Any
     classes: tuple[str, ...]
+
+    @abc.abstractmethod
+    def each(self, prepare: Prepare) -> Iterator[Sample]:
+        """Every image, prepared, and its label; in the place of an unreadable one the error that names it."""
+
+    def in_order(self, prepare: Prepare) -> Iterator[tuple[Tensor, int]]:
+        """Every image, prepared, and its label. A DataError if an image cannot be read."""
+        for sample in self.each(prepare):
+            if isinstance(sample, DataError):
+                raise sample
+            yield sample
+
+    def labels_in(self, classes: Sequence[str]) -> Tensor:
+        """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
+        foreign = [label for label in self.classes if label not in classes]
+        if foreign:
+            raise DataError(f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}")
+        return torch.tensor([classes.index(label) for label in self.classes])
+
+
+@dataclass(frozen=True)
+class Split(_Labelled):
+    """A split that timm's readers or torchvision open, any image of which can be read at any time."""
+
+    dataset: Any
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -91,17 +116,12 @@ class Split:
             named = f" ({reader.filename(index)})" if reader is not None and "hfds/" not in self.name else ""
             raise DataError(f"cannot read image {index} of {self.name!r}{named}: {error}") from error
 
-    def in_order(self, prepare: Prepare) -> Iterator[Sample]:
-        """Every image, prepared, and its label; in the place of an unreadable one the error that names it."""
+    def each(self, prepare: Prepare) -> Iterator[Sample]:
         for index in range(len(self)):
             try:
                 yield self.read(index, prepare)
             except DataError as error:
                 yield error
-
-    def labels_in(self, classes: Sequence[str]) -> Tensor:
-        """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
-        return _labels_in(self.name, self.classes, classes)
 
     def close(self) -> None:
         """Close a tar, which timm keeps open for the next image."""
@@ -113,16 +133,14 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ShardSplit:
-    """A split in WebDataset tars, which are read from their start to their end; class names by label.
+class ShardSplit(_Labelled):
+    """A split in WebDataset tars, which are read from their start to their end.
 
     Attributes:
         urls: The tars: paths, or whatever webdataset opens.
         count: Number of samples in all of them.
     """
 
-    name: str
-    classes: tuple[str, ...]
     urls: tuple[str, ...]
     count: int
 
@@ -156,8 +174,8 @@ class ShardSplit:
             what = f"{sample.get('__key__')} in {sample.get('__url__')!r}"
             raise DataError(f"cannot read {what}: {type(error).__name__}: {error}") from error
 
-    def in_order(self, prepare: Prepare) -> Iterator[Sample]:
-        """Every image, prepared, and its label; in the place of an unreadable one the error that names it.
+    def each(self, prepare: Prepare) -> Iterator[Sample]:
+        """As of any split.
 
         Raises:
             DataError: A tar that cannot be read, or another number of samples than `count`.
@@ -180,20 +198,8 @@ class ShardSplit:
             except DataError as error:
                 yield error
 
-    def labels_in(self, classes: Sequence[str]) -> Tensor:
-        """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
-        return _labels_in(self.name, self.classes, classes)
-
     def close(self) -> None:
         """Nothing stays open."""
-
-
-def _labels_in(name: str, own: Sequence[str], classes: Sequence[str]) -> Tensor:
-    """For each of a data set's `own` class names its place in `classes`; a DataError if one is not there."""
-    foreign = [label for label in own if label not in classes]
-    if foreign:
-        raise DataError(f"{name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}")
-    return torch.tensor([classes.index(label) for label in own])
 
 
 def open_split(
@@ -222,7 +228,7 @@ def open_split(
         raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}{hint}") from error
     if not len(dataset):
         raise DataError(f"no images in the {split} split of {name!r}")
-    return Split(name, dataset, _class_names(dataset))
+    return Split(name, _class_names(dataset), dataset)
 
 
 def _columns(name: str, split: str, root: str | Path | None) -> dict[str, str]:
