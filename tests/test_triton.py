@@ -338,7 +338,7 @@ def test_fused_blocks(kernels, monkeypatch, compiled):
 
     monkeypatch.setattr(kernels, "DEPTHWISE", {(80, 3, 4): small(kernels, "direct")})
     monkeypatch.setattr(dispatch, "kernels", lambda x: kernels)  # of CPU tensors, too
-    monkeypatch.setattr(dispatch, "check", lambda device, dtype: None)
+    monkeypatch.setattr(dispatch, "check", lambda *_: None)
     plain = ConvMixer(8, 2, 3, 2, num_classes=3).to(DEVICE, torch.float64).train()
     fused = ConvMixer(8, 2, 3, 2, num_classes=3).to(DEVICE).train()
     fused.load_state_dict(plain.state_dict())

@@ -357,7 +357,7 @@ def features(
     """
 
     def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
-        state, *moments = _embed(stem, images, sync_batchnorm)
+        state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm)
         found: list[Tensor] = []
         for i, block in enumerate(blocks):
             state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling(), sync_batchnorm)
@@ -392,10 +392,10 @@ def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, 
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _embed(stem: Any, images: Tensor, sync_batchnorm: bool) -> tuple[_State, _Moments]:
+def _embed(stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool) -> tuple[_State, _Moments]:
     convolution, act, module = stem
     u = convolution(images)
-    dispatch.check(u.device, u.dtype)
+    dispatch.check(u.device, u.dtype, sizes)  # autocast chooses the type, and models move
     if u.is_cuda:
         u = u.contiguous(memory_format=torch.channels_last)  # as the kernels write
     norm, act = _Norm.of(module, u, sync_batchnorm), ACTIVATIONS[type(act)]
@@ -451,6 +451,11 @@ def _normalize(state: _State) -> Tensor:
 
 
 # ---- what can be fused ----------------------------------------------------------------------------------------------
+
+
+def kernel_sizes(blocks: Any) -> list[int]:
+    """Of the depthwise convolutions of blocks, as `check` expects them to be."""
+    return [block[0].fn[0].kernel_size[0] for block in blocks]
 
 
 def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residual: type[Any]) -> None:
