@@ -53,16 +53,16 @@ def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int])
             raise DependencyError(
                 f"fused blocks on a GPU need Triton ({error}): pip install triton, or {off}"
             ) from error
-        if not torch.compiler.is_compiling() and (reason := unsupported(device)):
-            raise ConvMixerError(f"there are no fused blocks for {str(device)!r}, {reason}: {off}")
+        if not torch.compiler.is_compiling() and (lacking := unsupported(device)):
+            raise ConvMixerError(f"there are no fused blocks for {str(device)!r}, {lacking}: {off}")
         if dtype not in DTYPES:
             known = ", ".join(map(str, DTYPES))
             raise ConvMixerError(f"fused blocks on a GPU take {known}, not {dtype}: use one of them, or {off}")
         for size in kernel_sizes:
             if size not in KERNEL_SIZES:
+                valid = f"{KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}"
                 raise ConvMixerError(
-                    f"fused blocks on a GPU take kernels of {KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}, and this model has "
-                    f"kernel_size={size}: {off}"
+                    f"fused blocks on a GPU take kernels of {valid}, this model has kernel_size={size}: {off}"
                 )
     elif device.type not in ("cpu", "meta"):
         raise ConvMixerError(f"there are no fused blocks for {device.type!r} devices, only for cpu and cuda: {off}")

@@ -42,7 +42,7 @@ except ImportError as error:
     raise DependencyError("the fused kernels need triton, which is missing: pip install triton") from error
 
 from convmixer.ops import kernels
-from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
+from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES
 
 INTERPRETED = not isinstance(kernels.normalize, triton.JITFunction)  # TRITON_INTERPRET=1 at the first import
 ACTIVATIONS = ("gelu", "relu", "identity")
