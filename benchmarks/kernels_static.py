@@ -145,14 +145,30 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
         found[f"depthwise_infer, {form}"] = (functools.partial(convolve, residual=x, **infer), 2 * tensor, *work)
         transposed = functools.partial(kernels._convolve, x, kernel, None, "identity", transpose=True, config=config)
         found[f"depthwise_input_grad, {form}"] = (transposed, 2 * tensor, *work)
+    for config in kernels.gradients(x, size):
+        form = "direct" if isinstance(config, kernels.Gradient) else "banded"
+        work = (0.0, taps) if form == "direct" else (taps, 0.0)
+        correlate = functools.partial(kernels._correlate, x, x, size, config)
+        found[f"depthwise_weight_grad, {form}"] = (correlate, 2 * tensor, *work)
     multiply = functools.partial(kernels._multiply, x, weight, vector, "gelu")
     normalize, normalize_grad, stats = (  # the functions inside the operators
         functools.partial(getattr(kernels, name).__wrapped__, x)
         for name in ("normalize_act", "normalize_act_grad", "stats_grad")
     )
+    formed = kernels._row(kernels.POINTWISE, x, 1)._replace(apart=False)
     return found | {
-        "depthwise_weight_grad": (functools.partial(kernels._correlate, x, x, size), 2 * tensor, 0.0, taps),
-        "pointwise": (functools.partial(multiply, (vector, vector, x), vector), 3 * tensor, *dots),
+        "pointwise, z on the way": (
+            functools.partial(multiply, (vector, vector, x), vector, config=formed),
+            3 * tensor,
+            *dots,
+        ),
+        "pointwise of z": (functools.partial(multiply, center=vector), 2 * tensor, *dots),
+        "sum_normalized": (
+            functools.partial(kernels._sum_normalized, x, vector, vector, "gelu", x),
+            3 * tensor,
+            0.0,
+            0.0,
+        ),
         "pointwise_infer": (functools.partial(multiply, **infer), 2 * tensor, *dots),
         "normalize_act": (functools.partial(normalize, vector, vector, "gelu"), 2 * tensor, 0.0, 0.0),
         "normalize_act_grad": (functools.partial(normalize_grad, x, vector, "gelu"), 3 * tensor, 0.0, 0.0),
@@ -170,7 +186,7 @@ def trips(launch: dict[str, Any]) -> float:
         return constants["K"]
     if kernel == "depthwise_banded":
         return named["strip_rows"] + constants["K"] - 1
-    if kernel == "depthwise_weight_gradient":
+    if kernel.startswith("depthwise_weight_gradient"):
         return named["tiles"] / launch["grid"][0]
     return constants["C"] / constants["INPUTS"] if kernel == "pointwise" else 1
 

@@ -101,7 +101,7 @@ class _Depthwise(Function):
             grad_weight, grad_bias = kernels.depthwise_weight_grad(x, grad_c, weight.shape[-1])
             grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_type)
         if any(ctx.needs_input_grad[:3]):
-            grad_x = grad_x + kernels.depthwise_input_grad(grad_c, weight.to(u.dtype))
+            grad_x = kernels.depthwise_input_grad(grad_c, weight.to(u.dtype), grad_x)
             grad_u, grad_scale, grad_shift = kernels.normalize_act_grad(grad_x, u, scale, ctx.act_before)
         return grad_u, grad_scale, grad_shift, grad_weight, grad_bias, None, None, None, None
 
@@ -147,8 +147,8 @@ class _Pointwise(Function):
         grad_weight = grad_bias = grad_c = grad_scale = grad_shift = grad_z = None
         product = weight.to(c.dtype)
         if ctx.needs_input_grad[4]:
-            z = kernels.normalize_act(c, scale, shift, ctx.act)
-            z = z + kernels.normalize_act(u_before, scale_before, shift_before, ctx.act_before)
+            before = u_before, scale_before, shift_before, ctx.act_before
+            z = kernels.sum_normalized(c, scale, shift, ctx.act, *before)
             grad_weight = _convolution_grads(grad_u, z, product, (False, True))[1].to(weight.dtype)
             grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
         if ctx.needs_input_grad[5]:
