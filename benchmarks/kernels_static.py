@@ -143,8 +143,10 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
         convolve = functools.partial(kernels._convolve, x, kernel, vector, "gelu", config=config)
         found[f"depthwise, {form}"] = (functools.partial(convolve, center=vector), 2 * tensor, *work)
         found[f"depthwise_infer, {form}"] = (functools.partial(convolve, residual=x, **infer), 2 * tensor, *work)
-        transposed = functools.partial(kernels._convolve, x, kernel, None, "identity", transpose=True, config=config)
-        found[f"depthwise_input_grad, {form}"] = (transposed, 2 * tensor, *work)
+        transposed = functools.partial(
+            kernels._convolve, x, kernel, None, "identity", residual=x, transpose=True, config=config
+        )
+        found[f"depthwise_input_grad, {form}"] = (transposed, 3 * tensor, *work)
     for config in kernels.gradients(x, size):
         form = "direct" if isinstance(config, kernels.Gradient) else "banded"
         work = (0.0, taps) if form == "direct" else (taps, 0.0)

@@ -253,8 +253,21 @@ def test_other_sizes_and_gpus_compile(static, monkeypatch, capability, size, sha
     monkeypatch.setitem(static.BLOCKS, "other", (shape[1], size, shape[2]))
     monkeypatch.setattr(static, "BATCH", shape[0])
     records = list(static.report(capability, torch.float16, "other"))
-    assert len(records) == 14
+    assert len(records) == 15
     check_compiled(records)
+
+
+@pytest.mark.parametrize(("dtype", "banded"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_tune_tries_both_forms(kernels, static, monkeypatch, dtype, banded):
+    if interpreted():
+        pytest.skip("nothing is launched")
+    monkeypatch.setattr("triton.testing.do_bench", lambda call: call() and 1.0)
+    with static.launches(90) as recorded:
+        found = kernels.tune((64, 768, 32, 32), 7, dtype)
+    names = {launch["kernel"].__name__ for launch in recorded}
+    assert {"depthwise_direct", "depthwise_weight_gradient", "pointwise", "normalize"} <= names
+    assert banded == ("depthwise_banded" in names) == ("depthwise_weight_gradient_banded" in names)
+    assert [len(times) for times in found.values()] == ([9, 14, 8] if banded else [5, 8, 9])
 
 
 @pytest.mark.slow
@@ -342,6 +355,9 @@ def test_more_than_two_to_the_31_elements(kernels):
     for config in kernels.forms(x, 7):
         last = kernels._convolve(x, weight, vector, "gelu", config=config)[0][-1:]
         assert torch.equal(last, kernels._convolve(x[-1:], weight, vector, "gelu", config=config)[0])
+    for config in kernels.gradients(x, 7):
+        alone = kernels._correlate(x[-1:], x[-1:], 7, config)[0]
+        torch.testing.assert_close(kernels._correlate(x, x, 7, config)[0], alone, rtol=1e-4, atol=1e-2)
 
 
 @gpu
