@@ -120,7 +120,7 @@ WEIGHT_GRADIENT: dict[tuple[int, int, int], Gradient | BandedGradient] = {
 POINTWISE: dict[tuple[int, int, int], Product] = {
     # 8.6, 8.9 and 12.0 have 99 KiB of shared memory for a program, 10.0 another product with an accumulator of its own.
     **{(capability, z, 2): Product(128, 128, 32, 8, 3, z > 0) for capability in (80, 120) for z in range(3)},
-    **{(capability, z, 4): Product(64, 64, 32, 4, 2, z > 0) for capability in (80, 120) for z in range(3)},
+    **{(capability, z, 4): Product(64, 64, 32, 4, 2, z == 2) for capability in (80, 120) for z in range(3)},
     (90, 0, 2): Product(128, 256, 64, 8, 3),
     (90, 1, 2): Product(64, 256, 64, 4, 2),
     (90, 2, 2): Product(128, 256, 64, 8, 3, apart=True),
