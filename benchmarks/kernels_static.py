@@ -127,7 +127,7 @@ def _kinds(instructions: list[str]) -> dict[str, int]:
 
 
 def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple[Any, int, float, float]]:
-    """Per kernel: its call; and per image bytes moved, operations of tensor cores, as bfloat16's, and of float32 cores."""
+    """Per kernel its call; per image bytes moved, operations of tensor cores, as bfloat16's, and of float32 cores."""
     x = torch.empty(BATCH, dim, side, side, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
     vector = torch.empty(dim, device="cuda")
     kernel = torch.empty(dim, 1, size, size, dtype=dtype, device="cuda")

@@ -18,6 +18,9 @@ banded   On the tensor cores. For one channel, a row of outputs is `Y[h] = sum_i
          shared memory to reach the tensor cores channel by channel; and neighbouring tiles share inputs, which are
          read twice.
 
+The weight gradient has both forms, too, by `WEIGHT_GRADIENT`. In the banded one the products are those of a row of
+inputs with a row of gradients, over 16 images or strips; diagonals of their sum are the gradient of a kernel row.
+
 No row of the tables was measured: they come from what the compiler says (`benchmarks/kernels_static.py`). `tune`
 measures candidates on the GPU at hand.
 
@@ -80,7 +83,7 @@ class Gradient(NamedTuple):
 
 
 class BandedGradient(NamedTuple):
-    """The same by products: tiles of 16 images or strips of `rows` rows, and 8 columns."""
+    """The same on the tensor cores: sums over tiles of 16 images or strips of `rows` rows, and 8 columns."""
 
     kernel_rows: int
     rows: int
@@ -170,7 +173,7 @@ def forms(x: Tensor, kernel_size: int) -> list[Direct | Banded]:
 
 
 def gradients(x: Tensor, kernel_size: int) -> list[Gradient | BandedGradient]:
-    """The same of the weight gradient."""
+    """As `forms`, of the weight gradient."""
     chosen: Gradient | BandedGradient = _row(WEIGHT_GRADIENT, x, kernel_size)
     others = [config for config in CANDIDATES["weight_gradient"] if type(config) is not type(chosen)]
     return [chosen, *others[: 1 if x.element_size() == 2 else 0]]
@@ -357,7 +360,7 @@ def _sum_normalized(
     shift_x: Tensor | None = None,
     act_x: str = "identity",
 ) -> Tensor:
-    """The same; without `scale_x`, x is added as it is."""
+    """`sum_normalized`; without `scale_x`, x is added as it is."""
     _require(c, act, x=x)
     _require(x, act_x)
     batch, channels, height, width = c.shape
@@ -485,7 +488,7 @@ def _correlate(
         constants |= {"COLUMNS": config.columns, "GROUPS": config.groups}
     else:
         strips, tiles_w = -(-height // config.rows), -(-width // 8)
-        # A program has four times the warps and registers of the other form's, and more to do at its end.
+        # A program takes four times the registers of the other form's, and has more to do at its end.
         tiles, places, most = -(-batch * strips // 16) * tiles_w, (strips, batch * strips, tiles_w), PROGRAMS // 4
         constants |= {"ROWS": config.rows, "INPUTS": 16 if size < 10 else 32, "OUTPUTS": 8}
     programs = min(tiles, -(-most // (blocks * parts)))
