@@ -219,8 +219,8 @@ def check_compiled(records):
     for record in records:
         assert record["spill_instructions"] == record["stack_bytes"] == 0, record
         assert record["registers"] * 32 * record["config"]["warps"] <= 2**16, record
-        # Rows for 8.0 also serve 8.6 and 8.9, which have less shared memory.
-        assert record["shared_bytes"] <= 1024 * (227 if record["capability"] in (90, 100) else 99), record
+        limit = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}[record["capability"]]  # KiB
+        assert record["shared_bytes"] <= 1024 * limit, record
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -243,6 +243,7 @@ def test_no_register_spills(static, capability):
         (90, 4, (1, 70, 1, 1)),  # arguments that are 1 become constants, and nothing is aligned
         (90, 11, (64, 768, 32, 32)),
         (80, 11, (64, 768, 32, 32)),
+        (86, 11, (64, 768, 32, 32)),
         (100, 9, (64, 768, 32, 32)),
         (120, 9, (64, 768, 32, 32)),
     ],
@@ -254,7 +255,13 @@ def test_other_sizes_and_gpus_compile(static, monkeypatch, capability, size, sha
     monkeypatch.setattr(static, "BATCH", shape[0])
     records = list(static.report(capability, torch.float16, "other"))
     assert len(records) == 15
-    check_compiled(records)
+    # Of the two forms, those that the tables choose.
+    chosen = "direct" if capability in (86, 120) and size > 9 else "banded"
+    forms = {record["kernel"] for record in records if record["kernel"].startswith("depthwise")}
+    kept = {form for form in forms if form.endswith(chosen) and "weight" not in form} | {
+        "depthwise_weight_grad, banded"
+    }
+    check_compiled([record for record in records if record["kernel"] not in forms - kept])
 
 
 @pytest.mark.parametrize(("dtype", "banded"), [(torch.bfloat16, True), (torch.float32, False)])

@@ -13,7 +13,7 @@ banded   On the tensor cores. For one channel, a row of outputs is `Y[h] = sum_i
          matrix (inputs x outputs) of kernel row i. A program holds T_0 ... T_{k-1} and streams rows past them, of 16
          images or strips of images at a time, which are the rows of the product: every input row is loaded once and
          multiplied by all T_i, into k rolling rows of outputs. 16 inputs make 8 outputs where k is at most 9, so
-         16/k times as many products are computed as needed; 32 make 16 above. What the layout costs: the inputs of one
+         16/k times as many products are computed as needed; 32 make 8 above. What the layout costs: the inputs of one
          channel lie C elements apart, so blocks of 16 channels are loaded together (32 bytes in a line) and go through
          shared memory to reach the tensor cores channel by channel; and neighbouring tiles share inputs, which are
          read twice.
@@ -65,7 +65,7 @@ class Direct(NamedTuple):
 
 
 class Banded(NamedTuple):
-    """A program's tile: 16 images or strips of `rows` rows, of `channels` channels; 8 columns, with k > 9 16."""
+    """A program's tile: 16 images or strips of `rows` rows, of `channels` channels; 8 columns."""
 
     rows: int
     channels: int
@@ -106,9 +106,14 @@ class Product(NamedTuple):
 
 
 # By compute capability (the nearest below counts), kernel size and bytes of an element. Unmeasured.
+# 8.6, 8.9 and 12.0 have 99 KiB of shared memory for a program, and matrices of 10 and 11 rows take 104.
 DEPTHWISE: dict[tuple[int, int, int], Direct | Banded] = {
-    **{(capability, size, 2): Banded(32, 16, 8) for capability in (80, 90) for size in KERNEL_SIZES},
-    **{(capability, size, 4): Direct(16, 4, 1, 32, 4) for capability in (80, 90) for size in KERNEL_SIZES},
+    (capability, size, 4): Direct(16, 4, 1, 32, 4) for capability in (80, 86, 90, 120) for size in KERNEL_SIZES
+}
+DEPTHWISE |= {
+    (capability, size, 2): Banded(32, 16, 8) if size < 10 or capability in (80, 90) else Direct(8, 4, 1, 64, 4)
+    for capability in (80, 86, 90, 120)
+    for size in KERNEL_SIZES
 }
 WEIGHT_GRADIENT: dict[tuple[int, int, int], Gradient | BandedGradient] = {
     **{
@@ -121,7 +126,7 @@ WEIGHT_GRADIENT: dict[tuple[int, int, int], Gradient | BandedGradient] = {
 # By compute capability, what z is, and bytes of an element. z is given (0), or made of c and x (1), by GELU for more
 # than 256 outputs (2). Where programs would make it often, or slowly, a pass before does. Unmeasured.
 POINTWISE: dict[tuple[int, int, int], Product] = {
-    # 8.6, 8.9 and 12.0 have 99 KiB of shared memory for a program, 10.0 another product with an accumulator of its own.
+    # 12.0 has the shared memory of 8.6, and 10.0 another product with an accumulator of its own.
     **{(capability, z, 2): Product(128, 128, 32, 8, 3, z > 0) for capability in (80, 120) for z in range(3)},
     **{(capability, z, 4): Product(64, 64, 32, 4, 2, z == 2) for capability in (80, 120) for z in range(3)},
     (90, 0, 2): Product(128, 256, 64, 8, 3),
@@ -306,7 +311,7 @@ def _convolve(
 def _strips(batch: int, height: int, size: int, rows: int) -> tuple[int, int, int, int]:
     """Strips of an image and their rows, at least 16 strips in all where there are so many rows; inputs, outputs."""
     strips = max(-(-height // rows), min(height, -(-16 // max(batch, 1))))
-    return strips, -(-height // strips), *((16, 8) if size < 10 else (32, 16))
+    return strips, -(-height // strips), 16 if size < 10 else 32, 8
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
