@@ -151,21 +151,29 @@ def kernel_steps(report: Report, variant: str) -> None:
             functools.partial(ours, bias=vector, act="gelu", scale=vector, residual=x),
         )
         ways[f"depthwise_input_grad, {form}"] = (
+            max(3 * tensor / MEMORY, taps),
+            functools.partial(ours, bias=None, act="identity", residual=x, transpose=True),
+        )
+    for config in ops.gradients(x, size):
+        form = "direct" if isinstance(config, ops.Gradient) else "banded"
+        ways[f"depthwise_weight_grad, {form}"] = (
             max(2 * tensor / MEMORY, taps),
-            functools.partial(ours, bias=None, act="identity", transpose=True),
+            functools.partial(ops._correlate, x, x, size, config),
+        )
+    for row in (1, 2):
+        config = ops._row(ops.POINTWISE, x, row)
+        ways[f"pointwise + sums, z {'in a pass before' if config.apart else 'on the way'}"] = (
+            max(3 * tensor / MEMORY, products),
+            functools.partial(ops._multiply, x, square, vector, "gelu", (vector, vector, x), vector, config=config),
         )
     ways |= {
-        "depthwise_weight_grad": (
-            max(2 * tensor / MEMORY, taps),
-            lambda: ops.depthwise_weight_grad(x, x, size),
-        ),
-        "pointwise + sums": (
-            max(3 * tensor / MEMORY, products),
-            lambda: ops.pointwise(x, vector, vector, x, square, vector, "gelu", vector),
-        ),
         "pointwise_infer": (
             max(2 * tensor / MEMORY, products),
             lambda: ops.pointwise_infer(x, square, vector, "gelu", vector, vector),
+        ),
+        "sum_normalized": (
+            3 * tensor / MEMORY,
+            lambda: ops.sum_normalized(x, vector, vector, "gelu", x, vector, vector, "gelu"),
         ),
         "normalize_act": (2 * tensor / MEMORY, lambda: ops.normalize_act(x, vector, vector, "gelu")),
         "normalize_act_grad": (3 * tensor / MEMORY, lambda: ops.normalize_act_grad(x, x, vector, "gelu")),
@@ -283,6 +291,11 @@ def model_steps(report: Report, variant: str) -> None:
         report.step(section, f"timm {name}", functools.partial(train, variant, model, layout))
     if hasattr(convmixer.ConvMixer, "set_fused"):
         report.step(section, "ours, fused", lambda: train(variant, fused(variant), torch.channels_last))
+        report.step(
+            section,
+            "ours, fused, compiled",
+            lambda: train(variant, compiled(fused(variant), True), torch.channels_last),
+        )
     for moves in (True, False):
         what = f"timm compiled, layout optimisation {'on' if moves else 'off'}"
         model = build(variant, False)

@@ -127,14 +127,15 @@ def _kinds(instructions: list[str]) -> dict[str, int]:
 
 
 def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple[Any, int, float, float]]:
-    """Per kernel: its call, bytes moved, and operations of tensor cores and float32 cores, per image."""
+    """Per kernel its call; per image bytes moved, operations of tensor cores, as bfloat16's, and of float32 cores."""
     x = torch.empty(BATCH, dim, side, side, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
     vector = torch.empty(dim, device="cuda")
     kernel = torch.empty(dim, 1, size, size, dtype=dtype, device="cuda")
     weight = torch.empty(dim, dim, dtype=dtype, device="cuda")
     values = dim * side * side
     tensor, taps, products = values * dtype.itemsize, 2.0 * size * size * values, 2.0 * dim * values
-    dots = (products, 0.0) if dtype.itemsize == 2 else (0.0, products)
+    # Three products of TF32, at half the rate, make one of float32.
+    dots = (products if dtype.itemsize == 2 else 6 * products, 0.0)
     infer = {"scale": vector, "shift": vector}
     found: dict[str, tuple[Any, int, float, float]] = {}
     for config in kernels.forms(x, size):
@@ -143,16 +144,34 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
         convolve = functools.partial(kernels._convolve, x, kernel, vector, "gelu", config=config)
         found[f"depthwise, {form}"] = (functools.partial(convolve, center=vector), 2 * tensor, *work)
         found[f"depthwise_infer, {form}"] = (functools.partial(convolve, residual=x, **infer), 2 * tensor, *work)
-        transposed = functools.partial(kernels._convolve, x, kernel, None, "identity", transpose=True, config=config)
-        found[f"depthwise_input_grad, {form}"] = (transposed, 2 * tensor, *work)
+        transposed = functools.partial(
+            kernels._convolve, x, kernel, None, "identity", residual=x, transpose=True, config=config
+        )
+        found[f"depthwise_input_grad, {form}"] = (transposed, 3 * tensor, *work)
+    for config in kernels.gradients(x, size):
+        form = "direct" if isinstance(config, kernels.Gradient) else "banded"
+        work = (0.0, taps) if form == "direct" else (taps, 0.0)
+        correlate = functools.partial(kernels._correlate, x, x, size, config)
+        found[f"depthwise_weight_grad, {form}"] = (correlate, 2 * tensor, *work)
     multiply = functools.partial(kernels._multiply, x, weight, vector, "gelu")
     normalize, normalize_grad, stats = (  # the functions inside the operators
         functools.partial(getattr(kernels, name).__wrapped__, x)
         for name in ("normalize_act", "normalize_act_grad", "stats_grad")
     )
+    formed = kernels._row(kernels.POINTWISE, x, 1)._replace(apart=False)
     return found | {
-        "depthwise_weight_grad": (functools.partial(kernels._correlate, x, x, size), 2 * tensor, 0.0, taps),
-        "pointwise": (functools.partial(multiply, (vector, vector, x), vector), 3 * tensor, *dots),
+        "pointwise, z on the way": (
+            functools.partial(multiply, (vector, vector, x), vector, config=formed),
+            3 * tensor,
+            *dots,
+        ),
+        "pointwise of z": (functools.partial(multiply, center=vector), 2 * tensor, *dots),
+        "sum_normalized": (
+            functools.partial(kernels._sum_normalized, x, vector, vector, "gelu", x),
+            3 * tensor,
+            0.0,
+            0.0,
+        ),
         "pointwise_infer": (functools.partial(multiply, **infer), 2 * tensor, *dots),
         "normalize_act": (functools.partial(normalize, vector, vector, "gelu"), 2 * tensor, 0.0, 0.0),
         "normalize_act_grad": (functools.partial(normalize_grad, x, vector, "gelu"), 3 * tensor, 0.0, 0.0),
@@ -170,7 +189,7 @@ def trips(launch: dict[str, Any]) -> float:
         return constants["K"]
     if kernel == "depthwise_banded":
         return named["strip_rows"] + constants["K"] - 1
-    if kernel == "depthwise_weight_gradient":
+    if kernel.startswith("depthwise_weight_gradient"):
         return named["tiles"] / launch["grid"][0]
     return constants["C"] / constants["INPUTS"] if kernel == "pointwise" else 1
 

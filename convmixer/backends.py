@@ -37,7 +37,7 @@ from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, l2_cache, prefers_channels_last
 from convmixer.inference import read_image
 from convmixer.model import check_dtype, check_input
-from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES
+from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
 from convmixer.transforms import create_transform
 
@@ -138,6 +138,8 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
         return f"dtype={dtype}: native computes in float32 or bfloat16"
     if backend == "triton" and device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
         return f"backend='triton' computes on CUDA devices, this model is on {device}: call model.cuda() first"
+    if backend == "triton" and device.type == "cuda" and torch.cuda.is_available() and (lacking := unsupported(device)):
+        return f"backend='triton': {lacking}; use compile"
     if backend == "triton" and dtype not in DTYPES:
         return f"dtype={dtype}: triton computes in bfloat16, float16 or float32"
     if backend in ("eager", "compile") and dtype == torch.int8:

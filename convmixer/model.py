@@ -398,7 +398,7 @@ class ConvMixer(nn.Module):
             ArgumentError: The model has what fused blocks do not: dropout between blocks, stochastic depth, activations
                 beside GELU and ReLU, replaced layers, hooks on layers.
             DependencyError: Triton is missing, on a GPU.
-            ConvMixerError: There are no kernels for this device or for the type of the parameters.
+            ConvMixerError: There are no kernels for this device, the type of the parameters or the kernel size.
         """
         if not (isinstance(enable, bool) or enable == "auto"):
             raise ArgumentError(f"fused={enable!r}; valid: True, False, 'auto'")
@@ -412,7 +412,7 @@ class ConvMixer(nn.Module):
         weight = cast("Tensor", self.stem[0].weight)
         try:
             self._check_fused()
-            dispatch.check(weight.device, weight.dtype)
+            dispatch.check(weight.device, weight.dtype, fused.kernel_sizes(self.blocks))
         except ConvMixerError as error:
             if enable is True:
                 raise

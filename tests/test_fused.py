@@ -457,28 +457,63 @@ def test_one_value_per_channel():
         fused(torch.randn(1, 3, 2, 2, dtype=torch.float64))
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """What `set_fused` sees on a GPU, for new models: parameters there, Triton, a compute capability."""
+    monkeypatch.setitem(sys.modules, "convmixer.ops.triton", reference)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(nn.Parameter, "device", torch.device("cuda"), raising=False)
+
+
 def test_devices_and_types_without_kernels(monkeypatch):
     with pytest.raises(ConvMixerError, match="no fused blocks for 'mps' devices, only for cpu and cuda"):
-        dispatch.check(torch.device("mps"), torch.float32)
+        dispatch.check(torch.device("mps"), torch.float32, [5])
     monkeypatch.setitem(sys.modules, "convmixer.ops.triton", None)
     with pytest.raises(DependencyError, match=r"fused blocks on a GPU need Triton .*pip install triton"):
-        dispatch.check(torch.device("cuda"), torch.float32)
-    monkeypatch.setitem(sys.modules, "convmixer.ops.triton", reference)
-    with pytest.raises(ConvMixerError, match=r"fused blocks on a GPU take .*torch.float16, not torch.float64"):
-        dispatch.check(torch.device("cuda"), torch.float64)
-    dispatch.check(torch.device("cuda"), torch.bfloat16)
+        dispatch.check(torch.device("cuda"), torch.float32, [5])
 
 
-def test_auto_says_once_what_it_chose(caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "hip", "dtype", "size", "text"),
+    [
+        ((9, 0), None, torch.float64, 5, r"fused blocks on a GPU take .*torch.float16, not torch.float64"),
+        ((7, 5), None, torch.float16, 5, r"no fused blocks for 'cuda', compute capability 7\.5: .* of at least 8\.0"),
+        ((9, 4), "7.0", torch.float16, 5, "no fused blocks for 'cuda', .* this PyTorch is built for ROCm"),
+        *(
+            ((9, 0), None, torch.bfloat16, size, f"take kernels of 3 to 11, .*kernel_size={size}")
+            for size in (1, 2, 12)
+        ),
+    ],
+)
+def test_what_the_kernels_do_not_take(gpu, monkeypatch, caplog, capability, hip, dtype, size, text):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    model = ConvMixer(**(SHAPE | {"kernel_size": size}), dtype=dtype)
+    with pytest.raises(ConvMixerError, match=f"{text}.*set_fused\\(False\\)"):
+        model.set_fused()
+    caplog.set_level(logging.INFO, "convmixer")
+    model.set_fused("auto")
+    assert not model.fused
+    (record,) = caplog.records
+    assert re.search(f"fused='auto': off, .*{text}", record.getMessage())
+
+
+def test_what_the_kernels_take(gpu):
+    for size in (3, 11):
+        model = ConvMixer(**(SHAPE | {"kernel_size": size}), dtype=torch.bfloat16)
+        model.set_fused()
+        assert model.fused
+
+
+def test_auto_says_once_what_it_chose(caplog, request):
     caplog.set_level(logging.INFO, "convmixer")
     for changes in ({}, {"drop_path_rate": 0.1}):
         model = ConvMixer(**SHAPE, **changes)
         model.set_fused("auto")
         model(torch.randn(2, 3, 8, 8))
         assert not model.fused
-    monkeypatch.setitem(sys.modules, "convmixer.ops.triton", reference)
+    request.getfixturevalue("gpu")
     model = ConvMixer(**SHAPE)
-    monkeypatch.setattr(type(model.stem[0].weight), "device", torch.device("cuda"))
     model.set_fused("auto")
     assert model.fused
     assert [record.getMessage() for record in caplog.records] == [

@@ -106,7 +106,9 @@ def test_depthwise(kernels, monkeypatch, form, dtype, size):
     grad = values(*shape, dtype=dtype)
     leaf = x.double().requires_grad_()
     (expected,) = torch.autograd.grad(correlate(leaf, weight), leaf, grad.double())
-    close(kernels.depthwise_input_grad(grad, weight), expected, dtype)
+    residual = None if size % 2 else x
+    expected = expected if residual is None else expected + x.double()
+    close(kernels.depthwise_input_grad(grad, weight, residual), expected, dtype)
 
 
 @gpu
@@ -137,15 +139,17 @@ def test_rows_of_the_tables(kernels, dtype, size):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
 @pytest.mark.parametrize("size", range(3, 12))
-def test_weight_gradient(kernels, monkeypatch, dtype, size):
-    if interpreted() and dtype != torch.float32 and size != 4:
+def test_weight_gradient(kernels, monkeypatch, form, dtype, size):
+    if interpreted() and form == "banded" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter has no products of bfloat16")
+    if interpreted() and form == "direct" and size not in ((4,) if dtype == torch.bfloat16 else (3, 4, 11)):
         pytest.skip("the interpreter is slow")
-    config = kernels.Gradient(3, 3, 16, 32, 4)
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    config = kernels.Gradient(3, 3, 16, 32, 4) if form == "direct" else kernels.BandedGradient(6, 3, 16, 8)
+    monkeypatch.setattr(kernels, "PROGRAMS", 2 if form == "direct" else 8)  # some take several tiles
     monkeypatch.setattr(kernels, "WEIGHT_GRADIENT", dict.fromkeys(((80, size, 2), (80, size, 4)), config))
-    shape = SHAPES[(size + 1) % len(SHAPES)]
+    shape = [*SHAPES, (18, 2, 4, 9)][(size + 1) % 5]
     x, grad = values(*shape, dtype=dtype), values(*shape, dtype=dtype)
     weight = values(shape[1], 1, size, size).double().requires_grad_()
     bias = values(shape[1]).double().requires_grad_()
@@ -157,7 +161,7 @@ def test_weight_gradient(kernels, monkeypatch, dtype, size):
 @gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("act", "shape"), list(zip(ACTS, SHAPES, strict=False)))
-def test_pointwise(kernels, dtype, act, shape):
+def test_pointwise(kernels, monkeypatch, dtype, act, shape):
     if interpreted() and dtype == torch.bfloat16:
         pytest.skip("the interpreter has no products of bfloat16")
     channels, outputs = shape[1], 9
@@ -166,9 +170,12 @@ def test_pointwise(kernels, dtype, act, shape):
     bias, center, scale, shift = values(4, outputs)
     z = per_channel(gain) * ACTS[act](c.double()) + per_channel(offset) + x.double()
     product = torch.einsum("oc,bchw->bohw", weight.double(), z) + per_channel(bias)
-    u, s, q = kernels.pointwise(c, gain, offset, x, weight, bias, act, center)
-    close(u, product, dtype, factor=2)  # z is rounded, too
-    check_sums(s, q, u, act, center)
+    for apart in (False, True):
+        row = kernels.Product(32, 16, 16, 4, 2, apart)
+        monkeypatch.setattr(kernels, "POINTWISE", {(80, z, size): row for z in (0, 1, 2) for size in (2, 4)})
+        u, s, q = kernels.pointwise(c, gain, offset, x, weight, bias, act, center)
+        close(u, product, dtype, factor=2)  # z is rounded, too
+        check_sums(s, q, u, act, center)
     product = torch.einsum("oc,bchw->bohw", weight.double(), c.double()) + per_channel(bias)
     y = kernels.pointwise_infer(c, weight, bias, act, scale, shift)
     close(y, per_channel(scale) * ACTS[act](product) + per_channel(shift), dtype)
@@ -189,6 +196,9 @@ def test_elementwise(kernels, dtype, act, shape):
     close(actual[0], gradients[0], dtype)
     close(actual[1], gradients[1])
     close(actual[2], gradients[2])
+    other, gain, offset = values(*shape, dtype=dtype), *values(2, channels)
+    more = expected.detach() + per_channel(gain) * F.relu(other.double()) + per_channel(offset)
+    close(kernels.sum_normalized(u, scale, shift, act, other, gain, offset, "relu"), more, dtype)
     center, first, second = values(3, channels)
     a = ACTS[act](leaves[0]) - per_channel(center)
     loss = (a.sum((0, 2, 3)) * first).sum() + (a.square().sum((0, 2, 3)) * second).sum()
@@ -196,20 +206,75 @@ def test_elementwise(kernels, dtype, act, shape):
     close(kernels.stats_grad(grad, u, act, center, first, second), grad.double() + gradient, dtype)
 
 
+@pytest.fixture(scope="module")
+def static():
+    spec = importlib.util.spec_from_file_location("kernels_static", ROOT / "benchmarks" / "kernels_static.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_compiled(records):
+    """No spills; registers and shared memory of a multiprocessor hold a program."""
+    for record in records:
+        assert record["spill_instructions"] == record["stack_bytes"] == 0, record
+        assert record["registers"] * 32 * record["config"]["warps"] <= 2**16, record
+        limit = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}[record["capability"]]  # KiB
+        assert record["shared_bytes"] <= 1024 * limit, record
+
+
 @pytest.mark.parametrize("capability", [80, 90])
-def test_no_register_spills(capability):
+def test_no_register_spills(static, capability):
     """Of the largest block, compiled without a GPU; benchmarks/kernels_static.py does so for all of them."""
     if interpreted():
         pytest.skip("nothing is compiled")
-    spec = importlib.util.spec_from_file_location("kernels_static", ROOT / "benchmarks" / "kernels_static.py")
-    static = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(static)
-    names = ["depthwise, banded", "depthwise_weight_grad", "pointwise"]
+    names = ["depthwise, banded", "depthwise_weight_grad, banded", "pointwise of z"]
     records = list(static.report(capability, torch.bfloat16, "convmixer_1536_20", names))
     assert [record["kernel"] for record in records] == names
+    check_compiled(records)
     for record in records:
-        assert record["spill_instructions"] == record["stack_bytes"] == 0, record
-        assert record["loop"]["fma" if "weight" in record["kernel"] else "tensor"] > 0, record
+        assert record["instructions"]["tensor"] > 0, record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "size", "shape"),
+    [
+        (90, 4, (1, 70, 1, 1)),  # arguments that are 1 become constants, and nothing is aligned
+        (90, 11, (64, 768, 32, 32)),
+        (80, 11, (64, 768, 32, 32)),
+        (86, 11, (64, 768, 32, 32)),
+        (100, 9, (64, 768, 32, 32)),
+        (120, 9, (64, 768, 32, 32)),
+    ],
+)
+def test_other_sizes_and_gpus_compile(static, monkeypatch, capability, size, shape):
+    if interpreted():
+        pytest.skip("nothing is compiled")
+    monkeypatch.setitem(static.BLOCKS, "other", (shape[1], size, shape[2]))
+    monkeypatch.setattr(static, "BATCH", shape[0])
+    records = list(static.report(capability, torch.float16, "other"))
+    assert len(records) == 15
+    # Of the two forms, those that the tables choose.
+    chosen = "direct" if capability in (86, 120) and size > 9 else "banded"
+    forms = {record["kernel"] for record in records if record["kernel"].startswith("depthwise")}
+    kept = {form for form in forms if form.endswith(chosen) and "weight" not in form} | {
+        "depthwise_weight_grad, banded"
+    }
+    check_compiled([record for record in records if record["kernel"] not in forms - kept])
+
+
+@pytest.mark.parametrize(("dtype", "banded"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_tune_tries_both_forms(kernels, static, monkeypatch, dtype, banded):
+    if interpreted():
+        pytest.skip("nothing is launched")
+    monkeypatch.setattr("triton.testing.do_bench", lambda call: call() and 1.0)
+    with static.launches(90) as recorded:
+        found = kernels.tune((64, 768, 32, 32), 7, dtype)
+    names = {launch["kernel"].__name__ for launch in recorded}
+    assert {"depthwise_direct", "depthwise_weight_gradient", "pointwise", "normalize"} <= names
+    assert banded == ("depthwise_banded" in names) == ("depthwise_weight_gradient_banded" in names)
+    assert [len(times) for times in found.values()] == ([9, 14, 8] if banded else [5, 8, 9])
 
 
 @pytest.mark.slow
@@ -224,8 +289,8 @@ def test_the_benchmark_runs_through(tmp_path):
 
 @gpu
 def test_gelu_is_exact_in_the_tails(kernels):
-    u = torch.linspace(-12, 12, 4096, device=DEVICE).view(1, 1, 64, 64)
-    one, zero = torch.ones(1, device=DEVICE), torch.zeros(1, device=DEVICE)
+    u = torch.linspace(-12, 12, 4096, device=DEVICE).view(1, 128, 8, 4)
+    one, zero = torch.ones(128, device=DEVICE), torch.zeros(128, device=DEVICE)
     error = kernels.normalize_act(u, one, zero, "gelu").double() - F.gelu(u.double())
     assert error.abs().max() < 5e-7
     assert not kernels.normalize_act(u * 1e18, one, zero, "gelu").isnan().any()
@@ -267,7 +332,8 @@ def test_operators_for_compilers(kernels):
         "stats_grad": (x, x, "gelu", vector, vector, vector),
         "depthwise": (x, weight, vector, "gelu", vector),
         "depthwise_infer": (x, weight, None, "relu", None, vector, x),
-        "depthwise_input_grad": (x, weight),
+        "depthwise_input_grad": (x, weight, x),
+        "sum_normalized": (x, vector, vector, "gelu", x, vector, vector, "relu"),
         "depthwise_weight_grad": (x, x, 3),
         "pointwise": (x, vector, vector, x, square, wide, "gelu", wide),
         "pointwise_infer": (x, square, wide, "gelu", None, None),
@@ -296,6 +362,9 @@ def test_more_than_two_to_the_31_elements(kernels):
     for config in kernels.forms(x, 7):
         last = kernels._convolve(x, weight, vector, "gelu", config=config)[0][-1:]
         assert torch.equal(last, kernels._convolve(x[-1:], weight, vector, "gelu", config=config)[0])
+    for config in kernels.gradients(x, 7):
+        alone = kernels._correlate(x[-1:], x[-1:], 7, config)[0]
+        torch.testing.assert_close(kernels._correlate(x, x, 7, config)[0], alone, rtol=1e-4, atol=1e-2)
 
 
 @gpu
@@ -337,14 +406,16 @@ def test_fused_blocks(kernels, monkeypatch, compiled):
     from convmixer.ops import dispatch
 
     monkeypatch.setattr(kernels, "DEPTHWISE", {(80, 3, 4): small(kernels, "direct")})
+    monkeypatch.setattr(kernels, "WEIGHT_GRADIENT", {(80, 3, 4): kernels.Gradient(3, 3, 16, 32, 4)})
     monkeypatch.setattr(dispatch, "kernels", lambda x: kernels)  # of CPU tensors, too
-    monkeypatch.setattr(dispatch, "check", lambda device, dtype: None)
-    plain = ConvMixer(8, 2, 3, 2, num_classes=3).to(DEVICE, torch.float64).train()
-    fused = ConvMixer(8, 2, 3, 2, num_classes=3).to(DEVICE).train()
+    monkeypatch.setattr(dispatch, "check", lambda *_: None)
+    depth = 1 if compiled else 2
+    plain = ConvMixer(8, depth, 3, 2, num_classes=3).to(DEVICE, torch.float64).train()
+    fused = ConvMixer(8, depth, 3, 2, num_classes=3).to(DEVICE).train()
     fused.load_state_dict(plain.state_dict())
     fused.set_fused()
     run = torch.compile(fused, backend="aot_eager", fullgraph=True) if compiled else fused
-    for _ in range(2):
+    for _ in range(depth):
         x = values(3, 3, 8, 6)
         for model, images in ((plain, x.double()), (run, x)):
             model(images).square().sum().backward()

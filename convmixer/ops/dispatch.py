@@ -7,6 +7,7 @@ On CPUs they are those of `reference.py`, which a compiler can look into. On CUD
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,33 +19,53 @@ from convmixer.ops import reference
 # What the Triton kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_SIZES = range(3, 12)
+CAPABILITY = (8, 0)
 
 
-def check(device: torch.device, dtype: torch.dtype) -> None:
+def unsupported(device: torch.device) -> str | None:
+    """Why the Triton kernels do not run on a CUDA device; None where they do."""
+    if torch.version.hip:
+        return "the Triton kernels are for CUDA, and this PyTorch is built for ROCm"
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        least = ".".join(map(str, CAPABILITY))
+        return f"compute capability {found[0]}.{found[1]}: the Triton kernels need a GPU of at least {least}"
+    return None
+
+
+def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int]) -> None:
     """Raise where nothing computes fused blocks: an error that says why.
+
+    Args:
+        device: Of the model.
+        dtype: Of its feature maps.
+        kernel_sizes: Of its depthwise convolutions.
 
     Raises:
         DependencyError: A CUDA device without Triton.
-        ConvMixerError: A device without kernels, or a type that they do not take.
+        ConvMixerError: A device without kernels, or a type or a kernel size that they do not take.
     """
+    off = "switch them off by set_fused(False)"
     if device.type == "cuda":
         try:
             importlib.import_module("convmixer.ops.triton")
         except ImportError as error:
             raise DependencyError(
-                f"fused blocks on a GPU need Triton ({error}): pip install triton, or switch them off by "
-                "set_fused(False)"
+                f"fused blocks on a GPU need Triton ({error}): pip install triton, or {off}"
             ) from error
+        if not torch.compiler.is_compiling() and (lacking := unsupported(device)):
+            raise ConvMixerError(f"there are no fused blocks for {str(device)!r}, {lacking}: {off}")
         if dtype not in DTYPES:
-            raise ConvMixerError(
-                f"fused blocks on a GPU take {', '.join(map(str, DTYPES))}, not {dtype}: use one of them, or switch "
-                "them off by set_fused(False)"
-            )
+            known = ", ".join(map(str, DTYPES))
+            raise ConvMixerError(f"fused blocks on a GPU take {known}, not {dtype}: use one of them, or {off}")
+        for size in kernel_sizes:
+            if size not in KERNEL_SIZES:
+                valid = f"{KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}"
+                raise ConvMixerError(
+                    f"fused blocks on a GPU take kernels of {valid}, this model has kernel_size={size}: {off}"
+                )
     elif device.type not in ("cpu", "meta"):
-        raise ConvMixerError(
-            f"there are no fused blocks for {device.type!r} devices, only for cpu and cuda: switch them off by "
-            "set_fused(False)"
-        )
+        raise ConvMixerError(f"there are no fused blocks for {device.type!r} devices, only for cpu and cuda: {off}")
 
 
 def kernels(x: Tensor) -> Any:

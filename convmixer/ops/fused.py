@@ -101,7 +101,7 @@ class _Depthwise(Function):
             grad_weight, grad_bias = kernels.depthwise_weight_grad(x, grad_c, weight.shape[-1])
             grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_type)
         if any(ctx.needs_input_grad[:3]):
-            grad_x = grad_x + kernels.depthwise_input_grad(grad_c, weight.to(u.dtype))
+            grad_x = kernels.depthwise_input_grad(grad_c, weight.to(u.dtype), grad_x)
             grad_u, grad_scale, grad_shift = kernels.normalize_act_grad(grad_x, u, scale, ctx.act_before)
         return grad_u, grad_scale, grad_shift, grad_weight, grad_bias, None, None, None, None
 
@@ -147,8 +147,8 @@ class _Pointwise(Function):
         grad_weight = grad_bias = grad_c = grad_scale = grad_shift = grad_z = None
         product = weight.to(c.dtype)
         if ctx.needs_input_grad[4]:
-            z = kernels.normalize_act(c, scale, shift, ctx.act)
-            z = z + kernels.normalize_act(u_before, scale_before, shift_before, ctx.act_before)
+            before = u_before, scale_before, shift_before, ctx.act_before
+            z = kernels.sum_normalized(c, scale, shift, ctx.act, *before)
             grad_weight = _convolution_grads(grad_u, z, product, (False, True))[1].to(weight.dtype)
             grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
         if ctx.needs_input_grad[5]:
@@ -357,7 +357,7 @@ def features(
     """
 
     def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
-        state, *moments = _embed(stem, images, sync_batchnorm)
+        state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm)
         found: list[Tensor] = []
         for i, block in enumerate(blocks):
             state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling(), sync_batchnorm)
@@ -392,10 +392,10 @@ def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, 
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _embed(stem: Any, images: Tensor, sync_batchnorm: bool) -> tuple[_State, _Moments]:
+def _embed(stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool) -> tuple[_State, _Moments]:
     convolution, act, module = stem
     u = convolution(images)
-    dispatch.check(u.device, u.dtype)
+    dispatch.check(u.device, u.dtype, sizes)  # autocast chooses the type, and models move
     if u.is_cuda:
         u = u.contiguous(memory_format=torch.channels_last)  # as the kernels write
     norm, act = _Norm.of(module, u, sync_batchnorm), ACTIVATIONS[type(act)]
@@ -451,6 +451,11 @@ def _normalize(state: _State) -> Tensor:
 
 
 # ---- what can be fused ----------------------------------------------------------------------------------------------
+
+
+def kernel_sizes(blocks: Any) -> list[int]:
+    """Of the depthwise convolutions of blocks, as `check` expects them to be."""
+    return [block[0].fn[0].kernel_size[0] for block in blocks]
 
 
 def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residual: type[Any]) -> None:

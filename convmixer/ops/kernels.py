@@ -214,6 +214,63 @@ def depthwise_weight_gradient(
 
 
 @triton.jit
+def depthwise_weight_gradient_banded(
+    x, grad, sums, H, W, strips, lanes, tiles_w, tiles,
+    C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr,
+    KERNEL_ROWS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    # A lane is a strip of ROWS rows of one image. Dimensions: channels, lanes, columns; of x channels, columns, lanes.
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[:, None, None]
+    fits = channel < C
+    first_row = tl.program_id(2) * KERNEL_ROWS
+    total = tl.zeros((CHANNELS, 16, OUTPUTS), tl.float32)
+    acc = ()
+    for i in tl.static_range(KERNEL_ROWS):
+        acc = acc + (tl.zeros((CHANNELS, INPUTS, OUTPUTS), tl.float32),)
+    for turn in range(tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        left = tile % tiles_w * OUTPUTS
+        lane = tile // tiles_w * 16 + tl.arange(0, 16)[None, :, None]
+        w = left + tl.arange(0, OUTPUTS)[None, None, :]
+        top = lane % strips * ROWS
+        start = grad + (((lane // strips).to(tl.int64) * H + top) * W + w) * C + channel
+        inside = fits & (lane < lanes) & (w < W)
+        grads = ()
+        for r in tl.static_range(ROWS):
+            value = tl.load(start + r * W * C, mask=inside & (top + r < H), other=0.0)
+            grads = grads + (value,)
+            total += value.to(tl.float32)
+        lane = tile // tiles_w * 16 + tl.arange(0, 16)[None, None, :]
+        place = tl.arange(0, INPUTS)[None, :, None]
+        column = left - BEFORE + place
+        top = lane % strips * ROWS + (first_row - BEFORE)
+        start = x + (((lane // strips).to(tl.int64) * H + top) * W + column) * C + channel
+        inside = fits & (lane < lanes) & (column >= 0) & (column < W) & (place < OUTPUTS + K - 1)
+        for s in tl.static_range(ROWS + KERNEL_ROWS - 1):
+            ok = inside & (top + s >= 0) & (top + s < H)
+            value = tl.load(start + s * W * C, mask=ok, other=0.0)
+            # Row s of x meets row s - i of grad at kernel row i.
+            updated = ()
+            for i in tl.static_range(KERNEL_ROWS):
+                if s - i >= 0 and s - i < ROWS:
+                    updated = updated + (tl.dot(value, grads[s - i], acc[i], input_precision="ieee"),)
+                else:
+                    updated = updated + (acc[i],)
+            acc = updated
+    # Column w of grad meets column w + j of x at tap j: each tap is the sum of a diagonal.
+    tap = tl.arange(0, INPUTS)[None, :]
+    diagonal = tl.minimum(tap[:, :, None] + tl.arange(0, OUTPUTS)[None, None, :], INPUTS - 1)
+    diagonal = tl.broadcast_to(diagonal, (CHANNELS, INPUTS, OUTPUTS))
+    out = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    partial = sums + tl.program_id(0).to(tl.int64) * (K * K + 1) * C + out
+    for i in tl.static_range(KERNEL_ROWS):
+        value = tl.sum(tl.gather(acc[i], diagonal, 1), 2)
+        ok = (out[:, None] < C) & (tap < K) & (first_row + i + tap * 0 < K)
+        tl.store(partial[:, None] + ((first_row + i) * K + tap) * C, value, mask=ok)
+    tl.store(partial + K * K * C, tl.sum(tl.sum(total, 2), 1), mask=(out < C) & (first_row + out * 0 == 0))
+
+
+@triton.jit
 def pointwise(
     c, scale1, shift1, x, weight, bias, center, scale, shift, u, sums, M,
     C: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr,
@@ -260,7 +317,7 @@ def pointwise(
 
 @triton.jit
 def normalize(
-    u, scale, shift, grad, out, sums, M, C: tl.constexpr, ACT: tl.constexpr,
+    u, scale, shift, grad, x, scale_x, shift_x, out, sums, M, C: tl.constexpr, ACT: tl.constexpr, ACT_X: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -278,6 +335,13 @@ def normalize(
         tl.store(partial + tl.num_programs(0).to(tl.int64) * C, tl.sum(above, 0), mask=n < C)
     else:
         a = tl.fma(_activate(value, ACT), gain, tl.load(shift + n, mask=n < C, other=0.0)[None, :])
+        if x is not None:
+            other = tl.load(x + offset, mask=ok, other=0.0).to(tl.float32)
+            if scale_x is not None:
+                a += tl.load(shift_x + n, mask=n < C, other=0.0)[None, :]
+                a = tl.fma(_activate(other, ACT_X), tl.load(scale_x + n, mask=n < C, other=0.0)[None, :], a)
+            else:
+                a += other
         tl.store(out + offset, a.to(out.dtype.element_ty), mask=ok)
 
 

@@ -85,6 +85,14 @@ def _add_normalized(x: Tensor, c: Tensor, scale: Tensor, shift: Tensor, act: str
     return _join([(_wide(x) + _normalized(c, scale, shift, act)).to(x.dtype) for x, c in _parts(x, c)])
 
 
+def sum_normalized(
+    c: Tensor, scale: Tensor, shift: Tensor, act: str, u: Tensor, scale_u: Tensor, shift_u: Tensor, act_u: str
+) -> Tensor:
+    """`scale * act(c) + shift + scale_u * act_u(u) + shift_u`, of c's type."""
+    before = scale_u, shift_u, act_u
+    return _join([(_normalized(c, scale, shift, act) + _normalized(u, *before)).to(c.dtype) for c, u in _parts(c, u)])
+
+
 def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `normalize_act` for u, scale and shift."""
     grads, scales, shifts = [], [], []
@@ -138,11 +146,12 @@ def depthwise_infer(
     return _add_normalized(residual, c, scale, shift, act)
 
 
-def depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of `depthwise` for x, of that for c."""
+def depthwise_input_grad(grad: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Gradient of `depthwise` for x, of that for c; plus `residual`."""
     before, after = _borders(weight.shape[-1])
     # The transpose of a correlation is one with the flipped kernel, padded the other way round.
-    return _correlate(grad, weight.flip(-2, -1), None, after, before)
+    result = _correlate(grad, weight.flip(-2, -1), None, after, before)
+    return result if residual is None else residual + result
 
 
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:

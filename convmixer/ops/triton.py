@@ -13,10 +13,13 @@ banded   On the tensor cores. For one channel, a row of outputs is `Y[h] = sum_i
          matrix (inputs x outputs) of kernel row i. A program holds T_0 ... T_{k-1} and streams rows past them, of 16
          images or strips of images at a time, which are the rows of the product: every input row is loaded once and
          multiplied by all T_i, into k rolling rows of outputs. 16 inputs make 8 outputs where k is at most 9, so
-         16/k times as many products are computed as needed; 32 make 16 above. What the layout costs: the inputs of one
+         16/k times as many products are computed as needed; 32 make 8 above. What the layout costs: the inputs of one
          channel lie C elements apart, so blocks of 16 channels are loaded together (32 bytes in a line) and go through
          shared memory to reach the tensor cores channel by channel; and neighbouring tiles share inputs, which are
          read twice.
+
+The weight gradient has both forms, too, by `WEIGHT_GRADIENT`. In the banded one the products are those of a row of
+inputs with a row of gradients, over 16 images or strips; diagonals of their sum are the gradient of a kernel row.
 
 No row of the tables was measured: they come from what the compiler says (`benchmarks/kernels_static.py`). `tune`
 measures candidates on the GPU at hand.
@@ -62,7 +65,7 @@ class Direct(NamedTuple):
 
 
 class Banded(NamedTuple):
-    """A program's tile: 16 images or strips of `rows` rows, of `channels` channels; 8 columns, with k > 9 16."""
+    """A program's tile: 16 images or strips of `rows` rows, of `channels` channels; 8 columns."""
 
     rows: int
     channels: int
@@ -79,35 +82,60 @@ class Gradient(NamedTuple):
     warps: int
 
 
+class BandedGradient(NamedTuple):
+    """The same on the tensor cores: sums over tiles of 16 images or strips of `rows` rows, and 8 columns."""
+
+    kernel_rows: int
+    rows: int
+    channels: int
+    warps: int
+
+
 class Product(NamedTuple):
-    """A program's tile of the 1x1 convolution: `rows` positions x `outputs`, in steps of `inputs` channels."""
+    """A program's tile of the 1x1 convolution: `rows` positions x `outputs`, in steps of `inputs` channels.
+
+    `apart`: `scale1*act(c) + shift1 + x` is formed by a pass of its own before, and not by each program.
+    """
 
     rows: int
     outputs: int
     inputs: int
     warps: int
     stages: int
+    apart: bool = False
 
 
 # By compute capability (the nearest below counts), kernel size and bytes of an element. Unmeasured.
+# 8.6, 8.9 and 12.0 have 99 KiB of shared memory for a program, and matrices of 10 and 11 rows take 104.
 DEPTHWISE: dict[tuple[int, int, int], Direct | Banded] = {
-    **{(capability, size, 2): Banded(32, 16, 8) for capability in (80, 90) for size in KERNEL_SIZES},
-    **{(capability, size, 4): Direct(16, 4, 1, 32, 4) for capability in (80, 90) for size in KERNEL_SIZES},
+    (capability, size, 4): Direct(16, 4, 1, 32, 4) for capability in (80, 86, 90, 120) for size in KERNEL_SIZES
 }
-WEIGHT_GRADIENT: dict[tuple[int, int, int], Gradient] = {
-    **{(capability, size, 2): Gradient(2, 16, 4, 64, 4) for capability in (80, 90) for size in KERNEL_SIZES},
+DEPTHWISE |= {
+    (capability, size, 2): Banded(32, 16, 8) if size < 10 or capability in (80, 90) else Direct(8, 4, 1, 64, 4)
+    for capability in (80, 86, 90, 120)
+    for size in KERNEL_SIZES
+}
+WEIGHT_GRADIENT: dict[tuple[int, int, int], Gradient | BandedGradient] = {
+    **{
+        (capability, size, 2): BandedGradient(size if size < 10 else 6, 8 if size < 8 else 4, 16, 8)
+        for capability in (80, 90)
+        for size in KERNEL_SIZES
+    },
     **{(capability, size, 4): Gradient(2, 16, 4, 32, 4) for capability in (80, 90) for size in KERNEL_SIZES},
 }
-# By compute capability, whether z is formed on the way (1) or given (0), and bytes of an element. Unmeasured.
+# By compute capability, what z is, and bytes of an element. z is given (0), or made of c and x (1), by GELU for more
+# than 256 outputs (2). Where programs would make it often, or slowly, a pass before does. Unmeasured.
 POINTWISE: dict[tuple[int, int, int], Product] = {
-    (80, 0, 2): Product(128, 128, 32, 8, 3),
-    (80, 1, 2): Product(128, 128, 32, 8, 3),
-    (80, 0, 4): Product(64, 64, 32, 4, 2),
-    (80, 1, 4): Product(64, 64, 32, 4, 2),
+    # 12.0 has the shared memory of 8.6, and 10.0 another product with an accumulator of its own.
+    **{(capability, z, 2): Product(128, 128, 32, 8, 3, z > 0) for capability in (80, 120) for z in range(3)},
+    **{(capability, z, 4): Product(64, 64, 32, 4, 2, z == 2) for capability in (80, 120) for z in range(3)},
     (90, 0, 2): Product(128, 256, 64, 8, 3),
     (90, 1, 2): Product(64, 256, 64, 4, 2),
-    (90, 0, 4): Product(64, 128, 32, 8, 2),
-    (90, 1, 4): Product(64, 128, 32, 8, 2),
+    (90, 2, 2): Product(128, 256, 64, 8, 3, apart=True),
+    (100, 0, 2): Product(128, 128, 64, 8, 3),
+    (100, 1, 2): Product(128, 128, 64, 8, 2),
+    (100, 2, 2): Product(128, 128, 64, 8, 3, apart=True),
+    **{(capability, z, 4): Product(64, 128, 32, 8, 2, z == 2) for capability in (90, 100) for z in range(3)},
 }
 # What `tune` tries beside the row of the table.
 CANDIDATES: dict[str, tuple[Any, ...]] = {
@@ -117,11 +145,13 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
         Banded(32, 32, 16),
     ),
     "weight_gradient": (
-        *(Gradient(rows, columns, 4, 64, 4) for rows in (1, 2, 3) for columns in (8, 16)),
+        *(Gradient(rows, columns, 4, 64, 4) for rows in (2, 1, 3) for columns in (16, 8)),
         Gradient(2, 8, 8, 64, 8),
+        *(BandedGradient(kernel_rows, rows, 16, 8) for kernel_rows in (3, 5, 11) for rows in (4, 8)),
     ),
     "pointwise": (
         *(Product(128, outputs, 64, 8, stages) for outputs in (128, 256) for stages in (2, 3)),
+        *(Product(128, outputs, 64, 8, 3, apart=True) for outputs in (128, 256)),
         Product(64, 256, 64, 4, 3),
         Product(128, 128, 32, 4, 3),
     ),
@@ -144,6 +174,13 @@ def forms(x: Tensor, kernel_size: int) -> list[Direct | Banded]:
     """The table's form of the depthwise convolution for x, then the other one where there is one for x's type."""
     chosen: Direct | Banded = _row(DEPTHWISE, x, kernel_size)
     others = [config for config in CANDIDATES["depthwise"] if type(config) is not type(chosen)]
+    return [chosen, *others[: 1 if x.element_size() == 2 else 0]]
+
+
+def gradients(x: Tensor, kernel_size: int) -> list[Gradient | BandedGradient]:
+    """As `forms`, of the weight gradient."""
+    chosen: Gradient | BandedGradient = _row(WEIGHT_GRADIENT, x, kernel_size)
+    others = [config for config in CANDIDATES["weight_gradient"] if type(config) is not type(chosen)]
     return [chosen, *others[: 1 if x.element_size() == 2 else 0]]
 
 
@@ -274,7 +311,7 @@ def _convolve(
 def _strips(batch: int, height: int, size: int, rows: int) -> tuple[int, int, int, int]:
     """Strips of an image and their rows, at least 16 strips in all where there are so many rows; inputs, outputs."""
     strips = max(-(-height // rows), min(height, -(-16 // max(batch, 1))))
-    return strips, -(-height // strips), *((16, 8) if size < 10 else (32, 16))
+    return strips, -(-height // strips), 16 if size < 10 else 32, 8
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -302,7 +339,42 @@ def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     rows, out = batch * height * width, _empty(u)
     vectors = [_vector(name, vector, channels, u) for name, vector in {"scale": scale, "shift": shift}.items()]
     grid, constants = _elementwise(rows, channels)
-    _launch(kernels.normalize, grid, _last(u), *vectors, None, out, None, rows, ACT=act, **constants)
+    unused = None, None, None, None
+    _launch(kernels.normalize, grid, _last(u), *vectors, *unused, out, None, rows, ACT=act, ACT_X=act, **constants)
+    return out
+
+
+@_operator(
+    "(Tensor c, Tensor scale, Tensor shift, str act, Tensor u, Tensor scale_u, Tensor shift_u, str act_u) -> Tensor",
+    lambda c, scale, shift, act, u, scale_u, shift_u, act_u: _empty(c),
+)
+def sum_normalized(
+    c: Tensor, scale: Tensor, shift: Tensor, act: str, u: Tensor, scale_u: Tensor, shift_u: Tensor, act_u: str
+) -> Tensor:
+    """`scale*act(c) + shift + scale_u*act_u(u) + shift_u`, (B, C, H, W) of c's type."""
+    return _sum_normalized(c, scale, shift, act, u, scale_u, shift_u, act_u)
+
+
+def _sum_normalized(
+    c: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    x: Tensor,
+    scale_x: Tensor | None = None,
+    shift_x: Tensor | None = None,
+    act_x: str = "identity",
+) -> Tensor:
+    """`sum_normalized`; without `scale_x`, x is added as it is."""
+    _require(c, act, x=x)
+    _require(x, act_x)
+    batch, channels, height, width = c.shape
+    rows, out = batch * height * width, _empty(c)
+    named = {"scale": scale, "shift": shift, "scale_x": scale_x, "shift_x": shift_x}
+    gain, offset, *after = (_vector(name, vector, channels, c) for name, vector in named.items())
+    grid, constants = _elementwise(rows, channels)
+    tensors = (_last(c), gain, offset, None, _last(x), *after, out, None)
+    _launch(kernels.normalize, grid, *tensors, rows, ACT=act, ACT_X=act_x, **constants)
     return out
 
 
@@ -318,7 +390,8 @@ def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tupl
     grid, constants = _elementwise(rows, channels)
     sums = _floats(u, 2, grid[0], channels)
     gain = _vector("scale", scale, channels, u)
-    _launch(kernels.normalize, grid, _last(u), gain, None, _last(grad), out, sums, rows, ACT=act, **constants)
+    tensors = (_last(u), gain, None, _last(grad), None, None, None, out, sums)
+    _launch(kernels.normalize, grid, *tensors, rows, ACT=act, ACT_X=act, **constants)
     return out, sums[0].sum(0), sums[1].sum(0)
 
 
@@ -383,10 +456,13 @@ def depthwise_infer(
     return _convolve(x, weight, bias, act, scale=scale, shift=shift, residual=residual)[0]
 
 
-@_operator("(Tensor grad, Tensor weight) -> Tensor", lambda grad, weight: _empty(grad))
-def depthwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the depthwise convolution with respect to its input, of grad's type."""
-    return _convolve(grad, weight, None, "identity", transpose=True)[0]
+@_operator(
+    "(Tensor grad, Tensor weight, Tensor? residual=None) -> Tensor",
+    lambda grad, weight, residual=None: _empty(grad),
+)
+def depthwise_input_grad(grad: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Gradient of the depthwise convolution with respect to its input, of grad's type, plus `residual`."""
+    return _convolve(grad, weight, None, "identity", residual=residual, transpose=True)[0]
 
 
 def _fake_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
@@ -400,27 +476,34 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Te
     return _correlate(x, grad, kernel_size)
 
 
-def _correlate(x: Tensor, grad: Tensor, size: int, config: Gradient | None = None) -> tuple[Tensor, Tensor]:
+def _correlate(
+    x: Tensor, grad: Tensor, size: int, config: Gradient | BandedGradient | None = None
+) -> tuple[Tensor, Tensor]:
     _require(x, grad=grad)
     _size(size)
     batch, channels, height, width = x.shape
     config = config or _row(WEIGHT_GRADIENT, x, size)
-    tiles_h, tiles_w = -(-height // config.groups), -(-width // config.columns)
-    tiles, blocks, parts = batch * tiles_h * tiles_w, -(-channels // config.channels), -(-size // config.kernel_rows)
-    programs = min(tiles, -(-PROGRAMS // (blocks * parts)))
+    constants: dict[str, Any] = {"C": channels, "K": size, "BEFORE": (size - 1) // 2}
+    constants |= {"KERNEL_ROWS": min(config.kernel_rows, size), "CHANNELS": config.channels}
+    blocks, parts = -(-channels // config.channels), -(-size // constants["KERNEL_ROWS"])
+    places: tuple[int, ...]
+    if isinstance(config, Gradient):
+        tiles_h, tiles_w = -(-height // config.groups), -(-width // config.columns)
+        tiles, places, most = batch * tiles_h * tiles_w, (tiles_h, tiles_w), PROGRAMS
+        constants |= {"COLUMNS": config.columns, "GROUPS": config.groups}
+    else:
+        strips, tiles_w = -(-height // config.rows), -(-width // 8)
+        # A program takes four times the registers of the other form's, and has more to do at its end.
+        tiles, places, most = -(-batch * strips // 16) * tiles_w, (strips, batch * strips, tiles_w), PROGRAMS // 4
+        constants |= {"ROWS": config.rows, "INPUTS": 16 if size < 10 else 32, "OUTPUTS": 8}
+    programs = min(tiles, -(-most // (blocks * parts)))
     sums = _floats(x, programs, size * size + 1, channels)
     _launch(
-        kernels.depthwise_weight_gradient,
+        kernels.depthwise_weight_gradient if isinstance(config, Gradient) else kernels.depthwise_weight_gradient_banded,
         (programs, blocks, parts),
-        *(_last(x), _last(grad), sums, height, width, tiles_h, tiles_w, tiles),
-        C=channels,
-        K=size,
-        BEFORE=(size - 1) // 2,
-        KERNEL_ROWS=config.kernel_rows,
-        COLUMNS=config.columns,
-        GROUPS=config.groups,
-        CHANNELS=config.channels,
+        *(_last(x), _last(grad), sums, height, width, *places, tiles),
         warps=config.warps,
+        **constants,
     )
     total = sums.sum(0)
     return total[:-1].t().reshape(channels, 1, size, size).contiguous(), total[-1].clone()
@@ -451,7 +534,9 @@ def _multiply(
         _vector(name, vector, outputs, c)
         for name, vector in {"bias": bias, "center": center, "scale": scale, "shift": shift}.items()
     ]
-    config = config or _row(POINTWISE, c, int(x is not None))
+    config = config or _row(POINTWISE, c, 0 if x is None else 1 + (act == "gelu" and outputs > 256))
+    if config.apart and scale1 is not None and shift1 is not None and x is not None:
+        c, before, x = _sum_normalized(c, scale1, shift1, act, x), [None, None], None
     u, rows = _empty(c, outputs), batch * height * width
     tiles = -(-rows // config.rows)
     sums = None if center is None else _floats(c, 2, tiles, outputs)
@@ -553,7 +638,7 @@ def tune(
             lambda config: _correlate(x, x, kernel_size, config),
         ),
         "pointwise": (
-            _row(POINTWISE, x, 1),
+            _row(POINTWISE, x, 1 + (channels > 256)),
             lambda config: _multiply(x, square, vector, "gelu", (vector, vector, x), vector, config=config),
         ),
     }
@@ -561,6 +646,8 @@ def tune(
     for name, (row, call) in calls.items():
         times = []
         for config in dict.fromkeys((row, *CANDIDATES[name])):
+            if dtype == torch.float32 and isinstance(config, Banded | BandedGradient):
+                continue  # float32 has no form by products
             try:
                 times.append((config, float(do_bench(functools.partial(call, config)))))
             except triton.runtime.errors.OutOfResources:
