@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from convmixer import native
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing
 from convmixer.folding import FoldedConvMixer, fold, unwrap
-from convmixer.hardware import bf16_is_faster, l2_cache, prefers_channels_last
+from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache, prefers_channels_last
 from convmixer.inference import read_image
 from convmixer.model import check_dtype, check_input
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
@@ -44,7 +44,7 @@ from convmixer.transforms import create_transform
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
 GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
 CALIBRATION_IMAGES = 512
-NATIVE_DIM = 512  # above it OpenVINO is faster: measured with 256 and 768 channels
+NATIVE_DIM = 512  # above it OpenVINO is faster where there is no AMX: measured with 256 and 768 channels
 MOST_LOST = 0.25  # of the outputs' size, by int8; what loses more classifies otherwise
 _NEEDS = {  # modules of each runtime, and the extra that brings them
     "openvino": (("openvino",), "export"),
@@ -90,8 +90,10 @@ class Choice:
 # ---- what there is --------------------------------------------------------------------------------------------------
 
 
-def _missing(backend: str, device: torch.device = _CPU) -> str | None:
+def _missing(backend: str, device: torch.device = _CPU, dtype: torch.dtype | None = None) -> str | None:
     """What the backend lacks here, and how to get it; None if nothing."""
+    if backend == "openvino" and dtype == torch.int8 and (lacking := _missing("int8")):
+        return lacking
     modules, extra = _NEEDS.get(backend, ((), ""))
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
@@ -104,8 +106,8 @@ def _missing(backend: str, device: torch.device = _CPU) -> str | None:
     return None
 
 
-def _require(backend: str, device: torch.device = _CPU) -> None:
-    if lacking := _missing(backend, device):
+def _require(backend: str, device: torch.device = _CPU, dtype: torch.dtype | None = None) -> None:
+    if lacking := _missing(backend, device, dtype):
         raise DependencyError(lacking)
 
 
@@ -119,7 +121,7 @@ def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = 
             ordered = ["native", "openvino", "onnxruntime", "compile", "eager"]
     elif device.type != "cuda":
         ordered = ["eager"]
-    return tuple(b for b in ordered if not _unsupported(b, device, dtype) and not _missing(b, device))
+    return tuple(b for b in ordered if not _unsupported(b, device, dtype) and not _missing(b, device, dtype))
 
 
 def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -134,8 +136,10 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
         return f"dtype={dtype}: openvino finds no products of that type in this CPU; use torch.float32"
     if backend == "native" and not torch.cpu._is_avx512_supported():
         return "backend='native' needs a CPU with AVX-512; choose another one, such as openvino"
-    if backend == "native" and dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype={dtype}: native computes in float32 or bfloat16"
+    if backend == "native" and dtype == torch.int8 and not has_int8_tiles():
+        return f"dtype={dtype}: native computes in int8 on CPUs with AMX and AVX512-VBMI; use openvino"
+    if backend == "native" and dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        return f"dtype={dtype}: native computes in float32, bfloat16 or int8"
     if backend == "triton" and device.type != "cuda" and "TRITON_INTERPRET" not in os.environ:
         return f"backend='triton' computes on CUDA devices, this model is on {device}: call model.cuda() first"
     if backend == "triton" and device.type == "cuda" and torch.cuda.is_available() and (lacking := unsupported(device)):
@@ -143,7 +147,7 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
     if backend == "triton" and dtype not in DTYPES:
         return f"dtype={dtype}: triton computes in bfloat16, float16 or float32"
     if backend in ("eager", "compile") and dtype == torch.int8:
-        return f"dtype={dtype}: give a floating point type such as torch.bfloat16, or backend='openvino' with it"
+        return f"dtype={dtype}: give a floating point type such as torch.bfloat16, or backend='auto' with it"
     return None
 
 
@@ -512,7 +516,7 @@ def optimize(
             `create_transform` need it.
         dtype: Type to compute in, such as `torch.bfloat16`; None keeps the model's. "auto" takes bfloat16 where the
             hardware has products for it, else float32. `torch.int8` quantises the convolutions and computes the
-            rest in the type of "auto"; it needs `backend="openvino"` and `calibration`.
+            rest in the type of "auto"; it needs `calibration` and `backend` "native", "openvino" or "auto".
         backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
             x86 with AVX-512); on CUDA devices "triton" (own kernels, of unmeasured speed); or "auto": by rule the
             usually fastest of those that work here, or by measurement if there is an `example`.
@@ -570,27 +574,26 @@ def _candidates(
 ) -> tuple[tuple[str, ...], str]:
     """The backends that come into question, best first by rule, and why the first one is."""
     if backend != "auto":
-        unsupported = _unsupported(backend, device, dtype) or _refusal(backend, model)
+        unsupported = _unsupported(backend, device, dtype) or _refusal(backend, model, dtype)
         if unsupported:
             raise ArgumentError(unsupported)
-        _require("int8" if dtype == torch.int8 else backend, device)
-        _require(backend, device)
+        _require(backend, device, dtype)
         return (backend,), "as asked"
-    if dtype == torch.int8:
-        return _candidates("openvino", model, device, dtype)[0], "it alone computes in int8"
-    found = tuple(b for b in available_backends(device, dtype) if not _refusal(b, model))
-    if "openvino" in found and unwrap(model).dim > NATIVE_DIM:
+    found = tuple(b for b in available_backends(device, dtype) if not _refusal(b, model, dtype))
+    if not found:  # int8 alone, which openvino computes everywhere
+        return _candidates("openvino", model, device, dtype)
+    if "openvino" in found and unwrap(model).dim > NATIVE_DIM and not has_tiles():
         found = ("openvino", *(b for b in found if b != "openvino"))
     absent = [
         m
         for b in ("native", "openvino", "compile", "onnxruntime")
-        if not _unsupported(b, device, dtype) and b not in found and (m := _missing(b, device))
+        if not _unsupported(b, device, dtype) and b not in found and (m := _missing(b, device, dtype))
     ]
     reason = f"by rule the fastest of {', '.join(found)} for {_name(dtype)} on {device.type}"
     return found, "; ".join([reason, *absent])
 
 
-def _refusal(backend: str, model: nn.Module) -> str | None:
+def _refusal(backend: str, model: nn.Module, dtype: torch.dtype) -> str | None:
     """Why the backend does not take this model; None if it does."""
     if backend not in ("native", "triton"):
         return None
@@ -599,7 +602,7 @@ def _refusal(backend: str, model: nn.Module) -> str | None:
         return f"{backend} returns the last output alone: use another backend for features_only, such as {other}"
     inner = unwrap(model)
     if backend == "native":
-        return native.refusal(inner)
+        return native.refusal(inner, dtype)
     block: Any = inner.blocks[0]
     depthwise, act, _ = block[0].fn
     if depthwise.kernel_size[0] not in KERNEL_SIZES:
@@ -685,17 +688,24 @@ class _Maker:
                 limited = self.dtype == torch.float16
                 precision = torch.float16 if limited else torch.float32
                 folded = fold(self.model, self.normalization, precision, divide=self.dtype != torch.int8).float()
-                make: Any = {"openvino": to_openvino, "onnxruntime": to_onnx, "native": self._native}[backend]
-                source = make(folded)
-                if self.dtype == torch.int8:
-                    images = calibration_images(self.calibration, folded)
-                    source = quantize(source, images)
-                    _check_int8(source, folded, images[:64].float())
-                self._sources[backend] = folded, source
+                make = self._int8 if self.dtype == torch.int8 else self._made
+                self._sources[backend] = folded, make(backend, folded)
         return self._sources[backend]
 
-    def _native(self, folded: FoldedConvMixer) -> native.Native:
-        return native.Native(folded, self.dtype, self.threads)
+    def _made(self, backend: str, folded: FoldedConvMixer) -> Any:
+        if backend == "native":
+            return native.Native(folded, self.dtype, self.threads)
+        return to_openvino(folded) if backend == "openvino" else to_onnx(folded)
+
+    def _int8(self, backend: str, folded: FoldedConvMixer) -> Any:
+        images = calibration_images(self.calibration, folded)
+        if backend == "native":
+            runtime = native.NativeInt8(folded, native.calibrate(folded, images), self.threads)
+            _check_int8(runtime, folded, images[:64].float())
+            return runtime
+        quantized = quantize(to_openvino(folded), images)
+        _check_int8(OpenVINO(quantized, self.rest, self.threads, None), folded, images[:64].float())
+        return quantized
 
     def __call__(self, backend: str, chunk: int | None, reason: str) -> OptimizedConvMixer:
         folded, source = self._source(backend)
@@ -720,7 +730,7 @@ class _Maker:
         fitting = f"pieces that fill {l2_cache() // 1024:,} KiB of cache" if on_cpu else "whole batches"
         cut = f"pieces of at most {chunk} images" if chunk else fitting
         if backend == "native":
-            layout, cut = "channels_last", "single images, 32 positions at a time"
+            layout, cut = "contiguous" if source.planar else "channels_last", "single images"
         choice = Choice(
             backend=backend,
             dtype=kind,
@@ -785,13 +795,10 @@ def quantize(model: Any, images: Tensor) -> Any:
 
 
 @torch.inference_mode()
-def _check_int8(quantized: Any, folded: nn.Module, images: Tensor) -> None:
+def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, images: Tensor) -> None:
     """Raise a ConvMixerError where eight bits do not hold what the model computes of calibration images."""
-    import openvino
-
-    outputs = openvino.Core().compile_model(quantized, "CPU")(images.numpy())
-    for i, expected in enumerate(_as_list(folded(images))):
-        lost = float((torch.from_numpy(outputs[i]) - expected).norm() / expected.norm())
+    for output, expected in zip(runtime(images), _as_list(folded(images)), strict=True):
+        lost = float((output.float() - expected).norm() / expected.norm())
         if not lost <= MOST_LOST:
             raise ConvMixerError(
                 f"int8 changes the outputs for the calibration images by {lost:.0%} of their size, at most "
@@ -820,5 +827,5 @@ def calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> 
             step = max(len(opened) / CALIBRATION_IMAGES, 1)
             samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))
         else:
-            samples = (s for s in opened.in_order(prepare) if not isinstance(s, Exception))
+            samples = opened.in_order(prepare)
         return torch.stack([image for image, _ in itertools.islice(samples, CALIBRATION_IMAGES)])

@@ -277,7 +277,9 @@ def _ours(
         if dtype != "int8":
             found.append(_Candidate("convmixer unfolded", dtype, plain(dtype)))
         for backend in backends:
-            if (dtype == "int8" and backend != "openvino") or (dtype != "float32" and backend == "onnxruntime"):
+            if dtype == "int8" and backend not in ("native", "openvino"):
+                continue
+            if dtype != "float32" and backend == "onnxruntime":
                 continue
             found.append(_Candidate(f"convmixer {backend}", dtype, optimized(backend, dtype)))
     return found

@@ -378,7 +378,7 @@ def _show_classes(classes: Sequence[ClassAccuracy]) -> None:
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded data sets lie.")
 @click.option("--download", is_flag=True, help="Let torch/ data sets download.")
 @click.option("--backend", type=click.Choice(BACKENDS), help="Also measure the optimized model, in this backend.")
-@click.option("--int8", is_flag=True, help="Optimize to int8, with --backend openvino and --calibration.")
+@click.option("--int8", is_flag=True, help="Optimize to int8; needs --backend and --calibration.")
 @click.option("--calibration", help="Training images for --int8: folder, .tar, or a name such as torch/cifar10.")
 @click.option("--output", type=click.Path(path_type=Path), help="A file to write the JSON to.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -400,7 +400,7 @@ def validate(
     it is measured twice: as it is, and optimized.
     """
     if backend is None and (int8 or calibration):
-        raise ArgumentError("--int8 and --calibration are for the optimized model: add --backend openvino")
+        raise ArgumentError("--int8 and --calibration are for the optimized model: add --backend auto")
     opened = open_model(model, checkpoint=checkpoint, device=device)
     fast = None
     if backend:

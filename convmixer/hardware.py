@@ -33,6 +33,16 @@ def bf16_is_faster(device: torch.device) -> bool:
     return False
 
 
+def has_tiles() -> bool:
+    """Whether the CPU multiplies tiles of bfloat16: AMX."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def has_int8_tiles() -> bool:
+    """Whether it multiplies tiles of int8 and permutes single bytes: AMX and AVX512-VBMI."""
+    return {"amx_int8", "avx512vbmi"} <= set(cpu_field("flags").split())
+
+
 def prefers_channels_last(device: torch.device, kernel_size: int) -> bool:
     """Whether ConvMixer is known to run faster in channels_last: on CPUs, and with 7x7 kernels on GPUs."""
     return device.type == "cpu" or (device.type == "cuda" and kernel_size == 7)

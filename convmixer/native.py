@@ -30,7 +30,7 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PANEL = 64  # output channels that are packed together; PANEL in cpu.cpp
 LARGEST = 15  # kernel size on tiles; LARGEST in cpu_tiles.h
 LARGEST_BYTES = 13  # kernel size in int8; LARGEST_BYTES in cpu_bytes.h
-MARGIN = 1.3  # by which int8 goes beyond what calibration images span: saturation costs more than coarser steps
+MARGIN = 1.15  # by which int8 goes beyond what calibration images span: saturation costs more than coarser steps
 
 
 def compiler() -> str | None:
@@ -39,13 +39,15 @@ def compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def refusal(model: Any) -> str | None:
-    """Why the kernels do not take a model, a `ConvMixer`; None if they do."""
-    act = model.stem[1]
+def refusal(model: Any, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not take a model, a `ConvMixer`, in a type; None if they do."""
+    act, kernel_size = model.stem[1], model.blocks[0][0].fn[0].kernel_size[0]
     if model.dim % PANEL:
         return f"native takes models whose dim is a multiple of {PANEL}, this one has {model.dim}"
     if type(act) not in (nn.GELU, nn.ReLU) or getattr(act, "approximate", "none") != "none":
         return f"native takes the activations gelu and relu, this model has {act}"
+    if dtype == torch.int8 and kernel_size > LARGEST_BYTES:
+        return f"native takes kernels of at most {LARGEST_BYTES} in int8, this model has {kernel_size}"
     return None
 
 
@@ -110,6 +112,7 @@ class _Block(ctypes.Structure):
         ("end", _Affine),
         ("tables", ctypes.c_void_p * 2),
         ("zeros", ctypes.c_void_p),
+        ("lifts", ctypes.c_void_p),
     ]
 
 
@@ -131,7 +134,7 @@ class Native:
 
     Args:
         folded: In float32 on the CPU.
-        dtype: float32 or bfloat16: of activations and of the 1x1 convolutions' weights. Sums are float32.
+        dtype: float32 or bfloat16: of activations and weights. Sums are float32.
         threads: Number of them.
     """
 
@@ -179,19 +182,19 @@ class Native:
         return int(self._kept[-1].data_ptr())
 
     @property
-    def _tiles(self) -> bool:
-        """Whether activations are planar, computed by cpu_tiles.h."""
+    def planar(self) -> bool:
+        """Whether activations are planar, computed by tiles; else channels-last."""
         return self._amx and self.dtype != torch.float32
 
     def _kernels(self, weight: Tensor) -> Tensor:
         """(dim, k, k) -> on tiles (dim, k, 16), reversed rows with zeros behind; else in the order of registers."""
-        if self._tiles:
+        if self.planar:
             return nn.functional.pad(weight.flip(2), (0, 16 - weight.shape[2])).to(torch.bfloat16)
         return self._registers(weight.flatten(1))
 
     def _registers(self, values: Tensor) -> Tensor:
         """(dim, n) -> (dim/32, n, 2, 16): two registers of 16 channels; in bfloat16 even channels and odd ones."""
-        if self._tiles:
+        if self.planar:
             return values
         if self.dtype == torch.bfloat16:
             return values.reshape(len(values) // 32, 16, 2, -1).permute(0, 3, 2, 1)
@@ -203,7 +206,7 @@ class Native:
         In the latter two inputs lie side by side in bfloat16.
         """
         outputs, inputs = weight.shape
-        if self._tiles:
+        if self.planar:
             return weight.to(torch.bfloat16).reshape(outputs // 16, 16, inputs // 32, 32).permute(0, 2, 1, 3)
         if self._amx:
             tiles = torch.stack(_three_bfloat16(weight)).reshape(3, outputs // 32, 2, 16, inputs // 32, 16, 2)
@@ -224,10 +227,10 @@ class Native:
         patch = self.folded.patch_size
         places: Sequence[int] = () if pooled else (height // patch, width // patch)
         dim = self._record.dim
-        out = torch.empty(batch, dim, *places) if self._tiles else torch.empty(batch, *places, dim)
+        out = torch.empty(batch, dim, *places) if self.planar else torch.empty(batch, *places, dim)
         self._run(ctypes.byref(self._record), x.data_ptr(), batch, height, width, out.data_ptr(), pooled, self.threads)
         out = self._shifted(out)
-        features = out[:, :, None, None] if pooled else out if self._tiles else out.permute(0, 3, 1, 2)
+        features = out[:, :, None, None] if pooled else out if self.planar else out.permute(0, 3, 1, 2)
         with torch.no_grad():
             return [self.folded.forward_head(self.folded.norms[-1](features))]
 
@@ -266,7 +269,9 @@ def _span(*values: Tensor) -> Span:
 def calibrate(folded: FoldedConvMixer, images: Tensor) -> Ranges:
     """Ranges of a model folded with `divide=False` for images (N, C, H, W)."""
     depth = len(folded.blocks)
-    found = Ranges(*([[] for _ in range(length)] for length in (depth + 1, depth, depth)))  # per batch
+    outputs: list[list[Span]] = [[] for _ in range(depth + 1)]  # per batch
+    depthwise: list[list[Span]] = [[] for _ in range(depth)]
+    pointwise: list[list[Span]] = [[] for _ in range(depth)]
     for batch in images.float().split(64):
         x = folded.stem(batch)
         for i, block in enumerate(folded.blocks):
@@ -275,12 +280,12 @@ def calibrate(folded: FoldedConvMixer, images: Tensor) -> Ranges:
             c = layers.depthwise(x)
             z = torch.addcmul(x, layers.gain, layers.act(c))
             u = layers.pointwise(z)
-            found.x[i].append(_span(x, z))
-            found.depthwise[i].append(_span(c))
-            found.pointwise[i].append(_span(u))
+            outputs[i].append(_span(x, z))
+            depthwise[i].append(_span(c))
+            pointwise[i].append(_span(u))
             x = layers.last_act(u)
-        found.x[depth].append(_span(x))
-    return Ranges(*([_joined(spans) for spans in kind] for kind in (found.x, found.depthwise, found.pointwise)))
+        outputs[depth].append(_span(x))
+    return Ranges(*([_joined(spans) for spans in found] for found in (outputs, depthwise, pointwise)))
 
 
 def _joined(spans: list[Span]) -> Span:
@@ -299,7 +304,12 @@ class NativeInt8(Native):
 
     def __init__(self, folded: FoldedConvMixer, ranges: Ranges, threads: int) -> None:
         self.ranges = ranges
-        self._units = [_unit_and_zero(span) for span in ranges.x]
+        self._floor = 0.0 if isinstance(folded.stem[1], nn.ReLU) else -4.5  # where the activation has ended
+        self._units = []
+        for span, depthwise, block in zip(ranges.x, ranges.depthwise, folded.blocks, strict=False):
+            residual = self._residual(block, self._values(depthwise)[0])
+            self._units.append(_unit_and_zero(span, residual.amax(1) < -residual.amin(1)))
+        self._units.append(_unit_and_zero(ranges.x[-1], torch.tensor(False)))
         super().__init__(folded, torch.int8, threads)
         norm: Any = folded.blocks[0].norm
         stem: Any = folded.stem[0]
@@ -310,45 +320,55 @@ class NativeInt8(Native):
 
     def _fill(self, record: Any, block: Any, norm: Any, i: int) -> None:
         (unit, zero), (next_unit, next_zero) = self._units[i], self._units[i + 1]
-        dim, gain = len(unit), block.gain.flatten()[:, None]
-        record.zeros = self._keep(zero.to(torch.int8))
+        dim = len(unit)
+        record.zeros = self._keep(zero.to(torch.uint8))
         weight, size = _int8(block.depthwise.weight[:, 0])
         record.kernel = self._keep(_runs(weight))
-        record.gain, record.bias, record.tables[0] = self._activation(
-            unit * size,
-            block.depthwise.bias - unit * size * zero * weight.sum((1, 2)),
-            self.ranges.depthwise[i],
-            lambda c: gain * block.act(c) / unit[:, None],
-        )
+        bias = block.depthwise.bias - unit * size * zero * weight.sum((1, 2))
+        record.gain, record.bias, values = self._index(unit * size, bias, self.ranges.depthwise[i])
+        residual = self._residual(block, values) / unit[:, None]
+        lift = (-residual.amin(1)).clamp(0, 255).ceil()
+        record.lifts = self._keep(lift.to(torch.uint8))
+        record.tables[0] = self._table(residual + lift[:, None])
         weight, size = _int8(block.pointwise.weight[:, :, 0, 0] * unit)
         record.pointwise = self._keep(weight.reshape(dim // 16, 16, dim // 64, 64).permute(0, 2, 1, 3))
         scale, shift = (value[:, None] for value in _scale_and_shift(norm, block.pointwise.bias))
-        record.end.scale, record.end.bias, record.tables[1] = self._activation(
-            size,
-            block.pointwise.bias - size * (weight * zero).sum(1),
-            self.ranges.pointwise[i],
-            lambda u: (scale * block.last_act(u) + shift) / next_unit[:, None] + next_zero[:, None],
-        )
+        bias = block.pointwise.bias - size * (weight * zero).sum(1)
+        record.end.scale, record.end.bias, values = self._index(size, bias, self.ranges.pointwise[i])
+        outputs = scale * block.last_act(values) + shift
+        record.tables[1] = self._table(outputs / next_unit[:, None] + next_zero[:, None])
 
     def _shifted(self, out: Tensor) -> Tensor:
         unit, zero = self._units[-1]
         return out - (unit * zero).reshape(-1, *[1] * (out.dim() - 2))
 
-    def _activation(self, unit: Tensor, bias: Tensor, span: Span, function: Any) -> tuple[int, ...]:
-        """Addresses of scale and offset, which make sums in `unit` the index of a table, and of the tables."""
-        floor = 0.0 if isinstance(self.folded.stem[1], nn.ReLU) else -4.5  # where the activation has ended
-        low = span[0].clamp_min(floor)
+    @staticmethod
+    def _residual(block: Any, values: Tensor) -> Tensor:
+        """What a block adds to x, for outputs (dim, 256) of its depthwise convolution."""
+        added: Tensor = block.gain.flatten()[:, None] * block.act(values)
+        return added
+
+    def _values(self, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        """256 values that an activation gets, (dim, 256); their lowest and the step from one to the next, (dim,)."""
+        low = span[0].clamp_min(self._floor)
         step = (span[1] - low).clamp_min(1e-6) / 255
-        values = low[:, None] + step[:, None] * torch.arange(256)
-        table = function(values).round().clamp(-128, 127).to(torch.int8).roll(-128, 1)  # by index as an unsigned byte
-        return tuple(self._keep(value) for value in (unit / step, (bias - low) / step - 128, table))
+        return low[:, None] + step[:, None] * torch.arange(256), low, step
+
+    def _index(self, unit: Tensor, bias: Tensor, span: Span) -> tuple[int, int, Tensor]:
+        """Addresses of scale and offset, which make sums in `unit` an index; what each index stands for, (dim, 256)."""
+        values, low, step = self._values(span)
+        return self._keep(unit / step), self._keep((bias - low) / step - 128), values
+
+    def _table(self, values: Tensor) -> int:
+        """(dim, 256) -> address of bytes, in the order of the index as a signed byte seen as unsigned."""
+        return self._keep(values.round().clamp(0, 255).to(torch.uint8).roll(-128, 1))
 
 
-def _unit_and_zero(span: Span) -> tuple[Tensor, Tensor]:
-    """What one step of int8 stands for, and which number stands for zero, (dim,) each."""
+def _unit_and_zero(span: Span, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """What one step of a byte stands for, and which number stands for zero, (dim,) each."""
     low, high = (MARGIN * value for value in (span[0].clamp(max=0), span[1].clamp(min=0)))
     unit = (high - low).clamp_min(1e-6) / 255
-    return unit, (-128 - low / unit).round().clamp(-128, 127)
+    return torch.where(negative, -unit, unit), (torch.where(negative, high, -low) / unit).round().clamp(0, 255)
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:

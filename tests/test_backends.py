@@ -28,6 +28,7 @@ RUNTIMES = [
 ]
 NO_NATIVE = "no C++ compiler, or no AVX-512"
 HAS_NATIVE = "native" in available_backends("cpu")
+HAS_NATIVE_INT8 = "native" in available_backends("cpu", torch.int8)
 FOREIGN = [*RUNTIMES]
 RUNTIMES.append(pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)))
 
@@ -127,14 +128,14 @@ def test_predict(backend, cat):
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
-@pytest.mark.parametrize("kernel_size", [1, 3, 4, 5, 7, 8, 9])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("kernel_size", [1, 3, 4, 5, 7, 8, 9, 15, 16])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
 @torch.no_grad()
 def test_native_kernels(kernel_size, dtype, limit):
     model = make(kernel_size=kernel_size, dim=128)
     exact = copy.deepcopy(model).double()
     fast = optimize(model, backend="native", dtype=dtype, threads=2)
-    for shape in ((1, 3, 2, 2), (3, 3, 26, 38), (2, 3, 9, 17)):
+    for shape in ((1, 3, 2, 2), (3, 3, 26, 38), (2, 3, 9, 17), (2, 3, 70, 100)):
         x = torch.randn(shape)
         assert error(fast(x), exact(x.double())) < limit
 
@@ -238,23 +239,74 @@ def turned(cat):
     return [photo.rotate(45 * i).resize((32, 32)) for i in range(8)]
 
 
+INT8 = [
+    pytest.param("openvino", marks=pytest.mark.skipif(not importlib.util.find_spec("nncf"), reason="needs nncf")),
+    pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE_INT8, reason="needs AMX, AVX512-VBMI, a compiler")),
+]
+
+
 @torch.no_grad()
-def test_int8(turned, tmp_path, capfd):
-    pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
+@pytest.mark.parametrize("backend", INT8)
+def test_int8(turned, tmp_path, capfd, backend):
     model = convmixer.create_model("convmixer_256_8.cifar10", pretrained=True, device="cpu").eval()
     for i, image in enumerate(turned):
         file = tmp_path / "train" / "cat" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file)
     x = torch.stack([convmixer.create_transform(model)(image) for image in turned])
-    for calibration in (x, tmp_path):
-        fast = optimize(model, backend="openvino", dtype=torch.int8, calibration=calibration)
-        assert 1e-4 < error(fast(x), model(x)) < 0.2
-        assert fast.choice.dtype.startswith("int8")
-        assert capfd.readouterr().out == ""  # it may be used where standard output is JSON
-    types = {op.get_element_type().get_type_name() for op in fast.runtime.model.get_ops() if op.get_output_size()}
-    assert "i8" in types
+    assert torch.equal(backends.calibration_images(tmp_path, model).sum(0), x.sum(0))
+    fast = optimize(model, backend=backend, dtype=torch.int8, calibration=x)
+    assert 1e-4 < error(fast(x), model(x)) < (0.1 if backend == "native" else 0.2)
+    assert fast.choice.dtype.startswith("int8")
+    assert capfd.readouterr().out == ""  # it may be used where standard output is JSON
+    if backend == "openvino":
+        types = {op.get_element_type().get_type_name() for op in fast.runtime.model.get_ops() if op.get_output_size()}
+        assert "i8" in types
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not HAS_NATIVE_INT8, reason="needs AMX, AVX512-VBMI, a compiler")
+@pytest.mark.parametrize(
+    ("kernel_size", "patch_size", "act_layer", "height", "width"),
+    [
+        (1, 2, "relu", 6, 70),
+        (3, 2, "gelu", 2, 2),
+        (4, 1, "gelu", 7, 19),
+        (5, 2, "gelu", 32, 32),
+        (7, 7, "relu", 56, 231),
+        (9, 2, "gelu", 34, 50),
+        (11, 1, "relu", 33, 16),
+        (13, 2, "gelu", 8, 70),
+    ],
+)
+def test_native_int8(kernel_size, patch_size, act_layer, height, width):
+    """Kernels of each number of rows in a tile, borders, strips, rows that fill no tile; pooled, and as a map."""
+    model = make(kernel_size=kernel_size, patch_size=patch_size, act_layer=act_layer)
+    model.blocks[0][0].fn[2].weight[::3] *= -1  # what is taken from x counts as what is added to it
+    x = torch.randn(3, 3, height, width)
+    outputs = []
+    for threads in (1, 2, 3):
+        fast = optimize(model, backend="native", dtype=torch.int8, calibration=x, threads=threads)
+        outputs.append(fast(x))
+        assert torch.equal(outputs[0], outputs[-1])
+    assert error(outputs[0], model(x)) < 0.03
+    model.global_pool.pool_type = "max"
+    assert error(optimize(model, backend="native", dtype=torch.int8, calibration=x)(x), model(x)) < 0.03
+
+
+@pytest.mark.skipif(not HAS_NATIVE_INT8, reason="needs AMX, AVX512-VBMI, a compiler")
+def test_int8_by_rule():
+    assert "native" in available_backends("cpu", torch.int8)
+    x = torch.randn(2, 3, 8, 8)
+    assert optimize(make(), backend="auto", dtype=torch.int8, calibration=x).choice.backend == "native"
+    with pytest.raises(ArgumentError, match="native takes kernels of at most 13 in int8, this model has 15"):
+        optimize(make(kernel_size=15), backend="native", dtype=torch.int8, calibration=x)
+
+
+def test_int8_without_tiles(monkeypatch):
+    monkeypatch.setattr(backends, "has_int8_tiles", lambda: False)
+    with pytest.raises(ArgumentError, match="native computes in int8 on CPUs with AMX and AVX512-VBMI; use openvino"):
+        optimize(make(), backend="native", dtype=torch.int8, calibration=torch.zeros(1, 3, 8, 8))
 
 
 @torch.no_grad()
@@ -309,11 +361,13 @@ def test_auto_says_what_it_took(caplog):
     assert str(fast.choice) in repr(fast)
 
 
-def test_auto_takes_openvino_for_wide_models():
+@pytest.mark.parametrize(("tiles", "backend"), [(False, "openvino"), (True, "native")])
+def test_auto_for_wide_models(monkeypatch, tiles, backend):
     if not {"native", "openvino"} <= set(available_backends()):
         pytest.skip("needs both")
-    wide = convmixer.ConvMixer(544, 1, 3, 2, num_classes=2).eval()
-    assert optimize(wide, backend="auto").choice.backend == "openvino"
+    monkeypatch.setattr(backends, "has_tiles", lambda: tiles)
+    wide = convmixer.ConvMixer(576, 1, 3, 2, num_classes=2).eval()
+    assert optimize(wide, backend="auto").choice.backend == backend
 
 
 def test_auto_without_other_libraries(monkeypatch):
@@ -398,7 +452,7 @@ def test_validate_measures_twice(cat, tmp_path):
     assert record["optimized"]["loss"] == pytest.approx(record["loss"], abs=1e-4)
     assert record["optimized"]["top1"] == record["top1"] == 100
     assert "top-1 changed by +0.00 points" in run(*options, "--backend", "eager").stdout
-    assert "add --backend openvino" in run(*options, "--int8", status=2).stderr
+    assert "add --backend auto" in run(*options, "--int8", status=2).stderr
     assert "dtype=torch.int8: give a floating" in run(*options, "--int8", "--backend", "compile", status=2).stderr
 
 

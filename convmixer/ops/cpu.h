@@ -25,8 +25,8 @@ struct Block {
     const float *bias, *gain;  // (dim)
     const void *pointwise;     // (dim, dim)
     Affine end;
-    const int8_t *tables[2];  // in int8, of both activations, (dim, 256)
-    const int8_t *zeros;      // in int8, what stands for zero in x, (dim)
+    // For cpu_bytes.h: of both activations, (dim, 256); what stands for zero in x, and the lift of what is added to it, (dim).
+    const uint8_t *tables[2], *zeros, *lifts;
 };
 
 // The layout of these records, and how what they point to is packed, is known to native.py.
@@ -35,7 +35,7 @@ struct Model {
     const void *stem;
     Affine stem_end;
     const Block *blocks;
-    const float *last;  // in int8, what the last block's outputs are multiples of, (dim)
+    const float *last;  // for cpu_bytes.h: the units of the last block's outputs, (dim)
 };
 
 namespace {

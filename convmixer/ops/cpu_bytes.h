@@ -1,10 +1,11 @@
 // A folded ConvMixer in int8 on AMX, as cpu_tiles.h does it in bfloat16; sums are int32.
 //
-// A block reads and writes x in multiples of a scale per channel. What an activation gets is rounded to one of 256
-// values, evenly spread over what the channel held in calibration, and a table of the channel says what becomes of it:
+// A block reads and writes x as unsigned bytes, in units of the channel, which are negative where more is taken from x
+// than added to it: a sum is then positive but for a little. What an activation gets is rounded to one of 256 values,
+// evenly spread over what the channel held in calibration, and a table of the channel says what becomes of it:
 //
-//   depthwise  x + table[q(depthwise(x))], with saturation, in the scale of x
-//   pointwise  table[q(pointwise)]: activation, BatchNorm, and division by the next block's scale
+//   depthwise  x + table[q(depthwise(x))] - lift, with saturation, in the units of x; lift is that little
+//   pointwise  table[q(pointwise)]: activation, BatchNorm, and the next block's units
 //
 // So the activations cost two permutations of bytes for 64 values. A tile holds 64 neighbours, which is two to four rows
 // of the kernel. The patch embedding is computed in bfloat16.
@@ -22,7 +23,7 @@ constexpr int LARGEST_BYTES = 13;  // kernel size
 
 struct Table {  // of 256 bytes
     __m512i a, b, c, d;
-    explicit Table(const int8_t *p)
+    explicit Table(const uint8_t *p)
         : a(_mm512_loadu_si512(p)), b(_mm512_loadu_si512(p + 64)), c(_mm512_loadu_si512(p + 128)),
           d(_mm512_loadu_si512(p + 192)) {}
     __m512i operator[](__m512i index) const {
@@ -39,7 +40,7 @@ template <int GROUPS>  // of four neighbours: 16 columns and what the kernel rea
 class Bytes : Planar {
     friend Planar;
     struct Work {  // of a thread
-        alignas(64) int8_t windows[2][4][(SIDE + LARGEST_BYTES - 1) * 64] = {};
+        alignas(64) uint8_t windows[2][4][(SIDE + LARGEST_BYTES - 1) * 64] = {};
         alignas(64) int8_t matrices[2][4][(LARGEST_BYTES + 1) / 2 * 1024] = {};
         alignas(64) int32_t sums[2][8 * SIDE * SIDE];
         alignas(64) float stem[4 * SIDE * SIDE];
@@ -58,7 +59,7 @@ class Bytes : Planar {
     long bytes() const {
         return bytes_x() + positions / SIDE * std::max(bundle(dim), bundle(2 * (int)model.stem_inputs));
     }
-    static int8_t *activations(char *memory) { return reinterpret_cast<int8_t *>(memory) + AHEAD; }
+    static uint8_t *activations(char *memory) { return reinterpret_cast<uint8_t *>(memory) + AHEAD; }
     char *panel(char *memory) const { return memory + bytes_x(); }
 
     void embed(int task, int threads, char *memory, Work &work) const {
@@ -79,8 +80,9 @@ class Bytes : Planar {
                     for (int j = 0; j < 32; j += 16) {
                         __m512 v = _mm512_add_ps(_mm512_load_ps(work.stem + i * 32 + j), bias);
                         v = _mm512_fmadd_ps(activate<uint16_t>(v, model.relu), scale, shift);
+                        const __m512i whole = _mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_setzero_si512());
                         _mm_storeu_si128((__m128i *)(activations(memory) + (n + i) * plane + m * 32L + j),
-                                         _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
+                                         _mm512_cvtusepi32_epi8(whole));
                     }
                 }
             }
@@ -91,7 +93,7 @@ class Bytes : Planar {
 
     // Of four channels and a strip of 16 columns: neighbours, TOGETHER rows side by side, (rows + k - 1, 64) each, and
     // Toeplitz matrices (groups of 4 neighbours, 16, 4), those of TOGETHER rows of the kernel on top of one another.
-    void prepare(int channel, int strip, const Block &block, int top, int rows, const int8_t *x, int half,
+    void prepare(int channel, int strip, const Block &block, int top, int rows, const uint8_t *x, int half,
                  Work &work) const {
         const __mmask32 columns_inside = inside(strip);
         const int side = rows + k - 1;
@@ -105,7 +107,7 @@ class Bytes : Planar {
         }
         for (int i = side; i < side + TOGETHER - 1; i++) lines[i] = _mm512_setzero_si512();  // have no weight
         for (int c = 0; c < 4; c++) {
-            const int8_t *line = x + (channel + c) * plane + strip * SIDE - before;
+            const uint8_t *line = x + (channel + c) * plane + strip * SIDE - before;
             const __m256i zero = _mm256_set1_epi8(block.zeros[channel + c]);
             for (int i = 0, y = top - before; i < side; i++, y++) {
                 const bool real = y >= 0 && y < height;
@@ -149,16 +151,16 @@ class Bytes : Planar {
         for (int y = 0, i = 0; y < k; y += TOGETHER, i += 1024) {
             _tile_loadd(6, matrices[0] + i, 64);
             _tile_loadd(4, windows[0] + y * 64, 64);
-            _tile_dpbssd(0, 4, 6);
+            _tile_dpbusd(0, 4, 6);
             _tile_loadd(7, matrices[1] + i, 64);
             _tile_loadd(5, windows[1] + y * 64, 64);
-            _tile_dpbssd(1, 5, 7);
+            _tile_dpbusd(1, 5, 7);
             _tile_loadd(6, matrices[2] + i, 64);
             _tile_loadd(4, windows[2] + y * 64, 64);
-            _tile_dpbssd(2, 4, 6);
+            _tile_dpbusd(2, 4, 6);
             _tile_loadd(7, matrices[3] + i, 64);
             _tile_loadd(5, windows[3] + y * 64, 64);
-            _tile_dpbssd(3, 5, 7);
+            _tile_dpbusd(3, 5, 7);
         }
         const int size = SIDE * SIDE;
         _tile_stored(0, work.sums[half], 64);
@@ -167,14 +169,15 @@ class Bytes : Planar {
         _tile_stored(3, work.sums[half] + 3 * size, 64);
     }
 
-    void combine(int channel, int strip, const Block &block, int half, int top, int rows, const int8_t *x, char *to,
+    void combine(int channel, int strip, const Block &block, int half, int top, int rows, const uint8_t *x, char *to,
                  Work &work) const {
         const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
         __m512i lines[4][4];  // four rows of 16 columns each: of each channel, for all rows
         for (int c = 0; c < 4; c++) {
             const Table table(block.tables[0] + (channel + c) * 256L);
             const __m512 scale = _mm512_set1_ps(block.gain[channel + c]), offset = _mm512_set1_ps(block.bias[channel + c]);
-            const int8_t *from = x + (channel + c) * plane + (long)top * columns + strip * SIDE;
+            const __m512i lift = _mm512_set1_epi8(block.lifts[channel + c]);
+            const uint8_t *from = x + (channel + c) * plane + (long)top * columns + strip * SIDE;
             for (int i = 0; i < rows; i += 4) {
                 const int32_t *sums = work.sums[half] + (c * SIDE + i) * SIDE;
                 const __m512i low = _mm512_packs_epi32(index(sums, scale, offset), index(sums + 16, scale, offset));
@@ -189,7 +192,7 @@ class Bytes : Planar {
                     old = _mm512_inserti32x4(old, _mm_loadu_si128((const __m128i *)(from + (i + 2L) * columns)), 2);
                     old = _mm512_inserti32x4(old, _mm_loadu_si128((const __m128i *)(from + (i + 3L) * columns)), 3);
                 }
-                lines[c][i / 4] = _mm512_adds_epi8(old, table[q]);
+                lines[c][i / 4] = _mm512_subs_epu8(_mm512_adds_epu8(old, table[q]), lift);
             }
         }
         const int last = std::min(rows, height - top);
@@ -216,7 +219,7 @@ class Bytes : Planar {
         const auto [top, rows, first, last] = part(task, threads);
         const TileConfig config(rows, TOGETHER * GROUPS);
         _tile_loadconfig(&config);
-        const int8_t *x = activations(memory);
+        const uint8_t *x = activations(memory);
         const int items = (last - first) / 4 * strips;
         auto channel = [&, first = first](int i) { return first + i / strips * 4; };
         if (items) prepare(channel(0), 0, block, top, rows, x, 0, work);
@@ -230,7 +233,7 @@ class Bytes : Planar {
     // ---- pointwise --------------------------------------------------------------------------------------------------
 
     struct Ready {  // sums of 32 outputs at 64 positions, or at 32
-        int8_t *to;
+        uint8_t *to;
         const int32_t *sums;
         int n;
         __mmask64 inside;
@@ -273,10 +276,10 @@ class Bytes : Planar {
                         _tile_loadd(6, b + i, 64);
                         _tile_loadd(7, b + bundle(dim) + i, 64);
                         _tile_loadd(5, a + half + i, 64);
-                        _tile_dpbssd(0, 4, 6);
-                        _tile_dpbssd(1, 4, 7);
-                        _tile_dpbssd(2, 5, 6);
-                        _tile_dpbssd(3, 5, 7);
+                        _tile_dpbsud(0, 4, 6);
+                        _tile_dpbsud(1, 4, 7);
+                        _tile_dpbsud(2, 5, 6);
+                        _tile_dpbsud(3, 5, 7);
                         if (ready.to)
                             for (int j = 0; j < rate && row < 32; j++) ready.finish(row++, block, plane);
                     }
@@ -296,13 +299,13 @@ class Bytes : Planar {
 
     void finish(int image, int first, int last, char *memory) const {
         for (int c = first; c < last; c++) {
-            const int8_t *x = activations(memory) + c * plane;
+            const uint8_t *x = activations(memory) + c * plane;
             __m512i sum = _mm512_setzero_si512();
             for (int y = 0; y < height; y++) {
                 for (int left = 0; left < width; left += SIDE) {
                     const __mmask16 here = width - left < SIDE ? (1u << (width - left)) - 1 : 0xffff;
                     const __m128i bytes = _mm_loadu_si128((const __m128i *)(x + (long)y * columns + left));
-                    const __m512i v = _mm512_maskz_cvtepi8_epi32(here, bytes);
+                    const __m512i v = _mm512_maskz_cvtepu8_epi32(here, bytes);
                     if (pooled)
                         sum = _mm512_add_epi32(sum, v);
                     else
