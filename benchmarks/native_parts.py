@@ -40,18 +40,21 @@ def parts(name: str, size: int, batch: int, dtype: torch.dtype, rounds: int) -> 
         model = convmixer.ConvMixer(
             variant.dim, variant.depth, kernel_size, variant.patch_size, act_layer=act, num_classes=variant.num_classes
         ).eval()
-        fast = convmixer.optimize(model, backend="native", dtype=dtype)
+        calibration = x[:64] if dtype == torch.int8 else None
+        fast = convmixer.optimize(model, backend="native", dtype=dtype, calibration=calibration)
         return lambda: fast(x)
 
     positions = (size // variant.patch_size) ** 2
-    a = torch.randn(batch * positions, variant.dim).to(dtype)
-    b = torch.randn(variant.depth, variant.dim, variant.dim).to(dtype)
-    out = torch.empty(len(a), variant.dim, dtype=dtype)
+    a = (9 * torch.randn(batch * positions, variant.dim)).to(dtype)
+    b = (9 * torch.randn(variant.depth, variant.dim, variant.dim)).to(dtype)
+    integers = dtype == torch.int8
+    out = torch.empty(len(a), variant.dim, dtype=torch.int32 if integers else dtype)
+    multiply: Any = torch._int_mm if integers else torch.mm
     calls = {
         "all": native(variant.act_layer, variant.kernel_size),
         "relu": native("relu", variant.kernel_size),
         "1x1": native("relu", 1),
-        "product": lambda: [torch.mm(a, weight, out=out) for weight in b],
+        "product": lambda: [multiply(a, weight, out=out) for weight in b],
     }
     taken: dict[str, list[float]] = {key: [] for key in calls}
     for turn in range(rounds + 1):
@@ -86,7 +89,7 @@ def main() -> None:
         "microseconds_per_image": {},
     }
     with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16, torch.int8):
             found = parts(options.model, options.image_size, options.batch_size, dtype, options.rounds)
             kind = str(dtype).removeprefix("torch.")
             report["microseconds_per_image"][kind] = found

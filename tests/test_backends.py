@@ -6,8 +6,6 @@ import json
 import logging
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -493,10 +491,3 @@ def test_inputs_that_do_not_fit(monkeypatch):
         fast.train()
     assert fast.eval() is fast
     assert copy.deepcopy(fast.folded) is not fast.folded
-
-
-def test_optional_libraries_are_not_imported():
-    optional = ("accelerate", "captum", "datasets", "matplotlib", "nncf", "onnx", "onnxruntime", "openvino")
-    code = f"import sys, convmixer, convmixer.cli; print([m for m in {optional} if m in sys.modules])"
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert process.stdout.strip() == "[]"

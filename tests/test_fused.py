@@ -1,5 +1,6 @@
 """Fused blocks against the layers that they stand for, in double precision where that is possible."""
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import vary_norms
+from processes import started
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 
@@ -398,10 +400,11 @@ def test_synchronised_batchnorm_in_two_processes(tmp_path, how):
     """Two processes compute what one does with all images, on CPUs too."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path)]
     rest = [how, str(Path(__file__).parent)]
-    started = [subprocess.Popen([*command, str(rank), *rest], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
-    for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    with contextlib.ExitStack() as stack:
+        both = [stack.enter_context(started([*command, rank, *rest], stderr=subprocess.PIPE)) for rank in (0, 1)]
+        for process in both:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
 
 
 # ---- what cannot be fused -------------------------------------------------------------------------------------------
