@@ -91,9 +91,9 @@ def _three_bfloat16(x: Tensor) -> list[Tensor]:
     """Three tensors in bfloat16 whose sum is the float32 tensor exactly."""
     parts = []
     for _ in range(3):
-        parts.append((x.view(torch.int32) & -65536).view(torch.float32))
+        parts.append(x.to(torch.bfloat16))
         x = x - parts[-1]
-    return [part.to(torch.bfloat16) for part in parts]
+    return parts
 
 
 def _scale_and_shift(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -157,18 +157,16 @@ inline void few_rows(const T *a, int inputs, const char *panel, const Affine &en
 #ifdef CONVMIXER_TILES
 // float32 as sums of three bfloat16, the largest first, in tiles: (ROWS, inputs) -> (inputs / 32, 3, 2, 16, 32).
 inline void split(const float *a, int inputs, int rows, uint16_t *parts) {
-    const __m512i high = _mm512_set1_epi32(0xffff0000);
+    auto float32 = [](__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); };
     for (int r = 0; r < rows; r++) {
         for (int i = 0; i < inputs; i += 32) {
             __m512 low = _mm512_loadu_ps(a + (long)r * inputs + i), up = _mm512_loadu_ps(a + (long)r * inputs + i + 16);
             uint16_t *to = parts + (i / 32) * 3072L + r * 32;
-            for (int part = 0; part < 3; part++) {
-                const __m512i x = _mm512_and_si512(_mm512_castps_si512(low), high);
-                const __m512i y = _mm512_and_si512(_mm512_castps_si512(up), high);
-                const __m256i first = _mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16));
-                const __m256i second = _mm512_cvtepi32_epi16(_mm512_srli_epi32(y, 16));
-                _mm512_storeu_si512(to + part * 1024, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
-                low = _mm512_sub_ps(low, _mm512_castsi512_ps(x)), up = _mm512_sub_ps(up, _mm512_castsi512_ps(y));
+            for (int part = 0; part < 3; part++, to += 1024) {
+                const __m512i nearest = (__m512i)_mm512_cvtne2ps_pbh(up, low);
+                _mm512_storeu_si512(to, nearest);
+                low = _mm512_sub_ps(low, float32(_mm512_castsi512_si256(nearest)));
+                up = _mm512_sub_ps(up, float32(_mm512_extracti64x4_epi64(nearest, 1)));
             }
         }
     }
@@ -179,6 +177,7 @@ void product_split(const uint16_t *parts, int inputs, const char *weights, int o
                    const Target<float> &to, int first, int last) {
     alignas(64) float sums[2][ROWS * 32];
     const int rate = (ROWS * 32 + inputs - 1) / inputs;
+    settle();
     for (int n = 0; n <= outputs; n += 32) {
         // The sums of the outputs before are finished between the products of these.
         const float *ready = sums[n / 32 % 2];
@@ -349,10 +348,7 @@ struct Run {
 
     void begin_thread() const {
 #ifdef CONVMIXER_TILES
-        if (model.amx) {
-            const TileConfig config(16, 16);
-            _tile_loadconfig(&config);
-        }
+        if (model.amx) configure(16, 16);
 #endif
     }
     void end_thread() const {

@@ -68,8 +68,7 @@ class Bytes : Planar {
         const long half = inputs * 32L;
         const Affine &end = model.stem_end;
         const auto [first, last, from, to] = share(task, threads);
-        const TileConfig config(SIDE, SIDE);
-        _tile_loadconfig(&config);
+        configure(SIDE, SIDE);
         for (int n = from; n < to; n += 32) {
             for (int m = first; m < last; m++) {
                 const char *b = panel(memory) + 2 * m * bundle(2 * inputs);
@@ -148,6 +147,7 @@ class Bytes : Planar {
         _tile_zero(3);
         const auto *windows = work.windows[half];
         const auto *matrices = work.matrices[half];
+        settle();
         for (int y = 0, i = 0; y < k; y += TOGETHER, i += 1024) {
             _tile_loadd(6, matrices[0] + i, 64);
             _tile_loadd(4, windows[0] + y * 64, 64);
@@ -217,8 +217,7 @@ class Bytes : Planar {
 
     void depthwise(const Block &block, int task, int threads, char *memory, Work &work) const {
         const auto [top, rows, first, last] = part(task, threads);
-        const TileConfig config(rows, TOGETHER * GROUPS);
-        _tile_loadconfig(&config);
+        configure(rows, TOGETHER * GROUPS);
         const uint8_t *x = activations(memory);
         const int items = (last - first) / 4 * strips;
         auto channel = [&, first = first](int i) { return first + i / strips * 4; };
@@ -253,8 +252,7 @@ class Bytes : Planar {
         const char *weights = static_cast<const char *>(block.pointwise);
         const long half = dim * 16L;  // bytes of the weights of 16 outputs
         const auto [first, last, from, to] = share(task, threads);
-        const TileConfig config(SIDE, SIDE);
-        _tile_loadconfig(&config);
+        configure(SIDE, SIDE);
         const int rate = (16 * 1024 + half - 1) / half;  // of rows for each product, two products for 32 of them
         Ready ready{};
         int turn = 0;

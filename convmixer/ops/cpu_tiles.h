@@ -25,14 +25,21 @@ struct alignas(64) TileConfig {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
-    // Tiles 0 to 3 are sums, 4 and 5 left operands, 6 and 7 right ones; `inner` pairs of values are multiplied.
-    TileConfig(int height, int inner) {
-        for (int i = 0; i < 8; i++) {
-            bytes[i] = i == 4 || i == 5 ? inner * 4 : 64;
-            rows[i] = i < 6 ? height : inner;
-        }
-    }
 };
+
+// To come after writing to memory, and before loading tiles: gcc does not know that these read it.
+inline void settle() { asm volatile("" ::: "memory"); }
+
+// Tiles 0 to 3 are sums, 4 and 5 left operands, 6 and 7 right ones; `inner` groups of four bytes are multiplied.
+inline void configure(int height, int inner) {
+    TileConfig config;
+    for (int i = 0; i < 8; i++) {
+        config.bytes[i] = i == 4 || i == 5 ? inner * 4 : 64;
+        config.rows[i] = i < 6 ? height : inner;
+    }
+    asm volatile("" ::"r"(&config) : "memory");  // as in settle(); all of it is read
+    _tile_loadconfig(&config);
+}
 
 constexpr int SIDE = 16;      // columns of a tile, and at most as many rows
 constexpr int LARGEST = 15;   // kernel size
@@ -170,6 +177,7 @@ class Planar {
 
 // Four products of 16 x 16 x 32 (bfloat16) each: of 32 outputs' weights and 32 positions.
 inline void multiply_bfloat16(const char *a, long half, const char *b, long next, float *sums) {
+    settle();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -245,6 +253,7 @@ class Tiles : Planar {
     void multiply(const Item &item, int half, Work &work) const {
         const auto *windows = work.windows[half];
         const uint32_t *run = work.runs[half][0] + RUN - 2 - SIDE;
+        settle();
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
@@ -317,8 +326,7 @@ class Tiles : Planar {
     void depthwise(const Block &block, int task, int threads, char *memory, Work &work) const {
         const auto [top, rows, first, last] = part(task, threads);
         const int pairs = strips / 2 * 2, each = pairs + strips % 2, items = (last - first) / 4 * each;
-        const TileConfig config(rows, (SIDE + k) / 2);
-        _tile_loadconfig(&config);
+        configure(rows, (SIDE + k) / 2);
         const uint16_t *x = activations(memory);
         auto item = [&, first = first](int i) {
             const int channel = first + i / each * 4, j = i % each;
@@ -346,8 +354,7 @@ class Tiles : Planar {
         const char *weights = static_cast<const char *>(packed);
         const long half = inputs * 32L;  // bytes of the weights of 16 outputs
         const auto [first, last, from, to] = share(task, threads);
-        const TileConfig config(SIDE, SIDE);
-        _tile_loadconfig(&config);
+        configure(SIDE, SIDE);
         // As many positions at a time as leave room for the weights in the cache.
         const int pieces = (last - first) * 2 * bundle(2 * inputs) / (cache() / 2) + 1;
         const int step = (last - first + pieces - 1) / pieces;
