@@ -83,7 +83,7 @@ def library() -> Any:
         if function is None:  # this processor has no int8 tiles
             continue
         function.argtypes = [pointer, pointer, number, number, number, pointer, number, number]
-        function.restype = None
+        function.restype = number
     return loaded
 
 
@@ -141,6 +141,11 @@ class Native:
     def __init__(self, folded: FoldedConvMixer, dtype: torch.dtype, threads: int) -> None:
         self.folded, self.dtype, self.threads = folded, dtype, threads
         self._library = library()
+        if dtype == torch.int8 and not (hasattr(self._library, "convmixer_int8") and self._library.convmixer_amx()):
+            raise DependencyError(
+                "native computes int8 on AMX, which this compiler does not know or this system does not permit: "
+                "choose openvino, or name another compiler in CXX"
+            )
         self._run = getattr(self._library, f"convmixer_{str(dtype).removeprefix('torch.')}")
         self._kept: list[Any] = []  # what the record points to
         stem: Any = folded.stem[0]
@@ -228,7 +233,9 @@ class Native:
         places: Sequence[int] = () if pooled else (height // patch, width // patch)
         dim = self._record.dim
         out = torch.empty(batch, dim, *places) if self.planar else torch.empty(batch, *places, dim)
-        self._run(ctypes.byref(self._record), x.data_ptr(), batch, height, width, out.data_ptr(), pooled, self.threads)
+        images, result = x.data_ptr(), out.data_ptr()
+        if not self._run(ctypes.byref(self._record), images, batch, height, width, result, pooled, self.threads):
+            raise MemoryError(f"too little memory for images of {height} x {width}")
         out = self._shifted(out)
         features = out[:, :, None, None] if pooled else out if self.planar else out.permute(0, 3, 1, 2)
         with torch.no_grad():

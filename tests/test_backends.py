@@ -139,6 +139,48 @@ def test_native_kernels(kernel_size, dtype, limit):
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@pytest.mark.parametrize("threads", [4, 5, 7, 12])
+@torch.no_grad()
+def test_native_shares_one_image(threads):
+    """Among more threads than there are rows, or positions by 32."""
+    model = make()
+    for height, width in ((10, 10), (12, 32), (28, 28)):
+        x = torch.randn(1, 3, height, width)
+        for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
+            assert error(optimize(model, backend="native", dtype=dtype, threads=threads)(x), model(x)) < limit
+        if HAS_NATIVE_INT8:
+            fast = optimize(model, backend="native", dtype=torch.int8, calibration=x, threads=threads)
+            assert error(fast(x), model(x)) < 0.02
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@torch.no_grad()
+def test_native_without_tiles(monkeypatch):
+    """Compiled for AMX, and not permitted to use it."""
+    monkeypatch.setattr(native.library(), "convmixer_amx", lambda: 0)
+    model, x = make(), torch.randn(3, 3, 22, 36)
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
+        assert error(optimize(model, backend="native", dtype=dtype, threads=2)(x), model(x)) < limit
+    if HAS_NATIVE_INT8:
+        with pytest.raises(DependencyError, match=r"native computes int8 on AMX, which .* this system does not permit"):
+            optimize(model, backend="native", dtype=torch.int8, calibration=x)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_native_keeps_nan(dtype):
+    """Of any kind, in its own image alone."""
+    model, x = make(), torch.randn(3, 3, 12, 12)
+    for bits in (0x7FC00000, -1, 0x7F800001):
+        spoilt = x.clone()
+        spoilt[1, 0, 3, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        got = optimize(model, backend="native", dtype=dtype, threads=1)(spoilt)
+        assert got[1].isnan().all()
+        assert error(got[::2], model(x)[::2]) < 0.01
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
 @pytest.mark.parametrize("pool", ["avg", "max", "catavgmax", "fastavg", ""])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()

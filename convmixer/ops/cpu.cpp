@@ -306,21 +306,25 @@ struct Run {
 
     void finish_image(int image, T *from, int first_channel, int last_channel) const {
         const Target<T> at = interior(from);
+        const __m512 share = _mm512_set1_ps(1.0f / positions);
         alignas(64) float values[32];
         for (int c = first_channel; c < last_channel; c += 32) {
-            Pair sum{_mm512_setzero_ps(), _mm512_setzero_ps()};
-            for (int m = 0; m < positions; m++) {
-                Pair v = load(at.at(m) + c);
-                if (pooled) {
-                    sum.a = _mm512_add_ps(sum.a, v.a), sum.b = _mm512_add_ps(sum.b, v.b);
-                } else {
-                    ordered(v, values);
-                    std::memcpy(out + ((long)image * positions + m) * dim + c, values, sizeof values);
+            Pair total{_mm512_setzero_ps(), _mm512_setzero_ps()};
+            for (int m = 0; m < positions;) {
+                Pair sum{_mm512_setzero_ps(), _mm512_setzero_ps()};  // of some: sums of sums are exacter
+                for (const int end = std::min(m + 256, positions); m < end; m++) {
+                    Pair v = load(at.at(m) + c);
+                    if (pooled) {
+                        sum.a = _mm512_add_ps(sum.a, v.a), sum.b = _mm512_add_ps(sum.b, v.b);
+                    } else {
+                        ordered(v, values);
+                        std::memcpy(out + ((long)image * positions + m) * dim + c, values, sizeof values);
+                    }
                 }
+                total.a = _mm512_add_ps(total.a, sum.a), total.b = _mm512_add_ps(total.b, sum.b);
             }
             if (pooled) {
-                const __m512 share = _mm512_set1_ps(1.0f / positions);
-                ordered(Pair{_mm512_mul_ps(sum.a, share), _mm512_mul_ps(sum.b, share)}, values);
+                ordered(Pair{_mm512_mul_ps(total.a, share), _mm512_mul_ps(total.b, share)}, values);
                 std::memcpy(out + (long)image * dim + c, values, sizeof values);
             }
         }
@@ -337,13 +341,18 @@ struct Run {
     long panel_size() const { return (long)ROWS * std::max(dim, (int)model.stem_inputs); }
     uint16_t *parts(T *panel) const { return reinterpret_cast<uint16_t *>(panel + panel_size()); }
 
-    // Two activations, a panel and its parts; what a border may hold is zeroed.
-    void buffers(Buffer &memory, T *&one, T *&two, T *&panel) const {
+    // Two activations; what a border may hold is zeroed. False: there is no memory.
+    bool activations(Buffer &memory, T *&one, T *&two) const {
         const long bytes = (buffer_size * sizeof(T) + 63) / 64 * 64;
-        char *data = memory.take(2 * bytes + panel_size() * (sizeof(T) + (model.amx ? 6 : 0)) + 64);
+        char *data = memory.take(2 * bytes);
+        if (data == nullptr) return false;
         std::memset(data, 0, 2 * bytes);
         one = reinterpret_cast<T *>(data), two = reinterpret_cast<T *>(data + bytes);
-        panel = reinterpret_cast<T *>(data + 2 * bytes);
+        return true;
+    }
+    // And its parts.
+    T *panel(Buffer &memory) const {
+        return reinterpret_cast<T *>(memory.take(panel_size() * (sizeof(T) + (model.amx ? 6 : 0))));
     }
 
     void begin_thread() const {
@@ -358,31 +367,40 @@ struct Run {
     }
 };
 
-thread_local Buffer own_memory;
+thread_local Buffer own_memory, own_panel;
 
+// False: there was no memory.
 template <typename T>
-void forward(const Model &model, const float *images, int batch, int height, int width, float *out, bool pooled,
+bool forward(const Model &model, const float *images, int batch, int height, int width, float *out, bool pooled,
              int threads) {
     const Run<T> run(model, images, height, width, out, pooled);
     const int alone = batch / threads * threads;  // images that one thread computes by itself
     T *shared_one = nullptr, *shared_two = nullptr;
+    bool failed = false;
 #pragma omp parallel num_threads(threads)
     {
-        T *one, *two, *panel;
-        run.buffers(own_memory, one, two, panel);
-        run.begin_thread();
-#pragma omp for schedule(dynamic) nowait
-        for (int image = 0; image < alone; image++) {
-            T *from = one, *to = two;
-            for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
-            for (int b = 0; b < model.depth; b++, std::swap(from, to))
-                for (int task = 0; task < run.tasks; task++) run.block(model.blocks[b], task, from, panel, to);
-            run.finish_image(image, from, 0, model.dim);
+        T *one = nullptr, *two = nullptr, *panel = run.panel(own_panel);
+        const bool first = omp_get_thread_num() == 0;
+        if (panel == nullptr || ((alone || first) && !run.activations(own_memory, one, two))) {
+#pragma omp atomic write
+            failed = true;
         }
-        if (alone < batch) {  // the rest all threads compute together
-#pragma omp single
-            shared_one = one, shared_two = two;
-            for (int image = alone; image < batch; image++) {
+        if (first) shared_one = one, shared_two = two;
+#pragma omp barrier
+        if (!failed) {
+            run.begin_thread();
+#pragma omp for schedule(dynamic) nowait
+            for (int image = 0; image < alone; image++) {
+                T *from = one, *to = two;
+                for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
+                for (int b = 0; b < model.depth; b++, std::swap(from, to))
+                    for (int task = 0; task < run.tasks; task++) run.block(model.blocks[b], task, from, panel, to);
+                run.finish_image(image, from, 0, model.dim);
+            }
+            if (alone && alone < batch) {
+#pragma omp barrier
+            }
+            for (int image = alone; image < batch; image++) {  // the rest all threads compute together
                 T *from = shared_one, *to = shared_two;
 #pragma omp for schedule(static)
                 for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
@@ -393,9 +411,10 @@ void forward(const Model &model, const float *images, int batch, int height, int
 #pragma omp for schedule(static)
                 for (int c = 0; c < model.dim; c += 32) run.finish_image(image, from, c, c + 32);
             }
+            run.end_thread();
         }
-        run.end_thread();
     }
+    return !failed;
 }
 
 }  // namespace
@@ -412,29 +431,30 @@ int convmixer_amx() {
 #endif
 }
 
-void convmixer_float32(const Model *model, const float *images, int batch, int height, int width, float *out,
-                       int pooled, int threads) {
-    forward<float>(*model, images, batch, height, width, out, pooled, threads);
+// Each returns 0 where there was too little memory, else 1.
+int convmixer_float32(const Model *model, const float *images, int batch, int height, int width, float *out, int pooled,
+                      int threads) {
+    return forward<float>(*model, images, batch, height, width, out, pooled, threads);
 }
 
-void convmixer_bfloat16(const Model *model, const float *images, int batch, int height, int width, float *out,
-                        int pooled, int threads) {
+int convmixer_bfloat16(const Model *model, const float *images, int batch, int height, int width, float *out,
+                       int pooled, int threads) {
 #ifdef CONVMIXER_TILES
     if (model->amx && model->relu) return Tiles<true>(*model, images, height, width, out, pooled).forward(batch, threads);
     if (model->amx) return Tiles<false>(*model, images, height, width, out, pooled).forward(batch, threads);
 #endif
-    forward<uint16_t>(*model, images, batch, height, width, out, pooled, threads);
+    return forward<uint16_t>(*model, images, batch, height, width, out, pooled, threads);
 }
 
 #ifdef CONVMIXER_BYTES
-void convmixer_int8(const Model *model, const float *images, int batch, int height, int width, float *out, int pooled,
-                    int threads) {
-    auto forward = [&](auto engine) { engine.forward(batch, threads); };
+int convmixer_int8(const Model *model, const float *images, int batch, int height, int width, float *out, int pooled,
+                   int threads) {
+    auto forward = [&](auto engine) { return engine.forward(batch, threads); };
     const int k = model->kernel_size;
     if (k < 2) return forward(Bytes<4>(*model, images, height, width, out, pooled));
     if (k < 6) return forward(Bytes<5>(*model, images, height, width, out, pooled));
     if (k < 10) return forward(Bytes<6>(*model, images, height, width, out, pooled));
-    forward(Bytes<7>(*model, images, height, width, out, pooled));
+    return forward(Bytes<7>(*model, images, height, width, out, pooled));
 }
 #endif
 }

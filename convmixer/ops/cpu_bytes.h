@@ -52,7 +52,7 @@ class Bytes : Planar {
     Bytes(const Model &m, const float *x, int h, int w, float *o, bool p)
         : Planar(m, x, h, w, o, p), plane(positions + 64) {}
 
-    void forward(int batch, int threads) const { run(*this, batch, threads); }
+    bool forward(int batch, int threads) const { return run(*this, batch, threads); }
 
   private:
     long bytes_x() const { return AHEAD + dim * plane; }
@@ -79,6 +79,7 @@ class Bytes : Planar {
                     for (int j = 0; j < 32; j += 16) {
                         __m512 v = _mm512_add_ps(_mm512_load_ps(work.stem + i * 32 + j), bias);
                         v = _mm512_fmadd_ps(activate<uint16_t>(v, model.relu), scale, shift);
+                        v = _mm512_min_ps(v, _mm512_set1_ps(255.0f));
                         const __m512i whole = _mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_setzero_si512());
                         _mm_storeu_si128((__m128i *)(activations(memory) + (n + i) * plane + m * 32L + j),
                                          _mm512_cvtusepi32_epi8(whole));
@@ -178,7 +179,7 @@ class Bytes : Planar {
             const __m512 scale = _mm512_set1_ps(block.gain[channel + c]), offset = _mm512_set1_ps(block.bias[channel + c]);
             const __m512i lift = _mm512_set1_epi8(block.lifts[channel + c]);
             const uint8_t *from = x + (channel + c) * plane + (long)top * columns + strip * SIDE;
-            for (int i = 0; i < rows; i += 4) {
+            for (int i = 0; i < rows; i += 4) {  // what lies below the last row is not written
                 const int32_t *sums = work.sums[half] + (c * SIDE + i) * SIDE;
                 const __m512i low = _mm512_packs_epi32(index(sums, scale, offset), index(sums + 16, scale, offset));
                 const __m512i up = _mm512_packs_epi32(index(sums + 32, scale, offset), index(sums + 48, scale, offset));
@@ -195,12 +196,11 @@ class Bytes : Planar {
                 lines[c][i / 4] = _mm512_subs_epu8(_mm512_adds_epu8(old, table[q]), lift);
             }
         }
-        const int last = std::min(rows, height - top);
         char *line = to + ((long)top * strips + strip) * bundle(dim) + channel * 16L;
         auto write = [&](int i, __m512i v) {
-            if (i < last) _mm512_storeu_si512(line + i * strips * bundle(dim), v);
+            if (i < rows) _mm512_storeu_si512(line + i * strips * bundle(dim), v);
         };
-        for (int i = 0; i < last; i += 4) {  // bytes of four channels side by side, a row of 16 columns to a line
+        for (int i = 0; i < rows; i += 4) {  // bytes of four channels side by side, a row of 16 columns to a line
             const __m512i a = lines[0][i / 4], b = lines[1][i / 4], c = lines[2][i / 4], d = lines[3][i / 4];
             const __m512i ab = _mm512_unpacklo_epi8(a, b), ab2 = _mm512_unpackhi_epi8(a, b);
             const __m512i cd = _mm512_unpacklo_epi8(c, d), cd2 = _mm512_unpackhi_epi8(c, d);
@@ -298,8 +298,9 @@ class Bytes : Planar {
     void finish(int image, int first, int last, char *memory) const {
         for (int c = first; c < last; c++) {
             const uint8_t *x = activations(memory) + c * plane;
-            __m512i sum = _mm512_setzero_si512();
+            double total = 0;
             for (int y = 0; y < height; y++) {
+                __m512i sum = _mm512_setzero_si512();
                 for (int left = 0; left < width; left += SIDE) {
                     const __mmask16 here = width - left < SIDE ? (1u << (width - left)) - 1 : 0xffff;
                     const __m128i bytes = _mm_loadu_si128((const __m128i *)(x + (long)y * columns + left));
@@ -310,9 +311,9 @@ class Bytes : Planar {
                         _mm512_mask_storeu_ps(out + (((long)image * dim + c) * height + y) * width + left, here,
                                               _mm512_mul_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(model.last[c])));
                 }
+                total += _mm512_reduce_add_epi32(sum);
             }
-            if (pooled)
-                out[(long)image * dim + c] = _mm512_reduce_add_epi32(sum) * (model.last[c] / (height * width));
+            if (pooled) out[(long)image * dim + c] = total / height / width * model.last[c];
         }
     }
 };

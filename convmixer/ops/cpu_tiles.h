@@ -72,29 +72,30 @@ class Planar {
         return size > 0 ? size : 1 << 20;
     }
 
-    // Rows of the image are divided into bands; the bands' channels, where there are too few bands, as well.
-    int bands(int threads) const { return std::max((height + SIDE - 1) / SIDE, std::min(threads, height / (SIDE / 2))); }
-    int tasks(int threads) const {
-        const int n = bands(threads);
-        return n * ((threads + n - 1) / n);
-    }
+    // Rows of the image are divided into bands; the bands' channels, where there are more threads than bands, as well.
+    int bands() const { return (height + SIDE - 1) / SIDE; }
+    int tasks(int threads) const { return bands() * ((threads + bands() - 1) / bands()); }
 
     struct Part {  // of a block's depthwise convolution
         int top, rows, first, last;
     };
     Part part(int task, int threads) const {
-        const int n = bands(threads), parts = tasks(threads) / n, band = task / parts, i = task % parts;
-        const int top = height * band / n;
-        return {top, height * (band + 1) / n - top, dim / 4 * i / parts * 4, dim / 4 * (i + 1) / parts * 4};
+        const int n = bands(), parts = tasks(threads) / n, band = task / parts, i = task % parts;
+        const int top = (long)height * band / n, below = (long)height * (band + 1) / n;
+        return {top, below - top, dim / 4 * i / parts * 4, dim / 4 * (i + 1) / parts * 4};
     }
 
     struct Share {  // of a 1x1 convolution: positions in pairs of 16, outputs
         int first, last, begin, end;
     };
+    int products(int threads) const {  // how many such shares
+        const int parts = std::min(threads, positions / 32);
+        return parts * ((threads + parts - 1) / parts);
+    }
     Share share(int task, int threads) const {
-        const int parts = std::min(threads, positions / 32), shares = (threads + parts - 1) / parts;
+        const int pairs = positions / 32, parts = std::min(threads, pairs), shares = products(threads) / parts;
         const int i = task % parts, j = task / parts;
-        return {positions / 32 * i / parts, positions / 32 * (i + 1) / parts, dim / 32 * j / shares * 32,
+        return {(int)((long)pairs * i / parts), (int)((long)pairs * (i + 1) / parts), dim / 32 * j / shares * 32,
                 dim / 32 * (j + 1) / shares * 32};
     }
 
@@ -108,7 +109,7 @@ class Planar {
     void fill(int image, int task, int threads, char *panel) const {
         const int p = model.patch_size, inputs = model.stem_inputs, n = tasks(threads), bundles = positions / SIDE;
         const float *pixels = images + (long)image * model.in_chans * image_height * image_width;
-        for (int i = bundles * task / n; i < bundles * (task + 1) / n; i++) {
+        for (int i = (long)bundles * task / n; i < (long)bundles * (task + 1) / n; i++) {
             char *to = panel + i * bundle(inputs * 2);
             std::memset(to, 0, inputs * 32);
             const int y = i / strips, left = i % strips * SIDE;
@@ -125,53 +126,64 @@ class Planar {
         }
     }
 
-    // An engine has bytes(), panel(memory), work of a thread, and the steps of an image.
+    // An engine has bytes(), panel(memory), work of a thread, and the steps of an image. False: there was no memory.
     template <class Engine>
-    static void run(const Engine &engine, int batch, int threads) {
+    static bool run(const Engine &engine, int batch, int threads) {
         const Model &model = engine.model;
         // Threads share images that do not fit a core's cache, if there is a tile for each of them.
-        const bool fits = engine.bytes() <= cache() || (engine.height + SIDE - 1) / SIDE * engine.strips < threads;
+        const bool fits = engine.bytes() <= cache() || engine.bands() * engine.strips < threads;
         const int alone = fits ? batch / threads * threads : 0;  // images that one thread computes
         char *shared = nullptr;
+        bool failed = false;
 #pragma omp parallel num_threads(threads)
         {
             thread_local Buffer memory;
             typename Engine::Work work;
-            char *own = memory.take(engine.bytes());
-#pragma omp for schedule(dynamic) nowait
-            for (int image = 0; image < alone; image++) {
-                for (int task = 0; task < engine.tasks(1); task++) engine.fill(image, task, 1, engine.panel(own));
-                engine.embed(0, 1, own, work);
-                for (int b = 0; b < model.depth; b++) {
-                    for (int task = 0; task < engine.tasks(1); task++)
-                        engine.depthwise(model.blocks[b], task, 1, own, work);
-                    engine.pointwise(model.blocks[b], 0, 1, own, work);
-                }
-                engine.finish(image, 0, model.dim, own);
+            const bool first = omp_get_thread_num() == 0;
+            char *own = alone || first ? memory.take(engine.bytes()) : nullptr;
+            if (own == nullptr && (alone || first)) {
+#pragma omp atomic write
+                failed = true;
             }
-            if (alone < batch) {  // the rest all threads compute together
-#pragma omp single
-                shared = own;
-                for (int image = alone; image < batch; image++) {
+            if (first) shared = own;  // always the same memory, of which each core has its part in its cache
+#pragma omp barrier
+            if (!failed) {
+#pragma omp for schedule(dynamic) nowait
+                for (int image = 0; image < alone; image++) {
+                    for (int task = 0; task < engine.tasks(1); task++) engine.fill(image, task, 1, engine.panel(own));
+                    engine.embed(0, 1, own, work);
+                    for (int b = 0; b < model.depth; b++) {
+                        for (int task = 0; task < engine.tasks(1); task++)
+                            engine.depthwise(model.blocks[b], task, 1, own, work);
+                        engine.pointwise(model.blocks[b], 0, 1, own, work);
+                    }
+                    engine.finish(image, 0, model.dim, own);
+                }
+                if (alone && alone < batch) {
+#pragma omp barrier
+                }
+                for (int image = alone; image < batch; image++) {  // the rest all threads compute together
 #pragma omp for schedule(static)
                     for (int task = 0; task < engine.tasks(threads); task++)
                         engine.fill(image, task, threads, engine.panel(shared));
 #pragma omp for schedule(static)
-                    for (int task = 0; task < threads; task++) engine.embed(task, threads, shared, work);
+                    for (int task = 0; task < engine.products(threads); task++)
+                        engine.embed(task, threads, shared, work);
                     for (int b = 0; b < model.depth; b++) {
 #pragma omp for schedule(static)
                         for (int task = 0; task < engine.tasks(threads); task++)
                             engine.depthwise(model.blocks[b], task, threads, shared, work);
 #pragma omp for schedule(static)
-                        for (int task = 0; task < threads; task++)
+                        for (int task = 0; task < engine.products(threads); task++)
                             engine.pointwise(model.blocks[b], task, threads, shared, work);
                     }
 #pragma omp for schedule(static)
                     for (int c = 0; c < model.dim; c += 32) engine.finish(image, c, c + 32, shared);
                 }
+                _tile_release();
             }
-            _tile_release();
         }
+        return !failed;
     }
 };
 
@@ -216,7 +228,7 @@ class Tiles : Planar {
     Tiles(const Model &m, const float *x, int h, int w, float *o, bool p)
         : Planar(m, x, h, w, o, p), plane(positions + 32) {}
 
-    void forward(int batch, int threads) const { run(*this, batch, threads); }
+    bool forward(int batch, int threads) const { return run(*this, batch, threads); }
 
   private:
     long bytes_x() const { return (AHEAD + dim * plane) * 2; }
@@ -308,7 +320,7 @@ class Tiles : Planar {
             const __m512 bias_a = _mm512_set1_ps(block.bias[channel]), bias_b = _mm512_set1_ps(block.bias[channel + 1]);
             const __m512 gain_a = _mm512_set1_ps(block.gain[channel]), gain_b = _mm512_set1_ps(block.gain[channel + 1]);
             char *line = to + ((long)top * strips + strip) * bundle(2 * dim) + channel * 32L;
-            for (int i = 0; i < std::min(rows, height - top); i++, line += strips * bundle(2 * dim)) {
+            for (int i = 0; i < rows; i++, line += strips * bundle(2 * dim)) {
                 const __m512 va = activate<uint16_t>(_mm512_add_ps(_mm512_load_ps(sum_a + i * SIDE), bias_a), RELU);
                 const __m512 vb = activate<uint16_t>(_mm512_add_ps(_mm512_load_ps(sum_b + i * SIDE), bias_b), RELU);
                 const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_fmadd_ps(gain_b, vb, widened(x_b + i * 32)),
@@ -416,18 +428,20 @@ class Tiles : Planar {
     void finish(int image, int first, int last, char *memory) const {
         for (int c = first; c < last; c++) {
             const uint16_t *x = activations(memory) + c * plane;
-            __m512 sum = _mm512_setzero_ps();
+            __m512 total = _mm512_setzero_ps();
             for (int y = 0; y < height; y++) {
+                __m512 sum = _mm512_setzero_ps();  // of a row: sums of sums are exacter
                 for (int left = 0; left < width; left += SIDE) {
-                    const __mmask16 inside = width - left < SIDE ? (1u << (width - left)) - 1 : 0xffff;
-                    const __m512 v = _mm512_maskz_mov_ps(inside, widened(x + (long)y * columns + left));
+                    const __mmask16 here = width - left < SIDE ? (1u << (width - left)) - 1 : 0xffff;
+                    const __m512 v = _mm512_maskz_mov_ps(here, widened(x + (long)y * columns + left));
                     if (pooled)
                         sum = _mm512_add_ps(sum, v);
                     else
-                        _mm512_mask_storeu_ps(out + (((long)image * dim + c) * height + y) * width + left, inside, v);
+                        _mm512_mask_storeu_ps(out + (((long)image * dim + c) * height + y) * width + left, here, v);
                 }
+                total = _mm512_add_ps(total, sum);
             }
-            if (pooled) out[(long)image * dim + c] = _mm512_reduce_add_ps(sum) / (height * width);
+            if (pooled) out[(long)image * dim + c] = _mm512_reduce_add_ps(total) / ((float)height * width);
         }
     }
 };
