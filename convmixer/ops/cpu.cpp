@@ -374,7 +374,9 @@ template <typename T>
 bool forward(const Model &model, const float *images, int batch, int height, int width, float *out, bool pooled,
              int threads) {
     const Run<T> run(model, images, height, width, out, pooled);
-    const int alone = batch / threads * threads;  // images that one thread computes by itself
+    // Threads share images that do not fit a core's cache, if there is enough to share.
+    const bool fits = 2 * run.buffer_size * (long)sizeof(T) <= cache() || run.tasks < 8 * threads;
+    const int alone = fits ? batch / threads * threads : 0;  // images that one thread computes
     T *shared_one = nullptr, *shared_two = nullptr;
     bool failed = false;
 #pragma omp parallel num_threads(threads)

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -38,6 +39,11 @@ struct Model {
 };
 
 namespace {
+
+inline long cache() {  // of a core, the second level
+    static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return size > 0 ? size : 1 << 20;
+}
 
 constexpr size_t HUGE_PAGE = 1 << 21;  // a page that the processor finds at once
 

@@ -17,8 +17,6 @@
 
 #ifdef CONVMIXER_TILES
 
-#include <unistd.h>
-
 namespace {
 
 struct alignas(64) TileConfig {
@@ -66,11 +64,6 @@ class Planar {
 
     // Bytes of 16 positions in the panel, of `each` bytes. One line more: they must not lie a power of two apart.
     static long bundle(long each) { return SIDE * each + 64; }
-
-    static long cache() {
-        static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-        return size > 0 ? size : 1 << 20;
-    }
 
     // Rows of the image are divided into bands; the bands' channels, where there are more threads than bands, as well.
     int bands() const { return (height + SIDE - 1) / SIDE; }
