@@ -194,7 +194,7 @@ def test_a_stream_that_is_stopped_goes_on_exactly(digits, shards, tmp_path, monk
     def step(self, *arguments):
         count.append(1)
         if len(count) == 12:  # of nine steps an epoch
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return real(self, *arguments)
 
     monkeypatch.setattr(loop._Trainer, "step", step)
