@@ -268,8 +268,7 @@ class Ranges:
 
 def _span(*values: Tensor) -> Span:
     """Of values (B, dim, H, W)."""
-    low, high = zip(*((v.amin((0, 2, 3)), v.amax((0, 2, 3))) for v in values), strict=True)
-    return torch.stack(low).amin(0), torch.stack(high).amax(0)
+    return _joined([(v.amin((0, 2, 3)), v.amax((0, 2, 3))) for v in values])
 
 
 @torch.inference_mode()

@@ -45,11 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def vary_norms(model: nn.Module) -> None:
-    """Give each BatchNorm statistics and parameters that are not the initial ones."""
+def vary_norms(
+    model: nn.Module,
+    std: float = 0.1,
+    variance: tuple[float, float] = (0.5, 1.5),
+    scale: tuple[float, float] = (-1.0, 1.5),
+) -> None:
+    """Give each BatchNorm statistics and parameters that are not the initial ones; `std` of means and biases."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, -1.0, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=std)
+            nn.init.uniform_(module.running_var, *variance)
+            nn.init.uniform_(module.weight, *scale)
+            nn.init.normal_(module.bias, std=std)

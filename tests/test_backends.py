@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from command import run
+from conftest import vary_norms
 
 import convmixer
 from convmixer import backends, native, optimize
@@ -34,11 +35,7 @@ RUNTIMES.append(pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, 
 def make(**changes):
     """With statistics and scales that training could have left."""
     model = convmixer.ConvMixer(**{**SMALL, **changes}).eval()
-    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
-        torch.nn.init.normal_(norm.running_mean, std=0.5)
-        torch.nn.init.uniform_(norm.running_var, 0.5, 2)
-        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-        torch.nn.init.normal_(norm.bias, std=0.5)
+    vary_norms(model, std=0.5, variance=(0.5, 2), scale=(0.5, 1.5))
     return model
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import vary_norms
 from PIL import Image
 from torch import nn
 
@@ -22,12 +23,9 @@ SCALES = (0.0, 1e-30, -1e-30, 1e-200, 1e-6, -1.0, 30.0)
 
 def randomise(model: nn.Module, scales: tuple[float, ...] = SCALES) -> nn.Module:
     """Statistics and scales that training could have left, and some that it could hardly; evaluation mode."""
+    vary_norms(model, std=0.5, variance=(0.01, 3), scale=(-1.5, 1.5))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.5)
-            nn.init.uniform_(module.running_var, 0.01, 3)
-            nn.init.uniform_(module.weight, -1.5, 1.5)
-            nn.init.normal_(module.bias, std=0.5)
             places = torch.randperm(len(module.weight))[: len(scales)]
             module.weight.data[places] = torch.tensor(scales[: len(places)], dtype=module.weight.dtype)
         elif isinstance(module, nn.PReLU):

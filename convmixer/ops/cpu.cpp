@@ -207,10 +207,7 @@ void product_split(const uint16_t *parts, int inputs, const char *weights, int o
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         };
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        clear();
         for (int i = 0; i < inputs; i += 32, weights += 6144, a += 6144) {
             left(2), right(0), multiply();
             left(1), multiply();
@@ -221,10 +218,7 @@ void product_split(const uint16_t *parts, int inputs, const char *weights, int o
             for (int j = 0; j < rate && row < last; j++) finish_row();
         }
         float *sum = sums[(n / 32 + 1) % 2];
-        _tile_stored(0, sum, 128);
-        _tile_stored(1, sum + 16, 128);
-        _tile_stored(2, sum + 512, 128);
-        _tile_stored(3, sum + 528, 128);
+        store_square(sum);
     }
 }
 #endif

@@ -32,8 +32,15 @@ struct Table {  // of 256 bytes
     }
 };
 
-inline __m512i index(const int32_t *sums, __m512 scale, __m512 offset) {
-    return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)), scale, offset));
+// Where four times 16 sums stand in the table, with saturation, in their order.
+inline __m512i indices(const int32_t *a, const int32_t *b, const int32_t *c, const int32_t *d, __m512 scale,
+                       __m512 offset) {
+    auto index = [&](const int32_t *sums) {
+        return _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums)), scale, offset));
+    };
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i low = _mm512_packs_epi32(index(a), index(b)), up = _mm512_packs_epi32(index(c), index(d));
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, up));
 }
 
 template <int GROUPS>  // of four neighbours: 16 columns and what the kernel reaches beyond them
@@ -142,10 +149,7 @@ class Bytes : Planar {
     }
 
     void multiply(int half, Work &work) const {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        clear();
         const auto *windows = work.windows[half];
         const auto *matrices = work.matrices[half];
         settle();
@@ -163,16 +167,11 @@ class Bytes : Planar {
             _tile_loadd(5, windows[3] + y * 64, 64);
             _tile_dpbusd(3, 5, 7);
         }
-        const int size = SIDE * SIDE;
-        _tile_stored(0, work.sums[half], 64);
-        _tile_stored(1, work.sums[half] + size, 64);
-        _tile_stored(2, work.sums[half] + 2 * size, 64);
-        _tile_stored(3, work.sums[half] + 3 * size, 64);
+        store_each(work.sums[half]);
     }
 
     void combine(int channel, int strip, const Block &block, int half, int top, int rows, const uint8_t *x, char *to,
                  Work &work) const {
-        const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
         __m512i lines[4][4];  // four rows of 16 columns each: of each channel, for all rows
         for (int c = 0; c < 4; c++) {
             const Table table(block.tables[0] + (channel + c) * 256L);
@@ -181,9 +180,7 @@ class Bytes : Planar {
             const uint8_t *from = x + (channel + c) * plane + (long)top * columns + strip * SIDE;
             for (int i = 0; i < rows; i += 4) {  // what lies below the last row is not written
                 const int32_t *sums = work.sums[half] + (c * SIDE + i) * SIDE;
-                const __m512i low = _mm512_packs_epi32(index(sums, scale, offset), index(sums + 16, scale, offset));
-                const __m512i up = _mm512_packs_epi32(index(sums + 32, scale, offset), index(sums + 48, scale, offset));
-                const __m512i q = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, up));
+                const __m512i q = indices(sums, sums + 16, sums + 32, sums + 48, scale, offset);
                 __m512i old;
                 if (columns == SIDE) {
                     old = _mm512_loadu_si512(from + i * SIDE);
@@ -240,10 +237,7 @@ class Bytes : Planar {
             const Table table(block.tables[1] + (n + i) * 256L);
             const __m512 scale = _mm512_set1_ps(block.end.scale[n + i]), offset = _mm512_set1_ps(block.end.bias[n + i]);
             const int32_t *sum = sums + i * 32;
-            const __m512i low = _mm512_packs_epi32(index(sum, scale, offset), index(sum + 16, scale, offset));
-            const __m512i up = _mm512_packs_epi32(index(sum + 1024, scale, offset), index(sum + 1040, scale, offset));
-            const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-            const __m512i q = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, up));
+            const __m512i q = indices(sum, sum + 16, sum + 1024, sum + 1040, scale, offset);
             _mm512_mask_storeu_epi8(to + i * plane, inside, table[q]);
         }
     };
@@ -263,10 +257,7 @@ class Bytes : Planar {
                 for (int part = 0; part < std::min(2, last - m); part++) {
                     const char *b = panel(memory) + 2 * (m + part) * bundle(dim);
                     int32_t *sums = work.sums[turn] + part * 1024;
-                    _tile_zero(0);
-                    _tile_zero(1);
-                    _tile_zero(2);
-                    _tile_zero(3);
+                    clear();
                     for (long i = 0; i < half; i += 1024, ahead += 128) {
                         _mm_prefetch(ahead, _MM_HINT_T1);
                         _mm_prefetch(ahead + 64, _MM_HINT_T1);
@@ -281,10 +272,7 @@ class Bytes : Planar {
                         if (ready.to)
                             for (int j = 0; j < rate && row < 32; j++) ready.finish(row++, block, plane);
                     }
-                    _tile_stored(0, sums, 128);
-                    _tile_stored(1, sums + 16, 128);
-                    _tile_stored(2, sums + 512, 128);
-                    _tile_stored(3, sums + 528, 128);
+                    store_square(sums);
                 }
                 while (ready.to && row < 32) ready.finish(row++, block, plane);
                 const __mmask64 inside = last - m > 1 ? ~0ull : 0xffffffffull;

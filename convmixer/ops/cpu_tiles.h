@@ -39,6 +39,30 @@ inline void configure(int height, int inner) {
     _tile_loadconfig(&config);
 }
 
+// The four sums.
+inline void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+// One after the other, (4, 16, 16).
+inline void store_each(void *sums) {
+    char *to = static_cast<char *>(sums);
+    _tile_stored(0, to, 64);
+    _tile_stored(1, to + 1024, 64);
+    _tile_stored(2, to + 2048, 64);
+    _tile_stored(3, to + 3072, 64);
+}
+// As the quarters of a square, (32, 32).
+inline void store_square(void *sums) {
+    char *to = static_cast<char *>(sums);
+    _tile_stored(0, to, 128);
+    _tile_stored(1, to + 64, 128);
+    _tile_stored(2, to + 2048, 128);
+    _tile_stored(3, to + 2112, 128);
+}
+
 constexpr int SIDE = 16;      // columns of a tile, and at most as many rows
 constexpr int LARGEST = 15;   // kernel size
 constexpr int RUN = 3 * SIDE; // pairs of values in the run that holds a Toeplitz matrix
@@ -183,10 +207,7 @@ class Planar {
 // Four products of 16 x 16 x 32 (bfloat16) each: of 32 outputs' weights and 32 positions.
 inline void multiply_bfloat16(const char *a, long half, const char *b, long next, float *sums) {
     settle();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear();
     for (long i = 0; i < half; i += 1024) {
         _tile_loadd(4, a + i, 64);
         _tile_loadd(6, b + i, 64);
@@ -197,10 +218,7 @@ inline void multiply_bfloat16(const char *a, long half, const char *b, long next
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    _tile_stored(2, sums + 512, 128);
-    _tile_stored(3, sums + 528, 128);
+    store_square(sums);
 }
 
 template <bool RELU>
@@ -259,10 +277,7 @@ class Tiles : Planar {
         const auto *windows = work.windows[half];
         const uint32_t *run = work.runs[half][0] + RUN - 2 - SIDE;
         settle();
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        clear();
         if (item.wide) {
             for (int y = 0; y < k; y++, run += RUN) {
                 _tile_loadd(6, run, -8);
@@ -292,11 +307,7 @@ class Tiles : Planar {
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
-        const int size = SIDE * SIDE;
-        _tile_stored(0, work.sums[half], 64);
-        _tile_stored(1, work.sums[half] + size, 64);
-        _tile_stored(2, work.sums[half] + 2 * size, 64);
-        _tile_stored(3, work.sums[half] + 3 * size, 64);
+        store_each(work.sums[half]);
     }
 
     // y + gain * act(depthwise(y)) of two channels, side by side.
@@ -373,10 +384,7 @@ class Tiles : Planar {
                     const char *b = panel(memory) + 2 * m * bundle(2 * inputs);
                     float *sums = work.sums[turn];
                     int row = 0;
-                    _tile_zero(0);
-                    _tile_zero(1);
-                    _tile_zero(2);
-                    _tile_zero(3);
+                    clear();
                     for (long i = 0; i < half; i += 1024, ahead += 128) {
                         _mm_prefetch(ahead, _MM_HINT_T1);  // the next outputs' weights
                         _mm_prefetch(ahead + 64, _MM_HINT_T1);
@@ -391,10 +399,7 @@ class Tiles : Planar {
                         if (ready.to)
                             for (int j = 0; j < rate && row < 32; j++) ready.finish(row++, end, plane);
                     }
-                    _tile_stored(0, sums, 128);
-                    _tile_stored(1, sums + 16, 128);
-                    _tile_stored(2, sums + 512, 128);
-                    _tile_stored(3, sums + 528, 128);
+                    store_square(sums);
                     ready = {activations(memory) + n * plane + m * 32L, sums, n};
                 }
             }
