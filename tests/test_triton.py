@@ -311,7 +311,7 @@ def test_the_benchmark_runs_through(tmp_path):
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert not report["left_out"]
     assert not report["failed"]
-    assert "ours, triton" in report["inference of tiny"]
+    assert "ours, triton" in report["sections"]["inference of tiny"]
 
 
 @gpu

@@ -155,8 +155,8 @@ def call(task: Task, dtype: torch.dtype) -> Callable[[], Any]:
             return lambda: triton._multiply(x, weight, vector, "gelu", scale=vector, shift=vector, config=row)
         return lambda: triton._multiply(x, weight, vector, "gelu", (vector, vector, x), vector, config=row)
     if task.operation == "normalize":
-        second = (x, vector, vector, "gelu") if task.key else ()
-        return lambda: triton._normalize(x, "gelu", vector, vector, None, *second, config=row)
+        second: dict[str, Any] = {"x": x, "scale_x": vector, "shift_x": vector, "act_x": "gelu"} if task.key else {}
+        return lambda: triton._normalize(x, "gelu", vector, vector, config=row, **second)
     vectors = [{"scale": vector}, {"center": vector, "grad_s": vector, "grad_q": vector}, {"center": vector}][task.key]
     return lambda: triton._sums(task.key, x, "gelu", None if task.key == 2 else x, config=row, **vectors)
 
@@ -222,7 +222,7 @@ def microseconds(function: Callable[[], Any], calls: int = 5, rounds: int = 5) -
         end.record()
         end.synchronize()
         times.append(1000 * begin.elapsed_time(end) / calls)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def _differ(one: Any, other: Any) -> bool:
