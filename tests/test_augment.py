@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as V
 from convmixer.errors import ArgumentError
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import augment as aug
-from convmixer.training.augment import Augment, Dice, Draws, Op, Round, draw
+from convmixer.training.augment import Augment, Draws, Op, Operations, RandomNumbers, draw
 from convmixer.training.data import Images, Share
 
 # With images as small as these, threads only wait for each other.
@@ -70,9 +70,9 @@ def pixels_of(x: torch.Tensor) -> torch.Tensor:
     return found.round().to(torch.uint8)
 
 
-def dice(count: int, *, seed=0, epoch=0, steps=1, parts=1) -> Dice:
+def numbers(count: int, *, seed=0, epoch=0, steps=1, parts=1) -> RandomNumbers:
     share = Share(seed, epoch, count // steps, parts, range(parts), range(steps))
-    return Dice(share, [(step, part) for step in range(steps) for part in range(parts)])
+    return RandomNumbers(share, [(step, part) for step in range(steps) for part in range(parts)])
 
 
 def torchvisions(image: torch.Tensor, op: Op, value: float, fill=(0.0, 0.0, 0.0)) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_each_operation_is_torchvisions(op, shape):
     values = _values(op, *shape[1:])
     images = photographs(max(24, len(values)), *shape)
     op_of, value_of = np.full(len(images), int(op)), np.resize(values, len(images))
-    found = pixels_of(augment(shape, fill="mean")(images, Draws(rounds=[Round(op_of, value_of)])))
+    found = pixels_of(augment(shape, fill="mean")(images, Draws(operations=[Operations(op_of, value_of)])))
     fill = [round(255 * mean) for mean in MEAN]
     for image, value, result in zip(images, value_of.tolist(), found, strict=True):
         expected = torchvisions(image, op, value, fill)
@@ -157,7 +157,7 @@ def test_each_operation_is_torchvisions(op, shape):
 
 def test_gaps_are_black_or_of_the_mean_colour():
     images = photographs(8, 3, 8, 8)
-    draws = Draws(rounds=[Round(np.full(8, int(Op.TRANSLATE_X)), np.full(8, 3.0))])
+    draws = Draws(operations=[Operations(np.full(8, int(Op.TRANSLATE_X)), np.full(8, 3.0))])
     for fill, expected in (("black", [0, 0, 0]), ("mean", [round(255 * mean) for mean in MEAN])):
         found = pixels_of(augment((3, 8, 8), fill=fill)(images, draws))
         assert (found[:, :, :, :3] == torch.tensor(expected).view(3, 1, 1)).all()
@@ -169,30 +169,30 @@ def test_gaps_are_black_or_of_the_mean_colour():
 def test_operations_follow_each_other_for_each_image_as_drawn(fields, shape):
     images = photographs(150, *shape)
     changes = augment(shape, **fields)
-    draws = draw(changes.recipe, dice(150), shape[1:], shape[1:], mixing=False)
+    draws = draw(changes.recipe, numbers(150), shape[1:], shape[1:], mixing=False)
     found = pixels_of(changes(images, draws))
     off = []
     for i, image in enumerate(images):
         expected = image
-        for op, value in draws.rounds:
+        for op, value in draws.operations:
             expected = torchvisions(expected, Op(op[i]), float(value[i]))
         off.append((found[i].int() - expected.int()).abs().max() > 1)
     # A level of difference may become more in the next operation, and a few shears lie between pixels.
     assert np.mean(off) < 0.1
-    assert len(draws.rounds) == (1 if "trivial_augment" in fields else fields["rand_augment"][0])
+    assert len(draws.operations) == (1 if "trivial_augment" in fields else fields["rand_augment"][0])
 
 
 def test_colour_jitter_is_torchvisions():
     images = photographs(200, 3, 16, 16)
-    draws = draw(augment(color_jitter=0.3).recipe, dice(200), (16, 16), (16, 16), mixing=False)
+    draws = draw(augment(color_jitter=0.3).recipe, numbers(200), (16, 16), (16, 16), mixing=False)
     found = pixels_of(augment((3, 16, 16))(images, draws))
-    orders = {tuple(int(op[i]) for op, _ in draws.rounds) for i in range(200)}
+    orders = {tuple(int(op[i]) for op, _ in draws.operations) for i in range(200)}
     assert len(orders) == 24
     assert {frozenset(order) for order in orders} == {frozenset((Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR, Op.HUE))}
     difference = []
     for i, image in enumerate(images):
         expected = image
-        for op, value in draws.rounds:
+        for op, value in draws.operations:
             expected = torchvisions(expected, Op(op[i]), float(value[i]))
         difference.append((found[i].int() - expected.int()).abs())
     assert torch.stack(difference).float().mean() < 0.05
@@ -202,7 +202,7 @@ def test_colour_jitter_is_torchvisions():
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_crops_are_torchvisions(shape):
     images = photographs(100, *shape)
-    boxes = aug.draw_crops(dice(100), 0.1, *shape[1:])
+    boxes = aug.draw_crops(numbers(100), 0.1, *shape[1:])
     found = pixels_of(augment(shape)(images, Draws(crops=boxes)))
     for image, box, result in zip(images, boxes.T.tolist(), found, strict=True):
         expected = V.resized_crop(image, *box, size=list(shape[1:]), antialias=True)
@@ -213,8 +213,8 @@ def test_crops_are_torchvisions(shape):
 def test_flips_and_shifts(shape):
     images, most = photographs(100, *shape), 3
     changes = augment(shape, flip=0.5, vertical_flip=0.5, shift=most, rand_augment=(1, 9))
-    draws = draw(changes.recipe, dice(100), shape[1:], shape[1:], mixing=False)
-    before = pixels_of(changes(images, Draws(rounds=draws.rounds)))
+    draws = draw(changes.recipe, numbers(100), shape[1:], shape[1:], mixing=False)
+    before = pixels_of(changes(images, Draws(operations=draws.operations)))
     found = pixels_of(changes(images, draws))
     for i, (image, result) in enumerate(zip(before, found, strict=True)):
         image = V.horizontal_flip(image) if draws.flips[i] else image
@@ -261,7 +261,7 @@ def _share_of(found: np.ndarray, expected: float) -> None:
 
 
 def test_randaugment_draws_every_operation_alike_and_both_signs():
-    op, value = aug.draw_operations(dice(70_000), 9, 32, 32)
+    op, value = aug.draw_operations(numbers(70_000), 9, 32, 32)
     for kind in list(Op)[:14]:
         _share_of(op == kind, 1 / 14)
         if Op.SHEAR_X <= kind <= Op.SHARPNESS:
@@ -272,7 +272,7 @@ def test_randaugment_draws_every_operation_alike_and_both_signs():
 
 
 def test_trivialaugment_draws_every_level_alike():
-    op, value = aug.draw_operations(dice(140_000), None, 32, 32)
+    op, value = aug.draw_operations(numbers(140_000), None, 32, 32)
     _share_of(op == Op.ROTATE, 1 / 14)
     turns = value[op == Op.ROTATE]
     assert np.unique(np.abs(turns).round(3)).tolist() == pytest.approx([135 * i / 30 for i in range(31)])
@@ -289,19 +289,21 @@ def test_tables_are_torchvisions():
 
 
 def test_jitter_factors_are_uniform():
-    rounds = aug.draw_jitter(dice(20_000), 0.6)
-    by_op = {op: np.concatenate([value[kinds == op] for kinds, value in rounds]) for op in np.unique(rounds[0].op)}
+    operations = aug.draw_jitter(numbers(20_000), 0.6)
+    by_op = {
+        op: np.concatenate([value[kinds == op] for kinds, value in operations]) for op in np.unique(operations[0].op)
+    }
     for op in (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR):
         _uniform(by_op[op], 0.4, 1.6)
     _uniform(by_op[Op.HUE], -0.5, 0.5)
-    assert aug.draw_jitter(dice(1000), 2.0)[0].value.min() > -0.51  # no negative factors of the others
-    for kinds, _ in rounds:
+    assert aug.draw_jitter(numbers(1000), 2.0)[0].value.min() > -0.51  # no negative factors of the others
+    for kinds, _ in operations:
         for op in by_op:
             _share_of(kinds == op, 0.25)
 
 
 def test_crops_have_uniform_areas_and_ratios():
-    top, left, height, width = aug.draw_crops(dice(40_000), 0.2, 500, 500)
+    top, left, height, width = aug.draw_crops(numbers(40_000), 0.2, 500, 500)
     areas = height * width / 250_000
     small = areas < 0.36  # of these all ratios fit
     _uniform(areas[small], 0.2, 0.36)
@@ -312,7 +314,7 @@ def test_crops_have_uniform_areas_and_ratios():
 
 def test_crops_that_never_fit_are_central():
     """Of an image much wider than high, as torchvision's."""
-    box = aug.draw_crops(dice(50), 0.9, 10, 100)
+    box = aug.draw_crops(numbers(50), 0.9, 10, 100)
     assert np.array_equal(box, np.tile([[0], [43], [10], [13]], 50))
 
 
@@ -322,7 +324,7 @@ def test_erasing_draws_what_timm_draws():
     random.seed(0)
     erased = theirs(torch.ones(count, 1, 16, 12)) == 0
     rows, columns = erased.any(3).sum(2)[:, 0].numpy(), erased.any(2).sum(2)[:, 0].numpy()
-    found = aug.draw_erasing(dice(count), 0.25, 16, 12)
+    found = aug.draw_erasing(numbers(count), 0.25, 16, 12)
     assert np.array_equal(found.image, np.unique(found.image))
     _share_of(np.isin(np.arange(count), found.image), 0.25)
     for ours, timms in ((found.box[2], rows[rows > 0]), (found.box[3], columns[columns > 0])):
@@ -337,7 +339,7 @@ def test_erased_rectangles_are_noise():
     source = Images(images, torch.zeros(400, dtype=torch.int64), ("a",))
     share = Share(0, 0, 400, 1, range(1), range(1))
     (part,) = changes.prepared(source, share, lambda _: 0.0)
-    erasing = aug.draw_erasing(dice(400), 0.5, 16, 12)
+    erasing = aug.draw_erasing(numbers(400), 0.5, 16, 12)
     order = next(share.index(400))
     plain = changes(images[order], Draws())
     noise = []
@@ -373,7 +375,7 @@ def test_mixed_images_are_what_their_targets_say(fields):
     recipe = get_recipe("cifar10", **fields)
     kinds = set()
     for step, (part, index) in enumerate(zip(found, share.index(len(images)), strict=True)):
-        weights, cut, boxes = aug.draw_mixing(Dice(share, [(step, 0)]), recipe, 12, 10)
+        weights, cut, boxes = aug.draw_mixing(RandomNumbers(share, [(step, 0)]), recipe, 12, 10)
         assert torch.equal(part.labels, images.labels[index])
         assert torch.allclose(part.targets.sum(1), torch.ones(64))
         plain = augment((3, 12, 10))(images.pixels[index], Draws())
@@ -398,7 +400,7 @@ def test_mixed_images_are_what_their_targets_say(fields):
 
 def test_mixing_draws():
     recipe = get_recipe("cifar10", mixup=0.3, cutmix=2.0, mix_prob=0.6)
-    weight, cut, box = aug.draw_mixing(dice(60_000), recipe, 100, 80)
+    weight, cut, box = aug.draw_mixing(numbers(60_000), recipe, 100, 80)
     _share_of(cut, 0.3)
     _share_of((weight < 1) & ~cut, 0.3)
     blended = weight[(weight < 1) & ~cut]
@@ -459,9 +461,9 @@ def test_processes_and_parts_of_a_step_make_no_difference():
 
 
 def test_epochs_and_seeds_differ():
-    drawn = [aug.draw_operations(dice(100, **kinds), 9, 32, 32).op for kinds in ({}, {"seed": 1}, {"epoch": 1})]
+    drawn = [aug.draw_operations(numbers(100, **kinds), 9, 32, 32).op for kinds in ({}, {"seed": 1}, {"epoch": 1})]
     assert not any(np.array_equal(a, b) for a, b in ((drawn[0], drawn[1]), (drawn[0], drawn[2]), (drawn[1], drawn[2])))
-    two = dice(100, steps=2).uniform(1)[0]
+    two = numbers(100, steps=2).uniform(1)[0]
     assert not np.array_equal(two[:50], two[50:])
 
 
@@ -475,10 +477,10 @@ def test_nothing_waits_for_the_device():
     images = torch.empty(256, 3, 12, 10, dtype=torch.uint8, device="meta")
     labels = torch.empty(256, dtype=torch.int64, device="meta")
     changes.noise = torch.empty(2**20 + 360, device="meta")
-    draws = draw(changes.recipe, dice(256), (12, 10), (12, 10), mixing=True)
+    draws = draw(changes.recipe, numbers(256), (12, 10), (12, 10), mixing=True)
     for part in changes.parts([(images[:128], labels[:128]), (images[128:], labels[128:])], draws, None):
         assert (part.inputs.shape, part.targets.shape) == ((128, 3, 12, 10), (128, 10))
-    assert set(np.unique([op for op, _ in draws.rounds])) == set(map(int, Op))
+    assert set(np.unique([op for op, _ in draws.operations])) == set(map(int, Op))
 
 
 @pytest.mark.gpu
@@ -487,7 +489,7 @@ def test_a_gpu_computes_the_same_and_is_not_waited_for():
     labels = torch.arange(1024) % 10
     fields = {**MIXED, "image_sizes": ()}
     cpu, gpu = (augment(device=device, **fields) for device in ("cpu", "cuda"))
-    draws = draw(cpu.recipe, dice(1024), (32, 32), (32, 32), mixing=True)
+    draws = draw(cpu.recipe, numbers(1024), (32, 32), (32, 32), mixing=True)
     cpu.noise = torch.randn(2**20 + 3072)
     gpu.noise = cpu.noise.cuda()
     (expected,) = cpu.parts([(images, labels)], draws, None)

@@ -60,7 +60,7 @@ class Op(IntEnum):
 # ---- draws, on the CPU ----------------------------------------------------------------------------------------------
 
 
-class Dice:
+class RandomNumbers:
     """Random numbers for the N images of some parts of an epoch, each image with its own.
 
     Args:
@@ -105,34 +105,34 @@ def magnitudes(wide: bool, height: int, width: int) -> Array:
     return table
 
 
-class Round(NamedTuple):
+class Operations(NamedTuple):
     """One operation for each image: `op` (N,), and what it takes (N,), as factors for the blending ones."""
 
     op: Array
     value: Array
 
 
-def draw_operations(dice: Dice, level: int | None, height: int, width: int) -> Round:
+def draw_operations(numbers: RandomNumbers, level: int | None, height: int, width: int) -> Operations:
     """An operation of RandAugment for each image at a level, or one of TrivialAugmentWide at a level of its own."""
-    random = dice.uniform(3)
+    random = numbers.uniform(3)
     op = (random[0] * 14).astype(np.int64)
     levels = (random[1] * LEVELS).astype(np.int64) if level is None else level
     value = magnitudes(level is None, height, width)[op, levels]
     signed = (op >= Op.SHEAR_X) & (op <= Op.SHARPNESS)
     value = np.where(signed & (random[2] < 0.5), -value, value)
     value = np.where((op == Op.TRANSLATE_X) | (op == Op.TRANSLATE_Y), np.trunc(value), value)
-    return Round(op, value + ((op >= Op.BRIGHTNESS) & (op <= Op.SHARPNESS)))
+    return Operations(op, value + ((op >= Op.BRIGHTNESS) & (op <= Op.SHARPNESS)))
 
 
-def draw_jitter(dice: Dice, strength: float) -> list[Round]:
+def draw_jitter(numbers: RandomNumbers, strength: float) -> list[Operations]:
     """Brightness, contrast, saturation and hue in random order, each with its own factor."""
-    random = dice.uniform(8)
+    random = numbers.uniform(8)
     order = random[:4].argsort(axis=0)
     low = max(0.0, 1 - strength)
     factors = low + (1 + strength - low) * random[4:]
     factors[3] = min(strength, 0.5) * (2 * random[7] - 1)
     ops = np.array([Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR, Op.HUE])
-    return [Round(ops[chosen], np.take_along_axis(factors, chosen[None], 0)[0]) for chosen in order]
+    return [Operations(ops[chosen], np.take_along_axis(factors, chosen[None], 0)[0]) for chosen in order]
 
 
 def _draw_boxes(
@@ -153,9 +153,9 @@ def _draw_boxes(
     return np.stack([top, left, height, width]).astype(np.int64), np.asarray(fits.any(axis=0))
 
 
-def draw_crops(dice: Dice, least: float, height: int, width: int) -> Array:
+def draw_crops(numbers: RandomNumbers, least: float, height: int, width: int) -> Array:
     """Boxes (4, N) of at least a part of the area; where ten draws do not fit, the largest central box."""
-    boxes, found = _draw_boxes(dice.uniform(22), (least, 1.0), 4 / 3, (height, width), (height, width))
+    boxes, found = _draw_boxes(numbers.uniform(22), (least, 1.0), 4 / 3, (height, width), (height, width))
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     central = np.array([(height - h) // 2, (width - w) // 2, h, w])
     return np.where(found, boxes, central[:, None])
@@ -169,9 +169,9 @@ class Erasing(NamedTuple):
     start: Array
 
 
-def draw_erasing(dice: Dice, probability: float, height: int, width: int) -> Erasing:
+def draw_erasing(numbers: RandomNumbers, probability: float, height: int, width: int) -> Erasing:
     """As timm's RandomErasing: 2 to 33 % of the area, an aspect ratio of 0.3 to 3.3."""
-    random = dice.uniform(24)
+    random = numbers.uniform(24)
     image = np.flatnonzero(random[0] < probability)
     random = random[1:, image]
     box, found = _draw_boxes(random[1:], (0.02, 1 / 3), 1 / 0.3, (height, width), (height - 1, width - 1))
@@ -186,11 +186,11 @@ class Mixing(NamedTuple):
     box: Array
 
 
-def draw_mixing(dice: Dice, recipe: Recipe, height: int, width: int) -> Mixing:
+def draw_mixing(numbers: RandomNumbers, recipe: Recipe, height: int, width: int) -> Mixing:
     """Mixup or cutmix for each image with probability `mix_prob`; both are as likely where the recipe has both."""
-    random = dice.uniform(4)
+    random = numbers.uniform(4)
     cut = random[1] < bool(recipe.cutmix) / (bool(recipe.cutmix) + bool(recipe.mixup))
-    kept = [dice.beta(alpha) if alpha else 1.0 for alpha in (recipe.cutmix, recipe.mixup)]
+    kept = [numbers.beta(alpha) if alpha else 1.0 for alpha in (recipe.cutmix, recipe.mixup)]
     weight = np.where(cut, kept[0], kept[1])
     mixed = random[0] < recipe.mix_prob
     edges = []
@@ -210,7 +210,7 @@ class Draws:
 
     Attributes:
         crops: Boxes (4, N) as top, left, height and width.
-        rounds: Operations, one after the other.
+        operations: Applied one after the other, each a set of one for every image.
         flips: Whether left and right change places (N,).
         vertical_flips: Whether top and bottom do (N,).
         shifts: Pixels (2, N) by which the view moves down and right.
@@ -219,7 +219,7 @@ class Draws:
     """
 
     crops: Array | None = None
-    rounds: Sequence[Round] = ()
+    operations: Sequence[Operations] = ()
     flips: Array | None = None
     vertical_flips: Array | None = None
     shifts: Array | None = None
@@ -227,25 +227,27 @@ class Draws:
     mixing: Mixing | None = None
 
 
-def draw(recipe: Recipe, dice: Dice, shape: tuple[int, int], seen: tuple[int, int], mixing: bool) -> Draws:
+def draw(recipe: Recipe, numbers: RandomNumbers, shape: tuple[int, int], seen: tuple[int, int], mixing: bool) -> Draws:
     """Draw all that a recipe asks for.
 
     Args:
-        dice: For the images.
+        numbers: For the images.
         shape: Their (height, width).
         seen: That of the images that the model gets.
         mixing: Whether this part of the run mixes images.
     """
-    crops = draw_crops(dice, recipe.crop_scale, *shape) if recipe.crop_scale < 1 and not recipe.stream else None
-    operations, level = (1, None) if recipe.trivial_augment else recipe.rand_augment
-    rounds = [draw_operations(dice, level, *shape) for _ in range(operations)]
-    rounds += draw_jitter(dice, recipe.color_jitter) if recipe.color_jitter else []
-    flips, vertical = (dice.uniform(1)[0] < p if p else None for p in (recipe.flip, recipe.vertical_flip))
+    crops = draw_crops(numbers, recipe.crop_scale, *shape) if recipe.crop_scale < 1 and not recipe.stream else None
+    count, level = (1, None) if recipe.trivial_augment else recipe.rand_augment
+    operations = [draw_operations(numbers, level, *shape) for _ in range(count)]
+    operations += draw_jitter(numbers, recipe.color_jitter) if recipe.color_jitter else []
+    flips, vertical = (numbers.uniform(1)[0] < p if p else None for p in (recipe.flip, recipe.vertical_flip))
     shifts = None
     if recipe.shift:
-        shifts = (dice.uniform(2) * (2 * recipe.shift + 1)).astype(np.int64) - recipe.shift
-    erasing = draw_erasing(dice, recipe.random_erasing, *seen) if recipe.random_erasing else None
-    return Draws(crops, rounds, flips, vertical, shifts, erasing, draw_mixing(dice, recipe, *seen) if mixing else None)
+        shifts = (numbers.uniform(2) * (2 * recipe.shift + 1)).astype(np.int64) - recipe.shift
+    erasing = draw_erasing(numbers, recipe.random_erasing, *seen) if recipe.random_erasing else None
+    return Draws(
+        crops, operations, flips, vertical, shifts, erasing, draw_mixing(numbers, recipe, *seen) if mixing else None
+    )
 
 
 # ---- operations, on the device: x uint8 (K, C, H, W), p (K, 6) as `_parameters` gives it ----------------------------
@@ -387,7 +389,7 @@ def hue(x: Tensor, p: Tensor) -> Tensor:
     return _bytes(result.mul_(255.999))
 
 
-OPERATIONS: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {
+FUNCTIONS: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {
     Op.BRIGHTNESS: brightness,
     Op.COLOR: color,
     Op.CONTRAST: contrast,
@@ -521,8 +523,8 @@ class Augment:
         batches = zip(source.parts(share), places, strict=False)  # the images end first, and close what they have open
         for (size, mixing), alike in itertools.groupby(batches, phase):
             while chunk := list(itertools.islice(alike, most)):
-                dice = Dice(share, [place for _, place in chunk])
-                draws = draw(recipe, dice, self.shape, self.seen(size), mixing)
+                numbers = RandomNumbers(share, [place for _, place in chunk])
+                draws = draw(recipe, numbers, self.shape, self.seen(size), mixing)
                 yield from self.parts([batch for batch, _ in chunk], draws, size)
 
     def parts(self, batches: Sequence[Batch], draws: Draws, size: int | None) -> Iterator[Part]:
@@ -540,7 +542,7 @@ class Augment:
         if draws.crops is not None:
             x = crop(x, self._send(draws.crops))
         order = np.arange(len(x))  # of the images, after those that are sorted by operation
-        for op, value in draws.rounds:
+        for op, value in draws.operations:
             by_op = op[order].argsort(kind="stable")
             order = order[by_op]
             x = self._operate(x.index_select(0, self._send(by_op)), op[order], value[order])
@@ -565,7 +567,7 @@ class Augment:
         moved = slice(*bounds.tolist())
         if moved.start < moved.stop:
             x[moved] = affine(x[moved], parameters[moved], self.fill)
-        for kind, change in OPERATIONS.items():
+        for kind, change in FUNCTIONS.items():
             start, stop = np.searchsorted(op, [kind, kind + 1]).tolist()
             if start < stop:
                 x[start:stop] = change(x[start:stop], parameters[start:stop])
@@ -575,7 +577,7 @@ class Augment:
         """Back into the order before the operations, with flips and shifts."""
         image = order.argsort()
         if draws.flips is None and draws.vertical_flips is None and draws.shifts is None:
-            return x.index_select(0, self._send(image)) if draws.rounds else x
+            return x.index_select(0, self._send(image)) if draws.operations else x
         moves = np.zeros((5, len(image)), dtype=np.int64)
         moves[0] = image
         for row, drawn in ((1, draws.vertical_flips), (2, draws.flips), (slice(3, 5), draws.shifts)):
@@ -602,8 +604,8 @@ class Augment:
         own = self._send(mixing.weight.astype(np.float32))
         partners = self._send(mirror)
 
-        def both(numbers: Array) -> tuple[Tensor, Tensor, Tensor]:
-            image = self._send(numbers)
+        def both(chosen: Array) -> tuple[Tensor, Tensor, Tensor]:
+            image = self._send(chosen)
             return image, x.index_select(0, image), x.index_select(0, partners.index_select(0, image))
 
         i, a, b = both(blended)
