@@ -32,12 +32,11 @@ from convmixer import plots
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
-from convmixer.training.data import Augment, Images, hold_out, load_images
+from convmixer.training.data import Images, hold_out, load_images
 from convmixer.training.loop import _diagnose, _no_denormals, bf16_is_faster
 from convmixer.training.run import Run
 
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +109,19 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
         ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
         ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
+        ({"mix_prob": 1.5}, "recipe field mix_prob=1.5: give in [0, 1]"),
+        ({"mix_until": -0.1}, "recipe field mix_until=-0.1: give in [0, 1]"),
+        ({"fill": "white"}, 'recipe field fill=\'white\': give "black" or "mean"'),
+        ({"trivial_augment": 1}, "recipe field trivial_augment=1: give True or False"),
+        (
+            {"trivial_augment": True},
+            "contradictory recipe: trivial_augment=True takes the place of rand_augment=(2, 12): give "
+            "rand_augment=(0, 0), or trivial_augment=False",
+        ),
+        (
+            {"trivial_augment": True, "rand_augment": (0, 0), "stream": True, "auto_augment": "v0"},
+            "contradictory recipe: auto_augment='v0' takes the place of trivial_augment=True: leave one of them out",
+        ),
         ({"in_chans": 2}, "recipe field in_chans=2: give 3 or 1"),
         ({"input_size": (8,)}, "recipe field input_size=(8,): give height and width"),
         ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give in (0, 1]"),
@@ -260,60 +272,6 @@ def test_hold_out_is_a_partition_that_the_seed_decides():
     assert torch.equal(hold_out(images, 0.1, 3)[1].labels, validation.labels)
     assert not torch.equal(hold_out(images, 0.1, 4)[1].labels, validation.labels)
     assert len(hold_out(images, 0.0, 3)[1]) == 0
-
-
-def _augment(**fields) -> Augment:
-    plain = {"flip": 0.0, "shift": 0, "rand_augment": (0, 0)}
-    return Augment(Recipe(**{**plain, **fields}), {"mean": MEAN, "std": STD}, torch.device("cpu"))
-
-
-def _denormalize(x: torch.Tensor) -> torch.Tensor:
-    return ((x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255).round().to(torch.uint8)
-
-
-PIXELS = torch.randint(256, (64, 3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def test_no_augmentation_only_normalises():
-    assert torch.equal(_denormalize(_augment()(PIXELS)), PIXELS)
-
-
-def test_vertical_flip():
-    assert torch.equal(_denormalize(_augment(vertical_flip=1.0)(PIXELS)), PIXELS.flip(2))
-
-
-def test_flip():
-    assert torch.equal(_denormalize(_augment(flip=1.0)(PIXELS)), PIXELS.flip(3))
-    result = _denormalize(_augment(flip=0.5)(PIXELS))
-    flipped = [torch.equal(a, b.flip(2)) for a, b in zip(result, PIXELS, strict=True)]
-    kept = [torch.equal(a, b) for a, b in zip(result, PIXELS, strict=True)]
-    assert 16 < sum(flipped) < 48
-    assert sum(flipped) + sum(kept) == 64
-
-
-def test_shift_is_one_of_all_translations_of_the_reflected_image():
-    result = _denormalize(_augment(shift=1)(PIXELS))
-    padded = np.pad(PIXELS.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
-    seen = set()
-    for image, source in zip(result.numpy(), padded, strict=True):
-        match = [(i, j) for i in range(3) for j in range(3) if np.array_equal(image, source[:, i : i + 9, j : j + 9])]
-        assert len(match) == 1
-        seen.add(match[0])
-    assert len(seen) == 9
-
-
-@pytest.mark.parametrize(
-    "fields", [{"rand_augment": (2, 12)}, {"color_jitter": 0.3}, {"random_erasing": 1.0}, {"crop_scale": 0.3}]
-)
-def test_other_augmentation_changes_images_differently(fields):
-    result = _augment(**fields)(PIXELS[:1].expand(64, -1, -1, -1))
-    assert result.shape == (64, 3, 9, 9)
-    assert result.isfinite().all()
-    assert len({image.numpy().tobytes() for image in result}) > 4
-
-
-def test_small_images():
-    assert _augment()(PIXELS, size=6).shape == (64, 3, 6, 6)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -631,7 +589,8 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
 def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):
     from convmixer.training import loop
 
-    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, "rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2})
+    fields = {"rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2, "cutmix": 0.5, "mix_prob": 0.7, "mix_until": 0.8}
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, **fields})
     whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
     real, count = loop._Trainer.step, []
 

@@ -1,4 +1,4 @@
-"""Sources of images, those decoded once into memory, and augmentation of whole batches of tensors."""
+"""Sources of images, and those that are decoded once into memory."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ import hashlib
 import math
 import os
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
 from convmixer.errors import ArgumentError, DataError
 from convmixer.inference import read_image
 from convmixer.training.readers import open_split
-from convmixer.training.recipes import Recipe
-from convmixer.transforms import normalization
-
-# Images that share one draw of RandAugment and of the colour changes: few enough to vary, enough to be fast.
-GROUP = 8
-
 
 Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
 T = TypeVar("T", bound="Source")
@@ -39,8 +31,8 @@ def seed_all(*numbers: int) -> None:
     """Let all randomness follow from these numbers, however many processes share the work."""
     seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")
     torch.manual_seed(seed)
-    random.seed(seed)  # timm's random erasing and augmentation
-    np.random.seed(seed % 2**32)  # timm's mixup and augmentation
+    random.seed(seed)  # timm's augmentation
+    np.random.seed(seed % 2**32)  # the same
 
 
 @dataclass(frozen=True)
@@ -63,10 +55,10 @@ class Share:
     mine: range
     steps: range
 
-    def index(self, count: int) -> Iterator[Tensor]:
+    def index(self, count: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """The parts of this process, one after the other, of an epoch over `count` images in an order of its own."""
         seed_all(self.seed, self.epoch)
-        order = torch.randperm(count)
+        order = torch.randperm(count).to(device)
         for step in self.steps:
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].view(self.parts, -1)
             yield from batch[self.mine.start : self.mine.stop]
@@ -84,6 +76,10 @@ class Source(Protocol):
 
     @property
     def unreadable(self) -> set[str]: ...
+
+    @property
+    def at_once(self) -> int:
+        """Parts of an epoch that can be had together without waiting long."""
 
     def __len__(self) -> int: ...
 
@@ -119,6 +115,10 @@ class Images:
         """None: `load_images` has said it already."""
         return set()
 
+    @property
+    def at_once(self) -> int:
+        return sys.maxsize
+
     def to(self, device: torch.device) -> Images:
         return Images(self.pixels.to(device), self.labels.to(device), self.classes)
 
@@ -129,9 +129,8 @@ class Images:
         return {"images": len(self), "classes": list(self.classes)}
 
     def parts(self, share: Share) -> Iterator[Batch]:
-        for index in share.index(len(self)):
-            here = index.to(self.pixels.device)
-            yield self.pixels[here], self.labels[here]
+        for index in share.index(len(self), self.pixels.device):
+            yield self.pixels[index], self.labels[index]
 
     def in_order(self, batch_size: int) -> Iterable[Batch]:
         return list(zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True))
@@ -248,67 +247,3 @@ def hold_out(images: T, fraction: float, seed: int) -> tuple[T, T]:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     count = round(len(images) * fraction)
     return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
-
-
-class Augment:
-    """uint8 (B, C, H, W) -> normalised float (B, C, S, S), each image changed at random.
-
-    Args:
-        recipe: Which changes, and how strong.
-        config: Its `mean` and `std` per channel, of pixels in [0, 1].
-        device: Where the batches are.
-    """
-
-    def __init__(self, recipe: Recipe, config: dict[str, Any], device: torch.device) -> None:
-        self.recipe = recipe
-        self.normalize = normalization(config)
-        group: list[Callable[[Tensor], Tensor]] = []
-        if not recipe.stream:  # else the workers have done it, image by image
-            if recipe.crop_scale < 1:
-                group.append(partial(_crop, least=recipe.crop_scale))
-            group += image_changes(recipe)
-        self.group = v2.Compose(group) if group else None
-        self.erase: Any = RandomErasing(recipe.random_erasing, mode="pixel", device=str(device))
-
-    def __call__(self, pixels: Tensor, size: int | None = None) -> Tensor:
-        if self.group is not None:
-            pixels = torch.cat([self.group(group) for group in pixels.split(GROUP)])
-        for probability, dim in ((self.recipe.flip, 3), (self.recipe.vertical_flip, 2)):
-            if probability:
-                flipped = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < probability
-                pixels = torch.where(flipped, pixels.flip(dim), pixels)
-        if self.recipe.shift:
-            pixels = _shift(pixels, self.recipe.shift)
-        if size is not None and size != min(pixels.shape[-2:]):
-            sides = [round(side * size / min(pixels.shape[-2:])) for side in pixels.shape[-2:]]
-            pixels = v2.functional.resize(pixels, sides, antialias=True)
-        result: Tensor = self.normalize(pixels)
-        return self.erase(result) if self.recipe.random_erasing else result
-
-
-def image_changes(recipe: Recipe) -> list[Callable[[Tensor], Tensor]]:
-    """What changes all images of a tensor (..., C, H, W) by one draw."""
-    changes: list[Callable[[Tensor], Tensor]] = []
-    if recipe.rand_augment[0]:
-        changes.append(v2.RandAugment(*recipe.rand_augment))
-    if recipe.color_jitter:
-        strength = recipe.color_jitter
-        changes.append(v2.ColorJitter(strength, strength, strength, min(strength, 0.5)))
-    return changes
-
-
-def _crop(pixels: Tensor, least: float) -> Tensor:
-    """A crop of random place and area, the same for all images, resized to the size that they had."""
-    result: Tensor = v2.RandomResizedCrop(list(pixels.shape[-2:]), scale=(least, 1.0), antialias=True)(pixels)
-    return result
-
-
-def _shift(pixels: Tensor, most: int) -> Tensor:
-    """Translate each image by its own whole number of pixels in [-most, most], borders reflected."""
-    count, _, height, width = pixels.shape
-    padded = F.pad(pixels.float(), (most,) * 4, mode="reflect").to(pixels.dtype)
-    top, left = torch.randint(2 * most + 1, (2, count, 1), device=pixels.device)
-    rows = top + torch.arange(height, device=pixels.device)  # (B, H)
-    columns = left + torch.arange(width, device=pixels.device)  # (B, W)
-    image = torch.arange(count, device=pixels.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -29,9 +28,8 @@ from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
 from convmixer.model import ConvMixer, evaluating
 from convmixer.plots import plot_history, write_figure
+from convmixer.training.augment import Augment, Part
 from convmixer.training.data import (
-    Augment,
-    Batch,
     Fit,
     Share,
     Source,
@@ -242,15 +240,7 @@ class _Trainer:
             device_placement=False,
         )
         self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        self.augment = Augment(recipe, preprocessing(self.model), where)
-        self.mixup: Any = None
-        if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                mixup_alpha=recipe.mixup,
-                cutmix_alpha=recipe.cutmix,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=len(images.classes),
-            )
+        self.augment = Augment(recipe, preprocessing(self.model), len(images.classes), where)
         self.parts = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
         # The layout that the factory chose.
@@ -295,6 +285,10 @@ class _Trainer:
             self.learner.stem.eval()
             self.learner.blocks.eval()
 
+    def done(self, epoch: int, step: int) -> float:
+        """The part of the run that is over before a step."""
+        return (epoch * self.steps + step) / (self.recipe.epochs * self.steps)
+
     def rate(self, epoch: int, step: int) -> float:
         """The learning rate of a step."""
         return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
@@ -308,7 +302,8 @@ class _Trainer:
         begun = time.perf_counter() - place.seconds
         first = self.accelerator.process_index * self.recipe.accumulate
         mine, steps = range(first, first + self.recipe.accumulate), range(place.step, self.steps)
-        parts = self.images.parts(Share(self.recipe.seed, epoch, self.recipe.batch_size, self.parts, mine, steps))
+        share = Share(self.recipe.seed, epoch, self.recipe.batch_size, self.parts, mine, steps)
+        parts = self.augment.prepared(self.images, share, lambda step: self.done(epoch, step))
         # What was done before an interruption counts for the first process.
         sums = torch.tensor([place.loss, place.correct], device=self.where) * self.accelerator.is_main_process
         number, step = 0, place.step - 1
@@ -338,14 +333,25 @@ class _Trainer:
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return int(highest)
 
-    def step(self, parts: Iterator[Batch], epoch: int, step: int) -> tuple[Tensor, Tensor]:
+    def _part(self, parts: Iterator[Part], epoch: int, step: int, i: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """The next part of a step, the i-th of this process.
+
+        Returns:
+            Inputs (B, C, S, S), targets (B,) or (B, classes), labels (B,), and by how much to smooth the targets.
+        """
+        inputs, targets, labels = next(parts)
+        # For dropout and stochastic depth.
+        seed_all(self.recipe.seed, epoch, step, self.accelerator.process_index * self.recipe.accumulate + i)
+        return inputs.contiguous(memory_format=self.layout), targets, labels, self.recipe.label_smoothing
+
+    def step(self, parts: Iterator[Part], epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step on the next of these parts.
 
         Returns:
             The last inputs, and this process's part of (mean loss, number of correct images).
         """
         recipe = self.recipe
-        done = (epoch * self.steps + step) / (recipe.epochs * self.steps)
+        done = self.done(epoch, step)
         if self.head_only is not (done < recipe.frozen):
             self._set_phase(head_only=done < recipe.frozen)
             self.train_mode()
@@ -354,13 +360,7 @@ class _Trainer:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         sums = torch.zeros(2, device=self.where)
         for i in range(recipe.accumulate):
-            pixels, labels = next(parts)
-            seed_all(recipe.seed, epoch, step, self.accelerator.process_index * recipe.accumulate + i)
-            inputs = self.augment(pixels, recipe.image_size(done))
-            inputs = inputs.contiguous(memory_format=self.layout)  # augmentation may leave another one
-            targets, smoothing = labels, recipe.label_smoothing
-            if self.mixup:
-                (inputs, targets), smoothing = self.mixup(inputs, labels), 0.0
+            inputs, targets, labels, smoothing = self._part(parts, epoch, step, i)
             more = i < recipe.accumulate - 1
             with self.accelerator.no_sync(self.compiled) if more else contextlib.nullcontext():
                 with self.accelerator.autocast():

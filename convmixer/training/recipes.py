@@ -21,8 +21,7 @@ class Recipe:
     Attributes:
         model: Variant to train, or `variant.tag` to start from those weights.
         checkpoint: A .safetensors file to start from, in place of the weights that `model` names.
-        stream: Decode images when a step needs them, in worker processes, for sets that do not fit into memory. Crops,
-            RandAugment and colour changes are then drawn for each image by itself, not for groups of eight.
+        stream: Decode images when a step needs them, in worker processes, for sets that do not fit into memory.
         in_chans: Channels of the images, 3 or 1.
         input_size: (height, width) of the images that the model takes; empty: the model's own.
         epochs: Passes over the training images.
@@ -40,19 +39,27 @@ class Recipe:
         warmup: Part of the run in which the rate rises from 0 to `lr`, linearly.
         knee: (part of the run, part of `lr`) through which the rate falls, linearly; it ends at 0.
         label_smoothing: In [0, 1).
-        mixup: Alpha of mixup; 0 leaves it out. With cutmix, each batch has one or the other.
-        cutmix: Alpha of cutmix; 0 leaves it out.
+        mixup: Alpha of mixup; 0 leaves it out. Each mixed image has a share of its own, and with cutmix one or the
+            other, both as likely.
+        cutmix: Alpha of cutmix; 0 leaves it out. Each mixed image has a rectangle of its own.
+        mix_prob: Probability that an image is mixed, where there is mixup or cutmix.
+        mix_until: Part of the run after which no images are mixed.
         clip_grad: Largest gradient norm; 0 does not clip.
         ema_decay: Of the average of the weights that is validated and kept; 0 keeps the weights themselves.
         flip: Probability of a horizontal flip.
         vertical_flip: Probability of a vertical flip.
         shift: Largest translation in pixels, in each direction, borders reflected.
         crop_scale: Smallest part of the area that a random crop keeps before it is resized; 1 does not crop.
-        rand_augment: (operations, magnitude of 0 to 30) of RandAugment; 0 operations leave it out.
-        auto_augment: A policy of timm such as "rand-m9-mstd0.5-inc1" or "v0", in place of `rand_augment`; needs
-            `stream`. Empty leaves it out.
+        rand_augment: (operations, magnitude of 0 to 30) of RandAugment, drawn for each image; 0 operations leave it
+            out.
+        trivial_augment: TrivialAugmentWide, one operation of random magnitude for each image, in place of
+            `rand_augment`.
+        fill: What the two of them put where a shear, a translation or a rotation leaves nothing: "black", or "mean",
+            the mean colour of the model's preprocessing.
+        auto_augment: A policy of timm such as "rand-m9-mstd0.5-inc1" or "v0", in place of both; needs `stream`. Empty
+            leaves it out.
         color_jitter: Strength of brightness, contrast, saturation and hue changes.
-        random_erasing: Probability that a rectangle is replaced by noise.
+        random_erasing: Probability that a rectangle, of 2 to 33 % of the area, is replaced by noise.
         image_sizes: (part of the run, pixels): from there on the shorter side of images is that. Empty: always the
             model's own size. Small images first cost less and cost little accuracy.
         drop_rate: Dropout before the head.
@@ -86,6 +93,8 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_until: float = 1.0
     clip_grad: float = 0.0
     ema_decay: float = 0.0
     flip: float = 0.5
@@ -93,6 +102,8 @@ class Recipe:
     shift: int = 0
     crop_scale: float = 1.0
     rand_augment: tuple[int, int] = (2, 12)
+    trivial_augment: bool = False
+    fill: str = "black"
     auto_augment: str = ""
     color_jitter: float = 0.0
     random_erasing: float = 0.0
@@ -115,8 +126,9 @@ class Recipe:
                 for row in rows
             )
             self._check(name, fine, "pairs of numbers" if name == "image_sizes" else "two numbers")
-        for name in ("stream", "sync_batchnorm"):
+        for name in ("stream", "sync_batchnorm", "trivial_augment"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
+        self._check("fill", self.fill in ("black", "mean"), '"black" or "mean"')
         self._check("auto_augment", _is_policy(self.auto_augment), 'a policy of timm such as "rand-m9-mstd0.5-inc1"')
         known = self.opt.removeprefix("lookahead_") in list_optimizers()
         self._check("opt", known, "an optimizer of timm.optim.list_optimizers()")
@@ -132,7 +144,7 @@ class Recipe:
             self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
         for name in ("weight_decay", "clip_grad", "shift", "color_jitter", "mixup", "cutmix", "min_delta"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("flip", "vertical_flip", "random_erasing", "frozen"):
+        for name in ("flip", "vertical_flip", "random_erasing", "frozen", "mix_prob", "mix_until"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
         for name in ("layer_decay", "crop_scale"):
             self._check(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
@@ -159,6 +171,10 @@ class Recipe:
             and not self.stream,
             f"auto_augment={self.auto_augment!r} takes the place of rand_augment={self.rand_augment}: give "
             "rand_augment=(0, 0), or no auto_augment": self.auto_augment and self.rand_augment[0],
+            f"trivial_augment=True takes the place of rand_augment={self.rand_augment}: give rand_augment=(0, 0), or "
+            "trivial_augment=False": self.trivial_augment and self.rand_augment[0],
+            f"auto_augment={self.auto_augment!r} takes the place of trivial_augment=True: leave one of them "
+            "out": self.auto_augment and self.trivial_augment,
             f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} parts": self.batch_size
             % self.accumulate,
             f"mixup and cutmix pair images: batch_size={self.batch_size} over accumulate={self.accumulate} is odd": (
@@ -231,8 +247,7 @@ _STRONG = Recipe(
 
 RECIPES = {
     "cifar10": Recipe(
-        note="The settings published with the paper's CIFAR-10 code (92.60 % there). Groups of eight images share a "
-        "draw of RandAugment, which differs from it.",
+        note="The settings published with the paper's CIFAR-10 code (92.60 % there).",
     ),
     "cifar10-100": Recipe(
         epochs=100,

@@ -1,8 +1,8 @@
 """Images decoded by worker processes when a step needs them, for sets that do not fit into memory.
 
-Workers decode, crop and augment image by image; what is done to batches, `Augment` does on the device, as for images in
-memory. `Stream` reads any image of a set at any time: order and augmentation follow from the seed, the epoch and the
-image, whatever the number of workers. `Shards` reads WebDataset tars from their start to their end.
+Workers decode, crop, and apply timm's policies, image by image; all other changes `Augment` makes on the device, as for
+images in memory. `Stream` reads any image of a set at any time: order and changes follow from the seed, the epoch and
+the image, whatever the number of workers. `Shards` reads WebDataset tars from their start to their end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from convmixer.errors import DataError
 from convmixer.inference import read_image
-from convmixer.training.data import Batch, Fit, Share, image_changes, seed_all, shorten
+from convmixer.training.data import Batch, Fit, Share, seed_all, shorten
 from convmixer.training.readers import Prepare, ShardSplit, Split, open_split
 from convmixer.training.recipes import Recipe, policy
 
@@ -37,7 +37,7 @@ S = TypeVar("S", bound="_Workers")
 
 @dataclass(frozen=True)
 class Change:
-    """An image of any kind -> uint8 (C, H, W), cropped and changed at random as a recipe says."""
+    """An image of any kind -> uint8 (C, H, W), cropped at random and changed by a policy of timm as a recipe says."""
 
     recipe: Recipe
     fit: Fit
@@ -55,8 +55,6 @@ class Change:
         if self.recipe.auto_augment:
             change = policy(self.recipe.auto_augment, (size[0], size[1]), self.mean)
             pixels = v2.functional.pil_to_tensor(change(v2.functional.to_pil_image(pixels)))
-        for alter in image_changes(self.recipe):
-            pixels = alter(pixels)
         return pixels
 
 
@@ -106,6 +104,11 @@ class _Workers:
 
     def to(self: S, device: torch.device) -> S:
         return replace(self, device=device)
+
+    @property
+    def at_once(self) -> int:
+        """Half of what the workers hold ready, so that they go on while the model learns from it."""
+        return max(1, self.workers)
 
     def close(self) -> None:
         """Close what decoding in this process has opened."""
