@@ -6,7 +6,7 @@ from convmixer.errors import ConvMixerError
 from convmixer.export import export_model
 from convmixer.factory import create_model
 from convmixer.inference import predict
-from convmixer.model import ConvMixer
+from convmixer.model import ConvMixer, accelerate
 from convmixer.publishing import push_to_hub, save_pretrained
 from convmixer.registry import list_models, list_pretrained, model_info
 from convmixer.transforms import create_transform
@@ -14,6 +14,7 @@ from convmixer.transforms import create_transform
 __all__ = [
     "ConvMixer",
     "ConvMixerError",
+    "accelerate",
     "convert_checkpoint",
     "create_model",
     "create_transform",

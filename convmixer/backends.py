@@ -36,7 +36,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, mis
 from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache, prefers_channels_last
 from convmixer.inference import read_image
-from convmixer.model import check_dtype, check_input
+from convmixer.model import DepthwiseConv2d, check_dtype, check_input
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
 from convmixer.transforms import create_transform
@@ -279,6 +279,9 @@ class Compiled(Whole):
 
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         super().__init__(module, rule)
+        for layer in module.modules():
+            if isinstance(layer, DepthwiseConv2d):
+                layer.exports_kernels = True  # TorchInductor takes the kernels whole
         self._graph = _Graphs(self._compile)
 
     def _compile(self, *key: Any) -> Callable[[Tensor], Any]:
@@ -606,7 +609,8 @@ def _refusal(backend: str, model: nn.Module, dtype: torch.dtype) -> str | None:
     block: Any = inner.blocks[0]
     depthwise, act, _ = block[0].fn
     if depthwise.kernel_size[0] not in KERNEL_SIZES:
-        return f"triton computes kernels of 3 to 11, this model has {depthwise.kernel_size[0]}: use compile"
+        valid = f"{KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}"
+        return f"triton computes kernels of {valid}, this model has {depthwise.kernel_size[0]}: use compile"
     if type(act) not in ACTIVATIONS or getattr(act, "approximate", "none") != "none":
         return f"triton computes {', '.join(ACTIVATIONS.values())}, this model has {act}: use compile"
     return None

@@ -147,25 +147,70 @@ class DepthwiseConv2d(nn.Conv2d):
     def __init__(
         self, dim: int, kernel_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
+        super().__init__(dim, dim, kernel_size, groups=dim, device=device, dtype=dtype)
+        self._set_border(kernel_size)
+
+    def _set_border(self, kernel_size: int) -> None:
         before, after = (kernel_size - 1) // 2, kernel_size // 2
-        padding = before if before == after else 0
-        super().__init__(dim, dim, kernel_size, groups=dim, padding=padding, device=device, dtype=dtype)
         # Even kernels need one more row and column at the end, which convolutions cannot do by themselves.
         self.even_kernel = before != after
         self.border = [before, after, before, after]
+        self.padding = (0, 0) if self.even_kernel else (before, before)
+        self.exports_kernels = False  # what is exported for others has no operators of this package in it
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self.training and torch.compiler.is_compiling():
-                if x.device.type == "cpu" and self.weight.requires_grad and torch.is_grad_enabled():
-                    autocast = torch.is_autocast_enabled("cpu")
-                    dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
-                    bias = None if self.bias is None else self.bias.to(dtype)
-                    return ops.depthwise_conv2d(x.to(dtype), self.weight.to(dtype), bias)
+            if not self._is_exported(x) and ops.runs_on_kernels(x, self.weight, self.training):
+                return ops.depthwise_conv2d(x, self.weight, self.bias)
         if self.even_kernel:
             x = F.pad(x, self.border)
         result: Tensor = self._conv_forward(x, self.weight, self.bias)
         return result
+
+    def _is_exported(self, x: Tensor) -> bool:
+        if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+            return True
+        return torch.compiler._is_exporting_flag and not self.exports_kernels
+
+
+def _keeps_resolution(layer: nn.Module) -> bool:
+    """Whether a layer is a depthwise convolution with square kernels that keeps the resolution."""
+    if type(layer) is not nn.Conv2d or not layer.groups == layer.in_channels == layer.out_channels > 1:
+        return False
+    height, width = layer.kernel_size
+    same = layer.padding == "same" or (height % 2 == 1 and layer.padding == (height // 2, height // 2))
+    plain = layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return height == width and same and plain
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Let the depthwise layers of any model, such as timm's own ConvMixer, run on this package's GPU kernels.
+
+    Depthwise `nn.Conv2d` layers with square kernels and equal resolution become `DepthwiseConv2d`, in place. Weights,
+    state dict, hooks and results stay the same, up to rounding. Models of this package need it not.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArgumentError: It has no such layer.
+
+    ```python
+    model = convmixer.accelerate(timm.create_model("convmixer_768_32").cuda())
+    ```
+    """
+    found = 0
+    for layer in model.modules():
+        if _keeps_resolution(layer):
+            layer.__class__ = DepthwiseConv2d
+            layer._set_border(layer.kernel_size[0])  # type: ignore[operator, index]
+        found += isinstance(layer, DepthwiseConv2d)
+    if not found:
+        raise ArgumentError(
+            f"{type(model).__name__} has no depthwise convolution that keeps the resolution: nn.Conv2d with "
+            "groups=channels, square kernels, stride 1, zero padding"
+        )
+    return model
 
 
 class Residual(nn.Module):

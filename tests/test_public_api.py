@@ -21,6 +21,7 @@ def test_exported_names():
     names = [
         "ConvMixer",
         "ConvMixerError",
+        "accelerate",
         "convert_checkpoint",
         "create_model",
         "create_transform",

@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from convmixer.errors import ArgumentError, ConvMixerError
-from convmixer.ops import dispatch, reference
+from convmixer.ops import dispatch
 
 ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "identity"}
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -94,7 +94,7 @@ class _Depthwise(Function):
         u, scale, shift, weight, center, c = ctx.saved_tensors
         kernels = dispatch.kernels(u)
         if ctx.batch:
-            grad_c = kernels.stats_grad(grad_c, c, ctx.act, center, grad_s, grad_q)
+            grad_c, _ = kernels.stats_grad(grad_c, c, ctx.act, center, grad_s, grad_q)
         grad_weight = grad_bias = grad_u = grad_scale = grad_shift = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             x = kernels.normalize_act(u, scale, shift, ctx.act_before)
@@ -142,8 +142,9 @@ class _Pointwise(Function):
     def backward(ctx: Any, grad_u: Tensor, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         c, scale, shift, weight, u_before, scale_before, shift_before, center, u = ctx.saved_tensors
         kernels = dispatch.kernels(c)
+        total = None
         if ctx.batch:
-            grad_u = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
+            grad_u, total = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
         grad_weight = grad_bias = grad_c = grad_scale = grad_shift = grad_z = None
         product = weight.to(c.dtype)
         if ctx.needs_input_grad[4]:
@@ -152,7 +153,8 @@ class _Pointwise(Function):
             grad_weight = _convolution_grads(grad_u, z, product, (False, True))[1].to(weight.dtype)
             grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
         if ctx.needs_input_grad[5]:
-            grad_bias = grad_u.sum((0, 2, 3), dtype=center.dtype).to(ctx.bias_type)
+            total = grad_u.sum((0, 2, 3), dtype=center.dtype) if total is None else total
+            grad_bias = total.to(ctx.bias_type)
         if any(ctx.needs_input_grad[:4]):
             grad_z = _convolution_grads(grad_u, c, product, (True, False))[0]
             grad_c, grad_scale, grad_shift = kernels.normalize_act_grad(grad_z, c, scale, ctx.act)
@@ -185,11 +187,12 @@ class _Normalize(Function):
 
 
 class _Stats(Function):
-    """The sums of act(u), for the stem; once per step, so PyTorch's own functions do on every device."""
+    """The sums of act(u), for the stem."""
 
     @staticmethod
     def forward(u: Tensor, center: Tensor, act: str) -> tuple[Tensor, Tensor]:
-        return reference.stats(u, act, center)
+        result: tuple[Tensor, Tensor] = dispatch.kernels(u).stats(u, act, center)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -200,7 +203,7 @@ class _Stats(Function):
     @_first_derivative
     def backward(ctx: Any, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         u, center = ctx.saved_tensors
-        grad = dispatch.kernels(u).stats_grad(torch.zeros_like(u), u, ctx.act, center, grad_s, grad_q)
+        grad, _ = dispatch.kernels(u).stats_grad(torch.zeros_like(u), u, ctx.act, center, grad_s, grad_q)
         return grad, None, None
 
 
