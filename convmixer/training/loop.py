@@ -295,6 +295,10 @@ class _Trainer:
             self.learner.stem.eval()
             self.learner.blocks.eval()
 
+    def progress(self, epoch: int, step: int) -> float:
+        """The part of the run that is done before a step."""
+        return (epoch * self.steps + step) / (self.recipe.epochs * self.steps)
+
     def rate(self, epoch: int, step: int) -> float:
         """The learning rate of a step."""
         return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
@@ -338,6 +342,22 @@ class _Trainer:
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return int(highest)
 
+    def _part(self, parts: Iterator[Batch], epoch: int, step: int, number: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """The next part of a step, augmented and mixed, by a seed of its own.
+
+        Returns:
+            Inputs (B, C, H, W), targets (labels (B,), or probabilities (B, classes)), labels (B,), and the label
+            smoothing that the loss has yet to apply.
+        """
+        recipe = self.recipe
+        pixels, labels = next(parts)
+        seed_all(recipe.seed, epoch, step, self.accelerator.process_index * recipe.accumulate + number)
+        inputs = self.augment(pixels, recipe.image_size(self.progress(epoch, step)))
+        inputs = inputs.contiguous(memory_format=self.layout)  # augmentation may leave another one
+        if self.mixup:
+            return *self.mixup(inputs, labels), labels, 0.0
+        return inputs, labels, labels, recipe.label_smoothing
+
     def step(self, parts: Iterator[Batch], epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """One step on the next of these parts.
 
@@ -345,7 +365,7 @@ class _Trainer:
             The last inputs, and this process's part of (mean loss, number of correct images).
         """
         recipe = self.recipe
-        done = (epoch * self.steps + step) / (recipe.epochs * self.steps)
+        done = self.progress(epoch, step)
         if self.head_only is not (done < recipe.frozen):
             self._set_phase(head_only=done < recipe.frozen)
             self.train_mode()
@@ -354,13 +374,7 @@ class _Trainer:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         sums = torch.zeros(2, device=self.where)
         for i in range(recipe.accumulate):
-            pixels, labels = next(parts)
-            seed_all(recipe.seed, epoch, step, self.accelerator.process_index * recipe.accumulate + i)
-            inputs = self.augment(pixels, recipe.image_size(done))
-            inputs = inputs.contiguous(memory_format=self.layout)  # augmentation may leave another one
-            targets, smoothing = labels, recipe.label_smoothing
-            if self.mixup:
-                (inputs, targets), smoothing = self.mixup(inputs, labels), 0.0
+            inputs, targets, labels, smoothing = self._part(parts, epoch, step, i)
             more = i < recipe.accumulate - 1
             with self.accelerator.no_sync(self.compiled) if more else contextlib.nullcontext():
                 with self.accelerator.autocast():
