@@ -63,10 +63,10 @@ class Share:
     mine: range
     steps: range
 
-    def index(self, count: int) -> Iterator[Tensor]:
+    def index(self, count: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
         """The parts of this process, one after the other, of an epoch over `count` images in an order of its own."""
         seed_all(self.seed, self.epoch)
-        order = torch.randperm(count)
+        order = torch.randperm(count).to(device)
         for step in self.steps:
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].view(self.parts, -1)
             yield from batch[self.mine.start : self.mine.stop]
@@ -129,9 +129,8 @@ class Images:
         return {"images": len(self), "classes": list(self.classes)}
 
     def parts(self, share: Share) -> Iterator[Batch]:
-        for index in share.index(len(self)):
-            here = index.to(self.pixels.device)
-            yield self.pixels[here], self.labels[here]
+        for index in share.index(len(self), self.pixels.device):
+            yield self.pixels[index], self.labels[index]
 
     def in_order(self, batch_size: int) -> Iterable[Batch]:
         return list(zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True))

@@ -13,14 +13,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from convmixer.checkpoints import read_tensors, save_weights
@@ -41,7 +39,9 @@ from convmixer.training.data import (
     seed_all,
     shorten,
 )
+from convmixer.training.graph import CudaGraphs, Recorder, Replay
 from convmixer.training.history import Epoch, write_history
+from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 from convmixer.training.readers import READERS, SHARDS, has_split
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
@@ -221,8 +221,11 @@ class _Trainer:
         *,
         compile: bool,
         fused: bool,
+        recorder: Recorder | None = None,
+        not_recorded: Callable[[RuntimeError], None] = lambda error: None,
     ) -> None:
         self.recipe, self.where, self.accelerator, self.compile = recipe, where, accelerator, compile
+        self.recorder, self.not_recorded = recorder, not_recorded
         self.images = images.to(where)
         self.model = _new_model(recipe, images.classes, where, fused=fused)
         self.learner = self.model
@@ -231,17 +234,9 @@ class _Trainer:
         elif recipe.sync_batchnorm:
             self.learner = _synchronised(self.model)
         self.optimizer = accelerator.prepare_optimizer(  # with it, gradients of float16 are scaled
-            create_optimizer_v2(
-                self.model,
-                opt=recipe.opt,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                eps=recipe.eps,
-                layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
-            ),
-            device_placement=False,
+            create_optimizer(recipe, self.model, where), device_placement=False
         )
-        self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.average = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self.augment = Augment(recipe, preprocessing(self.model), where)
         self.mixup: Any = None
         if recipe.mixup or recipe.cutmix:
@@ -258,11 +253,22 @@ class _Trainer:
         self.layout = torch.contiguous_format if chosen else torch.channels_last
         self.head_only: bool | None = None
         self.compiled: Any = None
+        # What a recorded step reads and writes: the rate of each group and the weight of the new values in the average;
+        # the sum of losses and the number of correct images.
+        self.tensor_rates = takes_tensors(recipe.opt, where)
+        self.values = torch.zeros(len(self.optimizer.param_groups) + 1, device=where)
+        self.sums = torch.zeros(2, device=where)
+        self._link_rates()
+
+    def _link_rates(self) -> None:
+        if self.tensor_rates:
+            for group, rate in zip(self.optimizer.param_groups, self.values, strict=False):
+                group["lr"] = rate
 
     @property
     def kept(self) -> ConvMixer:
         """What is validated and saved."""
-        return cast("ConvMixer", self.average.module) if self.average else self.model
+        return self.average.module if self.average else self.model
 
     def state(self) -> dict[str, Any]:
         average = self.average.module.state_dict() if self.average else None
@@ -272,7 +278,10 @@ class _Trainer:
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
+            saved |= {k: group[k] for k in ("fused", "capturable") if k in group}  # it may come from another device
         self.optimizer.load_state_dict(state["optimizer"])
+        self._link_rates()
         if self.average:
             self.average.module.load_state_dict(state["average"])
         if self.accelerator.scaler and state.get("scaler"):
@@ -288,6 +297,13 @@ class _Trainer:
             self.compiled = self.accelerator.prepare_model(nn.Sequential(self.compiled))
         if self.compile:  # one compilation per image size is faster than one for all of them
             self.compiled = torch.compile(self.compiled, dynamic=False)
+        self.compute = Replay(self._compute, self.recorder, self._run_on)
+
+    def _run_on(self, error: RuntimeError) -> None:
+        """Go on without recording."""
+        self.recorder = None
+        self.optimizer.zero_grad()  # what was recorded of the gradients has no values
+        self.not_recorded(error)
 
     def train_mode(self) -> None:
         self.learner.train()
@@ -295,13 +311,21 @@ class _Trainer:
             self.learner.stem.eval()
             self.learner.blocks.eval()
 
-    def progress(self, epoch: int, step: int) -> float:
+    def done(self, epoch: int, step: int) -> float:
         """The part of the run that is done before a step."""
         return (epoch * self.steps + step) / (self.recipe.epochs * self.steps)
 
     def rate(self, epoch: int, step: int) -> float:
         """The learning rate of a step."""
         return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
+
+    def plan(self, epoch: int) -> Tensor:
+        """`values` of each step of an epoch (steps, groups + 1)."""
+        rates = torch.tensor([self.rate(epoch, step) for step in range(self.steps)], dtype=torch.float64)
+        scales = torch.tensor([group.get("lr_scale", 1.0) for group in self.optimizer.param_groups])
+        done = epoch * self.steps + torch.arange(1, self.steps + 1)
+        weights = self.average.weight(done) if self.average else torch.zeros(self.steps)
+        return torch.column_stack([rates[:, None] * scales, weights]).to(self.where, torch.float32)
 
     def epoch(self, epoch: int, place: _Place, stopped: Callable[[], int], progress: Progress) -> tuple[_Place, int]:
         """Train from a place in an epoch to its end, or until a signal.
@@ -314,26 +338,26 @@ class _Trainer:
         mine, steps = range(first, first + self.recipe.accumulate), range(place.step, self.steps)
         parts = self.images.parts(Share(self.recipe.seed, epoch, self.recipe.batch_size, self.parts, mine, steps))
         # What was done before an interruption counts for the first process.
-        sums = torch.tensor([place.loss, place.correct], device=self.where) * self.accelerator.is_main_process
+        self.sums.copy_(torch.tensor([place.loss, place.correct]) * self.accelerator.is_main_process)
+        self.planned = self.plan(epoch)
         number, step = 0, place.step - 1
         self.train_mode()
         for step in progress(steps, f"epoch {epoch + 1}/{self.recipe.epochs}"):
-            inputs, result = self.step(parts, epoch, step)
-            sums += result
+            inputs = self.step(parts, epoch, step)
             look = step % CHECK_EVERY == CHECK_EVERY - 1 or step == self.steps - 1
             number = stopped()
             if self.accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
                 number = self._agreed(number) if look else 0
-            if (look or number) and not sums.isfinite().all():
+            if (look or number) and not self.sums.isfinite().all():
                 with self.accelerator.autocast():
                     cause = _diagnose(self.model, inputs)
                 raise ConvMixerError(
-                    f"the loss became {sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, at a "
-                    f"learning rate of {self.rate(epoch, step):.2g}: {cause}. {_ADVICE}"
+                    f"the loss became {self.sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, "
+                    f"at a learning rate of {self.rate(epoch, step):.2g}: {cause}. {_ADVICE}"
                 )
             if number:
                 break
-        loss, correct = self.accelerator.reduce(sums).tolist()
+        loss, correct = self.accelerator.reduce(self.sums).tolist()
         return _Place(step + 1, loss, correct, time.perf_counter() - begun), number
 
     def _agreed(self, number: int) -> int:
@@ -342,7 +366,7 @@ class _Trainer:
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return int(highest)
 
-    def _part(self, parts: Iterator[Batch], epoch: int, step: int, number: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    def _part(self, parts: Iterator[Batch], epoch: int, step: int, i: int) -> tuple[Tensor, Tensor, Tensor, float]:
         """The next part of a step, augmented and mixed, by a seed of its own.
 
         Returns:
@@ -351,44 +375,50 @@ class _Trainer:
         """
         recipe = self.recipe
         pixels, labels = next(parts)
-        seed_all(recipe.seed, epoch, step, self.accelerator.process_index * recipe.accumulate + number)
-        inputs = self.augment(pixels, recipe.image_size(self.progress(epoch, step)))
+        seed_all(recipe.seed, epoch, step, self.accelerator.process_index * recipe.accumulate + i)
+        inputs = self.augment(pixels, recipe.image_size(self.done(epoch, step)))
         inputs = inputs.contiguous(memory_format=self.layout)  # augmentation may leave another one
         if self.mixup:
             return *self.mixup(inputs, labels), labels, 0.0
         return inputs, labels, labels, recipe.label_smoothing
 
-    def step(self, parts: Iterator[Batch], epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One step on the next of these parts.
+    def step(self, parts: Iterator[Batch], epoch: int, step: int) -> Tensor:
+        """One step on the next of these parts; its losses and correct images are added to `sums`.
 
         Returns:
-            The last inputs, and this process's part of (mean loss, number of correct images).
+            The last inputs.
         """
-        recipe = self.recipe
-        done = self.progress(epoch, step)
-        if self.head_only is not (done < recipe.frozen):
-            self._set_phase(head_only=done < recipe.frozen)
+        head_only = self.done(epoch, step) < self.recipe.frozen
+        if self.head_only is not head_only:
+            self._set_phase(head_only=head_only)
             self.train_mode()
-        rate = self.rate(epoch, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        sums = torch.zeros(2, device=self.where)
-        for i in range(recipe.accumulate):
+        self.values.copy_(self.planned[step])
+        if not self.tensor_rates:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(epoch, step) * group.get("lr_scale", 1.0)
+        for i in range(self.recipe.accumulate):
             inputs, targets, labels, smoothing = self._part(parts, epoch, step, i)
-            more = i < recipe.accumulate - 1
-            with self.accelerator.no_sync(self.compiled) if more else contextlib.nullcontext():
-                with self.accelerator.autocast():
-                    logits: Tensor = self.compiled(inputs)
-                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                self.accelerator.backward(loss / recipe.accumulate)
-            sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
-        if recipe.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+            self.compute(inputs, targets, labels, smoothing=smoothing, last=i == self.recipe.accumulate - 1)
+        return inputs
+
+    def _compute(self, inputs: Tensor, targets: Tensor, labels: Tensor, *, smoothing: float, last: bool) -> None:
+        """Gradients of a part of a step, and after the last part the update."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.compiled):
+            with self.accelerator.autocast():
+                logits: Tensor = self.compiled(inputs)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            self.accelerator.backward(loss / self.recipe.accumulate)
+        self.sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
+        if last:
+            self._update()
+
+    def _update(self) -> None:
+        if self.recipe.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.update(self.model, step=epoch * self.steps + step)
-        return inputs, sums
+            self.average.update(self.values[-1])
 
 
 def train(
@@ -406,6 +436,7 @@ def train(
     precision: str = "auto",
     compile: bool = False,
     fused: bool = False,
+    graph: bool | Literal["auto"] = "auto",
     trackers: Sequence[str] = (),
     progress: Progress = _no_progress,
     report: Callable[[str], None] = print,
@@ -434,6 +465,8 @@ def train(
             "auto": bfloat16 where the hardware has products for it, else float32.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
         fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`.
+        graph: On a CUDA device, record a step as one CUDA graph and replay it, which spares the host the launch of each
+            kernel. "auto" does so where it can be, and reports where not.
         trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
         progress: Called as `progress(iterable, description)`, for a progress bar.
         report: Takes each line of text.
@@ -447,7 +480,8 @@ def train(
     run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
     _check_together(recipe, str(data), tests, where, workers, fused)
-    accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[choose_precision(where, precision)])
+    numbers = choose_precision(where, precision)
+    accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[numbers])
     from accelerate.utils import broadcast_object_list
 
     if accelerator.num_processes > 1:
@@ -461,10 +495,21 @@ def train(
             f"accumulate={recipe.accumulate} equal parts each, even ones for mixup and cutmix"
         )
 
+    obstacle = _no_graph(recipe, where, numbers, accelerator.num_processes)
+    if not (isinstance(graph, bool) or graph == "auto"):
+        raise ArgumentError(f"graph={graph!r}; valid: True, False, 'auto'")
+    if graph is True and obstacle:
+        raise ArgumentError(f"graph=True: {obstacle}; give 'auto', or False (--no-graph)")
+
     def say(line: str) -> None:
         if first:
             report(line)
             run.log(line)
+
+    def not_recorded(error: RuntimeError) -> None:
+        if graph is True:
+            raise ConvMixerError(f"graph=True: a step cannot be recorded: {error}. Leave graph out") from error
+        say(f"a step cannot be recorded as a CUDA graph, and runs without: {error}")
 
     with _no_denormals(where), run.locked() if first else contextlib.nullcontext():
         started = time.time()
@@ -500,7 +545,16 @@ def train(
                 f"cannot resume {str(run.state)!r} with other data: it had {state['data']['images']} training images "
                 f"of {len(state['data']['classes'])} classes, here are {held['images']} of {len(held['classes'])}"
             )
-        trainer = _Trainer(recipe, training, where, accelerator, compile=compile, fused=fused)
+        trainer = _Trainer(
+            recipe,
+            training,
+            where,
+            accelerator,
+            compile=compile,
+            fused=fused,
+            recorder=CudaGraphs(where) if graph and not obstacle else None,
+            not_recorded=not_recorded,
+        )
         steps, history, place = trainer.steps, list[Epoch](), _Place()
         if state:
             trainer.load(state)
@@ -521,6 +575,8 @@ def train(
             f"{len(validation)} validation images, "
             f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
         )
+        if graph and where.type == "cuda":
+            say(f"steps are no CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
         tell_unreadable = _teller(say)
         with stop_signals() as stopped:
             for epoch in range(len(history), recipe.epochs):
@@ -628,6 +684,18 @@ def _check_together(
             f"fused=True with {', '.join(f'{n}={rate}' for n, rate in rates.items() if rate)} of the recipe: fused "
             "blocks have neither; leave fused out, or set them to 0"
         )
+
+
+def _no_graph(recipe: Recipe, where: torch.device, precision: str, processes: int) -> str:
+    """Why a step cannot be a CUDA graph, or ""."""
+    reasons = {
+        f"{where.type!r} is no CUDA device": where.type != "cuda",
+        f"{processes} processes exchange gradients within a step": processes > 1,
+        f"accumulate={recipe.accumulate} takes several passes for a step": recipe.accumulate > 1,
+        "precision float16 looks at gradients on the host": precision == "float16",
+        f"the optimizer {recipe.opt!r} has numbers on the host": not takes_tensors(recipe.opt, where),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _teller(say: Callable[[str], None]) -> Callable[[Source, str], None]:

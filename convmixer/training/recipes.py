@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 from typing import Any
 
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from convmixer.errors import ArgumentError, nearest
 
@@ -30,8 +31,11 @@ class Recipe:
         accumulate: Parts in which each process computes its share of a step, to save memory. BatchNorm sees one part
             at a time.
         sync_batchnorm: BatchNorm sees the images of all processes; on GPUs, or with fused blocks.
-        opt: An optimizer of timm by name: "adamw", "sgd", "lamb", "muon", ...
+        opt: An optimizer of timm by name: "adamw", "sgd", "lamb", ... "muon" is timm's Muon, with Nesterov momentum of
+            0.95 and its updates scaled to those of Adam, for the 1x1 weights of blocks, and AdamW for everything else.
         lr: Peak learning rate.
+        betas: Decay of the averages that Adam and its kin keep of gradients and of their squares; empty: the
+            optimizer's own.
         eps: Term in the denominator of Adam and its kin.
         weight_decay: On weights of two or more dimensions.
         layer_decay: Factor on the rate from each block to the one before it; 1 gives all layers the same.
@@ -43,7 +47,8 @@ class Recipe:
         mixup: Alpha of mixup; 0 leaves it out. With cutmix, each batch has one or the other.
         cutmix: Alpha of cutmix; 0 leaves it out.
         clip_grad: Largest gradient norm; 0 does not clip.
-        ema_decay: Of the average of the weights that is validated and kept; 0 keeps the weights themselves.
+        ema_decay: Of the average of the weights that is validated and kept, after t steps at most (1 + t) / (10 + t); 0
+            keeps the weights themselves.
         flip: Probability of a horizontal flip.
         vertical_flip: Probability of a vertical flip.
         shift: Largest translation in pixels, in each direction, borders reflected.
@@ -77,6 +82,7 @@ class Recipe:
     sync_batchnorm: bool = False
     opt: str = "adamw"
     lr: float = 0.05
+    betas: tuple[float, ...] = ()
     eps: float = 1e-8
     weight_decay: float = 0.005
     layer_decay: float = 1.0
@@ -120,6 +126,10 @@ class Recipe:
         self._check("auto_augment", _is_policy(self.auto_augment), 'a policy of timm such as "rand-m9-mstd0.5-inc1"')
         known = self.opt.removeprefix("lookahead_") in list_optimizers()
         self._check("opt", known, "an optimizer of timm.optim.list_optimizers()")
+        count = _count_betas(self.opt)
+        fine = isinstance(self.betas, tuple) and all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas)
+        valid = f"{count} numbers in [0, 1), or none" if count else f"none: {self.opt!r} has no betas"
+        self._check("betas", fine and len(self.betas) in (0, count), valid)
         for name in ("epochs", "batch_size", "accumulate"):
             self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "at least 1")
         self._check("in_chans", self.in_chans in (1, 3), "3 or 1")
@@ -194,6 +204,16 @@ class Recipe:
         """The side of training images after a part `progress` of the run; None is the model's own."""
         reached = [size for start, size in self.image_sizes if progress >= start]
         return reached[-1] if reached else None
+
+
+def _count_betas(opt: str) -> int:
+    """The number of betas of an optimizer of timm."""
+    info = get_optimizer_info(opt.lower().removeprefix("lookahead_"))
+    if not info.has_betas:
+        return 0
+    if isinstance(info.opt_class, str):  # of a package that may be missing
+        return 2
+    return len(inspect.signature(info.opt_class).parameters["betas"].default or ())
 
 
 @functools.lru_cache
