@@ -5,11 +5,13 @@ import math
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from timm.optim import Lookahead
 
 import convmixer
 from convmixer.errors import ArgumentError
-from convmixer.training import get_recipe
+from convmixer.training import get_recipe, loop
+from convmixer.training.data import Images
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 
 CPU = torch.device("cpu")
@@ -178,7 +180,7 @@ def test_the_average_follows_its_formula():
         with torch.no_grad():
             for value in model.state_dict().values():
                 value.add_(torch.randint_like(value, 9) if not value.is_floating_point() else torch.randn_like(value))
-        average.update(average.weight(torch.tensor([step]))[0])
+        average.update(average.weight(torch.tensor([step]))[0].float())
         decay = min(0.5, (1 + step) / (10 + step))
         for key in expected:
             expected[key] = decay * expected[key] + (1 - decay) * model.state_dict()[key].double()
@@ -186,3 +188,74 @@ def test_the_average_follows_its_formula():
         torch.testing.assert_close(
             value.double(), expected.get(key, model.state_dict()[key].double()), rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.slow
+def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
+    """The same model, images and schedule: loss by loss, and the averaged weights at the end."""
+    monkeypatch.setattr(loop, "create_model", lambda *a, **k: convmixer.create_model(*a, **k, depth=3, dim=32))
+    bunch = load_digits()
+    pixels = torch.from_numpy(bunch.images * 15).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    images = Images(pixels[:1600].contiguous(), torch.from_numpy(bunch.target[:1600]), tuple("0123456789"))
+    recipe = MUON.override(
+        model="convmixer_128_8_ks7_p2", epochs=6, batch_size=32, warmup=0.1, knee=(1.0, 0.0), ema_decay=0.95,
+        label_smoothing=0.1, flip=0.0, rand_augment=(0, 0),
+    )  # fmt: skip
+    trainer = loop._Trainer(recipe, images, CPU, loop._accelerator(CPU, (), tmp_path, "no"), compile=False, fused=False)
+    model, batches, found = copy.deepcopy(trainer.model), [], []
+    part, compute = trainer._part, trainer._compute
+
+    def noted_part(*arguments):
+        batches.append(part(*arguments))
+        return batches[-1]
+
+    def noted_compute(*arguments, **options):
+        before = trainer.sums[0].item()
+        compute(*arguments, **options)
+        found.append(trainer.sums[0].item() - before)
+
+    monkeypatch.setattr(trainer, "_part", noted_part)
+    monkeypatch.setattr(trainer, "_compute", noted_compute)
+    for epoch in range(recipe.epochs):
+        trainer.epoch(epoch, loop._Place(), lambda: 0, loop._no_progress)
+
+    expected, average = _plain_loop(model, recipe, [(x, y) for x, y, _, _ in batches])
+    assert len(found) == len(expected) == 300
+    found, expected = (torch.tensor(losses).view(10, 30).mean(1) for losses in (found, expected))
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    assert found[-1] < 0.8 < 1.6 < found[0]
+    same = [(trainer.kept(x).argmax(1) == average(x).argmax(1)).float().mean() for x, *_ in batches[:50]]
+    assert torch.stack(same).mean() > 0.99
+
+
+def _plain_loop(model: torch.nn.Module, recipe, batches) -> tuple[list[float], torch.nn.Module]:
+    model.train()
+    average, losses = copy.deepcopy(model).eval(), []
+    matrices = {n: p for n, p in model.named_parameters() if n.startswith("blocks") and p.shape[1:] == (32, 1, 1)}
+    others = {n: p for n, p in model.named_parameters() if n not in matrices}
+    momenta = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    squares = {n: torch.zeros_like(p) for n, p in others.items()}
+    for step, (x, y) in enumerate(batches, 1):
+        part = (step - 0.5) / len(batches)
+        rate = recipe.lr * (part / 0.1 if part < 0.1 else (1 - part) / 0.9)
+        model.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y, label_smoothing=0.1)
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter *= 1 - rate * recipe.weight_decay
+            for name, parameter in matrices.items():
+                momenta[name].lerp_(parameter.grad, 0.05)
+                ahead = parameter.grad.lerp(momenta[name], 0.95)[:, :, 0, 0]
+                parameter -= rate * 0.2 * math.sqrt(32) * _orthogonal(ahead)[:, :, None, None]
+            for name, parameter in others.items():
+                momenta[name].lerp_(parameter.grad, 0.1)
+                squares[name].lerp_(parameter.grad**2, 0.001)
+                denominator = (squares[name] / (1 - 0.999**step)).sqrt() + recipe.eps
+                parameter -= rate * momenta[name] / (1 - 0.9**step) / denominator
+            decay = min(recipe.ema_decay, (1 + step) / (10 + step))
+            for kept, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+                kept.copy_(decay * kept + (1 - decay) * value if value.is_floating_point() else value)
+    return losses, average

@@ -39,7 +39,7 @@ from convmixer.training.data import (
     seed_all,
     shorten,
 )
-from convmixer.training.graph import CudaGraphs, Recorder, Replay
+from convmixer.training.graph import CudaGraphs, Graphed, Graphs
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 from convmixer.training.readers import READERS, SHARDS, has_split
@@ -221,11 +221,11 @@ class _Trainer:
         *,
         compile: bool,
         fused: bool,
-        recorder: Recorder | None = None,
-        not_recorded: Callable[[RuntimeError], None] = lambda error: None,
+        graphs: Graphs | None = None,
+        not_captured: Callable[[RuntimeError], None] = lambda error: None,
     ) -> None:
         self.recipe, self.where, self.accelerator, self.compile = recipe, where, accelerator, compile
-        self.recorder, self.not_recorded = recorder, not_recorded
+        self.graphs, self.not_captured = graphs, not_captured
         self.images = images.to(where)
         self.model = _new_model(recipe, images.classes, where, fused=fused)
         self.learner = self.model
@@ -253,16 +253,16 @@ class _Trainer:
         self.layout = torch.contiguous_format if chosen else torch.channels_last
         self.head_only: bool | None = None
         self.compiled: Any = None
-        # What a recorded step reads and writes: the rate of each group and the weight of the new values in the average;
-        # the sum of losses and the number of correct images.
+        # A graph reads and writes them: the rate of each group and the weight of the new values in the average; the sum
+        # of losses and the number of correct images.
         self.tensor_rates = takes_tensors(recipe.opt, where)
-        self.values = torch.zeros(len(self.optimizer.param_groups) + 1, device=where)
+        self.current = torch.zeros(len(self.optimizer.param_groups) + 1, device=where)
         self.sums = torch.zeros(2, device=where)
         self._link_rates()
 
     def _link_rates(self) -> None:
         if self.tensor_rates:
-            for group, rate in zip(self.optimizer.param_groups, self.values, strict=False):
+            for group, rate in zip(self.optimizer.param_groups, self.current, strict=False):
                 group["lr"] = rate
 
     @property
@@ -297,13 +297,17 @@ class _Trainer:
             self.compiled = self.accelerator.prepare_model(nn.Sequential(self.compiled))
         if self.compile:  # one compilation per image size is faster than one for all of them
             self.compiled = torch.compile(self.compiled, dynamic=False)
-        self.compute = Replay(self._compute, self.recorder, self._run_on)
+        self.compute = Graphed(self._compute, self.graphs, self._go_on)
 
-    def _run_on(self, error: RuntimeError) -> None:
-        """Go on without recording."""
-        self.recorder = None
-        self.optimizer.zero_grad()  # what was recorded of the gradients has no values
-        self.not_recorded(error)
+    def _go_on(self, error: RuntimeError) -> None:
+        """Go on without graphs after a capture failed."""
+        self.graphs = None
+        self.optimizer.zero_grad()  # gradients of the capture hold no values
+        self.not_captured(error)
+
+    def close(self) -> None:
+        """Free the memory of graphs."""
+        self.compute = Graphed(self._compute, None, self._go_on)
 
     def train_mode(self) -> None:
         self.learner.train()
@@ -319,8 +323,8 @@ class _Trainer:
         """The learning rate of a step."""
         return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
 
-    def plan(self, epoch: int) -> Tensor:
-        """`values` of each step of an epoch (steps, groups + 1)."""
+    def _schedule(self, epoch: int) -> Tensor:
+        """What `current` is in each step of an epoch (steps, groups + 1)."""
         rates = torch.tensor([self.rate(epoch, step) for step in range(self.steps)], dtype=torch.float64)
         scales = torch.tensor([group.get("lr_scale", 1.0) for group in self.optimizer.param_groups])
         done = epoch * self.steps + torch.arange(1, self.steps + 1)
@@ -339,7 +343,7 @@ class _Trainer:
         parts = self.images.parts(Share(self.recipe.seed, epoch, self.recipe.batch_size, self.parts, mine, steps))
         # What was done before an interruption counts for the first process.
         self.sums.copy_(torch.tensor([place.loss, place.correct]) * self.accelerator.is_main_process)
-        self.planned = self.plan(epoch)
+        self.schedule = self._schedule(epoch)
         number, step = 0, place.step - 1
         self.train_mode()
         for step in progress(steps, f"epoch {epoch + 1}/{self.recipe.epochs}"):
@@ -392,7 +396,7 @@ class _Trainer:
         if self.head_only is not head_only:
             self._set_phase(head_only=head_only)
             self.train_mode()
-        self.values.copy_(self.planned[step])
+        self.current.copy_(self.schedule[step])
         if not self.tensor_rates:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(epoch, step) * group.get("lr_scale", 1.0)
@@ -418,7 +422,7 @@ class _Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.update(self.values[-1])
+            self.average.update(self.current[-1])
 
 
 def train(
@@ -465,8 +469,8 @@ def train(
             "auto": bfloat16 where the hardware has products for it, else float32.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
         fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`.
-        graph: On a CUDA device, record a step as one CUDA graph and replay it, which spares the host the launch of each
-            kernel. "auto" does so where it can be, and reports where not.
+        graph: On a CUDA device, capture a step as one CUDA graph and replay it, so that the host need not launch each
+            kernel. "auto" does so where it is possible, and reports why where it is not.
         trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
         progress: Called as `progress(iterable, description)`, for a progress bar.
         report: Takes each line of text.
@@ -506,10 +510,10 @@ def train(
             report(line)
             run.log(line)
 
-    def not_recorded(error: RuntimeError) -> None:
+    def not_captured(error: RuntimeError) -> None:
         if graph is True:
-            raise ConvMixerError(f"graph=True: a step cannot be recorded: {error}. Leave graph out") from error
-        say(f"a step cannot be recorded as a CUDA graph, and runs without: {error}")
+            raise ConvMixerError(f"graph=True: capturing a step failed: {error}. Give 'auto', or False") from error
+        say(f"capturing a step as a CUDA graph failed, so the run goes on without: {error}")
 
     with _no_denormals(where), run.locked() if first else contextlib.nullcontext():
         started = time.time()
@@ -552,12 +556,18 @@ def train(
             accelerator,
             compile=compile,
             fused=fused,
-            recorder=CudaGraphs(where) if graph and not obstacle else None,
-            not_recorded=not_recorded,
+            graphs=CudaGraphs(where) if graph and not obstacle else None,
+            not_captured=not_captured,
         )
         steps, history, place = trainer.steps, list[Epoch](), _Place()
         if state:
-            trainer.load(state)
+            try:
+                trainer.load(state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ConvMixerError(
+                    f"cannot resume from {str(run.state)!r}: {error}. Another version of convmixer may have written "
+                    "it: delete it to start anew"
+                ) from error
             history = [Epoch(**row) for row in state["history"]]
             place = _Place(**state["place"])
         if first:
@@ -576,7 +586,7 @@ def train(
             f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
         )
         if graph and where.type == "cuda":
-            say(f"steps are no CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
+            say(f"steps are not CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
         tell_unreadable = _teller(say)
         with stop_signals() as stopped:
             for epoch in range(len(history), recipe.epochs):
@@ -623,6 +633,7 @@ def train(
                     )
 
         accelerator.wait_for_everyone()  # for the last epoch's files
+        trainer.close()
         model = trainer.kept
         if recipe.patience and _best(recipe, history):
             model.load_state_dict(read_tensors(run.folder / "best.safetensors"))
@@ -689,11 +700,11 @@ def _check_together(
 def _no_graph(recipe: Recipe, where: torch.device, precision: str, processes: int) -> str:
     """Why a step cannot be a CUDA graph, or ""."""
     reasons = {
-        f"{where.type!r} is no CUDA device": where.type != "cuda",
+        f"{where.type!r} is not a CUDA device": where.type != "cuda",
         f"{processes} processes exchange gradients within a step": processes > 1,
-        f"accumulate={recipe.accumulate} takes several passes for a step": recipe.accumulate > 1,
-        "precision float16 looks at gradients on the host": precision == "float16",
-        f"the optimizer {recipe.opt!r} has numbers on the host": not takes_tensors(recipe.opt, where),
+        f"accumulate={recipe.accumulate} makes several passes in a step": recipe.accumulate > 1,
+        "float16 checks its gradients on the host": precision == "float16",
+        f"the optimizer {recipe.opt!r} keeps numbers on the host": not takes_tensors(recipe.opt, where),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

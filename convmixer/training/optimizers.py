@@ -24,7 +24,7 @@ from convmixer.model import ConvMixer
 from convmixer.training.recipes import Recipe
 
 LOOKAHEAD = "lookahead_"  # in front of the name of any optimizer of timm
-MUON = {  # beside this, timm's defaults: the matrix of a 1x1 weight, its update scaled as Adam's would be
+MUON = {  # the rest is timm's default
     "momentum": 0.95,
     "nesterov": True,
     "ns_steps": 5,
@@ -36,8 +36,8 @@ MUON = {  # beside this, timm's defaults: the matrix of a 1x1 weight, its update
 class MuonAdamW(Optimizer):
     """Muon for some parameter groups and AdamW for the others, as one optimizer with one state.
 
-    timm's Muon has an AdamW of its own, which takes a dozen kernels for each of a hundred small tensors; PyTorch's
-    takes one for all of them.
+    timm's Muon has an AdamW of its own, which launches a dozen kernels for each parameter. PyTorch's launches a few for
+    all of them.
 
     Args:
         matrices: Groups of parameters (out, in, 1, 1), for Muon.
@@ -84,7 +84,7 @@ class MuonAdamW(Optimizer):
 def create_optimizer(recipe: Recipe, model: ConvMixer, where: torch.device) -> Optimizer:
     """The optimizer of a recipe: weight decay on weights of two or more dimensions, rates by `layer_decay`.
 
-    Where `takes_tensors`, its groups may have tensors for rates, and on CUDA devices a graph can hold its step.
+    Where `takes_tensors`, rates may be tensors, and on CUDA devices a graph can hold a step.
 
     Raises:
         ArgumentError: It needs a package, or a device, that is not here.
@@ -139,14 +139,14 @@ def _others(model: ConvMixer) -> list[str]:
 
 
 def takes_tensors(name: str, where: torch.device) -> bool:
-    """Whether the rates of an optimizer may be tensors on a device, and its step go into a CUDA graph there."""
+    """Whether an optimizer takes tensors for rates on a device. On CUDA devices it can be captured then, too."""
     return bool(_ways("adamw" if name == "muon" else name, where))
 
 
 def _ways(name: str, where: torch.device) -> dict[str, Any]:
-    """Arguments by which an optimizer of timm takes tensors for rates: all of them fused or capturable."""
+    """Arguments that let an optimizer take tensors for rates; empty if there are none."""
     kind = None if name.startswith(LOOKAHEAD) else get_optimizer_info(name).opt_class
-    if not isinstance(kind, type):  # Lookahead counts its steps on the host; APEX and others are known by name only
+    if not isinstance(kind, type):  # Lookahead counts steps on the host; those of APEX and bitsandbytes are names
         return {}
     ways = {}
     if where.type in ("cpu", "cuda") and issubclass(kind, torch.optim.Adam | torch.optim.SGD):  # AdamW is an Adam
@@ -170,12 +170,12 @@ class Average:
         self.others = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
 
     def weight(self, step: Tensor) -> Tensor:
-        """Of the new values after steps 1, 2, ...: more at first, when the old ones are far off."""
-        return 1 - ((1 + step) / (10 + step)).clamp(max=self.decay)
+        """That of the new values after steps 1, 2, ...; larger at first, while the weights change fast."""
+        return 1 - ((1 + step.double()) / (10 + step)).clamp(max=self.decay)
 
     @torch.no_grad()
     def update(self, weight: Tensor) -> None:
-        """Move towards the model by a weight in [0, 1], which a CUDA graph reads from this tensor."""
+        """Move towards the model by a weight in [0, 1], a tensor () that a CUDA graph can read."""
         mine, theirs = map(list, zip(*self.floats, strict=True))
         change = torch._foreach_sub(theirs, mine)
         torch._foreach_mul_(change, weight)

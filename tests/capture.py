@@ -20,7 +20,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 class _Tape(TorchDispatchMode):
-    """Notes each operation with the memory that it reads and writes, and with numbers as they are now."""
+    """Records each operation with the memory that it reads and writes, and with numbers as they are now."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if operation is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the host reads a number while recording")
+            raise RuntimeError("the host reads a number during a capture")
         for tensor in _tensors(args, kwargs):
             if _memory(tensor) not in self.made:
                 self.before.setdefault(_memory(tensor), (tensor, tensor.clone()))
@@ -55,20 +55,20 @@ class _Tape(TorchDispatchMode):
 
 
 class Tapes:
-    """A `Recorder`: operations of PyTorch run again on the same memory, as the kernels in a CUDA graph do."""
+    """`Graphs` of operations of PyTorch, which run again on the same memory, as the kernels of a CUDA graph do."""
 
     def __init__(self, _device: object = None) -> None:
         self.tapes: list[_Tape] = []
 
-    def run(self, function: Callable[[], None]) -> None:
+    def warm_up(self, function: Callable[[], None]) -> None:
         function()
 
-    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         tape, state = _Tape(), torch.get_rng_state()
         try:
             with tape:
                 function()
-        finally:  # a recording runs nothing
+        finally:  # a capture runs nothing
             tape.undo()
             torch.set_rng_state(state)
         self.tapes.append(tape)
