@@ -7,10 +7,10 @@
 Several processes compile what will be measured, for a third of the time at most. Then one process measures, what
 matters most first. Everything is in bfloat16 with random weights. A training step is forward, backward and AdamW; it
 is measured as it is launched, and as one CUDA graph where it can be captured. Kernels are timed by graphs of several
-calls, beside the time at an H200's roof. With `--data`, `convmixer train` runs for two epochs, of which the second one counts.
-What the minutes do not reach is listed as left out, what fails with its error. The file is written after each step, and
-tables in Markdown are printed at the end. A dry run computes tiny shapes anywhere, in Triton's interpreter: it shows
-that all of it runs.
+calls, beside the time at an H200's roof. With `--data`, `convmixer train` runs for two epochs, of which the second one
+counts. What the minutes do not reach is listed as left out, what fails with its error. The file is written after each
+step, and tables in Markdown are printed at the end. A dry run computes tiny shapes anywhere, in Triton's interpreter,
+which shows that all of it runs.
 """
 
 # ruff: noqa: E402

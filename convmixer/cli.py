@@ -260,16 +260,27 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
 @click.option("--fused", is_flag=True, help="Use fused blocks, which keep less than half of the activations.")
+@click.option(
+    "--graph/--no-graph", default=None, help="Run steps as CUDA graphs, or not.  [default: where they can be]"
+)
 @click.option("--tracker", "trackers", multiple=True, help="A tracker of accelerate's, such as tensorboard.")
 @click.pass_context
 def train(
-    ctx: click.Context, /, recipe: str, data: str, output: Path | None, settings: tuple[str, ...], **options: Any
+    ctx: click.Context,
+    /,
+    recipe: str,
+    data: str,
+    output: Path | None,
+    settings: tuple[str, ...],
+    graph: bool | None,
+    **options: Any,
 ) -> None:
     """Train by RECIPE, such as cifar10 or, made for a CPU, cifar10-cpu.
 
     SIGTERM and Ctrl-C save the run to the step; --resume goes on from there.
     """
     chosen = get_recipe(recipe, **dict(_recipe_value(text) for text in settings))
+    options["graph"] = "auto" if graph is None else graph
     try:
         run_training(chosen, data, output or Path("runs") / recipe, progress=_progress, report=_say, **options)
     except TrainingStopped as stop:

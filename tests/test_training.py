@@ -359,6 +359,34 @@ def test_images_are_fitted_as_the_transform_of_timm_does(tmp_path, mode, shape):
     assert (found.pixels[0] - expected).abs().mean() < 1.5
 
 
+def test_without_validation_the_test_images_are_looked_at_once(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    real, seen = loop.evaluate, []
+
+    def spy(model, images, **options):
+        seen.append(len(images))
+        return real(model, images, **options)
+
+    monkeypatch.setattr(loop, "evaluate", spy)
+    recipe = get_recipe("cifar10", **QUICK, validation_fraction=0.0)
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    assert seen == [0, 0, 60]
+    assert list(result.test_accuracy) == [digits.name]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["training_images"] == 300
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_best_recipes_hold_out_no_images_and_differ_in_little():
+    best, small, fine = (RECIPES[f"cifar10-best{name}"] for name in ("", "-128", "-p1"))
+    assert {recipe.validation_fraction for recipe in (best, small, fine)} == {0.0}
+    assert (best.opt, best.lr, best.weight_decay, best.batch_size, best.epochs) == ("muon", 0.01, 0.1, 256, 150)
+    assert (small.weight_decay, small.random_erasing, small.mixup, small.epochs) == (0.05, 0.1, 0.0, 110)
+    assert (fine.batch_size, fine.epochs) == (128, 48)
+    # A rise over a tenth of the run, then a line to 0.
+    assert [best.learning_rate(p) for p in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.005, 0.01, 0.005, 0.0])
+
+
 def test_classes_without_a_test_split(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
     result = train(recipe, digits / "train", tmp_path / "a", device="cpu", report=quiet)
@@ -472,15 +500,15 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
         assert torch.equal(value, source[key]) or key.startswith("head.")
 
     rates = {}
-    real = loop.create_optimizer_v2
+    real = loop.create_optimizer
 
-    def spy(model, **options):
-        optimizer = real(model, **options)
+    def spy(recipe, model, where):
+        optimizer = real(recipe, model, where)
         names = {parameter: name for name, parameter in model.named_parameters()}
         rates.update({names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]})
         return optimizer
 
-    monkeypatch.setattr(loop, "create_optimizer_v2", spy)
+    monkeypatch.setattr(loop, "create_optimizer", spy)
     train(get_recipe("finetune", layer_decay=0.5, **tiny), digits, tmp_path / "decay", device="cpu", report=quiet)
     assert rates["head.weight"] == 1
     assert rates["blocks.7.1.weight"] / rates["blocks.6.1.weight"] == pytest.approx(2)

@@ -13,13 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from convmixer.checkpoints import read_tensors, save_weights
@@ -39,7 +37,9 @@ from convmixer.training.data import (
     seed_all,
     shorten,
 )
+from convmixer.training.graph import CudaGraphs, Graphed, Graphs
 from convmixer.training.history import Epoch, write_history
+from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 from convmixer.training.readers import READERS, SHARDS, has_split
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
@@ -219,8 +219,11 @@ class _Trainer:
         *,
         compile: bool,
         fused: bool,
+        graphs: Graphs | None = None,
+        not_captured: Callable[[RuntimeError], None] = lambda error: None,
     ) -> None:
         self.recipe, self.where, self.accelerator, self.compile = recipe, where, accelerator, compile
+        self.graphs, self.not_captured = graphs, not_captured
         self.images = images.to(where)
         self.model = _new_model(recipe, images.classes, where, fused=fused)
         self.learner = self.model
@@ -229,17 +232,9 @@ class _Trainer:
         elif recipe.sync_batchnorm:
             self.learner = _synchronised(self.model)
         self.optimizer = accelerator.prepare_optimizer(  # with it, gradients of float16 are scaled
-            create_optimizer_v2(
-                self.model,
-                opt=recipe.opt,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                eps=recipe.eps,
-                layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
-            ),
-            device_placement=False,
+            create_optimizer(recipe, self.model, where), device_placement=False
         )
-        self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.average = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self.augment = Augment(recipe, preprocessing(self.model), len(images.classes), where)
         self.parts = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
@@ -248,11 +243,22 @@ class _Trainer:
         self.layout = torch.contiguous_format if chosen else torch.channels_last
         self.head_only: bool | None = None
         self.compiled: Any = None
+        # A graph reads and writes them: the rate of each group and the weight of the new values in the average; the sum
+        # of losses and the number of correct images.
+        self.tensor_rates = takes_tensors(recipe.opt, where)
+        self.current = torch.zeros(len(self.optimizer.param_groups) + 1, device=where)
+        self.sums = torch.zeros(2, device=where)
+        self._link_rates()
+
+    def _link_rates(self) -> None:
+        if self.tensor_rates:
+            for group, rate in zip(self.optimizer.param_groups, self.current, strict=False):
+                group["lr"] = rate
 
     @property
     def kept(self) -> ConvMixer:
         """What is validated and saved."""
-        return cast("ConvMixer", self.average.module) if self.average else self.model
+        return self.average.module if self.average else self.model
 
     def state(self) -> dict[str, Any]:
         average = self.average.module.state_dict() if self.average else None
@@ -262,7 +268,10 @@ class _Trainer:
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
+            saved |= {k: group[k] for k in ("fused", "capturable") if k in group}  # it may come from another device
         self.optimizer.load_state_dict(state["optimizer"])
+        self._link_rates()
         if self.average:
             self.average.module.load_state_dict(state["average"])
         if self.accelerator.scaler and state.get("scaler"):
@@ -278,6 +287,17 @@ class _Trainer:
             self.compiled = self.accelerator.prepare_model(nn.Sequential(self.compiled))
         if self.compile:  # one compilation per image size is faster than one for all of them
             self.compiled = torch.compile(self.compiled, dynamic=False)
+        self.compute = Graphed(self._compute, self.graphs, self._go_on)
+
+    def _go_on(self, error: RuntimeError) -> None:
+        """Go on without graphs after a capture failed."""
+        self.graphs = None
+        self.optimizer.zero_grad()  # gradients of the capture hold no values
+        self.not_captured(error)
+
+    def close(self) -> None:
+        """Free the memory of graphs."""
+        self.compute = Graphed(self._compute, None, self._go_on)
 
     def train_mode(self) -> None:
         self.learner.train()
@@ -293,6 +313,14 @@ class _Trainer:
         """The learning rate of a step."""
         return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
 
+    def _schedule(self, epoch: int) -> Tensor:
+        """What `current` is in each step of an epoch (steps, groups + 1)."""
+        rates = torch.tensor([self.rate(epoch, step) for step in range(self.steps)], dtype=torch.float64)
+        scales = torch.tensor([group.get("lr_scale", 1.0) for group in self.optimizer.param_groups])
+        done = epoch * self.steps + torch.arange(1, self.steps + 1)
+        weights = self.average.weight(done) if self.average else torch.zeros(self.steps)
+        return torch.column_stack([rates[:, None] * scales, weights]).to(self.where, torch.float32)
+
     def epoch(self, epoch: int, place: _Place, stopped: Callable[[], int], progress: Progress) -> tuple[_Place, int]:
         """Train from a place in an epoch to its end, or until a signal.
 
@@ -305,26 +333,26 @@ class _Trainer:
         share = Share(self.recipe.seed, epoch, self.recipe.batch_size, self.parts, mine, steps)
         parts = self.augment.prepared(self.images, share, lambda step: self.done(epoch, step))
         # What was done before an interruption counts for the first process.
-        sums = torch.tensor([place.loss, place.correct], device=self.where) * self.accelerator.is_main_process
+        self.sums.copy_(torch.tensor([place.loss, place.correct]) * self.accelerator.is_main_process)
+        self.schedule = self._schedule(epoch)
         number, step = 0, place.step - 1
         self.train_mode()
         for step in progress(steps, f"epoch {epoch + 1}/{self.recipe.epochs}"):
-            inputs, result = self.step(parts, epoch, step)
-            sums += result
+            inputs = self.step(parts, epoch, step)
             look = step % CHECK_EVERY == CHECK_EVERY - 1 or step == self.steps - 1
             number = stopped()
             if self.accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
                 number = self._agreed(number) if look else 0
-            if (look or number) and not sums.isfinite().all():
+            if (look or number) and not self.sums.isfinite().all():
                 with self.accelerator.autocast():
                     cause = _diagnose(self.model, inputs)
                 raise ConvMixerError(
-                    f"the loss became {sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, at a "
-                    f"learning rate of {self.rate(epoch, step):.2g}: {cause}. {_ADVICE}"
+                    f"the loss became {self.sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, "
+                    f"at a learning rate of {self.rate(epoch, step):.2g}: {cause}. {_ADVICE}"
                 )
             if number:
                 break
-        loss, correct = self.accelerator.reduce(sums).tolist()
+        loss, correct = self.accelerator.reduce(self.sums).tolist()
         return _Place(step + 1, loss, correct, time.perf_counter() - begun), number
 
     def _agreed(self, number: int) -> int:
@@ -344,37 +372,43 @@ class _Trainer:
         seed_all(self.recipe.seed, epoch, step, self.accelerator.process_index * self.recipe.accumulate + i)
         return inputs.contiguous(memory_format=self.layout), targets, labels, self.recipe.label_smoothing
 
-    def step(self, parts: Iterator[Part], epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One step on the next of these parts.
+    def step(self, parts: Iterator[Part], epoch: int, step: int) -> Tensor:
+        """One step on the next of these parts; its losses and correct images are added to `sums`.
 
         Returns:
-            The last inputs, and this process's part of (mean loss, number of correct images).
+            The last inputs.
         """
-        recipe = self.recipe
-        done = self.done(epoch, step)
-        if self.head_only is not (done < recipe.frozen):
-            self._set_phase(head_only=done < recipe.frozen)
+        head_only = self.done(epoch, step) < self.recipe.frozen
+        if self.head_only is not head_only:
+            self._set_phase(head_only=head_only)
             self.train_mode()
-        rate = self.rate(epoch, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        sums = torch.zeros(2, device=self.where)
-        for i in range(recipe.accumulate):
+        self.current.copy_(self.schedule[step])
+        if not self.tensor_rates:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(epoch, step) * group.get("lr_scale", 1.0)
+        for i in range(self.recipe.accumulate):
             inputs, targets, labels, smoothing = self._part(parts, epoch, step, i)
-            more = i < recipe.accumulate - 1
-            with self.accelerator.no_sync(self.compiled) if more else contextlib.nullcontext():
-                with self.accelerator.autocast():
-                    logits: Tensor = self.compiled(inputs)
-                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                self.accelerator.backward(loss / recipe.accumulate)
-            sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
-        if recipe.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+            self.compute(inputs, targets, labels, smoothing=smoothing, last=i == self.recipe.accumulate - 1)
+        return inputs
+
+    def _compute(self, inputs: Tensor, targets: Tensor, labels: Tensor, *, smoothing: float, last: bool) -> None:
+        """Gradients of a part of a step, and after the last part the update."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.compiled):
+            with self.accelerator.autocast():
+                logits: Tensor = self.compiled(inputs)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            self.accelerator.backward(loss / self.recipe.accumulate)
+        self.sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
+        if last:
+            self._update()
+
+    def _update(self) -> None:
+        if self.recipe.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.update(self.model, step=epoch * self.steps + step)
-        return inputs, sums
+            self.average.update(self.current[-1])
 
 
 def train(
@@ -392,6 +426,7 @@ def train(
     precision: str = "auto",
     compile: bool = False,
     fused: bool = False,
+    graph: bool | Literal["auto"] = "auto",
     trackers: Sequence[str] = (),
     progress: Progress = _no_progress,
     report: Callable[[str], None] = print,
@@ -420,6 +455,8 @@ def train(
             "auto": bfloat16 where the hardware has products for it, else float32.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
         fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`.
+        graph: On a CUDA device, capture a step as one CUDA graph and replay it, so that the host need not launch each
+            kernel. "auto" does so where it is possible, and reports why where it is not.
         trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
         progress: Called as `progress(iterable, description)`, for a progress bar.
         report: Takes each line of text.
@@ -433,7 +470,8 @@ def train(
     run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
     _check_together(recipe, str(data), tests, where, workers, fused)
-    accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[choose_precision(where, precision)])
+    numbers = choose_precision(where, precision)
+    accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[numbers])
     from accelerate.utils import broadcast_object_list
 
     if accelerator.num_processes > 1:
@@ -447,10 +485,21 @@ def train(
             f"accumulate={recipe.accumulate} equal parts each, even ones for mixup and cutmix"
         )
 
+    obstacle = _no_graph(recipe, where, numbers, accelerator.num_processes)
+    if not (isinstance(graph, bool) or graph == "auto"):
+        raise ArgumentError(f"graph={graph!r}; valid: True, False, 'auto'")
+    if graph is True and obstacle:
+        raise ArgumentError(f"graph=True: {obstacle}; give 'auto', or False (--no-graph)")
+
     def say(line: str) -> None:
         if first:
             report(line)
             run.log(line)
+
+    def not_captured(error: RuntimeError) -> None:
+        if graph is True:
+            raise ConvMixerError(f"graph=True: capturing a step failed: {error}. Give 'auto', or False") from error
+        say(f"capturing a step as a CUDA graph failed, so the run goes on without: {error}")
 
     with _no_denormals(where), run.locked() if first else contextlib.nullcontext():
         started = time.time()
@@ -486,10 +535,25 @@ def train(
                 f"cannot resume {str(run.state)!r} with other data: it had {state['data']['images']} training images "
                 f"of {len(state['data']['classes'])} classes, here are {held['images']} of {len(held['classes'])}"
             )
-        trainer = _Trainer(recipe, training, where, accelerator, compile=compile, fused=fused)
+        trainer = _Trainer(
+            recipe,
+            training,
+            where,
+            accelerator,
+            compile=compile,
+            fused=fused,
+            graphs=CudaGraphs(where) if graph and not obstacle else None,
+            not_captured=not_captured,
+        )
         steps, history, place = trainer.steps, list[Epoch](), _Place()
         if state:
-            trainer.load(state)
+            try:
+                trainer.load(state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ConvMixerError(
+                    f"cannot resume from {str(run.state)!r}: {error}. Another version of convmixer may have written "
+                    "it: delete it to start anew"
+                ) from error
             history = [Epoch(**row) for row in state["history"]]
             place = _Place(**state["place"])
         if first:
@@ -507,6 +571,8 @@ def train(
             f"{len(validation)} validation images, "
             f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
         )
+        if graph and where.type == "cuda":
+            say(f"steps are not CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
         tell_unreadable = _teller(say)
         with stop_signals() as stopped:
             for epoch in range(len(history), recipe.epochs):
@@ -553,6 +619,7 @@ def train(
                     )
 
         accelerator.wait_for_everyone()  # for the last epoch's files
+        trainer.close()
         model = trainer.kept
         if recipe.patience and _best(recipe, history):
             model.load_state_dict(read_tensors(run.folder / "best.safetensors"))
@@ -614,6 +681,18 @@ def _check_together(
             f"fused=True with {', '.join(f'{n}={rate}' for n, rate in rates.items() if rate)} of the recipe: fused "
             "blocks have neither; leave fused out, or set them to 0"
         )
+
+
+def _no_graph(recipe: Recipe, where: torch.device, precision: str, processes: int) -> str:
+    """Why a step cannot be a CUDA graph, or ""."""
+    reasons = {
+        f"{where.type!r} is not a CUDA device": where.type != "cuda",
+        f"{processes} processes exchange gradients within a step": processes > 1,
+        f"accumulate={recipe.accumulate} makes several passes in a step": recipe.accumulate > 1,
+        "float16 checks its gradients on the host": precision == "float16",
+        f"the optimizer {recipe.opt!r} keeps numbers on the host": not takes_tensors(recipe.opt, where),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _teller(say: Callable[[str], None]) -> Callable[[Source, str], None]:
