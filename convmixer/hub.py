@@ -152,13 +152,14 @@ def _unresolved_host() -> str:
     """
     address = urlsplit(constants.ENDPOINT)
     host, proxies = address.hostname or "", getproxies()
-    if (address.scheme in proxies or "all" in proxies) and not proxy_bypass(host):
+    proxied = (address.scheme in proxies or "all" in proxies) and not proxy_bypass(host)
+    if proxied or not host:
         return ""
     for pause in (RESOLVE_PAUSE, 0.0):
         try:
-            socket.getaddrinfo(host, address.port or address.scheme)
+            socket.getaddrinfo(host, address.port or 443)
             return ""
-        except OSError:
+        except (OSError, UnicodeError):
             time.sleep(pause)
     return host
 

@@ -47,6 +47,7 @@ from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
 from convmixer.training.stream import open_stream
 from convmixer.transforms import normalization, preprocessing
+from convmixer.wrappers import find_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,11 +116,12 @@ def evaluate(
     precision: str = "float32",
     progress: Progress = _no_progress,
 ) -> dict[str, float]:
-    """Loss and top-1 accuracy over a split, without augmentation.
+    """Loss and top-1 accuracy over a split, without augmentation. Wrappers of the model are looked into.
 
     Returns:
         `{"loss": mean cross entropy, "top1": percent, "count": images}`.
     """
+    model = find_model(model)
     device = next(model.parameters()).device
     normalize = normalization(preprocessing(model))
     loss = torch.zeros((), device=device)
@@ -253,9 +255,6 @@ class _Trainer:
             )
         self.parts = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
-        # The layout that the factory chose.
-        chosen = next(self.model.parameters()).is_contiguous()
-        self.layout = torch.contiguous_format if chosen else torch.channels_last
         self.head_only: bool | None = None
         self.compiled: Any = None
 
@@ -357,7 +356,7 @@ class _Trainer:
             pixels, labels = next(parts)
             seed_all(recipe.seed, epoch, step, self.accelerator.process_index * recipe.accumulate + i)
             inputs = self.augment(pixels, recipe.image_size(done))
-            inputs = inputs.contiguous(memory_format=self.layout)  # augmentation may leave another one
+            inputs = inputs.contiguous()  # augmentation may leave other strides, which would be compiled anew
             targets, smoothing = labels, recipe.label_smoothing
             if self.mixup:
                 (inputs, targets), smoothing = self.mixup(inputs, labels), 0.0
