@@ -211,7 +211,7 @@ def create_model(
         if checkpoint is not None:
             config |= _config_of_checkpoint(weights, tensors, config)
     arguments = {**source.model_args, **model_args, "pretrained_cfg": config}
-    if tensors is None:
+    if tensors is None or weights is None:
         model = _build(source.variant, device=target, dtype=kind, **arguments)
     else:
         # Without storage until the file's tensors are put in place: nothing is initialised only to be overwritten.
