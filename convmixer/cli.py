@@ -21,7 +21,8 @@ from rich.table import Table
 from convmixer import plots
 from convmixer.backends import BACKENDS, optimize
 from convmixer.benchmark import DTYPES, Report, benchmark
-from convmixer.checkpoints import convert_checkpoint, write_atomically
+from convmixer.checkpoints import write_atomically
+from convmixer.convert import convert_checkpoint
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
@@ -43,7 +44,20 @@ ERR = Console(stderr=True, highlight=False, emoji=False)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif"}
 
 
+class _Command(click.Command):
+    """Expands `~` at the start of an argument or of an option's value, where a shell may not."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        def expand(argument: str) -> str:
+            option, value = re.fullmatch(r"(--[\w-]+=)?(.*)", argument, re.DOTALL).groups("")  # type: ignore[union-attr]
+            return option + os.path.expanduser(value)
+
+        return super().parse_args(ctx, [expand(argument) for argument in args])
+
+
 class _Group(click.Group):
+    command_class = _Command
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -292,9 +306,23 @@ def train(
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--variant", help="The variant that it must be.  [default: recognised from the shapes]")
-def convert(source: Path, destination: Path, variant: str | None) -> None:
-    """Turn the pickled checkpoint SOURCE into the safetensors file DESTINATION."""
-    _say(f"{destination}: {convert_checkpoint(source, destination, variant=variant)}")
+@click.option("--act-layer", help="Of a folder: the activation.  [default: the variant's, or gelu for other sizes]")
+def convert(source: Path, destination: Path, variant: str | None, act_layer: str | None) -> None:
+    """Turn the checkpoint SOURCE of another program into DESTINATION.
+
+    DESTINATION is a file that ends in .safetensors, for a variant of the registry; or a folder with a config.json, for
+    any size.
+    """
+    name = convert_checkpoint(source, destination, variant=variant, act_layer=act_layer)
+    _say(f"{destination}: {name}")
+    if name.startswith("local-dir:"):
+        model = create_model(name, device="meta")
+        config, act = model.pretrained_cfg, type(model.stem[1]).__name__
+        size = "x".join(map(str, config["input_size"][1:]))
+        _say(
+            f"A checkpoint does not tell its activation and preprocessing. Taken are {act}, and the preprocessing of "
+            f"{config['architecture']} for {size} pixels: mend {destination / 'config.json'} where that is wrong"
+        )
 
 
 # ---- publishing -----------------------------------------------------------------------------------------------------

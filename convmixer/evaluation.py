@@ -22,6 +22,7 @@ from convmixer.model import evaluating
 from convmixer.training.loop import autocast
 from convmixer.training.readers import ShardSplit, Split, open_split
 from convmixer.transforms import create_transform
+from convmixer.wrappers import find_model, in_channels
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def validate(
     also be called by their WordNet numbers. The data may lack some classes.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        model: A classifier from `create_model`; it is put in evaluation mode for the call. Wrappers are looked into, as
+            by `predict`.
         data: A folder, a tar, WebDataset shards, or a name such as `torch/cifar10`; see
             `convmixer.training.data.load_images`.
         split: "train" or "test"; of an `hfds/` data set any split that it has.
@@ -103,9 +105,10 @@ def validate(
         progress: Wraps the iteration over batches, for a progress bar.
 
     Raises:
-        ArgumentError: A model without a head, or an argument that makes no sense.
+        ArgumentError: A model without a head, another kind of module, or an argument that makes no sense.
         DataError: Data that cannot be found or read, or classes that the model does not know.
     """
+    model = find_model(model)
     names = tuple(classes) if classes is not None else known_labels(model)
     if classes is not None and len(classes) != model.num_classes:
         raise ArgumentError(f"{len(classes)} class names for a model with {model.num_classes} classes")
@@ -114,7 +117,7 @@ def validate(
     parameter = next(model.parameters())
     autocast(parameter.device, precision)  # what is wrong with it is said before data are read
     transform = create_transform(model)
-    channels: int = model.in_chans  # type: ignore[assignment]
+    channels = in_channels(model)
 
     def prepare(image: Image.Image) -> Tensor:
         return transform(read_image(image, channels))  # type: ignore[no-any-return]

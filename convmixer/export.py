@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from convmixer.checkpoints import read_tensors, save_weights, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, ExportError, nearest, optional
 from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
-from convmixer.model import ConvMixer
+from convmixer.model import ConvMixer, as_dtype
 from convmixer.transforms import preprocessing
+from convmixer.wrappers import ADVICE, describe, unwrap
 
 # The largest difference that a format may make, relative to the largest logit: many roundings in the type.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -157,7 +159,7 @@ def export_model(
     path: str | Path,
     format: str | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     fold: bool | None = None,
     normalization: bool = False,
     image_size: int | Sequence[int] | None = None,
@@ -170,11 +172,11 @@ def export_model(
     are in the file's metadata. The model stays as it is.
 
     Args:
-        model: A `ConvMixer`, or what `optimize` made of one.
+        model: A `ConvMixer`, or what `optimize` made of one. Wrappers are looked into, as by `predict`.
         path: The file to write, which ends in .onnx, .xml (OpenVINO, with a .bin beside it), .pt2 (torch.export) or
             .safetensors; replaced as a whole or not at all.
         format: "onnx", "openvino", "torch-export" or "safetensors"; None goes by the ending.
-        dtype: Type of the weights: float32, float16, and for torch-export and safetensors bfloat16.
+        dtype: Type of the weights, or its name: float32, float16, and for torch-export and safetensors bfloat16.
         fold: Fold every BatchNorm, as `optimize` does; None folds wherever the format holds a computation rather than a
             model's own weights.
         normalization: The file takes images with values in [0, 1]: mean and std are folded, too.
@@ -186,7 +188,7 @@ def export_model(
         DependencyError: The format's libraries are not installed.
         ExportError: The format cannot hold the model, or the file computes something else. Nothing is left behind.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     endings = {chosen.suffix: name for name, chosen in FORMATS.items()}
     if format is None:
         format = endings.get(path.suffix)
@@ -197,14 +199,14 @@ def export_model(
     chosen = FORMATS[format]
     if path.suffix != chosen.suffix:
         raise ArgumentError(f"{str(path)!r}: a file of the format {format} ends in {chosen.suffix}")
+    dtype = as_dtype(dtype)
     if dtype not in chosen.dtypes:
         valid = ", ".join(str(valid) for valid in chosen.dtypes)
         raise ArgumentError(f"dtype={dtype!r}; valid for {format}: {valid}")
+    model = unwrap(model)
     if not isinstance(model, ConvMixer | FoldedConvMixer):
-        kind = type(model)
         raise ArgumentError(
-            f"cannot export a {kind.__module__}.{kind.__qualname__}: give a model of convmixer.create_model, "
-            "before torch.compile and without features_only"
+            f"cannot export {describe(model)}, which is not a convmixer.ConvMixer, or one by features_only: {ADVICE}"
         )
     folded = isinstance(model, FoldedConvMixer)
     fold = chosen.folds if fold is None else fold
@@ -219,6 +221,7 @@ def export_model(
         raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     reference: Any = copy.deepcopy(model)
     reference.to("cpu", torch.float32, memory_format=torch.contiguous_format).eval()
+    reference.channels_last = False
     config = preprocessing(reference) if getattr(reference, "pretrained_cfg", None) else {}
     size = _image_size(image_size, config, reference)
     inside = torch.float32 if not chosen.computes else dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 from convmixer.errors import ArgumentError, ImageError
 from convmixer.model import evaluating
 from convmixer.transforms import create_transform
+from convmixer.wrappers import find_model, in_channels
 
 Prediction = list[tuple[str, float]]
 
@@ -36,7 +38,7 @@ def read_image(source: Any, channels: int = 3) -> Image.Image:
         raise ArgumentError(f"images have 1 or 3 channels, this model takes {channels}: call it with tensors instead")
     if isinstance(source, str | Path):
         try:
-            with Image.open(source) as file:
+            with Image.open(os.path.expanduser(source)) as file:
                 image = ImageOps.exif_transpose(file)
                 image.load()
         except FileNotFoundError as error:
@@ -138,7 +140,9 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
     """The most probable classes of one image or many.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        model: A classifier from `create_model`; it is put in evaluation mode for the call. Also one inside
+            `torch.compile`, DataParallel, DistributedDataParallel, torch's AveragedModel or timm's ModelEma: the model
+            inside is computed.
         images: Whatever `read_image` takes, or a list (or tuple) of it.
         topk: How many classes to return, at most all of them.
         batch_size: Images computed at a time.
@@ -148,9 +152,10 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
 
     Raises:
         ImageError: An image that cannot be read.
-        ArgumentError: A model without a head, or a topk below 1.
+        ArgumentError: A model without a head, another kind of module, or a topk below 1.
     """
     many = isinstance(images, list | tuple)
+    model = find_model(model)
     names = label_names(model)
     for argument, value in {"topk": topk, "batch_size": batch_size}.items():
         if not isinstance(value, int) or value < 1:
@@ -158,7 +163,7 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
     sources: Sequence[Any] = images if many else [images]
     parameter = next(model.parameters())
     transform = create_transform(model)
-    channels: int = model.in_chans  # type: ignore[assignment]
+    channels = in_channels(model)
     predictions: list[Prediction] = []
     with evaluating(model):
         for start in range(0, len(sources), batch_size):

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_digits
 from PIL import Image
 from processes import finish
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 from timm.data.auto_augment import rand_augment_transform
 
 import convmixer
@@ -35,13 +35,7 @@ CLASSES = ("digit 0", "digit 1", "digit 2", "digit 3")
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     """150 training and 30 test images of handwritten digits 0 to 3, as folders of PNG files."""
-    root = tmp_path_factory.mktemp("digits")
-    bunch = load_digits(n_class=4)
-    for i, (pixels, label) in enumerate(zip(bunch.images[:180], bunch.target[:180], strict=True)):
-        folder = root / ("train" if i < 150 else "test") / CLASSES[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i:04}.png")
-    return root
+    return write_digits(tmp_path_factory.mktemp("digits"), 150, 30, CLASSES)
 
 
 @pytest.fixture(scope="module")

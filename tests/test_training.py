@@ -21,10 +21,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import write_digits
 from PIL import Image
 from processes import finish, started
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
 import convmixer
@@ -33,7 +33,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingS
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.data import Images, hold_out, load_images
-from convmixer.training.loop import _diagnose, _no_denormals, bf16_is_faster
+from convmixer.training.loop import _diagnose, _no_denormals
 from convmixer.training.run import Run
 
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
@@ -42,13 +42,7 @@ QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "mod
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """300 training and 60 test images of handwritten digits 0 to 3, as folders of PNG files."""
-    root = tmp_path_factory.mktemp("digits")
-    bunch = load_digits(n_class=4)
-    for i, (pixels, label) in enumerate(zip(bunch.images[:360], bunch.target[:360], strict=True)):
-        folder = root / ("train" if i < 300 else "test") / f"digit {label}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i:04}.png")
-    return root
+    return write_digits(tmp_path_factory.mktemp("digits"), 300, 60, [f"digit {i}" for i in range(4)])
 
 
 @pytest.fixture(autouse=True)
@@ -722,10 +716,15 @@ def test_fine_tuning_starts_from_the_weights(digits, tmp_path, monkeypatch):
 
 def test_evaluate_restores_the_mode(digits):
     model = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=4)
-    scores = evaluate(model, load_images(digits, "test", (3, 8, 8)), batch_size=7)
+    images = load_images(digits, "test", (3, 8, 8))
+    scores = evaluate(model, images, batch_size=7)
     assert model.training
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = model.eval()((images.pixels / 255 - mean) / std)
     assert scores["count"] == 60
-    assert 0 <= scores["top1"] <= 100
+    assert scores["top1"] == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
+    assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-4)
 
 
 def test_settings_are_checked_before_data_are_read(tmp_path):
@@ -733,7 +732,6 @@ def test_settings_are_checked_before_data_are_read(tmp_path):
         train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="gpu", report=quiet)
     with pytest.raises(ArgumentError, match="unknown precision 'fp8'; valid: auto, float32, bfloat16"):
         train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", precision="fp8", report=quiet)
-    assert isinstance(bf16_is_faster(torch.device("cpu")), bool)
 
 
 @pytest.mark.gpu

@@ -45,6 +45,7 @@ from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run, stop_signals
 from convmixer.training.stream import open_stream
 from convmixer.transforms import normalization, preprocessing
+from convmixer.wrappers import find_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,11 +114,12 @@ def evaluate(
     precision: str = "float32",
     progress: Progress = _no_progress,
 ) -> dict[str, float]:
-    """Loss and top-1 accuracy over a split, without augmentation.
+    """Loss and top-1 accuracy over a split, without augmentation. Wrappers of the model are looked into.
 
     Returns:
         `{"loss": mean cross entropy, "top1": percent, "count": images}`.
     """
+    model = find_model(model)
     device = next(model.parameters()).device
     normalize = normalization(preprocessing(model))
     loss = torch.zeros((), device=device)
@@ -238,9 +240,6 @@ class _Trainer:
         self.augment = Augment(recipe, preprocessing(self.model), len(images.classes), where)
         self.parts = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
-        # The layout that the factory chose.
-        chosen = next(self.model.parameters()).is_contiguous()
-        self.layout = torch.contiguous_format if chosen else torch.channels_last
         self.head_only: bool | None = None
         self.compiled: Any = None
         # A graph reads and writes them: the rate of each group and the weight of the new values in the average; the sum
@@ -370,7 +369,8 @@ class _Trainer:
         inputs, targets, labels = next(parts)
         # For dropout and stochastic depth.
         seed_all(self.recipe.seed, epoch, step, self.accelerator.process_index * self.recipe.accumulate + i)
-        return inputs.contiguous(memory_format=self.layout), targets, labels, self.recipe.label_smoothing
+        # Augmentation may leave other strides, which would be compiled anew.
+        return inputs.contiguous(), targets, labels, self.recipe.label_smoothing
 
     def step(self, parts: Iterator[Part], epoch: int, step: int) -> Tensor:
         """One step on the next of these parts; its losses and correct images are added to `sums`.

@@ -55,13 +55,13 @@ def _find_split(source: Path, split: str) -> Path:
 
 def has_split(source: str | Path, split: str) -> bool:
     """Whether a source has its own training or test split; a named data set is taken to have both."""
-    name = str(source)
+    name = os.path.expanduser(str(source))
     if name.startswith(READERS):
         return True
     try:
         if name.startswith(SHARDS):  # those of a pattern are one split alone
             return ".tar" not in name and bool(_open_shards(name, split))
-        return split == "train" or _find_split(Path(source), split) != Path(source)
+        return split == "train" or _find_split(Path(name), split) != Path(name)
     except DataError:
         return False
 
@@ -210,7 +210,7 @@ def open_split(
     Raises:
         DataError: Nothing there, or no images.
     """
-    name = str(source)
+    name, root = os.path.expanduser(str(source)), root and os.path.expanduser(root)
     if name.startswith(SHARDS):
         return _open_shards(name, split)
     try:
@@ -219,7 +219,7 @@ def open_split(
         elif name.startswith("hfds/"):
             dataset = create_dataset(name, root=root and str(root), split=split, **_columns(name, split, root))
         else:
-            dataset = create_dataset("", root=str(_find_split(Path(source), split)), search_split=False)
+            dataset = create_dataset("", root=str(_find_split(Path(name), split)), search_split=False)
     except ConvMixerError:
         raise
     except Exception as error:  # each reader has its own; the message must name the source
@@ -257,7 +257,7 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
 def _open_shards(name: str, split: str) -> ShardSplit:
     webdataset = optional("webdataset", repr(name), "train")
     folder, _, pattern = name.removeprefix(SHARDS).rpartition("/") if ".tar" in name else (name[len(SHARDS) :], "", "")
-    problems = []
+    folder, problems = os.path.expanduser(folder), []
     for candidate in [pattern] if pattern else SPLITS[split]:
         try:
             reader = create_reader(SHARDS, root=folder, split=candidate)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ class Run:
     """A run folder, what may be written into it, and what resuming needs."""
 
     def __init__(self, folder: str | Path, recipe: Recipe, *, resume: bool) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         self.recipe = recipe
         self.state = self.folder / "last.pt"
         if self.folder.is_file():
