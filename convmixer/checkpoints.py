@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, WeightsError, brief
-from convmixer.model import ConvMixer, evaluating
+from convmixer.model import ConvMixer
 from convmixer.registry import VARIANTS, Variant, get_variant
+from convmixer.tracing import computing
 from convmixer.untrusted import header_excess
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
@@ -338,8 +339,8 @@ def convert_checkpoint(source: str | Path, destination: str | Path, *, variant: 
         written = read_tensors(path)
         model.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in written.items()})
         side = 2 * sizes["patch_size"]
-        with torch.inference_mode(), evaluating(model):
-            outputs = model(torch.zeros(1, sizes["in_chans"], side, side))
+        with torch.inference_mode(), computing():
+            outputs = model.eval()(torch.zeros(1, sizes["in_chans"], side, side))
         if not outputs.isfinite().all():
             raise WeightsError(f"{named}: the model computes values that are not finite. Is it another variant?")
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, DataError
 from convmixer.inference import imagenet_labels, known_labels, read_image
-from convmixer.model import evaluating
+from convmixer.model import evaluation_view
+from convmixer.tracing import computing
 from convmixer.training.loop import autocast
 from convmixer.training.readers import ShardSplit, Split, open_split
 from convmixer.transforms import create_transform
@@ -88,7 +89,7 @@ def validate(
     also be called by their WordNet numbers. The data may lack some classes.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        model: As `predict` takes it.
         data: A folder, a tar, WebDataset shards, or a name such as `torch/cifar10`; see
             `convmixer.training.data.load_images`.
         split: "train" or "test"; of an `hfds/` data set any split that it has.
@@ -119,13 +120,15 @@ def validate(
     def prepare(image: Image.Image) -> Tensor:
         return transform(read_image(image, channels))  # type: ignore[no-any-return]
 
+    view = evaluation_view(model)
+
     def compute(batch: Tensor) -> Tensor:
-        with autocast(batch.device, precision):
-            logits = model(batch)
+        with computing(), autocast(batch.device, precision):
+            logits = view(batch)
         return logits.float().log_softmax(1).cpu()  # type: ignore[no-any-return]
 
     plain, mirrored, labels, seconds = [], [], [], 0.0
-    with evaluating(model), contextlib.closing(open_split(data, split, root=data_root, download=download)) as opened:
+    with contextlib.closing(open_split(data, split, root=data_root, download=download)) as opened:
         names, index = _match(opened, names, model.num_classes)  # type: ignore[arg-type]
         samples = opened.in_order(prepare)
         for _ in progress(range(0, len(opened), batch_size)):

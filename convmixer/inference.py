@@ -13,7 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from convmixer.errors import ArgumentError, ImageError
-from convmixer.model import evaluating
+from convmixer.model import evaluation_view
+from convmixer.tracing import computing
 from convmixer.transforms import create_transform
 
 Prediction = list[tuple[str, float]]
@@ -138,7 +139,8 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
     """The most probable classes of one image or many.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        model: A classifier from `create_model`, in any mode, which stays as it is. It is computed in evaluation mode,
+            eagerly where it was compiled. Many threads may share it.
         images: Whatever `read_image` takes, or a list (or tuple) of it.
         topk: How many classes to return, at most all of them.
         batch_size: Images computed at a time.
@@ -160,11 +162,12 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
     transform = create_transform(model)
     channels: int = model.in_chans  # type: ignore[assignment]
     predictions: list[Prediction] = []
-    with evaluating(model):
-        for start in range(0, len(sources), batch_size):
-            batch = torch.stack([transform(read_image(s, channels)) for s in sources[start : start + batch_size]])
-            logits = model(batch.to(parameter.device, parameter.dtype)).float()
+    view = evaluation_view(model)
+    for start in range(0, len(sources), batch_size):
+        batch = torch.stack([transform(read_image(s, channels)) for s in sources[start : start + batch_size]])
+        with computing():
+            logits = view(batch.to(parameter.device, parameter.dtype)).float()
             values, indices = logits.softmax(1).topk(min(topk, len(names)))
-            for row, probabilities in zip(indices.tolist(), values.tolist(), strict=True):
-                predictions.append([(names[i], p) for i, p in zip(row, probabilities, strict=True)])
+        for row, probabilities in zip(indices.tolist(), values.tolist(), strict=True):
+            predictions.append([(names[i], p) for i, p in zip(row, probabilities, strict=True)])
     return predictions if many else predictions[0]

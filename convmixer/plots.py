@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from convmixer.checkpoints import write_atomically
 from convmixer.errors import ArgumentError, optional
 from convmixer.inference import label_names, read_image
-from convmixer.model import evaluating
+from convmixer.model import evaluation_view, mirror
+from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing
 
 if TYPE_CHECKING:
@@ -123,10 +124,11 @@ def class_probabilities(
     parameter = next(model.parameters())
     normalize = normalization(preprocessing(model))
     batches = []
-    with evaluating(model):
-        for batch in progress(pixels.split(batch_size)):
-            inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
-            batches.append(model(inputs).float().softmax(1).cpu())
+    view = evaluation_view(model)
+    for batch in progress(pixels.split(batch_size)):
+        inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
+        with computing():
+            batches.append(view(inputs).float().softmax(1).cpu())
     return torch.cat(batches)
 
 
@@ -362,7 +364,7 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     captum's `LayerGradCam` computes it.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        model: A classifier from `create_model`, in any mode, which stays as it is.
         image: Whatever `read_image` takes; it is preprocessed as by `predict`.
         target: Index of the class; None takes the most probable one.
 
@@ -379,11 +381,12 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     opened, transform = read_image(image, channels), create_transform(model)
     parameter = next(model.parameters())
     inputs = transform(opened)[None].to(parameter.device, parameter.dtype).requires_grad_()  # weights may be frozen
-    with evaluating(model):
-        probabilities = model(inputs).detach().float().softmax(1)[0]
+    view: Any = mirror(model).eval()  # captum hangs hooks on layers, which others may be using
+    with computing():
+        probabilities = view(inputs).detach().float().softmax(1)[0]
         best = int(probabilities.argmax())
         index = best if target is None else target
-        grad_cam = attribution.LayerGradCam(model, model.blocks[-1])  # type: ignore[index]
+        grad_cam = attribution.LayerGradCam(view, view.blocks[-1])
         activation = grad_cam.attribute(inputs, target=index, relu_attributions=True).detach().float()
     height, width = inputs.shape[2:]
     scale = math.ceil(SHOWN_SIDE / min(height, width))
