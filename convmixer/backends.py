@@ -2,7 +2,8 @@
 
 A runtime is a callable from images (B, C, H, W) to a list of outputs. It cuts a batch into pieces, for one reason: what
 a block reads and writes should stay in the cache of the core that computes it. Graphs are compiled for one shape each,
-when that shape comes first, and kept; all runtimes may be called from several threads.
+when that shape comes first, and kept; all runtimes may be called from several threads. Copied, pickled or sent to
+another process, a runtime is made anew from what it was made of.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import logging
 import os
 import queue
 import statistics
+import tempfile
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,14 +32,15 @@ from PIL import Image
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from convmixer import native
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing
+from convmixer import native, openvino_core
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing, optional
 from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache, prefers_channels_last
 from convmixer.inference import read_image
 from convmixer.model import check_dtype, check_input
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
+from convmixer.tracing import computing, quietly, tracing
 from convmixer.transforms import create_transform
 
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
@@ -54,7 +56,6 @@ _NEEDS = {  # modules of each runtime, and the extra that brings them
 # What OpenVINO calls the types.
 _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
 _CPU = torch.device("cpu")
-_COMPILING = threading.Lock()  # TorchInductor's settings are global
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -153,9 +154,7 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
 
 @functools.lru_cache(maxsize=1)
 def _openvino_types() -> tuple[str, ...]:
-    import openvino
-
-    return tuple(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return tuple(openvino_core.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -186,18 +185,39 @@ def fitting_chunk(dim: int, positions: int, itemsize: int) -> int:
     return _power_of_two(l2_cache() // (dim * positions * itemsize))
 
 
-class _Graphs:
-    """Compiled graphs by key, made once each whichever thread asks first; the one unused for longest is dropped."""
+Turn = Callable[[], contextlib.AbstractContextManager[Any]]
 
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make, self._kept, self._lock = make, OrderedDict[Any, Any](), threading.Lock()
+
+class _Graphs:
+    """Compiled graphs by key, made once each whichever thread asks first; the one unused for longest is dropped.
+
+    Args:
+        make: From key to graph.
+        turn: What a thread holds while it makes one; None: a lock of this object's own.
+    """
+
+    def __init__(self, make: Callable[..., Any], turn: Turn | None = None) -> None:
+        making = threading.Lock()
+        self._make, self._turn = make, turn or (lambda: making)
+        self._kept, self._lock = OrderedDict[Any, Any](), threading.Lock()
 
     def __call__(self, *key: Any) -> Any:
+        graph = self._find(key)
+        if graph is None:
+            with self._turn():
+                graph = self._find(key)
+                if graph is None:
+                    graph = self._make(*key)
+                    with self._lock:
+                        self._kept[key] = graph
+                        if len(self._kept) > GRAPHS_KEPT:
+                            self._kept.popitem(last=False)
+        return graph
+
+    def _find(self, key: Any) -> Any:
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = self._make(*key)
-                if len(self._kept) > GRAPHS_KEPT:
-                    self._kept.popitem(last=False)
+                return None
             self._kept.move_to_end(key)
             return self._kept[key]
 
@@ -214,6 +234,39 @@ def _as_list(outputs: Any) -> list[Tensor]:
 # ---- runtimes -------------------------------------------------------------------------------------------------------
 
 Rule = Callable[[int, int], int]  # height and width of images -> chunk
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """The rule of one chunk for all sizes."""
+
+    chunk: int
+
+    def __call__(self, height: int, width: int) -> int:
+        return self.chunk
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """The rule of `fitting_chunk`."""
+
+    dim: int
+    patch_size: int
+    itemsize: int
+
+    def __call__(self, height: int, width: int) -> int:
+        positions = (height // self.patch_size) * (width // self.patch_size)
+        return fitting_chunk(self.dim, positions, self.itemsize)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """The rule of pieces that PyTorch's threads share: as many times as large as there are threads."""
+
+    rule: Rule
+
+    def __call__(self, height: int, width: int) -> int:
+        return self.rule(height, width) * torch.get_num_threads()
 
 
 def _dynamic(module: nn.Module) -> tuple[dict[str, Any], Tensor]:
@@ -234,8 +287,7 @@ def to_openvino(module: nn.Module) -> Any:
     import openvino
 
     options, example = _dynamic(module)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporters' own dependencies
+    with tracing(), quietly(), torch.no_grad():  # the exporters' own dependencies warn
         return openvino.convert_model(torch.export.export(module, (example,), **options))
 
 
@@ -243,8 +295,7 @@ def to_onnx(module: nn.Module) -> bytes:
     """An ONNX file of a ConvMixer in float32 on the CPU; batch, height and width are open."""
     _require("onnxruntime")
     options, example = _dynamic(module)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with tracing(), quietly(), torch.no_grad():
         program: Any = torch.onnx.export(module, (example,), dynamo=True, verbose=False, **options)
     data: bytes = program.model_proto.SerializeToString()
     return data
@@ -260,6 +311,9 @@ class Whole:
 
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         self.module, self.rule = module, rule
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.rule)
 
     def _run(self, x: Tensor) -> list[Tensor]:
         return _as_list(self.module(x))
@@ -279,7 +333,7 @@ class Compiled(Whole):
 
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         super().__init__(module, rule)
-        self._graph = _Graphs(self._compile)
+        self._graph = _Graphs(self._compile, tracing)
 
     def _compile(self, *key: Any) -> Callable[[Tensor], Any]:
         from torch import _inductor
@@ -292,13 +346,7 @@ class Compiled(Whole):
         )
         # Inductor moves depthwise convolutions to channels_last, which is slow with 9x9 kernels on GPUs.
         moves = device.type != "cuda" or prefers_channels_last(device, kernel_size)
-        with (
-            _COMPILING,
-            warnings.catch_warnings(),
-            torch.no_grad(),
-            config.patch(freezing=True, layout_optimization=moves),
-        ):
-            warnings.simplefilter("ignore")
+        with quietly(), torch.no_grad(), config.patch(freezing=True, layout_optimization=moves):
             program = torch.export.export(self.module, (example,)).module()
             compiled: Any = _inductor.compile(program, [example])
         return compiled  # type: ignore[no-any-return]
@@ -359,18 +407,23 @@ class OpenVINO:
     """
 
     def __init__(self, model: Any, precision: torch.dtype, threads: int, rule: Rule | None) -> None:
-        import openvino
-
-        self._ov, self._core, self.model = openvino, openvino.Core(), model
-        self.threads, self.rule = threads, rule
+        self._ov, self.model = optional("openvino", "openvino", "export"), model
+        self.precision, self.threads, self.rule = precision, threads, rule
         hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
         self._options = {"INFERENCE_PRECISION_HINT": hints[precision], "INFERENCE_NUM_THREADS": threads}
         self._graph = _Graphs(self._compile)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.xml"
+            self._ov.save_model(self.model, file, compress_to_fp16=False)
+            graph, weights = file.read_bytes(), file.with_suffix(".bin").read_bytes()
+        return _read_openvino, (graph, weights, self.precision, self.threads, self.rule)
+
     def _compile(self, streams: int, *shape: int) -> tuple[Any, queue.SimpleQueue[Any]]:
         fixed = self.model.clone()
         fixed.reshape(list(shape))
-        compiled = self._core.compile_model(fixed, "CPU", {**self._options, "NUM_STREAMS": streams})
+        compiled = openvino_core.core().compile_model(fixed, "CPU", {**self._options, "NUM_STREAMS": streams})
         return compiled, queue.SimpleQueue()
 
     def __call__(self, x: Tensor) -> list[Tensor]:
@@ -399,15 +452,21 @@ class OpenVINO:
         return _join(parts)
 
 
+def _read_openvino(graph: bytes, weights: bytes, *settings: Any) -> OpenVINO:
+    return OpenVINO(openvino_core.core().read_model(graph, weights), *settings)
+
+
 class OnnxRuntime:
     """An ONNX file in ONNX Runtime on the CPU, in float32: one thread to a piece, or all where images are few."""
 
     def __init__(self, data: bytes, threads: int, rule: Rule | None) -> None:
-        import onnxruntime
-
-        self._library, self._data, self.threads, self.rule = onnxruntime, data, threads, rule
+        self._library = optional("onnxruntime", "onnxruntime", "export")
+        self._data, self.threads, self.rule = data, threads, rule
         self._session = _Graphs(self._load)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="convmixer")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._data, self.threads, self.rule)
 
     def _load(self, threads: int) -> Any:
         options = self._library.SessionOptions()
@@ -460,6 +519,10 @@ class OptimizedConvMixer(nn.Module):
         self.pretrained_cfg: dict[str, Any] = inner.pretrained_cfg
         self._several = folded is not inner
         self.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with computing():
+            return super().__call__(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Any:
         """(B, in_chans, H, W) -> logits (B, num_classes); of a feature extractor a list of feature maps."""
@@ -629,18 +692,14 @@ class _Maker:
     ) -> None:
         self.model, self.normalization, self.dtype, self.threads = model, normalization, dtype, threads
         inner: Any = unwrap(model)
-        self.dim, self.patch_size = inner.dim, inner.patch_size
         self.kernel_size: int = inner.blocks[0][0].fn[0].kernel_size[0]
         self.device: torch.device = inner.stem[0].weight.device
         self.calibration = calibration
         self.rest = dtype  # beside the quantised products
         if dtype == torch.int8:
             self.rest = torch.bfloat16 if bf16_is_faster(self.device) else torch.float32
+        self.rule = _Fitting(inner.dim, inner.patch_size, self.rest.itemsize)
         self._sources: dict[str, tuple[nn.Module, Any]] = {}
-
-    def rule(self, height: int, width: int) -> int:
-        positions = (height // self.patch_size) * (width // self.patch_size)
-        return fitting_chunk(self.dim, positions, self.rest.itemsize)
 
     def first(self, backends: Sequence[str], chunk: int | None, reason: str) -> OptimizedConvMixer:
         """In the first backend that can be made; why others cannot is added to the reason."""
@@ -700,7 +759,9 @@ class _Maker:
     def _int8(self, backend: str, folded: FoldedConvMixer) -> Any:
         images = calibration_images(self.calibration, folded)
         if backend == "native":
-            runtime = native.NativeInt8(folded, native.calibrate(folded, images), self.threads)
+            with computing():
+                ranges = native.calibrate(folded, images)
+            runtime = native.NativeInt8(folded, ranges, self.threads)
             _check_int8(runtime, folded, images[:64].float())
             return runtime
         quantized = quantize(to_openvino(folded), images)
@@ -710,9 +771,7 @@ class _Maker:
     def __call__(self, backend: str, chunk: int | None, reason: str) -> OptimizedConvMixer:
         folded, source = self._source(backend)
         on_cpu = self.device.type == "cpu"
-        rule: Any = self.rule if on_cpu else None
-        if chunk:
-            rule = lambda height, width: chunk  # noqa: E731
+        rule: Rule | None = _Fixed(chunk) if chunk else self.rule if on_cpu else None
         runtime: Any
         if backend == "openvino":
             runtime = OpenVINO(source, self.rest, self.threads, rule)
@@ -721,7 +780,7 @@ class _Maker:
         elif backend == "native":
             runtime = source
         else:
-            together = rule and (lambda height, width: rule(height, width) * torch.get_num_threads())
+            together = rule and _Together(rule)
             runtime = {"eager": Whole, "compile": Compiled, "triton": Triton}[backend](folded, together)
         layout = "channels_last" if backend == "triton" else "own"
         if backend in ("eager", "compile"):
@@ -778,26 +837,23 @@ def quantize(model: Any, images: Tensor) -> Any:
     import nncf
 
     data = nncf.Dataset([image[None].numpy() for image in images.detach().cpu().float()])
+    preset = nncf.QuantizationPreset.MIXED  # activations after GELU are lopsided
     logger = logging.getLogger("nncf")  # writes to standard output, which may be somebody's JSON
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # progress bars
-            warnings.simplefilter("ignore")
-            return nncf.quantize(
-                model,
-                data,
-                preset=nncf.QuantizationPreset.MIXED,  # activations after GELU are lopsided
-                subset_size=len(images),
-            )
-    finally:
-        logger.setLevel(level)
+    with quietly(), contextlib.redirect_stdout(io.StringIO()):  # progress bars
+        level = logger.level
+        logger.setLevel(logging.WARNING)
+        try:
+            return openvino_core.aside(lambda: nncf.quantize(model, data, preset=preset, subset_size=len(images)))
+        finally:
+            logger.setLevel(level)
 
 
 @torch.inference_mode()
 def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, images: Tensor) -> None:
     """Raise a ConvMixerError where eight bits do not hold what the model computes of calibration images."""
-    for output, expected in zip(runtime(images), _as_list(folded(images)), strict=True):
+    with computing():
+        pairs = list(zip(runtime(images), _as_list(folded(images)), strict=True))
+    for output, expected in pairs:
         lost = float((output.float() - expected).norm() / expected.norm())
         if not lost <= MOST_LOST:
             raise ConvMixerError(

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, DataError
-from convmixer.inference import imagenet_labels, known_labels, read_image
+from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, read_image
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.training.loop import autocast
@@ -108,8 +108,9 @@ def validate(
         DataError: Data that cannot be found or read, or classes that the model does not know.
     """
     names = tuple(classes) if classes is not None else known_labels(model)
-    if classes is not None and len(classes) != model.num_classes:
-        raise ArgumentError(f"{len(classes)} class names for a model with {model.num_classes} classes")
+    count = count_classes(model)
+    if classes is not None and len(classes) != count:
+        raise ArgumentError(f"{len(classes)} class names for a model with {count} classes")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size!r}: give a whole number of at least 1")
     parameter = next(model.parameters())
@@ -125,11 +126,11 @@ def validate(
     def compute(batch: Tensor) -> Tensor:
         with computing(), autocast(batch.device, precision):
             logits = view(batch)
-        return logits.float().log_softmax(1).cpu()  # type: ignore[no-any-return]
+        return class_logits(logits.float()).log_softmax(1).cpu()
 
     plain, mirrored, labels, seconds = [], [], [], 0.0
     with contextlib.closing(open_split(data, split, root=data_root, download=download)) as opened:
-        names, index = _match(opened, names, model.num_classes)  # type: ignore[arg-type]
+        names, index = _match(opened, names, count)
         samples = opened.in_order(prepare)
         for _ in progress(range(0, len(opened), batch_size)):
             images = list(itertools.islice(samples, batch_size))

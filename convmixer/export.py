@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer import folding
+from convmixer import folding, openvino_core
 from convmixer.checkpoints import read_tensors, save_weights, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, ExportError, nearest, optional
 from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer
+from convmixer.tracing import tracing
 from convmixer.transforms import preprocessing
 
 # The largest difference that a format may make, relative to the largest logit: many roundings in the type.
@@ -112,7 +113,7 @@ def _openvino(job: _Job, path: Path) -> Run:
         model.set_rt_info(value, ["convmixer", key])
     openvino.save_model(model, path, compress_to_fp16=job.dtype == torch.float16)
     # The program's own precision could be bfloat16, which depends on the processor.
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core.core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled({"images": images.numpy()})[job.output].copy())
 
 
@@ -237,7 +238,8 @@ def export_model(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         try:
-            difference = _difference(chosen.write(job, written), reference, size, normalization, dynamic_size)
+            with tracing():
+                difference = _difference(chosen.write(job, written), reference, size, normalization, dynamic_size)
         except ConvMixerError:
             raise
         except Exception as error:  # each exporter and runtime has its own
@@ -278,6 +280,8 @@ def _metadata(model: nn.Module, config: Mapping[str, Any], size: Sequence[int], 
     labels = known_labels(model) if model.num_classes else None
     if labels:
         facts["label_names"] = labels
+    if model.num_classes == 1:
+        facts["probability"] = "the sigmoid of the logit is the probability of the last of label_names"
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
 
 

@@ -173,6 +173,10 @@ class Native:
             blocks=records,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are packed anew: a record holds addresses."""
+        return type(self), (self.folded, self.dtype, self.threads)
+
     def _fill(self, record: Any, block: Any, norm: Any, _: int) -> None:
         """The record of a block; `norm` is the next one's."""
         dim = len(block.gain)
@@ -323,6 +327,9 @@ class NativeInt8(Native):
         values = (stem.bias, scale / unit, shift / unit + zero)
         self._record.stem_end = _Affine(*(self._keep(value) for value in values))
         self._record.last = self._keep(self._units[-1][0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folded, self.ranges, self.threads)
 
     def _fill(self, record: Any, block: Any, norm: Any, i: int) -> None:
         (unit, zero), (next_unit, next_zero) = self._units[i], self._units[i + 1]

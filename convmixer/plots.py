@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from convmixer.checkpoints import write_atomically
 from convmixer.errors import ArgumentError, optional
-from convmixer.inference import label_names, read_image
+from convmixer.inference import class_logits, label_names, read_image
 from convmixer.model import evaluation_view, mirror
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing
@@ -119,7 +119,7 @@ def class_probabilities(
         progress: Wraps the iteration, for a progress bar.
 
     Returns:
-        float32 (N, num_classes) on the CPU; rows sum to 1.
+        float32 (N, number of classes) on the CPU; rows sum to 1. One output tells two classes apart.
     """
     parameter = next(model.parameters())
     normalize = normalization(preprocessing(model))
@@ -128,7 +128,7 @@ def class_probabilities(
     for batch in progress(pixels.split(batch_size)):
         inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
         with computing():
-            batches.append(view(inputs).float().softmax(1).cpu())
+            batches.append(class_logits(view(inputs).float()).softmax(1).cpu())
     return torch.cat(batches)
 
 
@@ -383,10 +383,10 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     inputs = transform(opened)[None].to(parameter.device, parameter.dtype).requires_grad_()  # weights may be frozen
     view: Any = mirror(model).eval()  # captum hangs hooks on layers, which others may be using
     with computing():
-        probabilities = view(inputs).detach().float().softmax(1)[0]
+        probabilities = class_logits(view(inputs).detach().float()).softmax(1)[0]
         best = int(probabilities.argmax())
         index = best if target is None else target
-        grad_cam = attribution.LayerGradCam(view, view.blocks[-1])
+        grad_cam = attribution.LayerGradCam(lambda x: class_logits(view(x)), view.blocks[-1])
         activation = grad_cam.attribute(inputs, target=index, relu_attributions=True).detach().float()
     height, width = inputs.shape[2:]
     scale = math.ceil(SHOWN_SIDE / min(height, width))

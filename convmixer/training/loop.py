@@ -27,6 +27,7 @@ from convmixer.checkpoints import read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
+from convmixer.inference import class_logits
 from convmixer.model import ConvMixer, evaluation_view, mirror
 from convmixer.plots import plot_history, write_figure
 from convmixer.tracing import computing
@@ -129,7 +130,7 @@ def evaluate(
     view = evaluation_view(model)
     for pixels, labels in progress(images.in_order(batch_size), "validating"):
         with computing(), autocast(device, precision):
-            logits = view(normalize(pixels.to(device))).float()
+            logits = class_logits(view(normalize(pixels.to(device))).float())
         labels = labels.to(device)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
