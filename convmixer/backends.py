@@ -33,6 +33,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer import native, openvino_core
+from convmixer.compiled_code import settle
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing, optional
 from convmixer.folding import FoldedConvMixer, fold, unwrap
 from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache, prefers_channels_last
@@ -56,6 +57,8 @@ _NEEDS = {  # modules of each runtime, and the extra that brings them
 # What OpenVINO calls the types.
 _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
 _CPU = torch.device("cpu")
+_LEFT_BEHIND: list[Any] = []  # of the parent's, in a child by fork
+_FORKED = threading.Lock()
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -315,6 +318,9 @@ class Whole:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.module, self.rule)
 
+    def after_fork(self) -> None:
+        """In a child by fork, nothing of this package's own is missing."""
+
     def _run(self, x: Tensor) -> list[Tensor]:
         return _as_list(self.module(x))
 
@@ -322,6 +328,12 @@ class Whole:
         with torch.no_grad():
             chunk = len(x) if self.rule is None else self.rule(*x.shape[2:])
             return _join([self._run(part) for part in x.split(chunk)])
+
+
+def _inductor_folder() -> str:
+    from torch._inductor.runtime.runtime_utils import default_cache_dir
+
+    return default_cache_dir()
 
 
 class Compiled(Whole):
@@ -333,6 +345,11 @@ class Compiled(Whole):
 
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         super().__init__(module, rule)
+        settle("TORCHINDUCTOR_CACHE_DIR", _inductor_folder, "graphs of TorchInductor")
+        self._graph = _Graphs(self._compile, tracing)
+
+    def after_fork(self) -> None:
+        """Compile anew, for the number of threads that the child has; OpenMP's own are gone."""
         self._graph = _Graphs(self._compile, tracing)
 
     def _compile(self, *key: Any) -> Callable[[Tensor], Any]:
@@ -348,7 +365,13 @@ class Compiled(Whole):
         moves = device.type != "cuda" or prefers_channels_last(device, kernel_size)
         with quietly(), torch.no_grad(), config.patch(freezing=True, layout_optimization=moves):
             program = torch.export.export(self.module, (example,)).module()
-            compiled: Any = _inductor.compile(program, [example])
+            try:
+                compiled: Any = _inductor.compile(program, [example])
+            except Exception as error:  # of the compiler at hand
+                reason = next(iter(str(error).strip().splitlines()), "")
+                raise DependencyError(
+                    f"TorchInductor cannot compile here ({type(error).__name__}: {reason}): choose another backend"
+                ) from error
         return compiled  # type: ignore[no-any-return]
 
     def _run(self, x: Tensor) -> list[Tensor]:
@@ -366,6 +389,8 @@ class Triton(Whole):
 
     def __init__(self, module: Any, rule: Rule | None = None) -> None:
         super().__init__(module, rule)
+        home = os.environ.get("TRITON_HOME")
+        settle("TRITON_CACHE_DIR", lambda: str(Path(home or Path.home(), ".triton", "cache")), "Triton's kernels")
         from convmixer.ops import triton  # imports triton
 
         self._depthwise, self._pointwise = triton.depthwise_infer, triton.pointwise_infer
@@ -411,6 +436,11 @@ class OpenVINO:
         self.precision, self.threads, self.rule = precision, threads, rule
         hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
         self._options = {"INFERENCE_PRECISION_HINT": hints[precision], "INFERENCE_NUM_THREADS": threads}
+        self._graph = _Graphs(self._compile)
+
+    def after_fork(self) -> None:
+        """Compile anew: OpenVINO's threads are gone, and without them what was compiled cannot even be released."""
+        _LEFT_BEHIND.append(self._graph)
         self._graph = _Graphs(self._compile)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -462,8 +492,16 @@ class OnnxRuntime:
     def __init__(self, data: bytes, threads: int, rule: Rule | None) -> None:
         self._library = optional("onnxruntime", "onnxruntime", "export")
         self._data, self.threads, self.rule = data, threads, rule
+        self._start()
+
+    def _start(self) -> None:
         self._session = _Graphs(self._load)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="convmixer")
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="convmixer")
+
+    def after_fork(self) -> None:
+        """Start threads anew; sessions whose threads are gone cannot even be released."""
+        _LEFT_BEHIND.append((self._session, self._pool))
+        self._start()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._data, self.threads, self.rule)
@@ -495,8 +533,9 @@ class OnnxRuntime:
 class OptimizedConvMixer(nn.Module):
     """What `optimize` returns for a runtime: called with images it answers as the original does, and faster.
 
-    Images may be of any floating point type, and the outputs come in that type. It may be called from several threads.
-    Outputs carry no gradient. `num_classes`, `in_chans`, `num_features`, `head_hidden_size`, `feature_info` and
+    Images may be of any floating point type, and the outputs come in that type. It may be called from several threads,
+    copied, pickled, and sent to other processes, which make the runtime anew; a child by fork computes natively in one
+    thread. Outputs carry no gradient. `num_classes`, `in_chans`, `num_features`, `head_hidden_size`, `feature_info` and
     `pretrained_cfg` are the original's.
 
     Attributes:
@@ -505,24 +544,61 @@ class OptimizedConvMixer(nn.Module):
             whatever else the runtime does not do.
 
     Raises:
-        ArgumentError: From `train()`, or for images on another device or of whole numbers.
+        ArgumentError: From `train()`, `to()` another device or type, `load_state_dict()`, or for images on another
+            device or of whole numbers.
         ImageError: Images that do not fit the model.
+        DependencyError: From unpickling, where the runtime is not installed or the processor cannot compute it.
+        ConvMixerError: On a GPU, in a child by fork.
     """
 
     def __init__(self, folded: nn.Module, runtime: Callable[[Tensor], list[Tensor]], choice: Choice) -> None:
         super().__init__()
-        self.folded, self.runtime, self.choice = folded, runtime, choice
+        self.folded, self.choice = folded, choice
+        self.runtime: Any = runtime
         inner: Any = _inner(folded)
         self.num_classes, self.in_chans, self.num_features = inner.num_classes, inner.in_chans, inner.num_features
         self.head_hidden_size, self.patch_size = inner.head_hidden_size, inner.patch_size
         self.feature_info: Any = folded.feature_info
         self.pretrained_cfg: dict[str, Any] = inner.pretrained_cfg
         self._several = folded is not inner
+        self._process = os.getpid()
         self.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._process != os.getpid():
+            self._after_fork()
         with computing():
             return super().__call__(*args, **kwargs)
+
+    def _after_fork(self) -> None:
+        if self.choice.device.startswith("cuda"):
+            raise ConvMixerError(
+                "a model on a GPU cannot be used in a process that was forked: start it by spawn, as in "
+                "DataLoader(multiprocessing_context='spawn')"
+            )
+        with _FORKED:
+            if self._process != os.getpid():
+                self.runtime.after_fork()
+                self._process = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._process = os.getpid()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedConvMixer:
+        own = next(self.folded.parameters())
+        new = fn(own.detach()[:1])
+        if (new.dtype, new.device) != (own.dtype, own.device):
+            raise ArgumentError(
+                f"an optimized model stays what it is, {self.choice.dtype} on {self.choice.device}: move or cast the "
+                "original, then optimize it again"
+            )
+        super()._apply(fn, recurse)
+        return self
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Weights are part of what was compiled; this is an error."""
+        raise ArgumentError("an optimized model keeps its weights: load others into the original, then optimize it")
 
     def forward(self, x: Tensor) -> Any:
         """(B, in_chans, H, W) -> logits (B, num_classes); of a feature extractor a list of feature maps."""
@@ -705,10 +781,18 @@ class _Maker:
         """In the first backend that can be made; why others cannot is added to the reason."""
         for backend in backends[:-1]:
             try:
+                if backend == "compile":  # otherwise its first call would tell, when nothing else can be taken
+                    self.try_compiler()
                 return self(backend, chunk, reason)
             except DependencyError as error:
                 reason += f"; {error}"
+                _LOGGER.warning("backend='auto' goes on without %s: %s", backend, error)
         return self(backends[-1], chunk, reason)
+
+    def try_compiler(self) -> None:
+        """Compile one small layer; a DependencyError if TorchInductor cannot."""
+        layers = nn.Sequential(nn.Conv2d(1, 1, 1), nn.GELU()).to(self.device).eval()
+        Compiled(layers)(torch.zeros(1, 1, 8, 8, device=self.device))
 
     def best(self, backends: Sequence[str], chunk: int | None, example: Tensor) -> OptimizedConvMixer:
         """In the backend and the pieces that are fastest for the example; why others cannot be made is said, too."""
@@ -716,7 +800,9 @@ class _Maker:
         for backend in backends:
             for size in (None,) if backend == "native" else (chunk,) if chunk else self.chunks(example):
                 try:
-                    models.append(self(backend, size, ""))
+                    made = self(backend, size, "")
+                    made(example)  # what compiles does it now
+                    models.append(made)
                 except DependencyError as error:
                     if len(backends) == 1:
                         raise
@@ -811,7 +897,7 @@ def _fastest(models: Sequence[OptimizedConvMixer], example: Tensor, failures: st
             model(example)
             if example.is_cuda:
                 torch.cuda.synchronize()
-            if turn:  # the first one compiles
+            if turn:  # after one to warm up
                 times.append(time.perf_counter() - begun)
     medians = [statistics.median(times) for times in seconds]
     ranked = sorted(range(len(models)), key=medians.__getitem__)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, WeightsError, brief
+from convmixer.errors import ArgumentError, ConvMixerError, WeightsError, WriteError, brief
 from convmixer.model import ConvMixer
 from convmixer.registry import VARIANTS, Variant, get_variant
 from convmixer.tracing import computing
@@ -28,16 +28,41 @@ from convmixer.untrusted import header_excess
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one."""
-    path = Path(path)
-    if path.is_dir():
+def check_writable(path: str | Path) -> None:
+    """Raise what `write_atomically` would: before the work that makes the file's content.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder does not exist.
+        WriteError: Its folder takes no files.
+    """
+    _temporary(Path(path)).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """An empty file beside the one that is to be written."""
+    if os.path.isdir(path):
         raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {path.name!r} in the folder {str(path.parent)!r}: {error.strerror}. Choose another"
+        ) from error
     os.close(handle)
-    temporary = Path(name)
+    return Path(name)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder does not exist.
+        WriteError: The folder takes no files, or the disk is full.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -46,6 +71,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
         temporary.replace(path)
+    except ConvMixerError:
+        raise
+    except OSError as error:
+        raise WriteError(f"cannot write {str(path)!r}: {error.strerror or error}. What was there is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -304,11 +333,13 @@ def convert_checkpoint(source: str | Path, destination: str | Path, *, variant: 
     Raises:
         UnknownModelError: No such variant.
         WeightsError: The file cannot be read safely, or is no ConvMixer that the registry knows.
+        WriteError: The destination's folder takes no files.
     """
     source = Path(source)
     asked = None if variant is None else get_variant(variant)[0]
     if not source.is_file():
         raise WeightsError(f"no checkpoint at {str(source)!r}")
+    check_writable(destination)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments so
             content = torch.load(source, map_location="cpu", weights_only=True)

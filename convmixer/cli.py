@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from rich.table import Table
 from convmixer import plots
 from convmixer.backends import BACKENDS, optimize
 from convmixer.benchmark import DTYPES, Report, benchmark
-from convmixer.checkpoints import convert_checkpoint, write_atomically
+from convmixer.checkpoints import check_writable, convert_checkpoint, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
@@ -35,7 +38,7 @@ from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.data import fitting, load_images
 from convmixer.training.history import read_history
-from convmixer.training.loop import PRECISIONS
+from convmixer.training.loop import PRECISIONS, choose_precision
 from convmixer.transforms import preprocessing
 
 OUT = Console(highlight=False, emoji=False)
@@ -46,15 +49,31 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _any_text():
+                return super().invoke(ctx)
         except ConvMixerError as error:
             _complain(error)
             ctx.exit(2)
 
 
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """What the console's encoding lacks is escaped within the block, where Python would raise."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
+
+
 def _plain(text: object) -> str:
-    """Text that a terminal shows as it is: no markup, no control sequences."""
-    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)))
+    """Text that a terminal shows as it is: no markup, no control sequences, nothing that its encoding lacks."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return escape(shown.encode(OUT.encoding, "backslashreplace").decode(OUT.encoding))  # tables know their width
 
 
 def _say(text: object) -> None:
@@ -401,11 +420,14 @@ def validate(
     """
     if backend is None and (int8 or calibration):
         raise ArgumentError("--int8 and --calibration are for the optimized model: add --backend auto")
+    if output:
+        check_writable(output)
     opened = open_model(model, checkpoint=checkpoint, device=device)
+    precision = options["precision"]
+    choose_precision(next(opened.parameters()).device, precision)  # refuses what this device has not
     fast = None
     if backend:
-        precisions: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
-        dtype = torch.int8 if int8 else precisions[options["precision"]]
+        dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
         fast = optimize(opened, backend=backend, dtype=dtype, calibration=calibration)
     result = validate_model(opened, data, progress=lambda items: _progress(items, "validating"), **options)
     after, choice = None, ""
@@ -419,6 +441,8 @@ def validate(
     if after is not None:
         asked["optimized"] = {"choice": choice} | dataclasses.asdict(after)
     text = json.dumps(asked | dataclasses.asdict(result), indent=2)
+    if output:
+        write_atomically(output, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     if as_json:
         click.echo(text)
     else:
@@ -428,8 +452,6 @@ def validate(
             _say(f"optimized ({choice})")
             _show(after)
             _say(f"top-1 changed by {after.top1 - result.top1:+.2f} points")
-    if output:
-        write_atomically(output, lambda path: path.write_text(text + "\n"))
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
@@ -622,6 +644,8 @@ def bench(
 
     Options that may be given again: --batch-size, --image-size, --backend, --dtype.
     """
+    for file in filter(None, (json_file, plot_file)):
+        check_writable(file)
     if not dtypes:
         dtypes = ("float32", "bfloat16", "int8") if calibration else ("float32", "bfloat16")
     with ERR.status("") as status:
@@ -634,9 +658,10 @@ def bench(
             report=lambda line: status.update(_plain(line)),
             **options,
         )
-    _show_benchmark(report)
     record = dataclasses.asdict(report)
     if json_file:
-        write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+        text = json.dumps(record, indent=2) + "\n"
+        write_atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
     if plot_file:
         plots.write_figure(plots.plot_benchmark(record), plot_file)
+    _show_benchmark(report)

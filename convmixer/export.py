@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmixer import folding, openvino_core
-from convmixer.checkpoints import read_tensors, save_weights, write_atomically
+from convmixer.checkpoints import check_writable, read_tensors, save_weights, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, ExportError, nearest, optional
 from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
@@ -185,6 +185,7 @@ def export_model(
     Raises:
         ArgumentError: Another kind of model, or a choice that does not go with the format.
         DependencyError: The format's libraries are not installed.
+        WriteError: The file's folder takes no files.
         ExportError: The format cannot hold the model, or the file computes something else. Nothing is left behind.
     """
     path = Path(path)
@@ -214,10 +215,7 @@ def export_model(
     if normalization and (folded or not fold):
         raise ArgumentError("normalization is part of folding: give the model itself, with fold=True")
 
-    if path.is_dir():
-        raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    check_writable(path)
     reference: Any = copy.deepcopy(model)
     reference.to("cpu", torch.float32, memory_format=torch.contiguous_format).eval()
     config = preprocessing(reference) if getattr(reference, "pretrained_cfg", None) else {}
