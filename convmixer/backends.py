@@ -582,7 +582,7 @@ class OptimizedConvMixer(nn.Module):
                 self._process = os.getpid()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._process = os.getpid()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedConvMixer:
@@ -593,7 +593,7 @@ class OptimizedConvMixer(nn.Module):
                 f"an optimized model stays what it is, {self.choice.dtype} on {self.choice.device}: move or cast the "
                 "original, then optimize it again"
             )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def load_state_dict(self, *_: Any, **__: Any) -> Any:

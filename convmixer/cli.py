@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -28,8 +29,8 @@ from convmixer.checkpoints import check_writable, convert_checkpoint, write_atom
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
-from convmixer.export import FORMATS, export_model
-from convmixer.factory import create_model, open_model
+from convmixer.export import FORMATS, OPSET, export_model
+from convmixer.factory import create_model, extractor, open_model
 from convmixer.inference import label_names, read_image
 from convmixer.inference import predict as predict_images
 from convmixer.publishing import push_to_hub, save_pretrained
@@ -479,7 +480,19 @@ def validate(
 @click.option("--normalization", is_flag=True, help="Take images in [0, 1]: fold mean and std, too.")
 @click.option("--image-size", type=click.IntRange(min=1), help="Pixels of a side.  [default: the model's]")
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open, as the batch always is.")
-def export(source: str, format_: str, output: Path | None, checkpoint: Path | None, dtype: str, **options: Any) -> None:
+@click.option("--opset", type=click.IntRange(min=OPSET), help=f"Of ONNX's operators.  [default: {OPSET}]")
+@click.option(
+    "--features", "blocks", multiple=True, type=int, help="Return the output of this block; again for more blocks."
+)
+def export(
+    source: str,
+    format_: str,
+    output: Path | None,
+    checkpoint: Path | None,
+    dtype: str,
+    blocks: tuple[int, ...],
+    **options: Any,
+) -> None:
     """Write the model SOURCE for another program, and check the file by that program.
 
     SOURCE is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file. The format hub
@@ -489,22 +502,29 @@ def export(source: str, format_: str, output: Path | None, checkpoint: Path | No
     stem = re.sub(r"[^\w.-]+", "_", stem)
     if format_ == "hub":
         others = [name for name, value in options.items() if value not in (None, False)]
-        if others or dtype != "float32":
+        if others or blocks or dtype != "float32":
             raise ArgumentError("a hub folder holds the model as it is: leave out --dtype, sizes, and what folds")
         folder = output or Path(f"{stem}-hub")
         save_pretrained(open_model(source, checkpoint=checkpoint, device="cpu") if checkpoint else source, folder)
         _say(f"{folder}: for create_model, timm and transformers as local-dir:{folder}")
         return
     model = open_model(source, checkpoint=checkpoint, device="cpu")
+    if blocks:
+        model = extractor(model, blocks)
     if output is None:
-        output = Path(stem + ("" if dtype == "float32" else f".{dtype}") + FORMATS[format_].suffix)
+        what = ("-features" if blocks else "") + ("" if dtype == "float32" else f".{dtype}")
+        output = Path(stem + what + FORMATS[format_].suffix)
     used = (Path(source), Path(source) / "model.safetensors", *([checkpoint] if checkpoint else []))
     for file in used:
         if os.path.isfile(file) and output.exists() and output.samefile(file):
             raise ArgumentError(f"{str(output)!r} is the file that is exported: set another --output")
     result = export_model(model, output, format_, dtype=getattr(torch, dtype), **options)
     folded = ", folded" if result.folded else ""
-    _say(f"{output}: {format_}, {dtype}{folded}, logits within {result.difference:.1e} of the model's")
+    what = " and ".join(result.outputs)
+    checked = f"within {result.difference:.1e} of the model's"
+    if math.isnan(result.difference):
+        checked = "checked by their specification: this system cannot run them"
+    _say(f"{output}: {format_}, {dtype}{folded}, {what} {checked}")
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ print("alive")
 def test_signals_after_models_have_gone(steps):
     if "int8" in steps:
         pytest.importorskip("nncf")
-    done = finish([sys.executable, "-W", "ignore", "-c", PROGRAM, steps])
+    done = finish([sys.executable, "-W", "ignore", "-c", PROGRAM, steps], timeout=900)
     assert (done.returncode, done.stdout) == (0, "handled\nalive\n"), done.stderr[-2000:]
 
 
