@@ -37,7 +37,7 @@ def data(cat, tmp_path):
 
 def in_western_console(*arguments):
     words = [sys.executable, "-m", "convmixer", *arguments]
-    return finish(words, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, encoding="cp1252")
+    return finish(words, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, encoding="cp1252", timeout=900)
 
 
 # ---- places that take no files --------------------------------------------------------------------------------------
