@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, WeightsError, brief
+from convmixer.errors import ArgumentError, ConvMixerError, WeightsError, WriteError, brief
 from convmixer.foreign import first, our_names
 from convmixer.registry import SHAPE, VARIANTS, Variant
 from convmixer.untrusted import header_excess
@@ -26,16 +26,41 @@ from convmixer.wrappers import unwrap
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one."""
-    path = Path(os.path.expanduser(path))
-    if path.is_dir():
+def check_writable(path: str | Path) -> None:
+    """Raise what `write_atomically` would: before the work that makes the file's content.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder does not exist.
+        WriteError: Its folder takes no files.
+    """
+    _temporary(Path(os.path.expanduser(path))).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """An empty file beside the one that is to be written."""
+    if os.path.isdir(path):
         raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {path.name!r} in the folder {str(path.parent)!r}: {error.strerror}. Choose another"
+        ) from error
     os.close(handle)
-    temporary = Path(name)
+    return Path(name)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder does not exist.
+        WriteError: The folder takes no files, or the disk is full.
+    """
+    path = Path(os.path.expanduser(path))
+    temporary = _temporary(path)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -44,6 +69,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
         temporary.replace(path)
+    except ConvMixerError:
+        raise
+    except OSError as error:
+        raise WriteError(f"cannot write {str(path)!r}: {error.strerror or error}. What was there is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
+import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +25,13 @@ from rich.table import Table
 from convmixer import plots
 from convmixer.backends import BACKENDS, optimize
 from convmixer.benchmark import DTYPES, Report, benchmark
-from convmixer.checkpoints import write_atomically
+from convmixer.checkpoints import check_writable, write_atomically
 from convmixer.convert import convert_checkpoint
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
-from convmixer.export import FORMATS, export_model
-from convmixer.factory import create_model, open_model
+from convmixer.export import FORMATS, OPSET, export_model
+from convmixer.factory import create_model, extractor, open_model
 from convmixer.inference import label_names, read_image
 from convmixer.inference import predict as predict_images
 from convmixer.publishing import push_to_hub, save_pretrained
@@ -36,7 +40,7 @@ from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.data import fitting, load_images
 from convmixer.training.history import read_history
-from convmixer.training.loop import PRECISIONS
+from convmixer.training.loop import PRECISIONS, choose_precision
 from convmixer.transforms import preprocessing
 
 OUT = Console(highlight=False, emoji=False)
@@ -60,15 +64,31 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _any_text():
+                return super().invoke(ctx)
         except ConvMixerError as error:
             _complain(error)
             ctx.exit(2)
 
 
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """What the console's encoding lacks is escaped within the block, where Python would raise."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
+
+
 def _plain(text: object) -> str:
-    """Text that a terminal shows as it is: no markup, no control sequences."""
-    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)))
+    """Text that a terminal shows as it is: no markup, no control sequences, nothing that its encoding lacks."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return escape(shown.encode(OUT.encoding, "backslashreplace").decode(OUT.encoding))  # tables know their width
 
 
 def _say(text: object) -> None:
@@ -440,11 +460,14 @@ def validate(
     """
     if backend is None and (int8 or calibration):
         raise ArgumentError("--int8 and --calibration are for the optimized model: add --backend auto")
+    if output:
+        check_writable(output)
     opened = open_model(model, checkpoint=checkpoint, device=device)
+    precision = options["precision"]
+    choose_precision(next(opened.parameters()).device, precision)  # refuses what this device has not
     fast = None
     if backend:
-        precisions: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
-        dtype = torch.int8 if int8 else precisions[options["precision"]]
+        dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
         fast = optimize(opened, backend=backend, dtype=dtype, calibration=calibration)
     result = validate_model(opened, data, progress=lambda items: _progress(items, "validating"), **options)
     after, choice = None, ""
@@ -458,6 +481,8 @@ def validate(
     if after is not None:
         asked["optimized"] = {"choice": choice} | dataclasses.asdict(after)
     text = json.dumps(asked | dataclasses.asdict(result), indent=2)
+    if output:
+        write_atomically(output, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     if as_json:
         click.echo(text)
     else:
@@ -467,8 +492,6 @@ def validate(
             _say(f"optimized ({choice})")
             _show(after)
             _say(f"top-1 changed by {after.top1 - result.top1:+.2f} points")
-    if output:
-        write_atomically(output, lambda path: path.write_text(text + "\n"))
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
@@ -496,7 +519,19 @@ def validate(
 @click.option("--normalization", is_flag=True, help="Take images in [0, 1]: fold mean and std, too.")
 @click.option("--image-size", type=click.IntRange(min=1), help="Pixels of a side.  [default: the model's]")
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open, as the batch always is.")
-def export(source: str, format_: str, output: Path | None, checkpoint: Path | None, dtype: str, **options: Any) -> None:
+@click.option("--opset", type=click.IntRange(min=OPSET), help=f"Of ONNX's operators.  [default: {OPSET}]")
+@click.option(
+    "--features", "blocks", multiple=True, type=int, help="Return the output of this block; again for more blocks."
+)
+def export(
+    source: str,
+    format_: str,
+    output: Path | None,
+    checkpoint: Path | None,
+    dtype: str,
+    blocks: tuple[int, ...],
+    **options: Any,
+) -> None:
     """Write the model SOURCE for another program, and check the file by that program.
 
     SOURCE is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file. The format hub
@@ -506,22 +541,29 @@ def export(source: str, format_: str, output: Path | None, checkpoint: Path | No
     stem = re.sub(r"[^\w.-]+", "_", stem)
     if format_ == "hub":
         others = [name for name, value in options.items() if value not in (None, False)]
-        if others or dtype != "float32":
+        if others or blocks or dtype != "float32":
             raise ArgumentError("a hub folder holds the model as it is: leave out --dtype, sizes, and what folds")
         folder = output or Path(f"{stem}-hub")
         save_pretrained(open_model(source, checkpoint=checkpoint, device="cpu") if checkpoint else source, folder)
         _say(f"{folder}: for create_model, timm and transformers as local-dir:{folder}")
         return
     model = open_model(source, checkpoint=checkpoint, device="cpu")
+    if blocks:
+        model = extractor(model, blocks)
     if output is None:
-        output = Path(stem + ("" if dtype == "float32" else f".{dtype}") + FORMATS[format_].suffix)
+        what = ("-features" if blocks else "") + ("" if dtype == "float32" else f".{dtype}")
+        output = Path(stem + what + FORMATS[format_].suffix)
     used = (Path(source), Path(source) / "model.safetensors", *([checkpoint] if checkpoint else []))
     for file in used:
         if os.path.isfile(file) and output.exists() and output.samefile(file):
             raise ArgumentError(f"{str(output)!r} is the file that is exported: set another --output")
     result = export_model(model, output, format_, dtype=getattr(torch, dtype), **options)
     folded = ", folded" if result.folded else ""
-    _say(f"{output}: {format_}, {dtype}{folded}, logits within {result.difference:.1e} of the model's")
+    what = " and ".join(result.outputs)
+    checked = f"within {result.difference:.1e} of the model's"
+    if math.isnan(result.difference):
+        checked = "checked by their specification: this system cannot run them"
+    _say(f"{output}: {format_}, {dtype}{folded}, {what} {checked}")
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -661,6 +703,8 @@ def bench(
 
     Options that may be given again: --batch-size, --image-size, --backend, --dtype.
     """
+    for file in filter(None, (json_file, plot_file)):
+        check_writable(file)
     if not dtypes:
         dtypes = ("float32", "bfloat16", "int8") if calibration else ("float32", "bfloat16")
     with ERR.status("") as status:
@@ -673,9 +717,10 @@ def bench(
             report=lambda line: status.update(_plain(line)),
             **options,
         )
-    _show_benchmark(report)
     record = dataclasses.asdict(report)
     if json_file:
-        write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+        text = json.dumps(record, indent=2) + "\n"
+        write_atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
     if plot_file:
         plots.write_figure(plots.plot_benchmark(record), plot_file)
+    _show_benchmark(report)

@@ -140,7 +140,10 @@ def read_config(path: Path, name: str) -> Config:
         raise WeightsError(f"{source}: model_args and pretrained_cfg must be objects")
     model_args = _checked(given["model_args"], _MODEL_ARGS, source)
     preprocessing = _checked(given["pretrained_cfg"], _PREPROCESSING, source)
+    both = preprocessing.get("label_names", ())  # of a model with one output, where timm has room for one name
     preprocessing |= _checked(content, {**_LABELS, "num_classes": _NUM_CLASSES}, source)
+    if len(both) == 2 and both[1:] == preprocessing["label_names"]:
+        preprocessing["label_names"] = both
     unknown = [f"model_args {brief(repr(key))}" for key in given["model_args"] if key not in _MODEL_ARGS]
     unknown += [
         f"pretrained_cfg {brief(repr(key))}"

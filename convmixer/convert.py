@@ -18,6 +18,7 @@ from convmixer.checkpoints import (
     PICKLES,
     check_finite,
     check_keys,
+    check_writable,
     is_pickle,
     matching_variant,
     read_metadata,
@@ -29,9 +30,10 @@ from convmixer.checkpoints import (
 from convmixer.errors import ArgumentError, WeightsError
 from convmixer.factory import create_model
 from convmixer.foreign import find_tensors
-from convmixer.model import ConvMixer, evaluating
+from convmixer.model import ConvMixer
 from convmixer.publishing import architecture, save_pretrained
 from convmixer.registry import SHAPE, get_variant
+from convmixer.tracing import computing
 
 
 def convert_checkpoint(
@@ -66,6 +68,7 @@ def convert_checkpoint(
         ArgumentError: A destination that is neither a .safetensors file nor a folder; `act_layer` for a file.
         WeightsError: The file cannot be read safely, is no ConvMixer, or is one of no variant and the destination is a
             file.
+        WriteError: The destination's folder takes no files.
     """
     source, destination = Path(os.path.expanduser(source)), Path(os.path.expanduser(destination))
     asked = None if variant is None else get_variant(variant)[0]
@@ -75,6 +78,8 @@ def convert_checkpoint(
             f"act_layer={act_layer!r}: a .safetensors file does not say its activation; give a folder as destination"
         )
     named = repr(str(source))
+    if not as_folder:
+        check_writable(destination)
     tensors, header = _read(source)
     sizes = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}, named)
     if asked and any(sizes[name] != getattr(asked, name) for name in SHAPE):
@@ -155,8 +160,8 @@ def _compute(written: dict[str, Tensor], arguments: dict[str, Any], named: str) 
     model = ConvMixer(**arguments, device="meta")
     model.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in written.items()})
     side = 2 * model.patch_size
-    with evaluating(model):
-        outputs = model(torch.zeros(1, model.in_chans, side, side))
+    with computing():
+        outputs = model.eval()(torch.zeros(1, model.in_chans, side, side))
     if not outputs.isfinite().all():
         raise WeightsError(f"{named}: the model computes values that are not finite. Is it another variant?")
 

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, DataError
-from convmixer.inference import imagenet_labels, known_labels, read_image
-from convmixer.model import evaluating
+from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, read_image
+from convmixer.model import evaluation_view
+from convmixer.tracing import computing
 from convmixer.training.loop import autocast
 from convmixer.training.readers import ShardSplit, Split, open_split
 from convmixer.transforms import create_transform
@@ -89,8 +90,7 @@ def validate(
     also be called by their WordNet numbers. The data may lack some classes.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call. Wrappers are looked into, as
-            by `predict`.
+        model: As `predict` takes it.
         data: A folder, a tar, WebDataset shards, or a name such as `torch/cifar10`; see
             `convmixer.training.data.load_images`.
         split: "train" or "test"; of an `hfds/` data set any split that it has.
@@ -110,8 +110,9 @@ def validate(
     """
     model = find_model(model)
     names = tuple(classes) if classes is not None else known_labels(model)
-    if classes is not None and len(classes) != model.num_classes:
-        raise ArgumentError(f"{len(classes)} class names for a model with {model.num_classes} classes")
+    count = count_classes(model)
+    if classes is not None and len(classes) != count:
+        raise ArgumentError(f"{len(classes)} class names for a model with {count} classes")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size!r}: give a whole number of at least 1")
     parameter = next(model.parameters())
@@ -122,14 +123,16 @@ def validate(
     def prepare(image: Image.Image) -> Tensor:
         return transform(read_image(image, channels))  # type: ignore[no-any-return]
 
+    view = evaluation_view(model)
+
     def compute(batch: Tensor) -> Tensor:
-        with autocast(batch.device, precision):
-            logits = model(batch)
-        return logits.float().log_softmax(1).cpu()  # type: ignore[no-any-return]
+        with computing(), autocast(batch.device, precision):
+            logits = view(batch)
+        return class_logits(logits.float()).log_softmax(1).cpu()
 
     plain, mirrored, labels, seconds = [], [], [], 0.0
-    with evaluating(model), contextlib.closing(open_split(data, split, root=data_root, download=download)) as opened:
-        names, index = _match(opened, names, model.num_classes)  # type: ignore[arg-type]
+    with contextlib.closing(open_split(data, split, root=data_root, download=download)) as opened:
+        names, index = _match(opened, names, count)
         samples = opened.in_order(prepare)
         for _ in progress(range(0, len(opened), batch_size)):
             images = list(itertools.islice(samples, batch_size))

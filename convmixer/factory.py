@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, load_pretrained, register_model
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -21,12 +23,12 @@ from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_t
 from convmixer.config import MAX_SIDE, read_config
 from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
 from convmixer.hardware import prefers_channels_last
-from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices
+from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
 from convmixer.untrusted import json_excess
 from convmixer.wrappers import find_inner
 
-__all__ = ["create_model", "open_model", "open_run", "read_recipe", "resolve_device"]
+__all__ = ["create_model", "extractor", "open_model", "open_run", "read_recipe", "resolve_device"]
 
 # What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
 _MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
@@ -250,6 +252,15 @@ def open_model(source: str | Path, *, checkpoint: str | Path | None = None, devi
     if os.path.isfile(source):
         return create_model(variant_of(source), checkpoint=checkpoint or source, device=device)
     return create_model(source, pretrained=True, checkpoint=checkpoint, device=device)
+
+
+def extractor(model: ConvMixer, blocks: Sequence[int]) -> nn.Module:
+    """What `create_model(features_only=True, out_indices=blocks)` returns, around a model that is cut for it."""
+    taken, _ = take_indices(blocks, len(model.blocks))
+    config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    wrapped: Any = FeatureGetterNet(model, sorted(taken))
+    wrapped.pretrained_cfg = {k: v for k, v in config.items() if k not in ("num_classes", "classifier")}
+    return wrapped  # type: ignore[no-any-return]
 
 
 def open_run(

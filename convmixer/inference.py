@@ -11,10 +11,11 @@ from typing import Any, overload
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
+from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, ImageError
-from convmixer.model import evaluating
+from convmixer.model import evaluation_view
+from convmixer.tracing import computing
 from convmixer.transforms import create_transform
 from convmixer.wrappers import find_model, in_channels
 
@@ -108,13 +109,30 @@ def imagenet_labels() -> tuple[str, ...]:
     return tuple(info.index_to_description(i) for i in range(1000))
 
 
-def known_labels(model: nn.Module) -> tuple[str, ...] | None:
-    """The model's class names by index; None where nothing says what they are. An ArgumentError without a head."""
-    count: int = getattr(model, "num_classes", 0)
-    if not count:
+def count_classes(model: nn.Module) -> int:
+    """How many classes a model tells apart: by one output two, else one for each. An ArgumentError without a head."""
+    outputs: int = getattr(model, "num_classes", 0)
+    if not outputs:
         raise ArgumentError("this model has no classes: build it without features_only and with num_classes above 0")
+    return max(outputs, 2)
+
+
+def class_logits(logits: Tensor) -> Tensor:
+    """Logits (B, N) of all classes. One output z counts as two, -z/2 and z/2, whose softmax is the sigmoid of z."""
+    return torch.cat([-logits, logits], 1) / 2 if logits.shape[1] == 1 else logits
+
+
+def known_labels(model: nn.Module) -> tuple[str, ...] | None:
+    """The model's class names by index; None where nothing says what they are. An ArgumentError without a head.
+
+    A model with one output has two classes, and its `label_names` name both, or the second alone, whose probability is
+    the sigmoid of the output: from "cat" follow "not cat" and "cat".
+    """
+    count = count_classes(model)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("label_names")
+    if names and len(names) == model.num_classes == 1:
+        names = (f"not {names[0]}", names[0])
     if names and len(names) == count:
         return tuple(str(name) for name in names)
     if count == 1000 and str(config.get("tag") or "").startswith("in1k"):
@@ -124,7 +142,7 @@ def known_labels(model: nn.Module) -> tuple[str, ...] | None:
 
 def label_names(model: nn.Module) -> tuple[str, ...]:
     """The model's class names by index; "class 0", ... where nothing says what they are."""
-    return known_labels(model) or tuple(f"class {i}" for i in range(model.num_classes))  # type: ignore[arg-type]
+    return known_labels(model) or tuple(f"class {i}" for i in range(count_classes(model)))
 
 
 @overload
@@ -140,15 +158,16 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
     """The most probable classes of one image or many.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call. Also one inside
-            `torch.compile`, DataParallel, DistributedDataParallel, torch's AveragedModel or timm's ModelEma: the model
-            inside is computed.
+        model: A classifier from `create_model`, in any mode, which stays as it is. It is computed in evaluation mode,
+            eagerly where it was compiled. Many threads may share it. Also one inside `torch.compile`, DataParallel,
+            DistributedDataParallel, torch's AveragedModel or timm's ModelEma: the model inside is computed.
         images: Whatever `read_image` takes, or a list (or tuple) of it.
         topk: How many classes to return, at most all of them.
         batch_size: Images computed at a time.
 
     Returns:
-        `[(label, probability), ...]`, most probable first; for a list of images a list of these.
+        `[(label, probability), ...]`, most probable first; for a list of images a list of these. A model with one
+        output has two classes: see `known_labels`.
 
     Raises:
         ImageError: An image that cannot be read.
@@ -165,11 +184,12 @@ def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 6
     transform = create_transform(model)
     channels = in_channels(model)
     predictions: list[Prediction] = []
-    with evaluating(model):
-        for start in range(0, len(sources), batch_size):
-            batch = torch.stack([transform(read_image(s, channels)) for s in sources[start : start + batch_size]])
-            logits = model(batch.to(parameter.device, parameter.dtype)).float()
+    view = evaluation_view(model)
+    for start in range(0, len(sources), batch_size):
+        batch = torch.stack([transform(read_image(s, channels)) for s in sources[start : start + batch_size]])
+        with computing():
+            logits = class_logits(view(batch.to(parameter.device, parameter.dtype)).float())
             values, indices = logits.softmax(1).topk(min(topk, len(names)))
-            for row, probabilities in zip(indices.tolist(), values.tolist(), strict=True):
-                predictions.append([(names[i], p) for i, p in zip(row, probabilities, strict=True)])
+        for row, probabilities in zip(indices.tolist(), values.tolist(), strict=True):
+            predictions.append([(names[i], p) for i, p in zip(row, probabilities, strict=True)])
     return predictions if many else predictions[0]

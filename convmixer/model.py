@@ -13,9 +13,10 @@ maps, and `set_fused`: the same numbers by `ops.fused`, which keeps two feature 
 
 # Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
 
+import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -160,16 +161,54 @@ def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[
     return taken, max(taken)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of a `with` block; each module then returns to the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def mirror(model: nn.Module) -> nn.Module:
+    """A copy of the modules alone: each tensor, hook and setting in them is the original's own.
+
+    Modes and hooks of the copy may be changed while others use the original. What `torch.compile` made of a module is
+    left out: the copy computes eagerly.
+
+    Raises:
+        ArgumentError: TorchScript, or a `forward` replaced by what still calls the original.
+    """
+    return _mirror(model, {})
+
+
+def _mirror(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    if "_orig_mod" in module._modules:  # the shell of torch.compile
+        return _mirror(cast("nn.Module", module._modules["_orig_mod"]), made)
+    if id(module) in made:
+        return made[id(module)]
+    twin: nn.Module = object.__new__(type(module))
+    made[id(module)] = twin
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:  # as accelerate replaces `forward`
+            value = MethodType(value.__func__, twin)
+        twin.__dict__[name] = copy.copy(value) if name in _CONTAINERS else value
+    twin.__dict__.pop("_compiled_call_impl", None)
+    replaced = "forward" in vars(twin) and getattr(twin.forward, "__self__", None) is not twin
+    if isinstance(module, torch.jit.ScriptModule) or replaced:
+        kind = type(module)
+        raise ArgumentError(
+            f"a {kind.__module__}.{kind.__qualname__} whose computation cannot be put in evaluation mode for this call "
+            "alone: call eval() on the model first"
+        )
+    twin._modules = {name: None if child is None else _mirror(child, made) for name, child in module._modules.items()}
+    return twin
+
+
+# What `nn.Module` keeps in dictionaries and sets: tensors, modules and hooks, by name.
+_CONTAINERS = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
+
+
+def evaluation_view(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode: itself where all of it is, else a `mirror` of it. The model's own modes stay.
+
+    Raises:
+        ArgumentError: As `mirror`.
+    """
+    if not any(m.training or "_compiled_call_impl" in vars(m) or "_orig_mod" in m._modules for m in model.modules()):
+        return model
+    return mirror(model).eval()
 
 
 class DepthwiseConv2d(nn.Conv2d):

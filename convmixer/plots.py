@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from convmixer.checkpoints import write_atomically
 from convmixer.errors import ArgumentError, optional
-from convmixer.inference import label_names, read_image
-from convmixer.model import evaluating
+from convmixer.inference import class_logits, label_names, read_image
+from convmixer.model import evaluation_view, mirror
+from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing
 from convmixer.wrappers import describe, find_inner, find_model, in_channels
 
@@ -119,16 +120,17 @@ def class_probabilities(
         progress: Wraps the iteration, for a progress bar.
 
     Returns:
-        float32 (N, num_classes) on the CPU; rows sum to 1.
+        float32 (N, number of classes) on the CPU; rows sum to 1. One output tells two classes apart.
     """
     model = find_model(model)
     parameter = next(model.parameters())
     normalize = normalization(preprocessing(model))
     batches = []
-    with evaluating(model):
-        for batch in progress(pixels.split(batch_size)):
-            inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
-            batches.append(model(inputs).float().softmax(1).cpu())
+    view = evaluation_view(model)
+    for batch in progress(pixels.split(batch_size)):
+        inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
+        with computing():
+            batches.append(class_logits(view(inputs).float()).softmax(1).cpu())
     return torch.cat(batches)
 
 
@@ -364,7 +366,7 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     captum's `LayerGradCam` computes it.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        model: A classifier from `create_model`, in any mode, which stays as it is.
         image: Whatever `read_image` takes; it is preprocessed as by `predict`.
         target: Index of the class; None takes the most probable one.
 
@@ -382,11 +384,12 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     opened, transform = read_image(image, channels), create_transform(model)
     parameter = next(model.parameters())
     inputs = transform(opened)[None].to(parameter.device, parameter.dtype).requires_grad_()  # weights may be frozen
-    with evaluating(model):
-        probabilities = model(inputs).detach().float().softmax(1)[0]
+    view: Any = mirror(model).eval()  # captum hangs hooks on layers, which others may be using
+    with computing():
+        probabilities = class_logits(view(inputs).detach().float()).softmax(1)[0]
         best = int(probabilities.argmax())
         index = best if target is None else target
-        grad_cam = attribution.LayerGradCam(model, model.blocks[-1])  # type: ignore[index]
+        grad_cam = attribution.LayerGradCam(lambda x: class_logits(view(x)), view.blocks[-1])
         activation = grad_cam.attribute(inputs, target=index, relu_attributions=True).detach().float()
     height, width = inputs.shape[2:]
     scale = math.ceil(SHOWN_SIDE / min(height, width))

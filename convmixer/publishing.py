@@ -319,11 +319,12 @@ def _labels(model: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:
     count = _num_classes(model)
     if given is None:
         return known_labels(model) if count and count == model.num_classes else None
-    if len(given) != count or not all(isinstance(label, str) for label in given):
+    if not all(isinstance(label, str) for label in given) or len(given) not in {count, max(count, 2)}:
         raise ArgumentError(
             f"label_names has {len(given)} entries, the model {count} classes: give one string for each"
+            + ("; with one output, names of both classes will do, too" if count == 1 else "")
         )
-    return tuple(given)
+    return (f"not {given[0]}", given[0]) if len(given) == count == 1 else tuple(given)
 
 
 def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
@@ -491,7 +492,10 @@ def _config(source: _Source) -> dict[str, Any]:
         "num_features": model.num_features,
     }
     if source.labels:
-        config["label_names"] = source.labels
+        # For the others one name is that of one output; `read_config` prefers both.
+        config["label_names"] = source.labels[-config["num_classes"] :]
+        if config["num_classes"] == 1:
+            about["label_names"] = source.labels
         if found.get("label_descriptions"):
             config["label_descriptions"] = found["label_descriptions"]
     # Also where there are none: transformers would make null of what is missing, which timm cannot open.
@@ -529,7 +533,7 @@ def _open_everywhere(source: _Source, folder: Path) -> dict[str, float]:
                 f"{library} opens what would be published, but its logits differ by {difference:.2g} from the model's, "
                 f"which are up to {expected.abs().max().item():.2g}. Nothing was uploaded"
             )
-        if source.labels and tuple(labels or ()) != source.labels:
+        if source.labels and tuple(labels or ())[-config["num_classes"] :] != source.labels[-config["num_classes"] :]:
             raise WeightsError(f"{library} reads other class names, {labels!r}. Nothing was uploaded")
         differences[library] = difference
     return differences
@@ -588,9 +592,12 @@ def _card(source: _Source, name: str, repo_id: str, folder: str, old: str) -> st
         f"A [ConvMixer](https://arxiv.org/abs/2201.09792) with {parameters / 1e6:.2f} M parameters: "
         f"dim {shape['dim']}, depth {shape['depth']}, kernel size {shape['kernel_size']}, patch size "
         f"{shape['patch_size']}, activation `{shape['act_layer']}`. It takes images of {size} pixels with "
-        f"{config['input_size'][0]} channels" + (f" and knows {classes:,} classes." if classes else "."),
+        f"{config['input_size'][0]} channels" + (f" and knows {max(classes, 2):,} classes." if classes else "."),
         "",
     ]
+    if classes == 1:
+        last = _plain(source.labels[1]) if source.labels else "the second class"
+        lines += [f"It has one output, whose sigmoid is the probability of {last}.", ""]
     if source.labels and len(source.labels) <= 20:
         lines += [f"Classes: {', '.join(map(_plain, source.labels))}.", ""]
     lines += [*_usage(source, f"hf-hub:{repo_id}" if repo_id else f"local-dir:{folder}", repo_id or folder), ""]

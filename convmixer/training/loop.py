@@ -24,8 +24,10 @@ from convmixer.checkpoints import read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
-from convmixer.model import ConvMixer, evaluating
+from convmixer.inference import class_logits
+from convmixer.model import ConvMixer, evaluation_view, mirror
 from convmixer.plots import plot_history, write_figure
+from convmixer.tracing import computing
 from convmixer.training.augment import Augment, Part
 from convmixer.training.data import (
     Fit,
@@ -125,14 +127,14 @@ def evaluate(
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     seen = 0
-    with evaluating(model):
-        for pixels, labels in progress(images.in_order(batch_size), "validating"):
-            with autocast(device, precision):
-                logits = model(normalize(pixels.to(device))).float()
-            labels = labels.to(device)
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            correct += (logits.argmax(1) == labels).sum()
-            seen += len(labels)
+    view = evaluation_view(model)
+    for pixels, labels in progress(images.in_order(batch_size), "validating"):
+        with computing(), autocast(device, precision):
+            logits = class_logits(view(normalize(pixels.to(device))).float())
+        labels = labels.to(device)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
     count = seen or math.nan  # no images, no figures
     return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": seen}
 
@@ -190,12 +192,12 @@ def _diagnose(model: ConvMixer, inputs: Tensor) -> str:
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    fused, model.fused = model.fused, False  # fused blocks call no layers, so no hooks
-    model(inputs)
-    model.fused = fused
-    for handle in hooks:
-        handle.remove()
+    twin: Any = mirror(model)
+    twin.fused = False  # fused blocks call no layers, so no hooks
+    for name, module in twin.named_modules():
+        if name:
+            module.register_forward_hook(look(name))
+    twin(inputs)
     return f"the output of {found[0]} is not finite" if found else "the gradients of the step before were not finite"
 
 
