@@ -294,7 +294,8 @@ def _layout(source: str, top: Folder) -> Layout:
         else:
             splits.setdefault(found, []).append(_nested(top.folders[name], found))
     loose = len(_images(top.files))
-    return Layout(source, top, splits, (*map(str, others), *([f"{loose} images"] if loose else [])))
+    images = [f"{loose:,} image{'' if loose == 1 else 's'}"] if loose else []
+    return Layout(source, top, splits, (*map(str, others), *images))
 
 
 def _nested(folder: Folder, split: str) -> Folder:
@@ -376,7 +377,7 @@ def _take_images(files: Iterable[File], left_out: Counter[str]) -> list[File]:
         if suffix in suffixes:
             images.append(file)
         else:
-            left_out[suffix or "file without a suffix"] += 1
+            left_out[suffix if len(suffix) > 1 else "file without a suffix"] += 1
     return images
 
 
@@ -384,5 +385,5 @@ def describe_left_out(left_out: Counter[str]) -> str:
     """ "12 .txt, 3 images beside the class folders"."""
     return ", ".join(
         f"{count:,} {kind if kind.startswith('.') or count == 1 else re.sub(' |$', 's ', kind, count=1).strip()}"
-        for kind, count in left_out.most_common()
+        for kind, count in sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
     )

@@ -612,6 +612,8 @@ def _check_together(
     shards = [source for source in map(str, (data, val, *tests)) if source.startswith(SHARDS)]
     if shards and not recipe.stream:
         raise ArgumentError(f"{shards[0]!r} is read from start to end: give stream=True (--set stream=true)")
+    if val is None and ".tar" in str(data):  # of others, reading says whether they have validation images
+        _check_hold_out(recipe, data)
     needs = {"balanced=True": recipe.balanced, "class_weights='balanced'": recipe.class_weights == "balanced"}
     for setting in (setting for setting, asked in needs.items() if asked and str(data).startswith(SHARDS)):
         raise ArgumentError(f"{setting} needs labels before images are read, which {str(data)!r} has not: leave it out")
@@ -630,6 +632,15 @@ def _check_together(
         raise ArgumentError(
             f"fused=True with {', '.join(f'{n}={rate}' for n, rate in rates.items() if rate)} of the recipe: fused "
             "blocks have neither; leave fused out, or set them to 0"
+        )
+
+
+def _check_hold_out(recipe: Recipe, data: str | Path) -> None:
+    """An ArgumentError if validation images were to be held out of shards."""
+    if str(data).startswith(SHARDS) and recipe.validation_fraction:
+        raise ArgumentError(
+            f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
+            f"{str(data)!r} can be held out: give 0, or a validation set (--val)"
         )
 
 
@@ -749,18 +760,16 @@ def _read(
     images = read(data, "train", labels=labels)
     own = {split: has_split(data, split, labels=labels, root=data_root) for split in ("validation", "test")}
     training = images
+    if val is None and not own["validation"]:
+        _check_hold_out(recipe, data)
     if val is not None:
         validation = read(val, "validation", images.classes)
     elif own["validation"]:
         validation = read(data, "validation", images.classes, labels)
-    elif recipe.validation_fraction and str(data).startswith(SHARDS):
-        raise ArgumentError(
-            f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
-            f"{str(data)!r} can be held out: give 0, or a validation set (--val)"
-        )
     else:
         training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
-        say(f"validation: {len(validation):,} of the training images, held out by validation_fraction")
+        held = f"{len(validation):,} of the training images, held out by validation_fraction"
+        say(f"validation: {held if len(validation) else 'no images'}")
     test_sets: dict[str, Source] = {}
     if own["test"]:
         test_sets[_name(data)] = read(data, "test", images.classes, labels)
