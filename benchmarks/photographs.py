@@ -28,7 +28,7 @@ def enlarge(image: Image.Image, pixels: int, random: np.random.Generator) -> byt
     factor = (pixels / (image.width * image.height)) ** 0.5
     size = round(image.width * factor), round(image.height * factor)
     large = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
-    noisy = np.clip(large + random.normal(0, 5, large.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(large + 5 * random.standard_normal(large.shape, np.float32), 0, 255).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
@@ -38,7 +38,7 @@ def synthetic(random: np.random.Generator) -> Image.Image:
     """Noise at all scales, as in photographs: the power falls with the square of the frequency."""
     total = np.zeros((750, 1000, 3), np.float32)
     for octave in range(8):
-        cells = random.normal(0, 1, (3 * 2**octave, 4 * 2**octave, 3)) * 60 / 2 ** (octave / 2)
+        cells = random.normal(0, 60 / 2 ** (octave / 2), (3 * 2**octave, 4 * 2**octave, 3))
         layers = [Image.fromarray(layer.astype(np.float32)).resize((1000, 750)) for layer in np.moveaxis(cells, 2, 0)]
         total += np.stack([np.asarray(layer) for layer in layers], axis=2)
     return Image.fromarray(np.clip(total + 128, 0, 255).astype(np.uint8))
@@ -68,8 +68,8 @@ def compare(model: torch.nn.Module, data: str, megapixels: float, count: int | N
             images += 1
     print(f"{images} test images of {data}, enlarged to {megapixels:g} megapixels with noise:")
     print(f"  top-1 whole {100 * right[False] / images:.2f} %, reduced {100 * right[True] / images:.2f} %")
-    print(f"  same class for {same} of {images}; largest change of a probability: median {np.median(change):.4f}, ")
-    print(f"  99th percentile {np.quantile(change, 0.99):.4f}, largest {max(change):.4f}")
+    print(f"  same class for {same} of {images}; largest change of a probability of an image: median")
+    print(f"  {np.median(change):.4f}, 99th percentile {np.quantile(change, 0.99):.4f}, most {max(change):.4f}")
 
 
 def main() -> None:

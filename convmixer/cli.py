@@ -36,7 +36,7 @@ from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.data import fitting, load_images
 from convmixer.training.history import read_history
-from convmixer.training.layout import describe_left_out, list_folder
+from convmixer.training.layout import count_images, describe_left_out, list_folder
 from convmixer.training.loop import PRECISIONS
 from convmixer.transforms import preprocessing
 
@@ -177,7 +177,7 @@ def _find_images(sources: Iterable[str]) -> list[str]:
             if not inside.images:
                 raise ImageError(f"no images in the folder {source!r}" + (f"; it holds {left_out}" if left_out else ""))
             if left_out:
-                _note(f"{source}: {len(inside.images):,} images; left out: {left_out}")
+                _note(f"{source}: {count_images(len(inside.images))}; left out: {left_out}")
             found += [file.path for file in inside.images]
         else:
             found.append(source)

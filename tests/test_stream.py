@@ -285,7 +285,7 @@ def test_shards_hold_images_of_all_types(tmp_path):
     for i, suffix in enumerate(("jpg", "bmp", "tif", "webp", "gif", "jfif")):
         Image.new("RGB", (8, 8), (40 * i,) * 3).save(tmp_path / f"{i}.{suffix}")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for file in sorted(tmp_path.glob("?.*")):
+        for file in sorted(tmp_path.glob("[0-9].*")):
             archive.add(file, file.name)
             member = tarfile.TarInfo(f"{file.stem}.cls")
             member.size = 1
@@ -307,7 +307,7 @@ def test_large_photographs_are_cropped_alike_at_a_reduced_scale(photo, tmp_path)
     large.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "large.jpg", quality=95, exif=exif)
     large.resize((800, 600)).save(tmp_path / "small.jpg", quality=95)
     theirs = RandomResizedCropAndInterpolation((32, 48), (0.25, 1.0), (3 / 4, 4 / 3), "bilinear")
-    reduced = exact = 0
+    exact = 0
     for i in range(12):
         crops = {}
         for name, draft in (("large.jpg", True), ("large.jpg", False), ("small.jpg", True)):
@@ -321,8 +321,7 @@ def test_large_photographs_are_cropped_alike_at_a_reduced_scale(photo, tmp_path)
             assert np.array_equal(crops[name, name != "large.jpg"].permute(1, 2, 0), np.asarray(expected))
         assert (crops["large.jpg", True] - crops["large.jpg", False]).abs().mean() < 4
         exact += torch.equal(crops["large.jpg", True], crops["large.jpg", False])
-        reduced += 1
-    assert exact < reduced
+    assert exact < 12
 
 
 def test_large_photographs_are_fitted_alike_at_a_reduced_scale(photo, tmp_path):

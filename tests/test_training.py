@@ -35,6 +35,7 @@ from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.data import Augment, Images, Share, class_weights, hold_out, load_images
 from convmixer.training.loop import _diagnose, _no_denormals, bf16_is_faster
+from convmixer.training.readers import has_split
 from convmixer.training.run import Run
 
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
@@ -193,6 +194,32 @@ def test_hugging_face_data_set(digits, tmp_path):
     assert read.classes == images.classes
     assert torch.equal(read.pixels, images.pixels)
     assert torch.equal(read.labels, images.labels)
+
+
+def test_splits_of_a_hugging_face_data_set(digits, tmp_path):
+    """They are used as those of a folder, and a test set without labels, which are -1 there, is an error."""
+    datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(images.classes))})
+    (tmp_path / "set").mkdir()
+    for split, labels in {
+        "train": images.labels.tolist(),
+        "validation": images.labels.tolist(),
+        "test": [-1] * 60,
+    }.items():
+        rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / "set" / f"{split}-0.parquet")
+    source, lines = f"hfds/{tmp_path / 'set'}", list[str]()
+    assert [has_split(source, split, root=tmp_path / "cache") for split in ("validation", "test")] == [True, True]
+    for split in ("valid", "validation"):
+        found = load_images(source, split, (3, 8, 8), root=tmp_path / "cache", report=lines.append)
+        assert torch.equal(found.labels, images.labels)
+    assert lines[1] == f"validation: 60 images in 4 classes from {source}, split validation"
+    with pytest.raises(DataError, match=r"cannot read image 0 of .*its label is -1, so it shows none of the 4 classes"):
+        load_images(source, "test", (3, 8, 8), root=tmp_path / "cache", report=quiet)
+    with pytest.raises(DataError, match=r"no split 'other' in 'hfds/.*'; valid: train, validation, test"):
+        load_images(source, "other", (3, 8, 8), root=tmp_path / "cache", report=quiet)
 
 
 @pytest.mark.parametrize(
@@ -510,8 +537,15 @@ def rare(digits, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("fields", [{"class_weights": "balanced"}, {"class_weights": (9.0, 1.0)}, {"balanced": True}])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "stream"),
+    [
+        ({"class_weights": "balanced"}, False),
+        ({"class_weights": (9.0, 1.0)}, False),
+        ({"balanced": True}, False),
+        ({"balanced": True}, True),
+    ],
+)
 def test_rare_classes_are_made_up_for(rare, tmp_path, fields, stream):
     common = {**QUICK, "epochs": 4, "batch_size": 16, "flip": 0.0, "validation_fraction": 0.0, "stream": stream}
     found = {}

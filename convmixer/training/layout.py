@@ -293,9 +293,8 @@ def _layout(source: str, top: Folder) -> Layout:
             others.append(top.folders[name])
         else:
             splits.setdefault(found, []).append(_nested(top.folders[name], found))
-    loose = len(_images(top.files))
-    images = [f"{loose:,} image{'' if loose == 1 else 's'}"] if loose else []
-    return Layout(source, top, splits, (*map(str, others), *images))
+    loose = [count_images(len(_images(top.files)))] if _images(top.files) else []
+    return Layout(source, top, splits, (*map(str, others), *loose))
 
 
 def _nested(folder: Folder, split: str) -> Folder:
@@ -308,6 +307,11 @@ def _nested(folder: Folder, split: str) -> Folder:
 
 def _images(files: Iterable[str]) -> list[str]:
     return [name for name in files if os.path.splitext(name)[1].lower() in image_suffixes()]
+
+
+def count_images(count: int) -> str:
+    """ "1 image", "3,068 images"."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

@@ -25,6 +25,7 @@ from convmixer.training.layout import (
     File,
     Layout,
     Listing,
+    count_images,
     describe_left_out,
     find_layout,
     list_classes,
@@ -156,6 +157,12 @@ class NamedSplit(Split):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def _check(self, label: Any) -> int:
+        """The label; a DataError where there is none, which the Hub's data sets write as -1."""
+        if label is None or not 0 <= label < len(self.classes):
+            raise DataError(f"its label is {label}, so it shows none of the {len(self.classes)} classes: not labelled")
+        return int(label)
+
     def targets(self) -> Tensor:
         if hasattr(self.dataset, "reader"):
             return torch.tensor(list(self.dataset.reader.iter_targets()))
@@ -168,11 +175,11 @@ class NamedSplit(Split):
         try:
             if not hasattr(self.dataset, "reader"):  # torchvision
                 image, label = self.dataset[index]
-                return prepare(image), label
+                return prepare(image), self._check(label)
             # Not through timm's data set, which puts the next image in the place of one that it cannot read.
             file, label = self.dataset.reader[index][:2]
             with file:
-                return prepare(file), label
+                return prepare(file), self._check(label)
         except Exception as error:
             raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
 
@@ -306,9 +313,8 @@ def has_split(
 
 def _describe(split: str, count: int, classes: Sequence[str], place: str) -> str:
     """ "test: 372 images in 10 classes from clothing/test.tar"."""
-    images = f"{count:,} image{'' if count == 1 else 's'}"
     kinds = f" in {len(classes)} class{'' if len(classes) == 1 else 'es'}" if classes else ""
-    return f"{split}: {images}{kinds} from {place}"
+    return f"{split}: {count_images(count)}{kinds} from {place}"
 
 
 def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str | Path | None]:
@@ -346,9 +352,10 @@ def _nothing(source: str, split: str, place: str, listing: Listing, table: str |
     """What to say where no image was found that has a label."""
     loose = listing.left_out["image beside the class folders"]
     if loose:
+        without = "" if split == "train" else ". To train without them, give the folder of the training images as data"
         return (
             f"the {split} images of {source!r}, {loose:,} in {place}, lie in no class folders, so nothing says what "
-            f"they show. {LAYOUTS}. `convmixer predict` classifies images without labels"
+            f"they show{without}. {LAYOUTS}. `convmixer predict` classifies images without labels"
         )
     if table is not None:
         return f"no row of {str(table)!r} is of the {split} images of {source!r}, in {place}"
@@ -404,7 +411,7 @@ def _open_hub(name: str, split: str, root: str | Path | None) -> Split:
         raise DataError(f"no images in the {meant[0]} split of {name!r}")
     table = dataset.reader.class_to_idx
     classes = tuple(map(str, sorted(table, key=table.__getitem__)))
-    taken = _describe(split, len(dataset), classes, f"{name}, split {meant[0]}")
+    taken = _describe(role(split) or split, len(dataset), classes, f"{name}, split {meant[0]}")
     return NamedSplit(name, classes, taken, dataset)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -71,11 +72,13 @@ class Change:
             return math.ceil(wanted[0] * whole[0] / box[3]), math.ceil(wanted[1] * whole[1] / box[2])
 
         image = read_image(source, channels, least=draw)
-        top, left, tall, wide = box
-        if image.size != whole:
+        if image.size == whole:
+            cropped = v2.functional.resized_crop(image, *box, [height, width], crop.interpolation)
+        else:  # at a reduced scale the crop may begin and end within pixels
             x, y = image.width / whole[0], image.height / whole[1]
-            top, left, tall, wide = int(top * y), int(left * x), round(tall * y), round(wide * x)
-        cropped = v2.functional.resized_crop(image, top, left, tall, wide, [height, width], crop.interpolation)
+            top, left, tall, wide = box
+            part = (left * x, top * y, (left + wide) * x, (top + tall) * y)
+            cropped = image.resize((width, height), Image.Resampling[crop.interpolation.name], part)
         result: Tensor = v2.functional.pil_to_tensor(cropped)
         return result
 
