@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
@@ -37,12 +36,11 @@ from convmixer.compiled_code import settle
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing, optional
 from convmixer.folding import FoldedConvMixer, find_convmixer, fold
 from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache, prefers_channels_last
-from convmixer.inference import read_image
+from convmixer.inference import preparation
 from convmixer.model import DepthwiseConv2d, as_dtype, check_dtype, check_input
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
 from convmixer.tracing import computing, quietly, tracing
-from convmixer.transforms import create_transform
 from convmixer.wrappers import find_inner, unwrap
 
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
@@ -949,8 +947,13 @@ def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, im
             )
 
 
-def calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> Tensor:
-    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W)."""
+def calibration_images(
+    source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = print
+) -> Tensor:
+    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W).
+
+    `report` takes a line about which were taken; they need no labels.
+    """
     inner: Any = find_inner(model)
     if isinstance(source, Tensor):
         if not len(source):
@@ -959,13 +962,10 @@ def calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> 
         return source[:CALIBRATION_IMAGES]
     from convmixer.training.readers import Split, open_split  # not needed for anything else here
 
-    transform = create_transform(inner)
-    channels: int = inner.in_chans
-
-    def prepare(image: Image.Image) -> Tensor:
-        return transform(read_image(image, channels))  # type: ignore[no-any-return]
-
-    with contextlib.closing(open_split(str(source), "train")) as opened:
+    prepare = preparation(inner)
+    opened = open_split(str(source), "train", labelled=False)
+    report(f"calibration, {opened.taken}")
+    with contextlib.closing(opened):
         if isinstance(opened, Split):  # spread over all classes, which may lie one after the other
             step = max(len(opened) / CALIBRATION_IMAGES, 1)
             samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))

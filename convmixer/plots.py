@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from convmixer.checkpoints import write_atomically
 from convmixer.errors import ArgumentError, optional
-from convmixer.inference import class_logits, label_names, read_image
+from convmixer.images import read_image
+from convmixer.inference import class_logits, label_names
 from convmixer.model import evaluation_view, mirror
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing

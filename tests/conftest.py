@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +30,23 @@ def _seed() -> None:
 def cat() -> Path:
     """A photograph of a cat."""
     return ROOT / "examples" / "images" / "cat.png"
+
+
+@pytest.fixture(scope="session")
+def photo() -> np.ndarray:
+    """A photograph, uint8 (H, W, 3)."""
+    return skimage.data.astronaut()
+
+
+@pytest.fixture
+def arrow() -> Image.Image:
+    """A small image without any symmetry."""
+    image = Image.new("RGB", (9, 6), "navy")
+    draw = ImageDraw.Draw(image)
+    draw.line((0, 5, 7, 1), "yellow")
+    draw.rectangle((6, 0, 8, 1), "red")
+    image.putpixel((0, 0), (0, 255, 0))
+    return image
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,19 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from convmixer.errors import ArgumentError, DataError
-from convmixer.inference import read_image
+from convmixer.images import enough, read_image
 from convmixer.training.readers import open_split
+from convmixer.training.recipes import Recipe
 
 Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
 T = TypeVar("T", bound="Source")
@@ -55,10 +55,14 @@ class Share:
     mine: range
     steps: range
 
-    def index(self, count: int, device: torch.device | str = "cpu") -> Iterator[Tensor]:
-        """The parts of this process, one after the other, of an epoch over `count` images in an order of its own."""
+    def index(self, count: int, device: torch.device | str = "cpu", odds: Tensor | None = None) -> Iterator[Tensor]:
+        """The parts of this process, one after the other, of an epoch over `count` images in an order of its own.
+
+        With odds (`count`,) each image of a step is drawn by them, with replacement.
+        """
         seed_all(self.seed, self.epoch)
-        order = torch.randperm(count).to(device)
+        order = torch.randperm(count) if odds is None else odds.multinomial(count, replacement=True)
+        order = order.to(device)
         for step in self.steps:
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].view(self.parts, -1)
             yield from batch[self.mine.start : self.mine.stop]
@@ -89,6 +93,12 @@ class Source(Protocol):
     def subset(self: T, index: Tensor) -> T:
         """The images with these numbers."""
 
+    def targets(self) -> Tensor:
+        """The label of each image (N,), which is read without decoding any."""
+
+    def balanced(self: T) -> T:
+        """The same, drawn for training with replacement so that all classes are as frequent."""
+
     def record(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
 
@@ -101,11 +111,19 @@ class Source(Protocol):
 
 @dataclass
 class Images:
-    """A split in memory: `pixels` uint8 (N, C, H, W), `labels` int64 (N,), class names by label."""
+    """A split in memory.
+
+    Attributes:
+        pixels: uint8 (N, C, H, W).
+        labels: int64 (N,).
+        classes: Class names by label.
+        odds: By which each image is drawn for training (N,); none takes each once in an epoch.
+    """
 
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    odds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -120,16 +138,22 @@ class Images:
         return sys.maxsize
 
     def to(self, device: torch.device) -> Images:
-        return Images(self.pixels.to(device), self.labels.to(device), self.classes)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def subset(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index], self.classes)
 
+    def targets(self) -> Tensor:
+        return self.labels.cpu()
+
+    def balanced(self) -> Images:
+        return replace(self, odds=balancing_odds(self))
+
     def record(self) -> dict[str, Any]:
-        return {"images": len(self), "classes": list(self.classes)}
+        return {"images": len(self), "classes": list(self.classes), "labels": digest(self.labels)}
 
     def parts(self, share: Share) -> Iterator[Batch]:
-        for index in share.index(len(self), self.pixels.device):
+        for index in share.index(len(self), self.pixels.device, self.odds):
             yield self.pixels[index], self.labels[index]
 
     def in_order(self, batch_size: int) -> Iterable[Batch]:
@@ -142,49 +166,59 @@ def load_images(
     size: tuple[int, int, int],
     *,
     classes: tuple[str, ...] | None = None,
+    labels: str | Path | None = None,
     interpolation: str = "bilinear",
     crop_mode: str = "center",
     crop_pct: float = 1.0,
     skip_unreadable: bool = False,
+    draft: bool = True,
     root: str | Path | None = None,
     download: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     report: Callable[[str], None] = print,
 ) -> Images:
-    """Decode a split through timm's readers.
+    """Decode a split into memory.
 
     Args:
-        source: A folder with `train` and `test` as tars or folders of class folders, one such tar or folder, or a
-            name for timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
-        split: "train" or "test".
+        source: A folder with `train`, `val` and `test`, in any usual spelling, as folders or tars of class folders; one
+            such folder or tar; a table with the columns image and label, with the images beside it; or a name for
+            timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
+        split: "train", "validation" or "test". A source without splits is all of any; without test images, those for
+            validation stand in for them.
         size: (C, H, W): images of another size are resized.
         interpolation: "bilinear", "bicubic" or another of torchvision's modes.
         crop_mode: "center" resizes the shorter side and crops to the centre, "squash" resizes both sides.
         crop_pct: Part of the resized shorter side that the crop keeps.
         classes: Class names that the labels must follow, as when a test set must agree with a training set; the source
-            may lack some of them.
+            may lack some of them. Without them, training images must be of two classes at least.
+        labels: A table, as CSV, TSV or Parquet, with the columns image and label, and if need be split, in place of
+            class folders. Images are named by their paths from `source`, or by the end of these.
         skip_unreadable: Leave out images that cannot be read, and report how many and which.
+        draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
         progress: Wraps the iteration, for a progress bar.
-        report: Takes the line about unreadable images.
+        report: Takes a line about what was taken for the split, and one about unreadable images.
 
     Raises:
         DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
     """
     if size[0] not in (1, 3):
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
-    opened = open_split(source, split, root=root, download=download)
+    opened = open_split(source, split, labels=labels, root=root, download=download)
+    report(opened.taken)
+    if classes is None and split == "train":
+        opened.check_classes()
     index = opened.labels_in(classes or opened.classes)
-    fit = Fit(size, interpolation, crop_mode, crop_pct)
+    fit = Fit(size, interpolation, crop_mode, crop_pct, draft)
     _check_memory(opened.name, len(opened), size)
     pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
-    labels = torch.empty(len(opened), dtype=torch.int64)
+    targets = torch.empty(len(opened), dtype=torch.int64)
     errors: dict[int, str] = {}
     with contextlib.closing(opened):
         for i, sample in zip(progress(range(len(opened))), opened.each(fit), strict=True):
             if not isinstance(sample, DataError):
-                pixels[i], labels[i] = sample
+                pixels[i], targets[i] = sample
             elif skip_unreadable:
                 errors[i] = str(sample)
             else:
@@ -195,8 +229,8 @@ def load_images(
         if len(errors) == len(opened):
             raise DataError(f"no image of {opened.name!r} can be read: {shown}")
         kept = torch.tensor([i for i in range(len(opened)) if i not in errors])
-        pixels, labels = pixels[kept], labels[kept]
-    return Images(pixels, index[labels], classes or opened.classes)
+        pixels, targets = pixels[kept], targets[kept]
+    return Images(pixels, index[targets], classes or opened.classes)
 
 
 def shorten(errors: Iterable[str]) -> str:
@@ -223,9 +257,12 @@ class Fit:
     interpolation: str = "bilinear"
     crop_mode: str = "center"
     crop_pct: float = 1.0
+    draft: bool = True
 
-    def __call__(self, source: Image.Image) -> Tensor:
-        image: Tensor = v2.functional.pil_to_tensor(read_image(source, self.size[0]))
+    def __call__(self, source: Any) -> Tensor:
+        channels, height, width = self.size
+        least = enough(height, width, self.crop_pct) if self.draft else None
+        image: Tensor = v2.functional.pil_to_tensor(read_image(source, channels, least=least))
         if image.shape == self.size:
             return image
         sides = targets = [math.floor(side / self.crop_pct) for side in self.size[1:]]
@@ -235,6 +272,41 @@ class Fit:
         image = v2.functional.resize(image, sides, v2.InterpolationMode(self.interpolation), antialias=True)
         result: Tensor = v2.functional.center_crop(image, list(self.size[1:]))
         return result
+
+
+def digest(labels: Tensor) -> str:
+    """A few letters that stand for labels in their order."""
+    return hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _class_counts(images: Source) -> Tensor:
+    """How many images each class has, at least 1 (C,)."""
+    return images.targets().bincount(minlength=len(images.classes)).clamp(min=1)
+
+
+def balancing_odds(images: Source) -> Tensor:
+    """For each image the inverse of the number of those of its class (N,)."""
+    return (1 / _class_counts(images).double())[images.targets()]
+
+
+def class_weights(recipe: Recipe, images: Source) -> Tensor | None:
+    """What the loss of each class is multiplied by, as a recipe says (C,); None where all classes are alike.
+
+    "balanced" is the number of images over that of classes times that of the images of the class.
+
+    Raises:
+        ArgumentError: Not one weight for each class.
+    """
+    if recipe.class_weights == "balanced":
+        return len(images) / (len(images.classes) * _class_counts(images).float())
+    if not recipe.class_weights:
+        return None
+    if len(recipe.class_weights) != len(images.classes):
+        raise ArgumentError(
+            f"class_weights={recipe.class_weights!r} has {len(recipe.class_weights)} weights: give one for each of the "
+            f"{len(images.classes)} classes {', '.join(images.classes)}"
+        )
+    return torch.tensor([float(weight) for weight in recipe.class_weights])
 
 
 def fitting(config: dict[str, Any]) -> dict[str, Any]:

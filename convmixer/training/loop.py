@@ -33,6 +33,7 @@ from convmixer.training.data import (
     Fit,
     Share,
     Source,
+    class_weights,
     fitting,
     hold_out,
     load_images,
@@ -240,6 +241,8 @@ class _Trainer:
         )
         self.average = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self.augment = Augment(recipe, preprocessing(self.model), len(images.classes), where)
+        weights = class_weights(recipe, images)
+        self.class_weights = None if weights is None else weights.to(where)
         self.parts = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
         self.head_only: bool | None = None
@@ -398,7 +401,7 @@ class _Trainer:
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.compiled):
             with self.accelerator.autocast():
                 logits: Tensor = self.compiled(inputs)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                loss = F.cross_entropy(logits.float(), targets, self.class_weights, label_smoothing=smoothing)
             self.accelerator.backward(loss / self.recipe.accumulate)
         self.sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
         if last:
@@ -418,7 +421,9 @@ def train(
     data: str | Path,
     output: str | Path,
     *,
+    val: str | Path | None = None,
     tests: Sequence[str | Path] = (),
+    labels: str | Path | None = None,
     data_root: str | Path | None = None,
     download: bool = False,
     skip_unreadable: bool = False,
@@ -441,9 +446,12 @@ def train(
 
     Args:
         recipe: From `get_recipe`.
-        data: Source of the training split, and of the test split where it has one; see `load_images`.
+        data: Source of the training split, and of the validation and test splits where it has them; see `load_images`.
         output: Folder of the run; `convmixer.training.run` says what it will hold.
+        val: Source of the validation split, in place of one in `data` and of images held out.
         tests: Further test sets.
+        labels: A table with the columns image and label for the images in `data`, in place of class folders. `val` and
+            `tests` may be such tables themselves, with their images beside them.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
         skip_unreadable: Leave out images that cannot be read, and say which. In a stream, others take their place in
@@ -471,7 +479,7 @@ def train(
     """
     run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
-    _check_together(recipe, str(data), tests, where, workers, fused)
+    _check_together(recipe, data, val, tests, where, workers, fused)
     numbers = choose_precision(where, precision)
     accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[numbers])
     from accelerate.utils import broadcast_object_list
@@ -510,7 +518,9 @@ def train(
             training, validation, test_sets = _read(
                 recipe,
                 data,
+                val,
                 tests,
+                labels,
                 data_root,
                 download,
                 skip_unreadable,
@@ -526,16 +536,19 @@ def train(
                 f"patience={recipe.patience} needs validation images: validation_fraction={recipe.validation_fraction} "
                 f"of {len(training)} images is none"
             )
-        held = training.record()
+        held = training.record() | {"validation": len(validation)}
         if state and state["data"].get("streams") != held.get("streams"):
             raise ArgumentError(
                 f"cannot resume {str(run.state)!r}: {state['data'].get('streams')} workers of all processes read the "
                 f"shards, now {held.get('streams')}, which changes the order of the images"
             )
-        if state and state["data"] != held:
+        if state and {**held, **state["data"]} != held:  # what an older version did not keep is taken to be the same
+            had = state["data"]
             raise ArgumentError(
-                f"cannot resume {str(run.state)!r} with other data: it had {state['data']['images']} training images "
-                f"of {len(state['data']['classes'])} classes, here are {held['images']} of {len(held['classes'])}"
+                f"cannot resume {str(run.state)!r} with other data: it had {had['images']} training images of "
+                f"{len(had['classes'])} classes, here are {held['images']} of {len(held['classes'])}; validation "
+                f"images: {had.get('validation', 'unknown')}, here {held['validation']}"
+                + ("; other labels" if had.get("labels") != held.get("labels") else "")
             )
         trainer = _Trainer(
             recipe,
@@ -559,7 +572,7 @@ def train(
             history = [Epoch(**row) for row in state["history"]]
             place = _Place(**state["place"])
         if first:
-            run.write_json("recipe.json", dataclasses.asdict(recipe))
+            run.begin()
         if trackers:
             accelerator.init_trackers("convmixer")
         names = {
@@ -656,17 +669,23 @@ def train(
 
 
 def _check_together(
-    recipe: Recipe, data: str, tests: Sequence[str | Path], where: torch.device, workers: int | None, fused: bool
+    recipe: Recipe,
+    data: str | Path,
+    val: str | Path | None,
+    tests: Sequence[str | Path],
+    where: torch.device,
+    workers: int | None,
+    fused: bool,
 ) -> None:
     """A recipe, data and a machine may each be fine and not go together."""
-    shards = [source for source in (data, *map(str, tests)) if source.startswith(SHARDS)]
+    shards = [source for source in map(str, (data, val, *tests)) if source.startswith(SHARDS)]
     if shards and not recipe.stream:
         raise ArgumentError(f"{shards[0]!r} is read from start to end: give stream=True (--set stream=true)")
-    if data.startswith(SHARDS) and recipe.validation_fraction:
-        raise ArgumentError(
-            f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
-            f"{data!r} can be held out: give 0"
-        )
+    if val is None and ".tar" in str(data):  # of others, reading says whether they have validation images
+        _check_hold_out(recipe, data)
+    needs = {"balanced=True": recipe.balanced, "class_weights='balanced'": recipe.class_weights == "balanced"}
+    for setting in (setting for setting, asked in needs.items() if asked and str(data).startswith(SHARDS)):
+        raise ArgumentError(f"{setting} needs labels before images are read, which {str(data)!r} has not: leave it out")
     if workers is not None and (workers < 0 or not recipe.stream):
         raise ArgumentError(
             f"workers={workers}: give at least 0, and only with stream=True (--set stream=true): images in memory need "
@@ -695,6 +714,15 @@ def _no_graph(recipe: Recipe, where: torch.device, precision: str, processes: in
         f"the optimizer {recipe.opt!r} keeps numbers on the host": not takes_tensors(recipe.opt, where),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _check_hold_out(recipe: Recipe, data: str | Path) -> None:
+    """An ArgumentError if validation images were to be held out of shards."""
+    if str(data).startswith(SHARDS) and recipe.validation_fraction:
+        raise ArgumentError(
+            f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
+            f"{str(data)!r} can be held out: give 0, or a validation set (--val)"
+        )
 
 
 def _teller(say: Callable[[str], None]) -> Callable[[Source, str], None]:
@@ -768,7 +796,9 @@ def _name(source: str | Path) -> str:
 def _read(
     recipe: Recipe,
     data: str | Path,
+    val: str | Path | None,
     tests: Sequence[str | Path],
+    labels: str | Path | None,
     data_root: str | Path | None,
     download: bool,
     skip_unreadable: bool,
@@ -777,44 +807,56 @@ def _read(
     progress: Progress,
     say: Callable[[str], None],
 ) -> tuple[Source, Source, dict[str, Source]]:
-    """Training, validation and test images, at the size that the model takes."""
+    """Training, validation and test images, at the size that the model takes; says which were taken for what."""
     checkpoint = recipe.checkpoint or None  # may bring an image size of its own
     config: dict[str, Any] = create_model(recipe.model, checkpoint=checkpoint, device="meta").pretrained_cfg
     height, width = recipe.input_size or config["input_size"][1:]
+    fit = Fit((recipe.in_chans, height, width), **fitting(config), draft=recipe.draft)
+    common: dict[str, Any] = {
+        "skip_unreadable": skip_unreadable,
+        "root": data_root,
+        "download": download,
+        "report": say,
+    }
 
-    def read(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Source:
+    def read(
+        source: str | Path, split: str, classes: tuple[str, ...] | None = None, labels: str | Path | None = None
+    ) -> Source:
         if recipe.stream:
-            return open_stream(
-                source,
-                split,
-                recipe,
-                Fit((recipe.in_chans, height, width), **fitting(config)),
-                mean=config["mean"] if recipe.in_chans == 3 else (sum(config["mean"]) / len(config["mean"]),),
-                classes=classes,
-                workers=workers,
-                skip_unreadable=skip_unreadable,
-                processes=processes,
-                root=data_root,
-                download=download,
-            )
+            mean = config["mean"] if recipe.in_chans == 3 else (sum(config["mean"]) / len(config["mean"]),)
+            pool: dict[str, Any] = {"mean": mean, "workers": workers, "processes": processes}
+            return open_stream(source, split, recipe, fit, classes=classes, labels=labels, **pool, **common)
         return load_images(
             source,
             split,
-            (recipe.in_chans, height, width),
+            fit.size,
             classes=classes,
-            **fitting(config),
-            skip_unreadable=skip_unreadable,
-            root=data_root,
-            download=download,
+            labels=labels,
+            draft=recipe.draft,
             progress=lambda items: progress(items, f"reading {split}"),
-            report=say,
+            **fitting(config),
+            **common,
         )
 
-    images = read(data, "train")
-    test_sets = {}
-    own = has_split(data, "test")
-    for source in ([data] if own else []) + list(tests):
+    images = read(data, "train", labels=labels)
+    own = {split: has_split(data, split, labels=labels, root=data_root) for split in ("validation", "test")}
+    training = images
+    if val is None and not own["validation"]:
+        _check_hold_out(recipe, data)
+    if val is not None:
+        validation = read(val, "validation", images.classes)
+    elif own["validation"]:
+        validation = read(data, "validation", images.classes, labels)
+    else:
+        training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
+        held = f"{len(validation):,} of the training images, held out by validation_fraction"
+        say(f"validation: {held if len(validation) else 'no images'}")
+    test_sets: dict[str, Source] = {}
+    if own["test"]:
+        test_sets[_name(data)] = read(data, "test", images.classes, labels)
+    for source in tests:
         name = _name(source)
         test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)
-    training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
-    return training, validation, test_sets
+    if not test_sets:
+        say("test: no images")
+    return training.balanced() if recipe.balanced else training, validation, test_sets

@@ -73,7 +73,12 @@ class Recipe:
         patience: Epochs without a better validation loss after which training stops and the best weights are
             restored; 0 trains to the end.
         min_delta: How much lower the validation loss must be to count as better.
-        validation_fraction: Part of the training images held out, chosen by `seed`.
+        validation_fraction: Part of the training images held out for validation, chosen by `seed`. Data with validation
+            images of their own keep all training images.
+        class_weights: What the loss of each class is multiplied by, in the order of the classes, or "balanced" for the
+            inverse of its number of images. Validation is not weighted.
+        balanced: Draw training images with replacement so that all classes are as frequent.
+        draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         seed: Of the split, the initialisation, the order and the augmentation.
         note: What the recipe is for; it decides nothing.
     """
@@ -120,6 +125,9 @@ class Recipe:
     patience: int = 0
     min_delta: float = 0.0
     validation_fraction: float = 0.1
+    class_weights: str | tuple[float, ...] = ""
+    balanced: bool = False
+    draft: bool = True
     seed: int = 0
     note: str = ""
 
@@ -132,10 +140,16 @@ class Recipe:
                 for row in rows
             )
             self._check(name, fine, "pairs of numbers" if name == "image_sizes" else "two numbers")
-        for name in ("stream", "sync_batchnorm", "trivial_augment"):
+        for name in ("stream", "sync_batchnorm", "trivial_augment", "balanced", "draft"):
             self._check(name, isinstance(getattr(self, name), bool), "True or False")
         self._check("fill", self.fill in ("black", "mean"), '"black" or "mean"')
         self._check("auto_augment", _is_policy(self.auto_augment), 'a policy of timm such as "rand-m9-mstd0.5-inc1"')
+        weights = self.class_weights
+        fine = weights in ("", "balanced") or (
+            isinstance(weights, tuple) and all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights)
+        )
+        fine = fine and (isinstance(weights, str) or any(weights))
+        self._check("class_weights", fine, '"balanced", or a number of at least 0 for each class, not all of them 0')
         known = self.opt.removeprefix("lookahead_") in list_optimizers()
         self._check("opt", known, "an optimizer of timm.optim.list_optimizers()")
         count = _count_betas(self.opt)
@@ -185,6 +199,8 @@ class Recipe:
             "trivial_augment=False": self.trivial_augment and self.rand_augment[0],
             f"auto_augment={self.auto_augment!r} takes the place of trivial_augment=True: leave one of them "
             "out": self.auto_augment and self.trivial_augment,
+            'balanced=True and class_weights="balanced" both make up for rare classes: give one of them': self.balanced
+            and self.class_weights == "balanced",
             f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} parts": self.batch_size
             % self.accumulate,
             f"mixup and cutmix pair images: batch_size={self.batch_size} over accumulate={self.accumulate} is odd": (
