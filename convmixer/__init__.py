@@ -1,7 +1,8 @@
 """A model zoo for ConvMixer ("Patches Are All You Need?")."""
 
 from convmixer.backends import optimize
-from convmixer.checkpoints import convert_checkpoint, load_checkpoint
+from convmixer.checkpoints import load_checkpoint
+from convmixer.convert import convert_checkpoint
 from convmixer.errors import ConvMixerError
 from convmixer.export import export_model
 from convmixer.factory import create_model

@@ -344,6 +344,7 @@ def features(
     *,
     checkpointing: bool = False,
     sync_batchnorm: bool = False,
+    channels_last: bool = False,
 ) -> list[Tensor]:
     """What the stem and the blocks make of images, as `check` expects them to be.
 
@@ -354,13 +355,14 @@ def features(
         taken: The blocks whose output is wanted, as numbers.
         checkpointing: Keep one feature map per block, u, and compute c anew.
         sync_batchnorm: In training, BatchNorm sees the images of all processes.
+        channels_last: Compute in channels_last, whatever the layout of images and weights; on CUDA devices always.
 
     Returns:
         Feature maps (B, C, h, w), in the order of the blocks.
     """
 
     def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
-        state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm)
+        state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm, channels_last)
         found: list[Tensor] = []
         for i, block in enumerate(blocks):
             state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling(), sync_batchnorm)
@@ -395,12 +397,14 @@ def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, 
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _embed(stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool) -> tuple[_State, _Moments]:
+def _embed(
+    stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool, channels_last: bool
+) -> tuple[_State, _Moments]:
     convolution, act, module = stem
     u = convolution(images)
     dispatch.check(u.device, u.dtype, sizes)  # autocast chooses the type, and models move
-    if u.is_cuda:
-        u = u.contiguous(memory_format=torch.channels_last)  # as the kernels write
+    if u.is_cuda or channels_last:
+        u = u.contiguous(memory_format=torch.channels_last)  # on CUDA as the kernels write
     norm, act = _Norm.of(module, u, sync_batchnorm), ACTIVATIONS[type(act)]
     moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
     return _State(u, *norm.affine(moments), act), moments
