@@ -207,7 +207,8 @@ def test_wrong_shapes(model, tmp_path):
 
 def test_another_variant(model, tmp_path):
     save_weights(small(depth=3), tmp_path / "deeper.safetensors")
-    refuses(model, tmp_path / "deeper.safetensors", "14 unexpected (blocks.2.0.fn.0", "It has dim=8, depth=3")
+    expected = "14 unexpected (blocks.2.0.fn.0", "It has dim=8, depth=3, kernel_size=3, patch"
+    refuses(model, tmp_path / "deeper.safetensors", *expected)
     save_weights(small(kernel_size=5), tmp_path / "wider.safetensors")
     refuses(model, tmp_path / "wider.safetensors", "blocks.0.0.fn.0.weight expected (8, 1, 3, 3), found (8, 1, 5, 5)")
 
