@@ -509,7 +509,7 @@ def test_validate_measures_twice(cat, tmp_path):
         ({"backend": "onnxruntime", "dtype": torch.bfloat16}, "in float32 alone; use openvino or compile"),
         ({"backend": "openvino", "dtype": torch.float64}, "openvino computes in float32, bfloat16, float16 or int8"),
         ({"chunk": 4}, "chunk, threads and example need a backend other than 'eager'"),
-        ({"dtype": "half"}, "dtype='half': give a floating point type"),
+        ({"dtype": "brain16"}, "dtype='brain16': give a floating point type"),
     ],
 )
 def test_arguments(arguments, text):
