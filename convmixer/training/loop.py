@@ -40,7 +40,7 @@ from convmixer.training.data import (
     seed_all,
     shorten,
 )
-from convmixer.training.graph import CudaGraphs, Graphed, Graphs
+from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 from convmixer.training.readers import READERS, SHARDS, has_split

@@ -11,7 +11,7 @@ import convmixer
 from convmixer.errors import ArgumentError
 from convmixer.training import get_recipe, loop
 from convmixer.training.data import Images
-from convmixer.training.graph import KEPT, WARM_UP, CudaGraphs, Graphed
+from convmixer.cuda_graphs import KEPT, WARM_UP, CudaGraphs, Graphed
 
 SMALL = {"epochs": 4, "batch_size": 16, "lr": 0.01, "model": "convmixer_128_8_ks7_p2", "rand_augment": (0, 0)}
 STEPS = 6  # an epoch
