@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmixer.checkpoints import read_tensors, save_weights
+from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
 from convmixer.errors import ArgumentError, ConvMixerError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
@@ -40,7 +41,6 @@ from convmixer.training.data import (
     seed_all,
     shorten,
 )
-from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 from convmixer.training.readers import READERS, SHARDS, has_split
