@@ -13,6 +13,7 @@ numbers by `ops.fused`, which keeps two feature maps per block for the backward 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,25 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raise ArgumentError for a type in which a model cannot be computed."""
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16")
+
+
+@functools.lru_cache
+def _say_plain(recorder: str) -> None:
+    _LOGGER.info("fused blocks: off in what %s makes, which sees the plain layers", recorder)
+
+
+# Called while compiling, and its result taken: some versions of PyTorch (2.7 to 2.11) take `is_exporting()` itself for
+# True in each compilation.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_recorded() -> bool:
+    """Whether a model runs in order to be written down layer by layer."""
+    if torch.jit.is_tracing():
+        _say_plain("torch.jit.trace")
+        return True
+    if torch.compiler.is_exporting():
+        _say_plain("torch.export")
+        return True
+    return False
 
 
 @torch.fx.wrap
@@ -385,13 +405,13 @@ class ConvMixer(nn.Module):
         """Compute stem and blocks by fused functions, which keep less than half as much for the backward pass.
 
         Parameters, state dict and results stay the same, up to rounding. TorchScript, `torch.fx` and `torch.export` see
-        the plain layers. First derivatives only.
+        the plain layers, and the log says so. First derivatives only.
 
         Args:
             enable: False goes back to the layers. "auto" is True where that is possible for a model on a GPU, and False
                 elsewhere, since on CPUs it saves memory but not time; the choice is written to the log.
             sync_batchnorm: In training, BatchNorm sees the images of all processes of the default group, on CPUs too,
-                as layers of `nn.SyncBatchNorm` do. The running statistics must be the same in each, as
+                as layers of `nn.SyncBatchNorm` do. The parameters must be the same in each, as
                 DistributedDataParallel makes them.
 
         Raises:
@@ -433,10 +453,21 @@ class ConvMixer(nn.Module):
         fused.check(self.stem, self.blocks, self.block_drop, depthwise=DepthwiseConv2d, residual=Residual)
 
     def _runs_fused(self, x: Tensor) -> bool:
-        if not self.fused or torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
+        if not self.fused:
+            return False
+        if isinstance(x, torch.fx.Proxy):
+            _say_plain("torch.fx")
+            return False
+        if _is_recorded():
             return False
         self._check_fused()  # layers may have been replaced
         return True
+
+    def __prepare_scriptable__(self) -> ConvMixer:
+        """For `torch.jit.script`, which asks for it."""
+        if self.fused:
+            _say_plain("torch.jit.script")
+        return self
 
     # ---- timm's contract ----------------------------------------------------------------------------------------
 

@@ -39,7 +39,8 @@ def _over_channels(vector: Tensor) -> Tensor:
     return vector[:, None, None]
 
 
-def _activate(u: Tensor, act: str) -> Tensor:
+def activate(u: Tensor, act: str) -> Tensor:
+    """act(u), of u's type."""
     if act == "gelu":
         return F.gelu(u)
     return u.relu() if act == "relu" else u
@@ -77,7 +78,7 @@ def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
 
 
 def _normalized(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
-    return torch.addcmul(_over_channels(shift), _activate(_wide(u), act), _over_channels(scale))
+    return torch.addcmul(_over_channels(shift), activate(_wide(u), act), _over_channels(scale))
 
 
 def _add_normalized(x: Tensor, c: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
@@ -99,7 +100,7 @@ def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tupl
     for part, u_part in _parts(grad, u):
         wide, values = _wide(part), _wide(u_part)
         grads.append(_activation_grad(wide * _over_channels(scale), values, act).to(u.dtype))
-        scales.append((wide * _activate(values, act)).sum((0, 2, 3)))
+        scales.append((wide * activate(values, act)).sum((0, 2, 3)))
         shifts.append(wide.sum((0, 2, 3)))
     return _join(grads), _total(scales), _total(shifts)
 
@@ -112,7 +113,7 @@ def stats(u: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over B, H and W of `act(u) - center`, and of its square."""
     sums, squares = [], []
     for (part,) in _parts(u):
-        offset = _activate(_wide(part), act) - _over_channels(center)
+        offset = activate(_wide(part), act) - _over_channels(center)
         sums.append(offset.sum((0, 2, 3)))
         squares.append(offset.square().sum((0, 2, 3)))
     return _total(sums), _total(squares)
@@ -123,7 +124,7 @@ def stats_grad(grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tens
     results = []
     for grad, part in _parts(grad_u, u):
         values = _wide(part)
-        offset = _activate(values, act) - _over_channels(center)
+        offset = activate(values, act) - _over_channels(center)
         inner = _over_channels(grad_s) + 2 * offset * _over_channels(grad_q)
         results.append((_wide(grad) + _activation_grad(inner, values, act)).to(u.dtype))
     return _join(results)
