@@ -11,7 +11,7 @@ so the gradients into the sums come back to the functions, and several processes
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -496,9 +496,10 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
         raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
 
 
-def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> Iterator[str]:
+def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> list[str]:
+    found: list[str] = []  # no generator: PyTorch 2.7 does not look into those while it compiles
     if block_drop.p:
-        yield f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them"
+        found.append(f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them")
     plain = ((nn.Conv2d,), tuple(ACTIVATIONS), _NORMS)
     groups: list[tuple[str, Any, Any]] = [("stem", stem, plain)]
     for i, block in enumerate(blocks):
@@ -507,29 +508,30 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
         if isinstance(first, residual):
             groups.append((f"blocks.{i}.0.fn", first.fn, ((depthwise,), *plain[1:])))
             if getattr(first.drop_path, "drop_prob", 0.0):
-                yield "drop_path_rate is above 0, and fused blocks have no stochastic depth"
+                found.append("drop_path_rate is above 0, and fused blocks have no stochastic depth")
     activations = set()
     for group, modules, expected in groups:
         for i, (module, classes) in enumerate(zip(modules, expected, strict=False)):
             kind = type(module)
             if kind not in classes:
-                yield f"{group}.{i} is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}"
+                found.append(f"{group}.{i} is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}")
             if getattr(module, "approximate", "none") != "none":
-                yield f"{group}.{i} is a GELU approximated by {module.approximate}"
+                found.append(f"{group}.{i} is a GELU approximated by {module.approximate}")
             if isinstance(module, nn.Conv2d) and module.bias is None:
-                yield f"{group}.{i} has no bias"
+                found.append(f"{group}.{i} has no bias")
             if kind is nn.Conv2d and group != "stem" and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
-                yield f"{group}.{i} is no plain 1x1 convolution"
+                found.append(f"{group}.{i} is no plain 1x1 convolution")
             if kind in ACTIVATIONS:
                 activations.add(kind.__name__)
             if _is_called_for_more(module):
-                yield f"{group}.{i} has hooks or a forward of its own, which would not be called"
+                found.append(f"{group}.{i} has hooks or a forward of its own, which would not be called")
         if len(modules) != len(expected):
-            yield f"{group} has {len(modules)} layers, not {len(expected)}"
+            found.append(f"{group} has {len(modules)} layers, not {len(expected)}")
         if _is_called_for_more(modules):
-            yield f"{group} has hooks or a forward of its own, which would not be called"
+            found.append(f"{group} has hooks or a forward of its own, which would not be called")
     if len(activations) > 1:
-        yield f"its activations differ: {', '.join(sorted(activations))}"
+        found.append(f"its activations differ: {', '.join(sorted(activations))}")
+    return found
 
 
 def _geometry(convolution: Any) -> tuple[Any, ...]:
@@ -537,4 +539,4 @@ def _geometry(convolution: Any) -> tuple[Any, ...]:
 
 
 def _is_called_for_more(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module)
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
