@@ -539,4 +539,4 @@ def _geometry(convolution: Any) -> tuple[Any, ...]:
 
 
 def _is_called_for_more(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module)
