@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convmixer import ops
-from convmixer.errors import ArgumentError, ConvMixerError, ImageError, nearest
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError, nearest
 from convmixer.ops import dispatch, fused
 
 _LOGGER = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _say_plain(recorder: str) -> None:
 # Called while compiling, and its result taken: some versions of PyTorch (2.7 to 2.11) take `is_exporting()` itself for
 # True in each compilation.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_recorded() -> bool:
+def _is_recorded(compiling: bool) -> bool:
     """Whether a model runs in order to be written down layer by layer."""
     if torch.jit.is_tracing():
         _say_plain("torch.jit.trace")
@@ -111,6 +111,8 @@ def _is_recorded() -> bool:
     if torch.compiler.is_exporting():
         _say_plain("torch.export")
         return True
+    if compiling and (lacking := fused.cannot_compile()):
+        raise DependencyError(lacking)
     return False
 
 
@@ -458,7 +460,7 @@ class ConvMixer(nn.Module):
         if isinstance(x, torch.fx.Proxy):
             _say_plain("torch.fx")
             return False
-        if _is_recorded():
+        if _is_recorded(torch.compiler.is_compiling()):
             return False
         self._check_fused()  # layers may have been replaced
         return True

@@ -23,8 +23,10 @@ from convmixer import ConvMixer
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
 from convmixer.model import _say_plain
 from convmixer.ops import dispatch, reference
+from convmixer.ops.fused import cannot_compile
 
 SHAPE = {"dim": 12, "depth": 3, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
+compiles = pytest.mark.skipif(cannot_compile() is not None, reason=str(cannot_compile()))
 SMALL = {"depth": 1, "kernel_size": 3}  # compilers take their time
 
 
@@ -168,7 +170,9 @@ def test_statistics_far_from_zero():
     assert_equal([fused(x)], [plain.double()(x.double()).float()], 1e-3)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"], ids=str)
+@pytest.mark.parametrize(
+    "backend", [None, *(pytest.param(b, marks=compiles) for b in ("aot_eager", "inductor"))], ids=str
+)
 def test_bfloat16_autocast_is_as_good_as_the_layers(backend):
     torch._dynamo.reset()
     exact, fused = pair(**(SMALL if backend else {}))
@@ -229,7 +233,7 @@ def test_200_steps_end_at_the_same_loss():
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", ["eager", "compiled", "checkpointing"])
+@pytest.mark.parametrize("run", ["eager", pytest.param("compiled", marks=compiles), "checkpointing"])
 def test_less_than_half_of_the_activations_are_kept(run):
     shape = {"dim": 64, "depth": 3, "kernel_size": 5, "patch_size": 2, "num_classes": 10}
     fused, theirs = ConvMixer(**shape), TimmConvMixer(**shape)
@@ -314,6 +318,7 @@ class Recorder:
         return self.backend(graph, inputs)
 
 
+@compiles
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_what_is_compiled_is_fused(mode, checkpointing):
@@ -349,6 +354,7 @@ COMPILED = [
 ]
 
 
+@compiles
 @pytest.mark.parametrize(("backend", "checkpointing", "momentum"), COMPILED)
 def test_compiled_training_steps(backend, checkpointing, momentum):
     """Running statistics move in the forward pass, and no gradient notices."""
@@ -368,7 +374,7 @@ def test_compiled_training_steps(backend, checkpointing, momentum):
         assert_equal(list(fused.state_dict().values()), list(plain.state_dict().values()))
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=str)
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=compiles)], ids=str)
 def test_two_forward_passes_before_a_backward_pass(backend):
     torch._dynamo.reset()
     plain, fused = pair(**SMALL)
@@ -380,6 +386,7 @@ def test_two_forward_passes_before_a_backward_pass(backend):
     assert_equal([p.grad for p in fused.parameters()], [p.grad for p in plain.parameters()])
 
 
+@compiles
 def test_compiled_in_a_checkpoint_of_the_caller():
     torch._dynamo.reset()
     plain, fused = pair(**SMALL)
@@ -394,6 +401,7 @@ def test_compiled_in_a_checkpoint_of_the_caller():
     assert_equal([p.grad for p in fused.parameters()], [p.grad for p in plain.parameters()])
 
 
+@compiles
 def test_hooks_are_found_while_compiling():
     torch._dynamo.reset()
     _, fused = pair()
@@ -481,7 +489,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=[pytest.mark.slow, compiles])])
 def test_synchronised_batchnorm_in_two_processes(tmp_path, how):
     """Two processes compute what one does with all images, on CPUs too."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path)]

@@ -476,6 +476,14 @@ def _normalize(state: _State) -> Tensor:
 # ---- what can be fused ----------------------------------------------------------------------------------------------
 
 
+def cannot_compile() -> str | None:
+    """Why `torch.compile` does not take fused blocks; None where it does."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        here = torch.__version__
+        return f"torch.compile of fused blocks needs torch 2.8, this is {here}: set_fused(False), or no compile"
+    return None
+
+
 def kernel_sizes(blocks: Any) -> list[int]:
     """Of the depthwise convolutions of blocks, as `check` expects them to be."""
     return [block[0].fn[0].kernel_size[0] for block in blocks]

@@ -29,6 +29,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, Tra
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
 from convmixer.model import ConvMixer, evaluating
+from convmixer.ops.fused import cannot_compile
 from convmixer.plots import plot_history, write_figure
 from convmixer.training.data import (
     Augment,
@@ -438,6 +439,8 @@ def train(
     where = resolve_device(device)
     if compile and (lacking := native.inductor_lacks(where)):
         raise DependencyError(f"compile {lacking}; or train without compile (--compile)")
+    if compile and fused and (lacking := cannot_compile()):
+        raise DependencyError(lacking)
     _check_together(recipe, str(data), tests, where, workers, fused)
     accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[choose_precision(where, precision)])
     from accelerate.utils import broadcast_object_list
