@@ -105,11 +105,12 @@ def _missing(backend: str, device: torch.device = _CPU, dtype: torch.dtype | Non
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
         return missing(backend, absent, extra)
-    if device.type == "cpu" and backend in ("compile", "native") and native.compiler() is None:
-        return f"{backend} needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
-    if backend == "triton" or (backend == "compile" and device.type == "cuda"):
-        if importlib.util.find_spec("triton") is None:
-            return f"{backend} needs triton on a GPU, which is missing: pip install triton"
+    if backend == "compile" and (lacking := native.inductor_lacks(device)):
+        return f"compile {lacking}"
+    if device.type == "cpu" and backend == "native" and native.compiler() is None:
+        return "native needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton needs triton on a GPU, which is missing: pip install triton"
     return None
 
 

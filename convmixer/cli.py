@@ -313,7 +313,7 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--resume", is_flag=True, help="Go on where OUTPUT was left.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
-@click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
+@click.option("--compile", is_flag=True, help="Use torch.compile; it needs a C++ compiler on a CPU, Triton on a GPU.")
 @click.option("--fused", is_flag=True, help="Use fused blocks, which keep less than half of the activations.")
 @click.option(
     "--graph/--no-graph", default=None, help="Run steps as CUDA graphs, or not.  [default: where they can be]"
@@ -332,7 +332,8 @@ def train(
 ) -> None:
     """Train by RECIPE, such as cifar10 or, made for a CPU, cifar10-cpu.
 
-    SIGTERM and Ctrl-C save the run to the step; --resume goes on from there.
+    SIGTERM and Ctrl-C save the run to the step; --resume goes on from there. While --compile compiles they end it at
+    once, and what was saved before is kept.
     """
     chosen = get_recipe(recipe, **dict(_recipe_value(text) for text in settings))
     options["graph"] = "auto" if graph is None else graph

@@ -323,7 +323,7 @@ def test_threads_share_graphs():
     ("arguments", "text"),
     [
         ({"graphs": True, "backend": "compile"}, "graphs=True is for CUDA devices .*, not for 'compile' on cpu"),
-        ({"graphs": "yes"}, "graphs='yes'; valid: True, False, 'auto'"),
+        ({"graphs": "yes", "backend": "compile"}, "graphs='yes'; valid: True, False, 'auto'"),
     ],
 )
 def test_graphs_that_were_asked_for_and_cannot_be(arguments, text):

@@ -116,8 +116,8 @@ class _DepthwiseConv2d(Function):
             grad_x = kernels.depthwise_input_grad(grad, weight)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             grad_weight, grad_bias = kernels.depthwise_weight_grad(x, grad, weight.shape[-1])
-            grad_weight = grad_weight.to(weight.dtype)
-            grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+            grad_weight = reference.to_type(grad_weight, weight.dtype)
+            grad_bias = None if bias is None else reference.to_type(grad_bias, bias.dtype)
         return grad_x, grad_weight, grad_bias
 
 
