@@ -10,7 +10,7 @@ from processes import finish
 import convmixer
 
 PACKAGE = Path(convmixer.__file__).parent
-FLOORS = {"errors": 0, "hardware": 0, "registry": 0, "ops": 0, "model": 1, "transforms": 1, "untrusted": 1}
+FLOORS = {"errors": 0, "hardware": 0, "registry": 0, "ops": 0, "images": 1, "model": 1, "transforms": 1, "untrusted": 1}
 FLOORS |= {"checkpoints": 2, "config": 2, "folding": 2, "hub": 2, "factory": 3, "native": 3}
 FLOORS |= {"backends": 4, "export": 4, "inference": 4, "plots": 4, "training": 4}
 FLOORS |= {"benchmark": 5, "evaluation": 5, "publishing": 5, "cli": 6, "__main__": 7, "__init__": 7}
