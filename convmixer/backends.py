@@ -989,11 +989,11 @@ def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, im
 
 
 def calibration_images(
-    source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = print
+    source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = _LOGGER.info
 ) -> Tensor:
     """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W).
 
-    `report` takes a line about which were taken; they need no labels.
+    They need no labels. `report` takes a line about which were taken.
     """
     inner: Any = find_inner(model)
     if isinstance(source, Tensor):

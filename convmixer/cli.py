@@ -495,7 +495,9 @@ def validate(
     report = _note if as_json else _say
     if backend:
         dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
-        images = None if calibration is None else calibration_images(calibration, opened, report=report)
+        images: Any = calibration
+        if int8 and calibration:
+            images = calibration_images(calibration, opened, report=report)
         fast = optimize(opened, backend=backend, dtype=dtype, calibration=images)
     validating = functools.partial(_progress, description="validating")
     result = validate_model(opened, data, progress=validating, report=report, **options)
@@ -631,7 +633,7 @@ def _figures(source: str, data: str | None, image: Path | None, device: str) -> 
             config["input_size"],
             classes=label_names(model),
             progress=reading,
-            report=_say,
+            report=_note,  # standard output lists the files written
             **fitting(config),
         )
         computing = functools.partial(_progress, description="classifying")
@@ -673,6 +675,8 @@ def _show_benchmark(report: Report) -> None:
     _say(
         f"{report.model} (weights: {report.weights}) on {machine['device']}, {machine['threads']} threads; {libraries}"
     )
+    if report.calibration:
+        _say(report.calibration)
     for case in report.cases:
         ceilings = ", ".join(f"{dtype} {value:,.0f}" for dtype, value in case.gemm_gflops.items())
         OUT.print()
