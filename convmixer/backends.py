@@ -17,6 +17,7 @@ import logging
 import os
 import queue
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models._features import FeatureGetterNet
@@ -33,11 +34,13 @@ from torch import Tensor, nn
 
 from convmixer import native, openvino_core
 from convmixer.compiled_code import settle
+from convmixer.cuda_graphs import Replayed
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing, optional
 from convmixer.folding import FoldedConvMixer, find_convmixer, fold
-from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache, prefers_channels_last
+from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache
 from convmixer.inference import preparation
 from convmixer.model import DepthwiseConv2d, as_dtype, check_dtype, check_input
+from convmixer.ops import prefers_channels_last
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
 from convmixer.tracing import computing, quietly, tracing
@@ -45,6 +48,7 @@ from convmixer.wrappers import find_inner, unwrap
 
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
 GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
+GRAPH_BYTES = 2**25  # of a feature map, above which launches on a GPU cost little and memory much
 CALIBRATION_IMAGES = 512
 NATIVE_DIM = 512  # above it OpenVINO is faster where there is no AMX: measured with 256 and 768 channels
 MOST_LOST = 0.25  # of the outputs' size, by int8; what loses more classifies otherwise
@@ -101,11 +105,12 @@ def _missing(backend: str, device: torch.device = _CPU, dtype: torch.dtype | Non
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
         return missing(backend, absent, extra)
-    if device.type == "cpu" and backend in ("compile", "native") and native.compiler() is None:
-        return f"{backend} needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
-    if backend == "triton" or (backend == "compile" and device.type == "cuda"):
-        if importlib.util.find_spec("triton") is None:
-            return f"{backend} needs triton on a GPU, which is missing: pip install triton"
+    if backend == "compile" and (lacking := native.inductor_lacks(device)):
+        return f"compile {lacking}"
+    if device.type == "cpu" and backend == "native" and native.compiler() is None:
+        return "native needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton needs triton on a GPU, which is missing: pip install triton"
     return None
 
 
@@ -117,7 +122,9 @@ def _require(backend: str, device: torch.device = _CPU, dtype: torch.dtype | Non
 def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The backends that can compute in `dtype` on `device` with what is installed, the usually fastest first."""
     device = torch.device(device)
-    ordered = ["compile", "eager", "triton"]  # the last one's speed is unmeasured
+    ordered = ["triton", "compile", "eager"]  # as measured in bfloat16 on an H200: benchmarks/gpu.py
+    if dtype == torch.float32:  # in which products by triton take three of TF32
+        ordered = ["compile", "triton", "eager"]
     if device.type == "cpu":
         ordered = ["native", "openvino", "compile", "eager"]
         if dtype == torch.float32:
@@ -271,6 +278,20 @@ class _Together:
         return self.rule(height, width) * torch.get_num_threads()
 
 
+@dataclass(frozen=True)
+class _Small:
+    """Whether a feature map of images has at most so many bytes."""
+
+    dim: int
+    patch_size: int
+    most: int
+
+    def __call__(self, x: Tensor) -> bool:
+        batch, _, height, width = x.shape
+        positions = (height // self.patch_size) * (width // self.patch_size)
+        return batch * self.dim * positions * x.element_size() <= self.most
+
+
 def _dynamic(module: nn.Module) -> tuple[dict[str, Any], Tensor]:
     """Arguments for torch.export with batch and image size left open, and an example.
 
@@ -364,7 +385,7 @@ class Compiled(Whole):
             m.kernel_size[0] for m in self.module.modules() if isinstance(m, nn.Conv2d) and m.stride[0] == 1
         )
         # Inductor moves depthwise convolutions to channels_last, which is slow with 9x9 kernels on GPUs.
-        moves = device.type != "cuda" or prefers_channels_last(device, kernel_size)
+        moves = device.type != "cuda" or prefers_channels_last(device, dtype, kernel_size)
         with quietly(), torch.no_grad(), config.patch(freezing=True, layout_optimization=moves):
             program = torch.export.export(self.module, (example,)).module()
             try:
@@ -635,6 +656,7 @@ def optimize(
     threads: int | None = None,
     calibration: Tensor | str | Path | None = None,
     example: Tensor | None = None,
+    graphs: bool | Literal["auto"] = "auto",
 ) -> Any:
     """A copy of a ConvMixer for inference with equal outputs and without BatchNorm. The original stays as it is.
 
@@ -656,8 +678,8 @@ def optimize(
             computes the rest in the type of "auto"; it needs `calibration` and `backend` "native", "openvino" or
             "auto".
         backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
-            x86 with AVX-512); on CUDA devices "triton" (own kernels, of unmeasured speed); or "auto": by rule the
-            usually fastest of those that work here, or by measurement if there is an `example`.
+            x86 with AVX-512); on CUDA devices "triton" (own kernels); or "auto": by rule the usually fastest of those
+            that work here, or by measurement if there is an `example`.
         chunk: Most images to compute at a time by one thread (by all of them together with "compile"); larger batches
             are cut up. None: on CPUs as many as fill a core's second-level cache. "native" takes single images.
         threads: Of "openvino", "onnxruntime" and "native"; None: as many as PyTorch uses.
@@ -665,6 +687,10 @@ def optimize(
             `torch/cifar10`, of which at most 512 training images are taken. Never give test images.
         example: Images (B, C, H, W) as the model will get them: backends and chunks that come into question are timed
             with it, and the fastest is taken. It takes seconds, with "compile" among them minutes.
+        graphs: On a CUDA device, replay calls as CUDA graphs, one for each shape that comes a second time: for few or
+            small images, whose kernels take the GPU less time than launching them takes the host. At most eight graphs
+            are kept. "auto" does so for every backend but "eager", where feature maps are at most 32 MiB; True for
+            feature maps of any size, at the cost of their memory.
 
     Returns:
         A `FoldedConvMixer` with "eager" (for a feature extractor timm's `FeatureGetterNet` around one), otherwise an
@@ -701,9 +727,16 @@ def optimize(
         if chunk is not None or threads is not None or example is not None:
             raise ArgumentError("chunk, threads and example need a backend other than 'eager', such as 'auto'")
         return fold(model, normalization, kind)
+    if not (isinstance(graphs, bool) or graphs == "auto"):
+        raise ArgumentError(f"graphs={graphs!r}; valid: True, False, 'auto'")
+    if graphs is True and (weight.device.type != "cuda" or backend == "eager"):
+        raise ArgumentError(
+            f"graphs=True is for CUDA devices and backends other than 'eager', not for {backend!r} on {weight.device}: "
+            "leave it out"
+        )
     if backend == "native" and chunk is not None:
         raise ArgumentError(f"chunk={chunk}: native computes single images; leave it out")
-    maker = _Maker(model, normalization, kind, threads or torch.get_num_threads(), calibration)
+    maker = _Maker(model, normalization, kind, threads or torch.get_num_threads(), calibration, graphs)
     optimized = maker.first(candidates, chunk, reason) if example is None else maker.best(candidates, chunk, example)
     _LOGGER.info("%s", optimized.choice)
     return optimized
@@ -767,7 +800,9 @@ class _Maker:
         dtype: torch.dtype,
         threads: int,
         calibration: Tensor | str | Path | None,
+        graphs: bool | Literal["auto"] = False,
     ) -> None:
+        self.graphs = graphs
         self.model, self.normalization, self.dtype, self.threads = model, normalization, dtype, threads
         inner: Any = find_convmixer(model)
         self.kernel_size: int = inner.blocks[0][0].fn[0].kernel_size[0]
@@ -825,7 +860,7 @@ class _Maker:
         if backend not in self._sources:
             if backend in ("eager", "compile", "triton"):
                 folded = fold(self.model, self.normalization, self.dtype)
-                find_inner(folded).channels_last = prefers_channels_last(self.device, self.kernel_size)
+                find_inner(folded).channels_last = prefers_channels_last(self.device, self.dtype, self.kernel_size)
                 self._sources[backend] = folded, None
             else:
                 # float16 ends early, which decides what may be folded
@@ -867,9 +902,15 @@ class _Maker:
         else:
             together = rule and _Together(rule)
             runtime = {"eager": Whole, "compile": Compiled, "triton": Triton}[backend](folded, together)
+            if self.graphs and self.device.type == "cuda":
+                inner = find_inner(folded)
+                most = sys.maxsize if self.graphs is True else GRAPH_BYTES
+                runtime = Replayed(runtime, _Small(inner.num_features, inner.patch_size, most))
         layout = "channels_last" if backend == "triton" else "own"
         if backend in ("eager", "compile"):
-            layout = "channels_last" if prefers_channels_last(self.device, self.kernel_size) else "contiguous"
+            layout = (
+                "channels_last" if prefers_channels_last(self.device, self.dtype, self.kernel_size) else "contiguous"
+            )
         kind = f"int8 and {_name(self.rest)}" if self.dtype == torch.int8 else _name(self.dtype)
         fitting = f"pieces that fill {l2_cache() // 1024:,} KiB of cache" if on_cpu else "whole batches"
         cut = f"pieces of at most {chunk} images" if chunk else fitting
@@ -948,11 +989,11 @@ def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, im
 
 
 def calibration_images(
-    source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = print
+    source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = _LOGGER.info
 ) -> Tensor:
     """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W).
 
-    `report` takes a line about which were taken; they need no labels.
+    They need no labels. `report` takes a line about which were taken.
     """
     inner: Any = find_inner(model)
     if isinstance(source, Tensor):

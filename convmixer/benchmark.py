@@ -113,6 +113,7 @@ class Report:
     Attributes:
         weights: "random" where the model has none in the package.
         machine: Processor, threads, versions.
+        calibration: Which images were taken for it, and how many; empty without it.
     """
 
     model: str
@@ -121,6 +122,7 @@ class Report:
     rounds: int
     seconds: float
     cases: list[Case]
+    calibration: str = ""
 
 
 @dataclass
@@ -193,7 +195,8 @@ def benchmark(
     opened, weights = _open(model, target, checkpoint)
     config: dict[str, Any] = opened.pretrained_cfg
     sides = tuple(image_sizes) if image_sizes else (config["input_size"][1],)
-    photographs = None if calibration is None else calibration_images(calibration, opened)
+    taken: list[str] = []
+    photographs = None if calibration is None else calibration_images(calibration, opened, report=taken.append)
     cases = []
     for side in sides:
         for batch in batch_sizes:
@@ -202,7 +205,7 @@ def benchmark(
             if peers:
                 candidates += _peers(opened, images, dtypes)
             cases.append(_case(opened, images, candidates, rounds, seconds, report))
-    return Report(model, weights, _machine(target), rounds, seconds, cases)
+    return Report(model, weights, _machine(target), rounds, seconds, cases, "".join(taken))
 
 
 def _open(name: str, device: torch.device, checkpoint: str | Path | None) -> tuple[Any, str]:

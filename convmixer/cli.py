@@ -313,7 +313,7 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--resume", is_flag=True, help="Go on where OUTPUT was left.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
-@click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
+@click.option("--compile", is_flag=True, help="Use torch.compile; it needs a C++ compiler on a CPU, Triton on a GPU.")
 @click.option("--fused", is_flag=True, help="Use fused blocks, which keep less than half of the activations.")
 @click.option(
     "--graph/--no-graph", default=None, help="Run steps as CUDA graphs, or not.  [default: where they can be]"
@@ -332,7 +332,8 @@ def train(
 ) -> None:
     """Train by RECIPE, such as cifar10 or, made for a CPU, cifar10-cpu.
 
-    SIGTERM and Ctrl-C save the run to the step; --resume goes on from there.
+    SIGTERM and Ctrl-C save the run to the step; --resume goes on from there. While --compile compiles they end it at
+    once, and what was saved before is kept.
     """
     chosen = get_recipe(recipe, **dict(_recipe_value(text) for text in settings))
     options["graph"] = "auto" if graph is None else graph
@@ -494,7 +495,9 @@ def validate(
     report = _note if as_json else _say
     if backend:
         dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
-        images = None if calibration is None else calibration_images(calibration, opened, report=report)
+        images: Any = calibration
+        if int8 and calibration:
+            images = calibration_images(calibration, opened, report=report)
         fast = optimize(opened, backend=backend, dtype=dtype, calibration=images)
     validating = functools.partial(_progress, description="validating")
     result = validate_model(opened, data, progress=validating, report=report, **options)
@@ -630,7 +633,7 @@ def _figures(source: str, data: str | None, image: Path | None, device: str) -> 
             config["input_size"],
             classes=label_names(model),
             progress=reading,
-            report=_say,
+            report=_note,  # standard output lists the files written
             **fitting(config),
         )
         computing = functools.partial(_progress, description="classifying")
@@ -672,6 +675,8 @@ def _show_benchmark(report: Report) -> None:
     _say(
         f"{report.model} (weights: {report.weights}) on {machine['device']}, {machine['threads']} threads; {libraries}"
     )
+    if report.calibration:
+        _say(report.calibration)
     for case in report.cases:
         ceilings = ", ".join(f"{dtype} {value:,.0f}" for dtype, value in case.gemm_gflops.items())
         OUT.print()

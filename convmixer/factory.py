@@ -22,8 +22,8 @@ from convmixer import hub
 from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise, variant_of
 from convmixer.config import MAX_SIDE, read_config
 from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
-from convmixer.hardware import prefers_channels_last
 from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
+from convmixer.ops import prefers_channels_last
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
 from convmixer.untrusted import json_excess
 from convmixer.wrappers import find_inner
@@ -225,7 +225,7 @@ def create_model(
             model.to(device=target, dtype=kind)
     if channels_last is None:
         kernel_size = arguments.get("kernel_size", source.variant.kernel_size)
-        channels_last = prefers_channels_last(target, kernel_size)
+        channels_last = prefers_channels_last(target, kind or torch.float32, kernel_size)
     inner = find_inner(model)
     inner.channels_last = channels_last
     inner.set_fused(fused)

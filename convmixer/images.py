@@ -72,17 +72,15 @@ def read_image(
 ) -> Image.Image:
     """An upright 8-bit RGB image (grey for `channels=1`) from a file, a URL, bytes, a PIL image or an array.
 
-    EXIF rotation is applied, and transparency is laid on white. Numbers become 0 to 255 by what white is for their
-    type, in any byte order:
+    EXIF rotation is applied, and transparency is laid on white. Numbers become 0 to 255 by what is white among them, in
+    any byte order:
 
-    | type | white |
-    | --- | --- |
-    | bool, 8 bits, unsigned 16 bits, and 16-bit PNG and PGM files | their largest value: 1, 255, 65535 |
-    | other integers: PIL's mode I, TIFF files of 32 bits, arrays of int64 | 255 or 65535 |
-    | floats: PIL's mode F, arrays | 1, 255 or 65535 |
+    - Booleans, 8 bits, unsigned 16 bits, and PNG and PGM files of 16 bits: the largest value of the type.
+    - Other integers, as of PIL's mode I, of TIFF files with 32 bits, of int64: 255, or 65535 if a value exceeds that.
+    - Floats, as of PIL's mode F: 1, or 255 if a value exceeds that, or 65535.
 
-    Where there is a choice, white is the smallest that no value exceeds. An image whose largest value is above one of
-    them and below a sixteenth of the next could be either, and is an error, as are negative values, larger ones, and
+    Where white is not the first of these and no value reaches a sixteenth of it, nobody knows what is meant: an image
+    in [0, 1] goes a little beyond 1 when it is sharpened. This is an error, as are negative values, larger ones, and
     values that are not finite.
 
     Args:

@@ -14,6 +14,7 @@ maps, and `set_fused`: the same numbers by `ops.fused`, which keeps two feature 
 # Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from types import MethodType
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convmixer import ops
-from convmixer.errors import ArgumentError, ConvMixerError, ImageError, WeightsError, nearest
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError, WeightsError, nearest
 from convmixer.ops import dispatch, fused
 
 _LOGGER = logging.getLogger(__name__)
@@ -99,6 +100,32 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raise ArgumentError for a type in which a model cannot be computed."""
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16 or 'bfloat16'")
+
+
+@functools.lru_cache
+def _say_plain(recorder: str) -> None:
+    _LOGGER.info("fused blocks: off in what %s makes, which sees the plain layers", recorder)
+
+
+# Called while compiling, and its result taken: some versions of PyTorch (2.7 to 2.11) take `is_exporting()` itself for
+# True in each compilation.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _recorder() -> str:
+    """What runs a model in order to write it down layer by layer, or ""."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "torch.export" if torch.compiler.is_exporting() else ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_recorded(compiling: bool) -> bool:
+    """Whether what runs a model writes plain layers down in place of fused blocks, which the log then says."""
+    if recorder := _recorder():
+        _say_plain(recorder)
+        return True
+    if compiling and (lacking := fused.cannot_compile()):
+        raise DependencyError(lacking)
+    return False
 
 
 def check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
@@ -238,9 +265,7 @@ class DepthwiseConv2d(nn.Conv2d):
         return result
 
     def _is_exported(self, x: Tensor) -> bool:
-        if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
-            return True
-        return torch.compiler._is_exporting_flag and not self.exports_kernels
+        return isinstance(x, torch.fx.Proxy) or (bool(_recorder()) and not self.exports_kernels)
 
 
 def _keeps_resolution(layer: nn.Module) -> bool:
@@ -505,13 +530,13 @@ class ConvMixer(nn.Module):
         """Compute stem and blocks by fused functions, which keep less than half as much for the backward pass.
 
         Parameters, state dict and results stay the same, up to rounding. TorchScript, `torch.fx` and `torch.export` see
-        the plain layers. First derivatives only.
+        the plain layers, and the log says so. First derivatives only.
 
         Args:
             enable: False goes back to the layers. "auto" is True where that is possible for a model on a GPU, and False
                 elsewhere, since on CPUs it saves memory but not time; the choice is written to the log.
             sync_batchnorm: In training, BatchNorm sees the images of all processes of the default group, on CPUs too,
-                as layers of `nn.SyncBatchNorm` do. The running statistics must be the same in each, as
+                as layers of `nn.SyncBatchNorm` do. The parameters must be the same in each, as
                 DistributedDataParallel makes them.
 
         Raises:
@@ -554,10 +579,21 @@ class ConvMixer(nn.Module):
         fused.check(self.stem, self.blocks, self.block_drop, depthwise=DepthwiseConv2d, residual=Residual)
 
     def _runs_fused(self, x: Tensor) -> bool:
-        if not self.fused or torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
+        if not self.fused:
+            return False
+        if isinstance(x, torch.fx.Proxy):
+            _say_plain("torch.fx")
+            return False
+        if _is_recorded(torch.compiler.is_compiling()):
             return False
         self._check_fused()  # layers may have been replaced
         return True
+
+    def __prepare_scriptable__(self) -> "ConvMixer":
+        """For `torch.jit.script`, which asks for it."""
+        if self.fused:
+            _say_plain("torch.jit.script")
+        return self
 
     # ---- timm's contract ----------------------------------------------------------------------------------------
 

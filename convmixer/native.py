@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -43,6 +44,22 @@ def compiler() -> str | None:
     """Path of the C++ compiler: CXX, else g++ or clang++; None if there is none."""
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def inductor_lacks(device: torch.device) -> str | None:
+    """What `torch.compile` needs on a device and does not find, and how to get it; None if nothing."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # which will call another one than `compiler` may find
+
+        try:
+            found = get_cpp_compiler() if "CXX" not in os.environ else compiler()
+        except Exception:
+            found = None
+        if not found:
+            return "needs a C++ compiler on a CPU, and there is none: install g++, or name a compiler in CXX"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "needs triton on a GPU, which is missing: pip install triton"
+    return None
 
 
 def refusal(model: Any, dtype: torch.dtype) -> str | None:

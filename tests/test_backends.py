@@ -422,7 +422,7 @@ def test_auto_without_other_libraries(monkeypatch):
         "openvino": "openvino needs openvino, which is missing: pip install 'convmixer[export]'",
         "onnxruntime": "onnxruntime needs onnxruntime, which is missing: pip install 'convmixer[export]'",
         "native": "native needs a C++ compiler on a CPU, and there is none",
-        "compile": "compile needs a C++ compiler on a CPU, and there is none: install g++ or clang++",
+        "compile": "compile needs a C++ compiler on a CPU, and there is none: install g++, or name",
     }.items():
         with pytest.raises(DependencyError, match=re.escape(text)):
             optimize(model, backend=backend)

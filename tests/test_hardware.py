@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convmixer.hardware import bf16_is_faster, has_tiles, prefers_channels_last
+from convmixer.hardware import bf16_is_faster, has_tiles
 
 CPU = torch.device("cpu")
 
@@ -17,9 +17,3 @@ def test_bfloat16_pays_where_the_processor_multiplies_it():
     flags = set(next((line for line in lines if line.startswith("flags")), "").split())
     assert bf16_is_faster(CPU) == bool(flags & {"avx512_bf16", "amx_tile"})
     assert has_tiles() == ("amx_tile" in flags)
-
-
-def test_layouts():
-    assert [prefers_channels_last(CPU, size) for size in (5, 7, 9)] == [True] * 3
-    assert [prefers_channels_last(torch.device("cuda"), size) for size in (5, 7, 9)] == [False, True, False]
-    assert not prefers_channels_last(torch.device("mps"), 7)

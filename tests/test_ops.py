@@ -11,7 +11,7 @@ from torch import nn
 from convmixer import ConvMixer, accelerate
 from convmixer.errors import ArgumentError
 from convmixer.model import DepthwiseConv2d
-from convmixer.ops import depthwise_conv2d, set_depthwise_kernels
+from convmixer.ops import depthwise_conv2d, prefers_channels_last, set_depthwise_kernels
 
 
 @pytest.mark.parametrize("kernel_size", range(1, 12))
@@ -165,3 +165,14 @@ def test_other_layers_stay(layer):
     with pytest.raises(ArgumentError, match="Conv2d has no depthwise convolution that keeps the resolution"):
         accelerate(layer)
     assert type(layer) is nn.Conv2d
+
+
+def test_layouts(monkeypatch):
+    cpu, gpu, kind = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    assert [prefers_channels_last(cpu, kind, size) for size in (5, 7, 9)] == [True] * 3
+    assert not prefers_channels_last(torch.device("mps"), kind, 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("convmixer.ops.depthwise._fits", lambda device, dtype, size: size < 16)
+    assert [prefers_channels_last(gpu, kind, size) for size in (5, 7, 9, 17)] == [True, True, True, False]
+    monkeypatch.setattr("convmixer.ops.depthwise._enabled", False)  # cuDNN's
+    assert [prefers_channels_last(gpu, kind, size) for size in (5, 7, 9, 17)] == [True, True, False, False]

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import pickle
@@ -29,8 +30,8 @@ from sklearn.utils.class_weight import compute_class_weight
 from torchvision.datasets import CIFAR10
 
 import convmixer
-from convmixer import plots
-from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped, WeightsError
+from convmixer import native, plots
+from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.data import Images, Share, class_weights, hold_out, load_images
@@ -912,6 +913,29 @@ def test_settings_are_checked_before_data_are_read(tmp_path):
         train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="gpu", report=quiet)
     with pytest.raises(ArgumentError, match="unknown precision 'fp8'; valid: auto, float32, bfloat16"):
         train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", precision="fp8", report=quiet)
+
+
+def test_compile_looks_for_its_compiler_before_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    needed = r"compile needs a C\+\+ compiler on a CPU, and there is none: install g\+\+, or name a compiler in CXX; or"
+    with pytest.raises(DependencyError, match=needed + r" train without compile \(--compile\)"):
+        train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="cpu", compile=True, report=quiet)
+    assert not (tmp_path / "run").exists()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else found(name, *a))
+    assert native.inductor_lacks(torch.device("cuda")) == "needs triton on a GPU, which is missing: pip install triton"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+def test_compiled_training_is_the_same(digits, tmp_path):
+    losses = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "batch_size": 90, "image_sizes": ((0, 4),)})
+        options = {"device": "cpu", "precision": "float32", "fused": compile, "compile": compile, "report": quiet}
+        losses.append(train(recipe, digits, tmp_path / str(compile), **options).history[0].train_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.gpu

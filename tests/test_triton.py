@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from convmixer.errors import ArgumentError, DependencyError
 from convmixer.ops import tables
@@ -499,3 +501,36 @@ def test_optimize_refuses_what_it_cannot_run(monkeypatch):
     features = create_model("convmixer_256_8", features_only=True, device="cpu")
     with pytest.raises(ArgumentError, match=r"triton returns the last output alone.*such as compile"):
         optimize(features, backend="triton")
+
+
+@gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_plain_layers(kernels, monkeypatch, compiled):
+    """Outputs and gradients of layers that are not fused, against those of PyTorch in float64."""
+    from convmixer import ConvMixer
+    from convmixer.ops import depthwise, dispatch
+
+    choose(monkeypatch, "depthwise", DIRECT[0])
+    choose(monkeypatch, "weight_gradient", Gradient(3, 3, 16, 32, 4))
+    if interpreted():
+        monkeypatch.setattr(dispatch, "kernels", lambda x: kernels)
+        monkeypatch.setattr(depthwise, "_device_kind", lambda x: "cuda")
+        monkeypatch.setattr(depthwise, "_fits", lambda device, dtype, size: dtype == torch.float32)
+    plain, ours = (ConvMixer(8, 1, 4, 2, num_classes=3).to(DEVICE) for _ in range(2))
+    plain.double()
+    ours.load_state_dict(plain.state_dict())
+    operators = []
+
+    def count(module, _inputs):
+        operators.extend(str(n.target) for n in module.graph.nodes if "convmixer.triton" in str(n.target))
+        return make_boxed_func(module.forward)
+
+    run = torch.compile(ours, backend=aot_autograd(fw_compiler=count, bw_compiler=count), fullgraph=True)
+    x = values(3, 3, 8, 6)
+    loss = (run if compiled else ours)(x).square().sum()
+    loss.backward()
+    plain(x.double()).square().sum().backward()
+    names = [f"convmixer.triton_depthwise_{kind}.default" for kind in ("infer", "input_grad", "weight_grad")]
+    assert operators == (names if compiled else [])
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad.double() - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-4, name

@@ -20,12 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convmixer import native
 from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.errors import ArgumentError, ConvMixerError, TrainingStopped, optional
+from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
 from convmixer.inference import class_logits
 from convmixer.model import ConvMixer, evaluation_view, mirror
+from convmixer.ops.fused import cannot_compile
 from convmixer.plots import plot_history, write_figure
 from convmixer.tracing import computing
 from convmixer.training.augment import Augment, Part
@@ -40,12 +43,12 @@ from convmixer.training.data import (
     seed_all,
     shorten,
 )
-from convmixer.training.graph import CudaGraphs, Graphed, Graphs
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 from convmixer.training.readers import READERS, SHARDS, has_split
 from convmixer.training.recipes import Recipe
-from convmixer.training.run import Run, stop_signals
+from convmixer.training.run import Run
+from convmixer.training.signals import StoppedWhileCompilingError, stop_signals
 from convmixer.training.stream import open_stream
 from convmixer.transforms import normalization, preprocessing
 from convmixer.wrappers import find_model
@@ -463,7 +466,7 @@ def train(
         device: "auto" takes the accelerator if there is one.
         precision: "float32", "bfloat16" or "float16" (mixed precision; float16 on a GPU, with scaled gradients), or
             "auto": bfloat16 where the hardware has products for it, else float32.
-        compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
+        compile: Use `torch.compile`; on a CPU it needs a C++ compiler, on a GPU Triton.
         fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`.
         graph: On a CUDA device, capture a step as one CUDA graph and replay it, so that the host need not launch each
             kernel. "auto" does so where it is possible, and reports why where it is not.
@@ -474,11 +477,17 @@ def train(
     Raises:
         ArgumentError: A setting that makes no sense, or a run in `output` that may not be continued or replaced.
         DataError: Data that cannot be found or read.
-        TrainingStopped: SIGTERM or SIGINT came; what was done is saved, to the step.
+        TrainingStopped: SIGTERM or SIGINT came; what was done is saved, to the step. While `torch.compile` is at work
+            training stops at once, and what was saved before is kept.
+        DependencyError: An optional library, or the compiler that `compile` needs, is missing.
         ConvMixerError: The loss became infinite or not a number, or the disk is full.
     """
     run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
+    if compile and (lacking := native.inductor_lacks(where)):
+        raise DependencyError(f"compile {lacking}; or train without compile (--compile)")
+    if compile and fused and (lacking := cannot_compile()):
+        raise DependencyError(lacking)
     _check_together(recipe, data, val, tests, where, workers, fused)
     numbers = choose_precision(where, precision)
     accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[numbers])
@@ -589,7 +598,7 @@ def train(
         if graph and where.type == "cuda":
             say(f"steps are not CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
         tell_unreadable = _teller(say)
-        with stop_signals() as stopped:
+        with _stopping(run) as stopped:
             for epoch in range(len(history), recipe.epochs):
                 if recipe.patience and epoch - _best(recipe, history) >= recipe.patience:
                     say(f"no better validation loss in {recipe.patience} epochs: stopped")
@@ -666,6 +675,20 @@ def train(
         accuracy = broadcast_object_list([accuracy])[0]
         accelerator.end_training()
     return TrainingResult(model, history, accuracy, weights)
+
+
+@contextlib.contextmanager
+def _stopping(run: Run) -> Iterator[Callable[[], int]]:
+    """`stop_signals`; a compilation that was stopped has made nothing that could be saved."""
+    try:
+        with stop_signals() as stopped:
+            yield stopped
+    except StoppedWhileCompilingError as stop:
+        saved = "what was saved before is kept: go on with --resume"
+        none = "nothing was saved before: start again"
+        raise TrainingStopped(
+            f"stopped while compiling; {saved if run.state.exists() else none}", stop.number
+        ) from stop
 
 
 def _check_together(

@@ -16,8 +16,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,27 +139,3 @@ class Run:
         if self.recipe.epochs < done:
             raise ArgumentError(f"{str(self.state)!r} has {done} epochs begun: give epochs of at least that")
         return state
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the block SIGTERM and SIGINT are noted, not obeyed: the function given tells which came, or 0.
-
-    A second SIGINT interrupts as usual. Outside the main thread, which alone may set handlers, nothing is changed.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: caught[0] if caught else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,8 @@
-"""Captured steps of training, by a stand-in on the CPU and by CUDA graphs where there is a GPU."""
+"""Captured steps and calls, by a stand-in on the CPU and by CUDA graphs where there is a GPU."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from capture import Tapes
 from PIL import Image
 
 import convmixer
+from convmixer.cuda_graphs import KEPT, WARM_UP, CudaGraphs, Graphed, Replayed
 from convmixer.errors import ArgumentError
 from convmixer.training import get_recipe, loop
 from convmixer.training.data import Images
-from convmixer.training.graph import KEPT, WARM_UP, CudaGraphs, Graphed
 
 SMALL = {"epochs": 4, "batch_size": 16, "lr": 0.01, "model": "convmixer_128_8_ks7_p2", "rand_augment": (0, 0)}
 STEPS = 6  # an epoch
@@ -246,7 +248,112 @@ def test_a_step_that_cannot_be_captured_still_runs(tmp_path, monkeypatch):
     assert told == ["the host reads a number during a capture"]
 
 
+# ---- inference ------------------------------------------------------------------------------------------------------
+
+
+def _replayed(run, worth=lambda x: True):
+    tapes = []
+
+    def make(device):
+        tapes.append(Tapes())
+        return tapes[0]
+
+    return Replayed(run, worth, make), lambda: len(tapes[0].tapes) if tapes else 0
+
+
+def _pooled(x):
+    return [x.exp(), x.mean((2, 3))]
+
+
+def test_calls_are_replayed_from_the_second_one_on():
+    model, graphs = _replayed(_pooled)
+    answers = []
+    for i in range(5):
+        x = torch.randn(2, 3, 4, 4)
+        answers.append((model(x), _pooled(x)))
+        assert graphs() == (i > 0)
+    for found, expected in answers:  # what was returned stays, whatever was computed after it
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 4, 4)
+        assert torch.equal(model(x)[0], x.exp())
+    assert graphs() == 1
+    model(x.double()), model(x.double())
+    model(x[:1]), model(x[:1])
+    assert graphs() == 3
+    assert torch.equal(pickle.loads(pickle.dumps(Replayed(_pooled, torch.is_tensor)))(x)[0], x.exp())
+
+
+def test_few_graphs_are_kept():
+    model, graphs = _replayed(_pooled)
+    for n in range(1, 2 * Replayed.kept):
+        for _ in range(2):
+            model(torch.zeros(n, 1, 2, 2))
+    assert len(model._captured) == Replayed.kept
+    model(torch.zeros(n, 1, 2, 2))
+    assert graphs() == n
+
+
+def test_what_is_not_worth_a_graph_or_cannot_be_captured_is_computed(caplog):
+    model, graphs = _replayed(_pooled, lambda x: len(x) < 3)
+    for _ in range(3):
+        assert model(torch.ones(3, 1, 2, 2))[1].sum() == 3
+    assert graphs() == 0
+    model, _ = _replayed(lambda x: [x * x.sum().item()])
+    for _ in range(3):
+        assert model(torch.ones(3, 1, 2, 2))[0].sum() == 144
+    assert [record.message for record in caplog.records if "replayed" in record.message] == [
+        "calls are not replayed as CUDA graphs: the host reads a number during a capture"
+    ]
+
+
+def test_threads_share_graphs():
+    model, _ = _replayed(_pooled)
+
+    def differing(seed):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = [torch.randn(1 + seed % 2, 3, 4, 4, generator=generator) for _ in range(20)]
+        return sum(not torch.equal(model(x)[1], _pooled(x)[1]) for x in inputs)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(differing, range(8))) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"graphs": True, "backend": "compile"}, "graphs=True is for CUDA devices .*, not for 'compile' on cpu"),
+        ({"graphs": "yes", "backend": "compile"}, "graphs='yes'; valid: True, False, 'auto'"),
+    ],
+)
+def test_graphs_that_were_asked_for_and_cannot_be(arguments, text):
+    with pytest.raises(ArgumentError, match=text):
+        convmixer.optimize(convmixer.ConvMixer(4, 1, 3, 2), **arguments)
+
+
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "compile"])
+def test_optimized_models_are_replayed(backend):
+    model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cuda").eval()
+    fast = convmixer.optimize(model, backend=backend, dtype=torch.bfloat16)
+    plain = convmixer.optimize(model, backend=backend, dtype=torch.bfloat16, graphs=False)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    with torch.inference_mode():
+        for i in range(20):
+            x = torch.randn(1 + i % 3, 3, 32, 32, device="cuda")
+            streams[i % 4].wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(streams[i % 4]):
+                found = fast(x)
+            torch.cuda.synchronize()
+            assert torch.equal(found, plain(x))
+    assert len(fast.runtime._captured) == 3
+    x = torch.randn(512, 3, 32, 32, device="cuda")
+    assert torch.equal(fast(x), plain(x))
+    assert len(fast.runtime._captured) == 3  # too large for a graph
+
 
 WAYS = {"plain": {}, "compiled": {"compile": True}, "fused": {"fused": True}}
 
