@@ -1,6 +1,6 @@
 """Kernels and whole models on a GPU, in one command under ten minutes: ours beside cuDNN, timm and the roof.
 
-    python benchmarks/gpu.py --json FILE [--minutes 9] [--data FOLDER] [--only TEXT]
+    python benchmarks/gpu.py --json FILE [--minutes 9] [--data FOLDER] [--only REGEX]
     python benchmarks/gpu.py --table FILE
     python benchmarks/gpu.py --dry-run
 
@@ -21,6 +21,7 @@ import gc
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -415,7 +416,7 @@ def _warm(numbers: list[int], data: Path | None, only: str, end: float) -> int:
 
 
 def chosen(data: Path | None, only: str) -> list[Job]:
-    return [job for job in jobs(data) if only in f"{job.section}: {job.name}"]
+    return [job for job in jobs(data) if re.search(only, f"{job.section}: {job.name}")]
 
 
 def compile_ahead(data: Path | None, only: str, minutes: float) -> None:
@@ -455,7 +456,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--data", type=Path, help="a folder that `convmixer train cifar10` takes")
-    parser.add_argument("--only", default="", help="measure what has this text in its name")
+    parser.add_argument("--only", default="", help="a regular expression: measure what it matches")
     parser.add_argument("--table", type=Path, help="print the tables of a file")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, anywhere")
     arguments = parser.parse_args()

@@ -56,6 +56,7 @@ from convmixer.wrappers import find_model
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+DRAW_EVERY = 10  # seconds between drawings of the curves, which take half a second
 CHECK_EVERY = 50  # steps between looks at the loss, which make a GPU wait
 _ADVICE = (
     "Set a lower lr, or clip_grad, and train in another folder; --set checkpoint=last.safetensors of this one starts "
@@ -598,6 +599,7 @@ def train(
         if graph and where.type == "cuda":
             say(f"steps are not CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
         tell_unreadable = _teller(say)
+        drawn = -math.inf
         with _stopping(run) as stopped:
             for epoch in range(len(history), recipe.epochs):
                 if recipe.patience and epoch - _best(recipe, history) >= recipe.patience:
@@ -628,6 +630,9 @@ def train(
                     place = _Place()
                 if first and finished:
                     _record(run, history, trainer.kept, names)
+                    if number or time.monotonic() - drawn > DRAW_EVERY:
+                        _draw(run, history)
+                        drawn = time.monotonic()
                 if first:
                     rows = [dataclasses.asdict(row) for row in history]
                     run.save(**trainer.state(), history=rows, place=dataclasses.asdict(place), data=held)
@@ -643,6 +648,8 @@ def train(
                     )
 
         accelerator.wait_for_everyone()  # for the last epoch's files
+        if first and history:
+            _draw(run, history)
         trainer.close()
         model = trainer.kept
         if recipe.patience and _best(recipe, history):
@@ -774,6 +781,9 @@ def _record(run: Run, history: Sequence[Epoch], model: ConvMixer, names: dict[st
         write_history(path, history)
     rows = [dataclasses.asdict(row) for row in history]
     run.write_json("metrics.json", [{k: None if v != v else v for k, v in row.items()} for row in rows])  # no NaN
+
+
+def _draw(run: Run, history: Sequence[Epoch]) -> None:
     with run.saving("plots/history.png") as path:
         write_figure(plot_history(history), path)
 
