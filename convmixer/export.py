@@ -163,13 +163,15 @@ def _executorch(job: _Job, path: Path) -> Run:
     for name in ("executorch.exir", "executorch.runtime"):
         optional(name, "the format executorch", "executorch")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
     from executorch.runtime import Runtime
 
     program = job.program(job.dtype, MOST_IMAGES)
     constants = {"metadata": json.dumps(job.metadata)}
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
-    path.write_bytes(lowered.to_executorch().buffer)
+    config = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())  # the batch's bound
+    path.write_bytes(lowered.to_executorch(config).buffer)
     method = Runtime.get().load_program(path).load_method("forward")
     return lambda images: list(method.execute([images.contiguous()]))
 

@@ -93,8 +93,6 @@ def _find() -> Any:
             binary = _compile(path)
             return _put(binary, file)
     except (OSError, RuntimeError) as error:  # nothing can be read, written or run there; no home
-        if isinstance(error, DependencyError):
-            raise
         reason = str(error)
     return _put(binary or _compile(path), instead_of(reason, "native kernels", "XDG_CACHE_HOME") / name)
 
