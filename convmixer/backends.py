@@ -28,21 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer import native, openvino_core
 from convmixer.compiled_code import settle
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing, optional
-from convmixer.folding import FoldedConvMixer, fold, unwrap
+from convmixer.folding import FoldedConvMixer, find_convmixer, fold
 from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache, prefers_channels_last
-from convmixer.inference import read_image
-from convmixer.model import check_dtype, check_input
+from convmixer.inference import preparation
+from convmixer.model import DepthwiseConv2d, as_dtype, check_dtype, check_input
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
 from convmixer.tracing import computing, quietly, tracing
-from convmixer.transforms import create_transform
+from convmixer.wrappers import find_inner, unwrap
 
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
 GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
@@ -277,7 +276,7 @@ def _dynamic(module: nn.Module) -> tuple[dict[str, Any], Tensor]:
 
     The example is larger than any kernel, and odd in its sizes, so that no dimension is taken for a constant.
     """
-    stem = _inner(module).stem[0]
+    stem = find_inner(module).stem[0]
     patch = stem.kernel_size[0]
     example = torch.zeros(2, stem.in_channels, 13 * patch, 11 * patch, dtype=stem.weight.dtype)
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
@@ -345,6 +344,9 @@ class Compiled(Whole):
 
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         super().__init__(module, rule)
+        for layer in module.modules():
+            if isinstance(layer, DepthwiseConv2d):
+                layer.exports_kernels = True  # TorchInductor takes the kernels whole
         settle("TORCHINDUCTOR_CACHE_DIR", _inductor_folder, "graphs of TorchInductor")
         self._graph = _Graphs(self._compile, tracing)
 
@@ -555,7 +557,7 @@ class OptimizedConvMixer(nn.Module):
         super().__init__()
         self.folded, self.choice = folded, choice
         self.runtime: Any = runtime
-        inner: Any = _inner(folded)
+        inner: Any = find_inner(folded)
         self.num_classes, self.in_chans, self.num_features = inner.num_classes, inner.in_chans, inner.num_features
         self.head_hidden_size, self.patch_size = inner.head_hidden_size, inner.patch_size
         self.feature_info: Any = folded.feature_info
@@ -623,11 +625,6 @@ class OptimizedConvMixer(nn.Module):
         return str(self.choice)
 
 
-def _inner(module: nn.Module) -> Any:
-    """The model itself, also out of timm's feature extractor."""
-    return module.model if isinstance(module, FeatureGetterNet) else module
-
-
 def optimize(
     model: nn.Module,
     *,
@@ -649,13 +646,15 @@ def optimize(
     log of `convmixer.backends`.
 
     Args:
-        model: A `ConvMixer`, whole or truncated, or what `create_model(features_only=True)` returns.
+        model: A `ConvMixer`, whole or truncated, or what `create_model(features_only=True)` returns; also inside
+            `torch.compile`, DataParallel, DistributedDataParallel, or an average of weights.
         normalization: Fold mean and std of the model's `pretrained_cfg` into the first convolution, too: the copy takes
             images with values in [0, 1], and its `pretrained_cfg` says mean 0 and std 1, as `predict` and
             `create_transform` need it.
-        dtype: Type to compute in, such as `torch.bfloat16`; None keeps the model's. "auto" takes bfloat16 where the
-            hardware has products for it, else float32. `torch.int8` quantises the convolutions and computes the
-            rest in the type of "auto"; it needs `calibration` and `backend` "native", "openvino" or "auto".
+        dtype: Type to compute in, such as `torch.bfloat16` or "bfloat16"; None keeps the model's. "auto" takes
+            bfloat16 where the hardware has products for it, else float32. `torch.int8` quantises the convolutions and
+            computes the rest in the type of "auto"; it needs `calibration` and `backend` "native", "openvino" or
+            "auto".
         backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
             x86 with AVX-512); on CUDA devices "triton" (own kernels, of unmeasured speed); or "auto": by rule the
             usually fastest of those that work here, or by measurement if there is an `example`.
@@ -681,7 +680,9 @@ def optimize(
     for name, value in {"chunk": chunk, "threads": threads}.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ArgumentError(f"{name}={value!r}: give a whole number of at least 1, or None")
-    weight: Any = unwrap(model).stem[0].weight
+    model = unwrap(model)
+    weight: Any = find_convmixer(model).stem[0].weight
+    dtype = as_dtype(dtype)
     if dtype == "auto":
         kind = torch.bfloat16 if bf16_is_faster(weight.device) else torch.float32
     elif dtype is None:
@@ -689,7 +690,7 @@ def optimize(
     elif isinstance(dtype, torch.dtype):
         kind = dtype
     else:
-        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16, torch.int8 or 'auto'")
+        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as 'bfloat16', 'int8', or 'auto'")
     candidates, reason = _candidates(backend, model, weight.device, kind)
     if kind != torch.int8:
         check_dtype(kind)
@@ -721,7 +722,7 @@ def _candidates(
     found = tuple(b for b in available_backends(device, dtype) if not _refusal(b, model, dtype))
     if not found:  # int8 alone, which openvino computes everywhere
         return _candidates("openvino", model, device, dtype)
-    if "openvino" in found and unwrap(model).dim > NATIVE_DIM and not has_tiles():
+    if "openvino" in found and find_convmixer(model).dim > NATIVE_DIM and not has_tiles():
         found = ("openvino", *(b for b in found if b != "openvino"))
     absent = [
         m
@@ -739,13 +740,14 @@ def _refusal(backend: str, model: nn.Module, dtype: torch.dtype) -> str | None:
     if isinstance(model, FeatureGetterNet):
         other = "openvino" if backend == "native" else "compile"
         return f"{backend} returns the last output alone: use another backend for features_only, such as {other}"
-    inner = unwrap(model)
+    inner = find_convmixer(model)
     if backend == "native":
         return native.refusal(inner, dtype)
     block: Any = inner.blocks[0]
     depthwise, act, _ = block[0].fn
     if depthwise.kernel_size[0] not in KERNEL_SIZES:
-        return f"triton computes kernels of 3 to 11, this model has {depthwise.kernel_size[0]}: use compile"
+        valid = f"{KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}"
+        return f"triton computes kernels of {valid}, this model has {depthwise.kernel_size[0]}: use compile"
     if type(act) not in ACTIVATIONS or getattr(act, "approximate", "none") != "none":
         return f"triton computes {', '.join(ACTIVATIONS.values())}, this model has {act}: use compile"
     return None
@@ -767,7 +769,7 @@ class _Maker:
         calibration: Tensor | str | Path | None,
     ) -> None:
         self.model, self.normalization, self.dtype, self.threads = model, normalization, dtype, threads
-        inner: Any = unwrap(model)
+        inner: Any = find_convmixer(model)
         self.kernel_size: int = inner.blocks[0][0].fn[0].kernel_size[0]
         self.device: torch.device = inner.stem[0].weight.device
         self.calibration = calibration
@@ -823,10 +825,7 @@ class _Maker:
         if backend not in self._sources:
             if backend in ("eager", "compile", "triton"):
                 folded = fold(self.model, self.normalization, self.dtype)
-                stem = _inner(folded).stem[0]
-                last = prefers_channels_last(self.device, self.kernel_size)
-                layout = torch.channels_last if last else torch.contiguous_format
-                stem.weight.data = stem.weight.data.contiguous(memory_format=layout)  # activations follow it
+                find_inner(folded).channels_last = prefers_channels_last(self.device, self.kernel_size)
                 self._sources[backend] = folded, None
             else:
                 # float16 ends early, which decides what may be folded
@@ -948,9 +947,14 @@ def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, im
             )
 
 
-def calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> Tensor:
-    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W)."""
-    inner: Any = _inner(model)
+def calibration_images(
+    source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = print
+) -> Tensor:
+    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W).
+
+    `report` takes a line about which were taken; they need no labels.
+    """
+    inner: Any = find_inner(model)
     if isinstance(source, Tensor):
         if not len(source):
             raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
@@ -958,13 +962,10 @@ def calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> 
         return source[:CALIBRATION_IMAGES]
     from convmixer.training.readers import Split, open_split  # not needed for anything else here
 
-    transform = create_transform(inner)
-    channels: int = inner.in_chans
-
-    def prepare(image: Image.Image) -> Tensor:
-        return transform(read_image(image, channels))  # type: ignore[no-any-return]
-
-    with contextlib.closing(open_split(str(source), "train")) as opened:
+    prepare = preparation(inner)
+    opened = open_split(str(source), "train", labelled=False)
+    report(f"calibration, {opened.taken}")
+    with contextlib.closing(opened):
         if isinstance(opened, Split):  # spread over all classes, which may lie one after the other
             step = max(len(opened) / CALIBRATION_IMAGES, 1)
             samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))

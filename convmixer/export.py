@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +28,10 @@ from convmixer.checkpoints import check_writable, read_tensors, save_weights, wr
 from convmixer.errors import ArgumentError, ConvMixerError, ExportError, nearest, optional
 from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
-from convmixer.model import ConvMixer
+from convmixer.model import ConvMixer, as_dtype
 from convmixer.tracing import tracing
 from convmixer.transforms import preprocessing
+from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
 # The largest difference that a format may make, relative to the largest logit: many roundings in the type.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -152,10 +154,10 @@ def _torch_export(job: _Job, path: Path) -> Run:
 
 def _safetensors(job: _Job, path: Path) -> Run:
     model = copy.deepcopy(job.model).float()
-    save_weights(_inner(job.model), path, job.metadata)
+    save_weights(find_inner(job.model), path, job.metadata)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # nothing may be left of the model itself
-    _inner(model).load_state_dict(read_tensors(path))
+    find_inner(model).load_state_dict(read_tensors(path))
     return lambda images: _outputs(model(images))
 
 
@@ -250,7 +252,7 @@ def export_model(
     path: str | Path,
     format: str | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     fold: bool | None = None,
     normalization: bool = False,
     image_size: int | Sequence[int] | None = None,
@@ -266,11 +268,12 @@ def export_model(
 
     Args:
         model: A `ConvMixer`, a feature extractor of `create_model(features_only=True)`, or the "eager" copy that
-            `optimize` makes of one.
+            `optimize` makes of one. Wrappers are looked into, as by `predict`.
         path: The file to write, which ends in .onnx, .xml (OpenVINO, with a .bin beside it), .mlpackage (Core ML, a
             folder), .pte (ExecuTorch), .pt2 (torch.export) or .safetensors; replaced as a whole or not at all.
         format: "onnx", "openvino", "coreml", "executorch", "torch-export" or "safetensors"; None goes by the ending.
-        dtype: Type of the weights: float32, but for executorch float16, and for torch-export and safetensors bfloat16.
+        dtype: Type of the weights, or its name: float32, but for executorch float16, and for torch-export and
+            safetensors bfloat16.
         fold: Fold every BatchNorm, as `optimize` does; None folds wherever the format holds a computation rather than a
             model's own weights.
         normalization: The file takes images with values in [0, 1]: mean and std are folded, too.
@@ -284,7 +287,7 @@ def export_model(
         WriteError: The file's folder takes no files.
         ExportError: The format cannot hold the model, or the file computes something else. Nothing is left behind.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     endings = {chosen.suffix: name for name, chosen in FORMATS.items()}
     if format is None:
         format = endings.get(path.suffix)
@@ -293,20 +296,23 @@ def export_model(
     if format not in FORMATS:
         raise ArgumentError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
     chosen = FORMATS[format]
-    folded = isinstance(_inner(model), FoldedConvMixer)
+    kind: Any = as_dtype(dtype)
+    model = unwrap(model)
+    folded = isinstance(find_inner(model), FoldedConvMixer)
     fold = chosen.folds if fold is None else fold
-    _check(model, path, format, dtype, fold, normalization, dynamic_size, opset)
+    _check(model, path, format, kind, fold, normalization, dynamic_size, opset)
     replaced = path.suffix == ".mlpackage" and (path / "Manifest.json").is_file()  # a folder that is such a file
     check_writable(path.with_name(f"{path.name}.new") if replaced else path)
     reference: Any = copy.deepcopy(model)
     reference.to("cpu", torch.float32, memory_format=torch.contiguous_format).eval()
-    inner = _inner(reference)
+    inner = find_inner(reference)
+    inner.channels_last = False
     config = preprocessing(inner) if getattr(inner, "pretrained_cfg", None) else {}
     size = _image_size(image_size, config, inner)
-    inside = torch.float32 if not chosen.computes else dtype
+    inside = torch.float32 if not chosen.computes else kind
     if fold and not folded:
         computed = folding.fold(reference, normalization=normalization, dtype=inside)
-        config = _inner(computed).pretrained_cfg if normalization else config
+        config = find_inner(computed).pretrained_cfg if normalization else config
     else:
         computed = copy.deepcopy(reference).to(inside)
     dimensions: dict[int, Any] = {0: torch.export.Dim("batch")}
@@ -314,7 +320,7 @@ def export_model(
         dimensions |= dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
     job = _Job(
         model=computed,
-        dtype=dtype,
+        dtype=kind,
         example=torch.zeros(2, inner.in_chans, *size),
         shapes={"images": dimensions},
         outputs=_output_names(reference),
@@ -335,14 +341,14 @@ def export_model(
         except Exception as error:  # each exporter and runtime has its own
             reason = next(iter(str(error).strip().splitlines()), "")
             raise ExportError(f"the export to {format} failed: {type(error).__name__}: {reason}") from error
-        if run is not None and not difference <= TOLERANCE[dtype]:
+        if run is not None and not difference <= TOLERANCE[kind]:
             raise ExportError(
-                f"{path.name} differs from the model by {difference:.2g} of the largest output, where {dtype} allows "
-                f"{TOLERANCE[dtype]:g}: nothing was written"
-                + ("" if dtype == torch.float32 else ". Export it as float32")
+                f"{path.name} differs from the model by {difference:.2g} of the largest output, where {kind} allows "
+                f"{TOLERANCE[kind]:g}: nothing was written"
+                + ("" if kind == torch.float32 else ". Export it as float32")
             )
         _place(Path(folder), path)
-    return Exported(path, format, dtype, folded or fold, difference, job.outputs)
+    return Exported(path, format, kind, folded or fold, difference, job.outputs)
 
 
 def _check(
@@ -362,17 +368,13 @@ def _check(
     if dtype not in chosen.dtypes:
         valid = ", ".join(str(valid) for valid in chosen.dtypes)
         raise ArgumentError(f"dtype={dtype!r}; valid for {format}: {valid}")
-    if not isinstance(_inner(model), ConvMixer | FoldedConvMixer):
-        kind = type(model)
-        raise ArgumentError(
-            f"cannot export a {kind.__module__}.{kind.__qualname__}: give a model of convmixer.create_model, "
-            "before torch.compile"
-        )
+    if not isinstance(find_inner(model), ConvMixer | FoldedConvMixer):
+        raise ArgumentError(f"cannot export {describe(model)}, which is not a convmixer.ConvMixer: {ADVICE}")
     if opset is not None and (format != "onnx" or type(opset) is not int or opset < OPSET):
         raise ArgumentError(f"opset={opset!r}: it is for the format onnx, a whole number of at least {OPSET}")
     if dynamic_size and chosen.bounded:
         raise ArgumentError(f"dynamic_size: {format} plans memory ahead: leave it out, and give image_size")
-    folded = isinstance(_inner(model), FoldedConvMixer)
+    folded = isinstance(find_inner(model), FoldedConvMixer)
     if not chosen.folds and (fold or folded or normalization):
         raise ArgumentError(f"a {format} file holds a model's own weights: export the model without folding")
     if normalization and (folded or not fold):
@@ -391,11 +393,6 @@ def _place(folder: Path, path: Path) -> None:
             file.rename(path)
         else:
             write_atomically(path.parent / file.name, file.replace)
-
-
-def _inner(model: Any) -> Any:
-    """The model itself, also out of timm's feature extractor."""
-    return model.model if isinstance(model, FeatureGetterNet) else model
 
 
 def _output_names(model: Any) -> tuple[str, ...]:
@@ -439,7 +436,7 @@ def _difference(run: Run, model: Any, size: Sequence[int], normalization: bool, 
     """The largest difference of outputs, relative to the largest output, over batches of smooth random images."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
-    inner = _inner(model)
+    inner = find_inner(model)
     for count, extra in ((1, 0), (3, inner.patch_size if dynamic_size else 0)):
         noise = torch.rand(count, inner.in_chans, 4, 4, generator=generator)
         images = F.interpolate(noise, (size[0] + extra, size[1] + 2 * extra), mode="bilinear")

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from convmixer.checkpoints import write_atomically
 from convmixer.errors import ArgumentError, optional
-from convmixer.inference import class_logits, label_names, read_image
+from convmixer.images import read_image
+from convmixer.inference import class_logits, label_names
 from convmixer.model import evaluation_view, mirror
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing
+from convmixer.wrappers import describe, find_inner, find_model, in_channels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +115,7 @@ def class_probabilities(
     """What a classifier makes of images that are decoded already, as `load_images` does.
 
     Args:
-        model: A classifier from `create_model`.
+        model: A classifier from `create_model`; wrappers are looked into, as by `predict`.
         pixels: uint8 (N, C, H, W).
         batch_size: Images computed at a time.
         progress: Wraps the iteration, for a progress bar.
@@ -121,6 +123,7 @@ def class_probabilities(
     Returns:
         float32 (N, number of classes) on the CPU; rows sum to 1. One output tells two classes apart.
     """
+    model = find_model(model)
     parameter = next(model.parameters())
     normalize = normalization(preprocessing(model))
     batches = []
@@ -275,10 +278,10 @@ def plot_benchmark(report: Mapping[str, Any]) -> Figure:
 
 def _weight(model: nn.Module, name: str) -> npt.NDArray[Any]:
     try:
-        return _array(model.get_parameter(name).float())
+        return _array(find_inner(find_model(model)).get_parameter(name).float())
     except AttributeError as error:
         raise ArgumentError(
-            f"this {type(model).__name__} has no {name}: give a ConvMixer, built without features_only"
+            f"{describe(find_inner(model))} has no {name}: give a ConvMixer as it was before optimize"
         ) from error
 
 
@@ -333,7 +336,7 @@ def plot_depthwise_kernels(model: nn.Module, block: int | None = None) -> Figure
         ArgumentError: Another model, or no such block.
     """
     _weight(model, "blocks.0.0.fn.0.weight")
-    depth = len(model.blocks)  # type: ignore[arg-type]
+    depth = len(find_inner(model).blocks)
     if block is not None and not -depth <= block < depth:
         raise ArgumentError(f"block={block}: this model has the blocks 0 to {depth - 1}")
     chosen = sorted({round(i * (depth - 1) / 3) for i in range(4)}) if block is None else [block % depth]
@@ -372,12 +375,13 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
         ImageError: An image that cannot be read.
         ArgumentError: A model without a head, or no such class.
     """
+    model = find_model(model)
     _weight(model, "stem.0.weight")
     names = label_names(model)
     if target is not None and not 0 <= target < len(names):
         raise ArgumentError(f"target={target}: this model has the classes 0 to {len(names) - 1}")
     attribution = optional("captum.attr", "this figure", "train")
-    channels: int = model.in_chans  # type: ignore[assignment]
+    channels = in_channels(model)
     opened, transform = read_image(image, channels), create_transform(model)
     parameter = next(model.parameters())
     inputs = transform(opened)[None].to(parameter.device, parameter.dtype).requires_grad_()  # weights may be frozen

@@ -75,6 +75,9 @@ class Weights:
         return CIFAR10_CLASSES if self.labels == "cifar10" else None
 
 
+SHAPE = ("dim", "depth", "kernel_size", "patch_size")  # what the shapes of weights tell of a variant
+
+
 @dataclass(frozen=True)
 class Variant:
     """One named architecture with its preprocessing; the first of `weights` is the default.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from command import run
+from conftest import shake
 from safetensors import safe_open
-from test_checkpoints import shake
 from torch import nn
 
 import convmixer
@@ -345,7 +345,7 @@ def test_senseless_choices(model, tmp_path, name, options, text):
 
 
 def test_other_modules(tmp_path):
-    with pytest.raises(ArgumentError, match=r"cannot export a torch\.nn\.modules\.linear\.Linear: give a model of"):
+    with pytest.raises(ArgumentError, match=r"cannot export a torch\.nn\.modules\.linear\.Linear, which is not a"):
         export_model(nn.Linear(1, 1), tmp_path / "m.pt2")
 
 

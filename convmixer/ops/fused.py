@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from convmixer.errors import ArgumentError, ConvMixerError
-from convmixer.ops import dispatch, reference
+from convmixer.ops import dispatch
 
 ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "identity"}
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -94,7 +94,7 @@ class _Depthwise(Function):
         u, scale, shift, weight, center, c = ctx.saved_tensors
         kernels = dispatch.kernels(u)
         if ctx.batch:
-            grad_c = kernels.stats_grad(grad_c, c, ctx.act, center, grad_s, grad_q)
+            grad_c, _ = kernels.stats_grad(grad_c, c, ctx.act, center, grad_s, grad_q)
         grad_weight = grad_bias = grad_u = grad_scale = grad_shift = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             x = kernels.normalize_act(u, scale, shift, ctx.act_before)
@@ -142,8 +142,9 @@ class _Pointwise(Function):
     def backward(ctx: Any, grad_u: Tensor, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         c, scale, shift, weight, u_before, scale_before, shift_before, center, u = ctx.saved_tensors
         kernels = dispatch.kernels(c)
+        total = None
         if ctx.batch:
-            grad_u = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
+            grad_u, total = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
         grad_weight = grad_bias = grad_c = grad_scale = grad_shift = grad_z = None
         product = weight.to(c.dtype)
         if ctx.needs_input_grad[4]:
@@ -152,7 +153,8 @@ class _Pointwise(Function):
             grad_weight = _convolution_grads(grad_u, z, product, (False, True))[1].to(weight.dtype)
             grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
         if ctx.needs_input_grad[5]:
-            grad_bias = grad_u.sum((0, 2, 3), dtype=center.dtype).to(ctx.bias_type)
+            total = grad_u.sum((0, 2, 3), dtype=center.dtype) if total is None else total
+            grad_bias = total.to(ctx.bias_type)
         if any(ctx.needs_input_grad[:4]):
             grad_z = _convolution_grads(grad_u, c, product, (True, False))[0]
             grad_c, grad_scale, grad_shift = kernels.normalize_act_grad(grad_z, c, scale, ctx.act)
@@ -185,11 +187,12 @@ class _Normalize(Function):
 
 
 class _Stats(Function):
-    """The sums of act(u), for the stem; once per step, so PyTorch's own functions do on every device."""
+    """The sums of act(u), for the stem."""
 
     @staticmethod
     def forward(u: Tensor, center: Tensor, act: str) -> tuple[Tensor, Tensor]:
-        return reference.stats(u, act, center)
+        result: tuple[Tensor, Tensor] = dispatch.kernels(u).stats(u, act, center)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -200,7 +203,7 @@ class _Stats(Function):
     @_first_derivative
     def backward(ctx: Any, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         u, center = ctx.saved_tensors
-        grad = dispatch.kernels(u).stats_grad(torch.zeros_like(u), u, ctx.act, center, grad_s, grad_q)
+        grad, _ = dispatch.kernels(u).stats_grad(torch.zeros_like(u), u, ctx.act, center, grad_s, grad_q)
         return grad, None, None
 
 
@@ -341,6 +344,7 @@ def features(
     *,
     checkpointing: bool = False,
     sync_batchnorm: bool = False,
+    channels_last: bool = False,
 ) -> list[Tensor]:
     """What the stem and the blocks make of images, as `check` expects them to be.
 
@@ -351,13 +355,14 @@ def features(
         taken: The blocks whose output is wanted, as numbers.
         checkpointing: Keep one feature map per block, u, and compute c anew.
         sync_batchnorm: In training, BatchNorm sees the images of all processes.
+        channels_last: Compute in channels_last, whatever the layout of images and weights; on CUDA devices always.
 
     Returns:
         Feature maps (B, C, h, w), in the order of the blocks.
     """
 
     def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
-        state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm)
+        state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm, channels_last)
         found: list[Tensor] = []
         for i, block in enumerate(blocks):
             state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling(), sync_batchnorm)
@@ -392,12 +397,14 @@ def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, 
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _embed(stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool) -> tuple[_State, _Moments]:
+def _embed(
+    stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool, channels_last: bool
+) -> tuple[_State, _Moments]:
     convolution, act, module = stem
     u = convolution(images)
     dispatch.check(u.device, u.dtype, sizes)  # autocast chooses the type, and models move
-    if u.is_cuda:
-        u = u.contiguous(memory_format=torch.channels_last)  # as the kernels write
+    if u.is_cuda or channels_last:
+        u = u.contiguous(memory_format=torch.channels_last)  # on CUDA as the kernels write
     norm, act = _Norm.of(module, u, sync_batchnorm), ACTIVATIONS[type(act)]
     moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
     return _State(u, *norm.affine(moments), act), moments

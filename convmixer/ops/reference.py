@@ -118,15 +118,18 @@ def stats(u: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor]:
     return _total(sums), _total(squares)
 
 
-def stats_grad(grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tensor, grad_q: Tensor) -> Tensor:
-    """`grad_u` plus the gradient of `stats` for u."""
-    results = []
+def stats_grad(
+    grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tensor, grad_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`grad_u` plus the gradient of `stats` for u; and the sum of that over B, H and W."""
+    results, sums = [], []
     for grad, part in _parts(grad_u, u):
         values = _wide(part)
         offset = _activate(values, act) - _over_channels(center)
         inner = _over_channels(grad_s) + 2 * offset * _over_channels(grad_q)
         results.append((_wide(grad) + _activation_grad(inner, values, act)).to(u.dtype))
-    return _join(results)
+        sums.append(_wide(results[-1]).sum((0, 2, 3)))
+    return _join(results), _total(sums)
 
 
 # ---- depthwise ------------------------------------------------------------------------------------------------------
