@@ -95,10 +95,11 @@ class _Job:
 
     def program(self, dtype: torch.dtype, most: int | None = None) -> torch.export.ExportedProgram:
         """The computation in a type; `most` bounds the batch."""
-        shapes = self.shapes
+        shapes, example = self.shapes, self.example
         if most is not None:
             shapes = {"images": self.shapes["images"] | {0: torch.export.Dim("batch", min=1, max=most)}}
-        return torch.export.export(_Float32(self.model, dtype), (self.example,), dynamic_shapes=shapes)
+            example = example[:1].expand(most, -1, -1, -1)  # what smaller ones meet on the way would lower the bound
+        return torch.export.export(_Float32(self.model, dtype), (example,), dynamic_shapes=shapes)
 
 
 # ---- one writer for each format: write the file, open it again, return what runs it --------------------------------
