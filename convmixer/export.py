@@ -7,7 +7,9 @@ specification is checked.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -29,7 +31,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, ExportError, nearest
 from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype
-from convmixer.tracing import tracing
+from convmixer.tracing import quietly, tracing
 from convmixer.transforms import preprocessing
 from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
@@ -98,7 +100,7 @@ class _Job:
         shapes, example = self.shapes, self.example
         if most is not None:
             shapes = {"images": self.shapes["images"] | {0: torch.export.Dim("batch", min=1, max=most)}}
-            example = example[:1].expand(most, -1, -1, -1)  # what smaller ones meet on the way would lower the bound
+            example = example[:1].repeat(most, 1, 1, 1)  # what smaller ones meet on the way would lower the bound
         return torch.export.export(_Float32(self.model, dtype), (example,), dynamic_shapes=shapes)
 
 
@@ -183,17 +185,18 @@ def _coreml(job: _Job, path: Path) -> Run | None:
     coremltools = optional("coremltools", "the format coreml", "coreml")
     program = job.program(torch.float32, MOST_IMAGES).run_decompositions({torch.ops.aten.addcmul.default: _addcmul})
     precision = coremltools.precision
-    model = coremltools.convert(
-        program,
-        convert_to="mlprogram",
-        outputs=[coremltools.TensorType(name=name) for name in job.outputs],
-        compute_precision=precision.FLOAT16 if job.dtype == torch.float16 else precision.FLOAT32,
-        minimum_deployment_target=coremltools.target.iOS16,
-        skip_model_load=True,
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        model = coremltools.convert(
+            program,
+            convert_to="mlprogram",
+            outputs=[coremltools.TensorType(name=name) for name in job.outputs],
+            compute_precision=precision.FLOAT16 if job.dtype == torch.float16 else precision.FLOAT32,
+            minimum_deployment_target=coremltools.target.iOS16,
+            skip_model_load=True,
+        )
     model.user_defined_metadata.update(job.metadata)
-    model.save(path)
-    _check_coreml(coremltools.utils.load_spec(path), job)
+    model.save(str(path))
+    _check_coreml(coremltools.utils.load_spec(str(path)), job)
     if sys.platform != "darwin":
         return None
     loaded = coremltools.models.MLModel(str(path))
@@ -332,7 +335,7 @@ def export_model(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         try:
-            with tracing():
+            with tracing(), quietly():  # exporters warn of themselves and of what they need
                 run = chosen.write(job, written)
                 difference = math.nan
                 if run is not None:

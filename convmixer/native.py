@@ -241,7 +241,8 @@ class Native:
         record.end = self._end(block.pointwise.bias, norm)
 
     def _keep(self, tensor: Tensor) -> int:
-        self._kept.append(tensor.detach().contiguous())
+        # A copy: what is a parameter's own moves when the model is sent to another process.
+        self._kept.append(tensor.detach().clone(memory_format=torch.contiguous_format))
         return int(self._kept[-1].data_ptr())
 
     @property
