@@ -68,15 +68,16 @@ class Exported:
 
 
 class _Float32(nn.Module):
-    """A model of any type that takes float32 (B, C, H, W) and returns float32, a tensor for each output."""
+    """A model of any type that takes float32 (B, C, H, W) and returns float32: a tensor, or one for each output."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
         self.eval()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(output.float() for output in _outputs(self.model(images.to(self.dtype))))
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = tuple(output.float() for output in _outputs(self.model(images.to(self.dtype))))
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _outputs(result: Any) -> list[Tensor]:
