@@ -9,6 +9,7 @@ another process, a runtime is made anew from what it was made of.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import io
@@ -310,8 +311,9 @@ def to_openvino(module: nn.Module) -> Any:
     import openvino
 
     options, example = _dynamic(module)
+    private = copy.deepcopy(module)  # OpenVINO reads the weights where they lie, and PyTorch may move a module's own
     with tracing(), quietly(), torch.no_grad():  # the exporters' own dependencies warn
-        return openvino.convert_model(torch.export.export(module, (example,), **options))
+        return openvino.convert_model(torch.export.export(private, (example,), **options))
 
 
 def to_onnx(module: nn.Module) -> bytes:

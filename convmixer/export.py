@@ -7,7 +7,9 @@ specification is checked.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -29,7 +31,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, ExportError, nearest
 from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype
-from convmixer.tracing import tracing
+from convmixer.tracing import quietly, tracing
 from convmixer.transforms import preprocessing
 from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
@@ -66,15 +68,16 @@ class Exported:
 
 
 class _Float32(nn.Module):
-    """A model of any type that takes float32 (B, C, H, W) and returns float32, a tensor for each output."""
+    """A model of any type that takes float32 (B, C, H, W) and returns float32: a tensor, or one for each output."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
         self.eval()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(output.float() for output in _outputs(self.model(images.to(self.dtype))))
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = tuple(output.float() for output in _outputs(self.model(images.to(self.dtype))))
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _outputs(result: Any) -> list[Tensor]:
@@ -95,10 +98,11 @@ class _Job:
 
     def program(self, dtype: torch.dtype, most: int | None = None) -> torch.export.ExportedProgram:
         """The computation in a type; `most` bounds the batch."""
-        shapes = self.shapes
+        shapes, example = self.shapes, self.example
         if most is not None:
             shapes = {"images": self.shapes["images"] | {0: torch.export.Dim("batch", min=1, max=most)}}
-        return torch.export.export(_Float32(self.model, dtype), (self.example,), dynamic_shapes=shapes)
+            example = example[:1].repeat(most, 1, 1, 1)  # what smaller ones meet on the way would lower the bound
+        return torch.export.export(_Float32(self.model, dtype), (example,), dynamic_shapes=shapes)
 
 
 # ---- one writer for each format: write the file, open it again, return what runs it --------------------------------
@@ -165,13 +169,15 @@ def _executorch(job: _Job, path: Path) -> Run:
     for name in ("executorch.exir", "executorch.runtime"):
         optional(name, "the format executorch", "executorch")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
     from executorch.runtime import Runtime
 
     program = job.program(job.dtype, MOST_IMAGES)
     constants = {"metadata": json.dumps(job.metadata)}
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
-    path.write_bytes(lowered.to_executorch().buffer)
+    config = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())  # the batch's bound
+    path.write_bytes(lowered.to_executorch(config).buffer)
     method = Runtime.get().load_program(path).load_method("forward")
     return lambda images: list(method.execute([images.contiguous()]))
 
@@ -180,17 +186,18 @@ def _coreml(job: _Job, path: Path) -> Run | None:
     coremltools = optional("coremltools", "the format coreml", "coreml")
     program = job.program(torch.float32, MOST_IMAGES).run_decompositions({torch.ops.aten.addcmul.default: _addcmul})
     precision = coremltools.precision
-    model = coremltools.convert(
-        program,
-        convert_to="mlprogram",
-        outputs=[coremltools.TensorType(name=name) for name in job.outputs],
-        compute_precision=precision.FLOAT16 if job.dtype == torch.float16 else precision.FLOAT32,
-        minimum_deployment_target=coremltools.target.iOS16,
-        skip_model_load=True,
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        model = coremltools.convert(
+            program,
+            convert_to="mlprogram",
+            outputs=[coremltools.TensorType(name=name) for name in job.outputs],
+            compute_precision=precision.FLOAT16 if job.dtype == torch.float16 else precision.FLOAT32,
+            minimum_deployment_target=coremltools.target.iOS16,
+            skip_model_load=True,
+        )
     model.user_defined_metadata.update(job.metadata)
-    model.save(path)
-    _check_coreml(coremltools.utils.load_spec(path), job)
+    model.save(str(path))
+    _check_coreml(coremltools.utils.load_spec(str(path)), job)
     if sys.platform != "darwin":
         return None
     loaded = coremltools.models.MLModel(str(path))
@@ -329,7 +336,7 @@ def export_model(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         try:
-            with tracing():
+            with tracing(), quietly():  # exporters warn of themselves and of what they need
                 run = chosen.write(job, written)
                 difference = math.nan
                 if run is not None:

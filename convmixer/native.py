@@ -110,8 +110,6 @@ def _find() -> Any:
             binary = _compile(path)
             return _put(binary, file)
     except (OSError, RuntimeError) as error:  # nothing can be read, written or run there; no home
-        if isinstance(error, DependencyError):
-            raise
         reason = str(error)
     return _put(binary or _compile(path), instead_of(reason, "native kernels", "XDG_CACHE_HOME") / name)
 
@@ -260,7 +258,8 @@ class Native:
         record.end = self._end(block.pointwise.bias, norm)
 
     def _keep(self, tensor: Tensor) -> int:
-        self._kept.append(tensor.detach().contiguous())
+        # A copy: what is a parameter's own moves when the model is sent to another process.
+        self._kept.append(tensor.detach().clone(memory_format=torch.contiguous_format))
         return int(self._kept[-1].data_ptr())
 
     @property

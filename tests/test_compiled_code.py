@@ -126,6 +126,7 @@ def test_a_process_survives_a_library_cut_in_half(copying, tmp_path):
 
 
 @needs_native
+@pytest.mark.slow
 def test_five_processes_at_once(copying, compiled, tmp_path):
     with ThreadPoolExecutor(5) as threads:
         found = list(threads.map(lambda _: program("native", XDG_CACHE_HOME=tmp_path, CXX=copying), range(5)))

@@ -79,6 +79,20 @@ def test_copies(made, copied):
             assert shared is again.folded  # once in memory, and once in the file
 
 
+@torch.no_grad()
+def test_runtimes_have_weights_of_their_own():
+    """PyTorch moves the parameters of what is sent to another process, and frees where they were."""
+    x = torch.randn(2, 3, 8, 8)
+    for name in {"native", "openvino", "onnxruntime"} & set(CPU):
+        fast = convmixer.optimize(make(num_classes=0), backend=name)
+        expected = fast(x)
+        for module in (fast.folded.stem, fast.folded.blocks):
+            for tensor in module.state_dict().values():
+                tensor.fill_(float("nan"))
+        assert torch.equal(fast(x), expected), name
+        assert fast(x[:1, :, :4]).isfinite().all()  # a shape that is compiled now
+
+
 @pytest.mark.skipif(backends._missing("compile") is not None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compiled():

@@ -147,7 +147,7 @@ def test_wrapped_models(images):
     replaced = copy.deepcopy(model)
     replaced.forward = MethodType(lambda self, x: self.forward_head(self.forward_features(x)), replaced)
     traced = torch.fx.symbolic_trace(copy.deepcopy(model))
-    for name in ("in_chans", "num_classes", "pretrained_cfg"):
+    for name in ("in_chans", "num_classes", "num_features", "pretrained_cfg"):
         setattr(traced, name, getattr(model, name))
     for given in (compiled, in_place, pruned, parametrized, replaced, traced):
         with unchanged(given):
