@@ -1,28 +1,35 @@
-"""Kernels and whole models on a GPU, in about ten minutes: ours against cuDNN, against timm and against the roof.
+"""Kernels and whole models on a GPU, in one command under ten minutes: ours beside cuDNN, timm and the roof.
 
-    python benchmarks/gpu.py --json FILE [--minutes 10]
+    python benchmarks/gpu.py --json FILE [--minutes 9] [--data FOLDER] [--only REGEX]
+    python benchmarks/gpu.py --table FILE
     python benchmarks/gpu.py --dry-run
 
-Kernels: each operation of a block in bfloat16, 64 images, by our kernels in both forms and by PyTorch (cuDNN) in both
-layouts, with the time at an H200's roof. Models: images per second and peak memory of inference and of a training step
-(AdamW) in bfloat16 with random weights; timm's class in both layouts, and compiled with and without TorchInductor's
-layout optimisation; ours folded in each backend, and for training fused, where the model can be. Largest batch: of a
-training step, in powers of two. What the minutes do not reach is listed as left out; the file is written after each
-step. A dry run computes tiny shapes anywhere, in Triton's interpreter: it shows that all of it runs.
+Several processes compile what will be measured, for a third of the time at most. Then one process measures, what
+matters most first. Everything is in bfloat16 with random weights. A training step is forward, backward and AdamW; it
+is measured as it is launched, and as one CUDA graph where it can be captured. Kernels are timed by graphs of several
+calls, beside the time at an H200's roof. With `--data`, `convmixer train` runs for two epochs, of which the second one
+counts. What the minutes do not reach is listed as left out, what fails with its error. The file is written after each
+step, and tables in Markdown are printed at the end. A dry run computes tiny shapes anywhere, in Triton's interpreter,
+which shows that all of it runs.
 """
 
 # ruff: noqa: E402
 import argparse
+import contextlib
 import functools
 import gc
 import json
+import multiprocessing
 import os
+import re
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DRY = "--dry-run" in sys.argv
 if DRY:
@@ -41,29 +48,54 @@ from convmixer.ops import triton as ops
 DEVICE = "cpu" if DRY else "cuda"
 DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter has no products of bfloat16
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-# dim, depth, kernel, patch, activation, image side, classes, images of a training step
-MODELS: dict[str, tuple[int, int, int, int, type[nn.Module], int, int, int]] = {
-    "convmixer_1536_20": (1536, 20, 9, 7, nn.GELU, 224, 1000, 64),
-    "convmixer_768_32": (768, 32, 7, 7, nn.ReLU, 224, 1000, 128),
-    "convmixer_1024_20_ks9_p14": (1024, 20, 9, 14, nn.GELU, 224, 1000, 256),
-    "convmixer_256_8": (256, 8, 5, 2, nn.GELU, 32, 10, 1024),
-}
-if DRY:
-    MODELS = {"tiny": (8, 2, 3, 2, nn.GELU, 8, 3, 2)}
 # H200: dense products in bfloat16, the float32 cores, memory.
 PRODUCTS, CORES, MEMORY = 790e12, 67e12, 4.3e12
 
 
+class Model(NamedTuple):
+    """Arguments of a model, the side of its images, and how many are in a training step."""
+
+    dim: int
+    depth: int
+    kernel_size: int
+    patch_size: int
+    act: type[nn.Module]
+    side: int
+    classes: int
+    batch: int
+
+
+MODELS = {
+    "convmixer_1536_20": Model(1536, 20, 9, 7, nn.GELU, 224, 1000, 64),
+    "convmixer_768_32": Model(768, 32, 7, 7, nn.ReLU, 224, 1000, 128),
+    "convmixer_256_8": Model(256, 8, 5, 2, nn.GELU, 32, 10, 1024),
+    "convmixer_256_8_ks9_p1": Model(256, 8, 9, 1, nn.GELU, 32, 10, 256),
+}
+if DRY:
+    MODELS = {"tiny": Model(8, 2, 3, 2, nn.GELU, 8, 3, 2)}
+
+
+class Job(NamedTuple):
+    """One measurement; `compiles` marks those for which processes may compile ahead."""
+
+    section: str
+    name: str
+    compiles: bool
+    measure: Callable[[], Any]
+
+
+# ---- time -----------------------------------------------------------------------------------------------------------
+
+
 def seconds(call: Callable[[], Any], least: float) -> float:
-    """Median time of a call after three untimed ones."""
+    """Median time of a call after two untimed ones."""
+    for _ in range(1 if DRY else 2):
+        call()
     if DRY:
-        call()
         return float("nan")
-    for _ in range(3):
-        call()
     torch.cuda.synchronize()
     times: list[float] = []
-    while sum(times) < least or len(times) < 5:
+    while sum(times) < least or len(times) < 3:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call()
@@ -71,6 +103,23 @@ def seconds(call: Callable[[], Any], least: float) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1000)
     return statistics.median(times)
+
+
+def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], Any]:
+    """Some calls as one CUDA graph."""
+    if DRY:
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return graph.replay  # type: ignore[no-any-return]
 
 
 def free() -> None:
@@ -85,173 +134,73 @@ def peak() -> float:
     return float("nan") if DRY else torch.cuda.max_memory_allocated() / 2**20
 
 
-class Report:
-    """What was measured; written after each step, which is left out when time is up and named when it fails."""
-
-    def __init__(self, file: Path | None, minutes: float) -> None:
-        self.file, self.end = file, time.monotonic() + 60 * minutes
-        device = "cpu, dry run" if DRY else torch.cuda.get_device_name()
-        versions = {"torch": torch.__version__, "triton": triton.__version__, "timm": timm.__version__}
-        self.content: dict[str, Any] = {"device": device, "dtype": str(DTYPE), **versions, "left_out": [], "failed": {}}
-
-    def step(self, section: str, name: str, measure: Callable[[], Any]) -> None:
-        if time.monotonic() > self.end:
-            self.content["left_out"].append(f"{section}: {name}")
-        else:
-            free()
-            try:
-                found = measure()
-            except Exception as error:
-                if DRY:
-                    raise
-                self.content["failed"][f"{section}: {name}"] = f"{type(error).__name__}: {error}"[:300]
-            else:
-                self.content.setdefault(section, {})[name] = found
-                print(f"{section}: {name}: {found}", flush=True)
-        if self.file is not None:
-            self.file.write_text(json.dumps(self.content, indent=1) + "\n")
-
-
-# ---- kernels --------------------------------------------------------------------------------------------------------
-
-
-def kernel_steps(report: Report, variant: str) -> None:
-    dim, _, size, patch, _, side, _, _ = MODELS[variant]
-    batch, side = 2 if DRY else 64, side // patch
-    before, after = (size - 1) // 2, size // 2
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=DEVICE, dtype=DTYPE)
-
-    plain, weight, square = draw(batch, dim, side, side), draw(dim, 1, size, size) / size, draw(dim, dim) / dim**0.5
-    x, vector = plain.contiguous(memory_format=torch.channels_last), torch.rand(dim, device=DEVICE)
-    tensor, values = x.nbytes, x.numel()
-    taps, products = 2 * size * size * values / CORES, 2 * dim * values / PRODUCTS
-
-    def convolve(x: Tensor, weight: Tensor) -> Tensor:
-        if before != after:
-            x = F.pad(x, (before, after, before, after))
-        return F.conv2d(x, weight, padding=before if before == after else 0, groups=dim)
-
-    def backward(x: Tensor, mask: list[bool]) -> Any:
-        return torch.ops.aten.convolution_backward(
-            x, x, weight, None, [1, 1], [before, before], [1, 1], False, [0, 0], dim, mask
-        )
-
-    ways: dict[str, tuple[float, Callable[[], Any]]] = {}
-    for config in ops.forms(x, size):
-        form = type(config).__name__.lower()
-        ours = functools.partial(ops._convolve, x, weight, config=config)
-        ways[f"depthwise + sums, {form}"] = (
-            max(2 * tensor / MEMORY, taps),
-            functools.partial(ours, bias=vector, act="gelu", center=vector),
-        )
-        ways[f"depthwise_infer, {form}"] = (
-            max(2 * tensor / MEMORY, taps),
-            functools.partial(ours, bias=vector, act="gelu", scale=vector, residual=x),
-        )
-        ways[f"depthwise_input_grad, {form}"] = (
-            max(3 * tensor / MEMORY, taps),
-            functools.partial(ours, bias=None, act="identity", residual=x, transpose=True),
-        )
-    for config in ops.gradients(x, size):
-        form = "direct" if isinstance(config, ops.Gradient) else "banded"
-        ways[f"depthwise_weight_grad, {form}"] = (
-            max(2 * tensor / MEMORY, taps),
-            functools.partial(ops._correlate, x, x, size, config),
-        )
-    for row in (1, 2):
-        config = ops._row(ops.POINTWISE, x, row)
-        ways[f"pointwise + sums, z {'in a pass before' if config.apart else 'on the way'}"] = (
-            max(3 * tensor / MEMORY, products),
-            functools.partial(ops._multiply, x, square, vector, "gelu", (vector, vector, x), vector, config=config),
-        )
-    ways |= {
-        "pointwise_infer": (
-            max(2 * tensor / MEMORY, products),
-            lambda: ops.pointwise_infer(x, square, vector, "gelu", vector, vector),
-        ),
-        "sum_normalized": (
-            3 * tensor / MEMORY,
-            lambda: ops.sum_normalized(x, vector, vector, "gelu", x, vector, vector, "gelu"),
-        ),
-        "normalize_act": (2 * tensor / MEMORY, lambda: ops.normalize_act(x, vector, vector, "gelu")),
-        "normalize_act_grad": (3 * tensor / MEMORY, lambda: ops.normalize_act_grad(x, x, vector, "gelu")),
-        "stats_grad": (3 * tensor / MEMORY, lambda: ops.stats_grad(x, x, "gelu", vector, vector, vector)),
-    }
-    for name, image in {"NCHW": plain, "channels_last": x}.items():
-        ways[f"PyTorch {name}: depthwise"] = 0.0, functools.partial(convolve, image, weight)
-        ways[f"PyTorch {name}: pointwise"] = 0.0, functools.partial(F.conv2d, image, square[:, :, None, None])
-        if before == after:
-            input_grad = functools.partial(backward, image, [True, False, False])
-            ways[f"PyTorch {name}: depthwise input gradient"] = 0.0, input_grad
-            weight_grad = functools.partial(backward, image, [False, True, False])
-            ways[f"PyTorch {name}: depthwise weight gradient"] = 0.0, weight_grad
-    for name, (roof, call) in ways.items():
-        report.step(
-            f"kernels of {variant}, microseconds",
-            name,
-            lambda call=call, roof=roof: (
-                {"measured": 1e6 * seconds(call, 0.05)} | ({"h200_roof": 1e6 * roof} if roof else {})
-            ),
-        )
-
-
 # ---- models ---------------------------------------------------------------------------------------------------------
 
 
-def build(variant: str, ours: bool) -> nn.Module:
-    dim, depth, size, patch, act, _, classes, _ = MODELS[variant]
-    options: dict[str, Any] = {"kernel_size": size, "patch_size": patch, "num_classes": classes, "act_layer": act}
-    return (convmixer.ConvMixer if ours else TimmConvMixer)(dim=dim, depth=depth, **options).to(DEVICE)
+def build(name: str, ours: bool, layout: torch.memory_format = torch.channels_last) -> nn.Module:
+    dim, depth, size, patch, act, _, classes, _ = MODELS[name]
+    kind = convmixer.ConvMixer if ours else TimmConvMixer
+    model = kind(dim=dim, depth=depth, kernel_size=size, patch_size=patch, num_classes=classes, act_layer=act)
+    return model.to(DEVICE, memory_format=layout)
 
 
-def images(variant: str, batch: int, layout: torch.memory_format) -> Tensor:
-    side = MODELS[variant][5]
-    return torch.randn(batch, 3, side, side, device=DEVICE).contiguous(memory_format=layout)
+def images(name: str, batch: int, layout: torch.memory_format, dtype: torch.dtype) -> Tensor:
+    side = MODELS[name].side
+    return torch.randn(batch, 3, side, side, device=DEVICE).to(dtype).contiguous(memory_format=layout)
 
 
-def compiled(model: nn.Module, moves: bool) -> nn.Module:
+def compiled(model: nn.Module, moves: bool = True) -> Any:
     """Compiled with or without TorchInductor's layout optimisation."""
     if DRY:
         return torch.compile(model, backend="aot_eager")
     return torch.compile(model, options={"layout_optimization": moves}, dynamic=False)
 
 
-def infer(variant: str, model: Callable[[Tensor], Any], layout: torch.memory_format) -> dict[str, float]:
-    batch = 2 * MODELS[variant][-1]
-    x = images(variant, batch, layout).to(DTYPE)
+def infer(
+    name: str, make: Callable[[], Any], layout: torch.memory_format, batch: int | None = None
+) -> dict[str, float]:
+    model, batch = make(), batch or 2 * MODELS[name].batch
+    x = images(name, batch, layout, DTYPE)
     with torch.no_grad():
-        return {"images_per_second": batch / seconds(lambda: model(x), 1.0), "batch": batch, "peak_mib": peak()}
+        time_of_one = seconds(lambda: model(x), 0.5)
+    return {"images_per_second": batch / time_of_one, "batch": batch, "peak_mib": peak()}
 
 
-def trainer(variant: str, model: nn.Module, layout: torch.memory_format, batch: int) -> Callable[[], None]:
-    x = images(variant, batch, layout)
+def train(
+    name: str, model: nn.Module, run: Callable[[Tensor], Tensor], layout: torch.memory_format, batch: int | None = None
+) -> dict[str, Any]:
+    """A training step, launched one kernel after the other and as a graph; peak memory is the former's."""
+    batch = batch or MODELS[name].batch
+    x = images(name, batch, layout, torch.float32)
     labels = torch.zeros(batch, dtype=torch.long, device=DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    fast: dict[str, Any] = {} if DRY else {"fused": True, "capturable": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-4, device=DEVICE), **fast)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in model.parameters():
+            parameter.grad = None
         with torch.autocast(DEVICE, DTYPE):
-            loss = F.cross_entropy(model(x).float(), labels)
+            loss = F.cross_entropy(run(x).float(), labels)
         loss.backward()
         optimizer.step()
 
-    return step
+    found: dict[str, Any] = {"images_per_second": batch / seconds(step, 0.5), "batch": batch, "peak_mib": peak()}
+    try:
+        found["graph_images_per_second"] = batch / seconds(captured(step), 0.5)
+    except Exception as error:
+        found["graph"] = f"{type(error).__name__}: {error}"[:200]
+    return found
 
 
-def train(variant: str, model: nn.Module, layout: torch.memory_format) -> dict[str, float]:
-    batch = MODELS[variant][-1]
-    step = trainer(variant, model, layout, batch)
-    return {"images_per_second": batch / seconds(step, 1.0), "batch": batch, "peak_mib": peak()}
-
-
-def largest(variant: str, make: Callable[[], nn.Module]) -> int:
+def largest(name: str, make: Callable[[], nn.Module]) -> int:
     """The largest power of two of images in a training step that the memory holds."""
     batch = 0
     for power in range(2 if DRY else 16):
         try:
-            trainer(variant, make(), torch.channels_last, 2**power)()
+            model = make()
+            x = images(name, 2**power, torch.channels_last, torch.float32)
+            with torch.autocast(DEVICE, DTYPE):
+                model(x).float().sum().backward()
         except torch.cuda.OutOfMemoryError:
             break
         finally:
@@ -260,65 +209,295 @@ def largest(variant: str, make: Callable[[], nn.Module]) -> int:
     return batch
 
 
-def fused(variant: str) -> nn.Module:
-    model = build(variant, True).to(memory_format=torch.channels_last)
+def fused(name: str) -> Any:
+    model: Any = build(name, True)
     model.set_fused(True)
     return model
 
 
-def model_steps(report: Report, variant: str) -> None:
-    section = f"inference of {variant}"
-    for name, layout in LAYOUTS.items():
-        model = build(variant, False).to(DTYPE, memory_format=layout).eval()
-        report.step(section, f"timm {name}", functools.partial(infer, variant, model, layout))
-    for moves in (True, False):
-        what = f"timm compiled, layout optimisation {'on' if moves else 'off'}"
-        model = build(variant, False).to(DTYPE).eval()
-        report.step(section, what, lambda m=model, o=moves: infer(variant, compiled(m, o), torch.contiguous_format))
-    for backend in ("triton", "eager") if DRY else ("triton", "eager", "compile"):
-        report.step(
-            section,
+def optimized(name: str, backend: str) -> Any:
+    return convmixer.optimize(build(name, True).eval(), backend=backend, dtype=DTYPE)
+
+
+def model_jobs(name: str) -> Iterator[Job]:
+    last = torch.channels_last
+
+    def ours(section: str, what: str, measure: Callable[[], Any], compiles: bool = True) -> Job:
+        return Job(f"{section} of {name}", what, compiles, measure)
+
+    def layers(compile: bool) -> Any:
+        model = build(name, True)
+        return train(name, model, compiled(model) if compile else model, last)
+
+    def fused_step(compile: bool) -> Any:
+        model = fused(name)
+        return train(name, model, compiled(model) if compile else model, last)
+
+    def timm_step(layout: torch.memory_format, compile: bool, moves: bool = True) -> Any:
+        model = build(name, False, layout)
+        return train(name, model, compiled(model, moves) if compile else model, layout)
+
+    def accelerated() -> Any:
+        model = convmixer.accelerate(build(name, False))
+        return train(name, model, compiled(model), last)
+
+    yield ours("training", "ours, fused", lambda: fused_step(False))
+    yield ours("training", "ours, fused, compiled", lambda: fused_step(True))
+    yield ours("training", "ours, layers, compiled", lambda: layers(True))
+    yield ours("training", "ours, layers", lambda: layers(False))
+    yield ours("training", "timm's class after accelerate, compiled", accelerated)
+    best = torch.contiguous_format if MODELS[name].kernel_size == 9 else last
+    yield ours("training", "timm compiled, default", lambda: timm_step(torch.contiguous_format, True))
+    yield ours("training", "timm compiled, layout kept", lambda: timm_step(best, True, False))
+    for what, layout in LAYOUTS.items():
+        yield ours("training", f"timm {what}", functools.partial(timm_step, layout, False), False)
+    for backend in ("triton", "eager") if DRY else ("triton", "compile", "eager"):
+        yield ours("inference", f"ours, {backend}", lambda b=backend: infer(name, lambda: optimized(name, b), last))
+    yield ours(
+        "inference", "timm compiled, default", lambda: infer(name, lambda: compiled(timm_eval(name)), LAYOUTS["NCHW"])
+    )
+    yield ours(
+        "inference",
+        "timm compiled, layout kept",
+        lambda: infer(name, lambda: compiled(timm_eval(name, best), False), best),
+    )
+    for what, layout in LAYOUTS.items():
+        yield ours(
+            "inference", f"timm {what}", lambda o=layout: infer(name, lambda: timm_eval(name, o), o), compiles=False
+        )
+    for backend in ("triton",) if DRY else ("triton", "compile", "auto"):
+        yield ours(
+            "inference of one image",
             f"ours, {backend}",
-            lambda b=backend: infer(
-                variant,
-                convmixer.optimize(build(variant, True).eval(), backend=b, dtype=DTYPE),
-                torch.channels_last,
-            ),
+            lambda b=backend: infer(name, lambda: optimized(name, b), last, 1),
         )
-    section = f"training of {variant}"
-    for name, layout in LAYOUTS.items():
-        model = build(variant, False).to(memory_format=layout)
-        report.step(section, f"timm {name}", functools.partial(train, variant, model, layout))
-    if hasattr(convmixer.ConvMixer, "set_fused"):
-        report.step(section, "ours, fused", lambda: train(variant, fused(variant), torch.channels_last))
-        report.step(
-            section,
-            "ours, fused, compiled",
-            lambda: train(variant, compiled(fused(variant), True), torch.channels_last),
+    yield ours("inference of one image", "timm", lambda: infer(name, lambda: timm_eval(name), last, 1), compiles=False)
+
+
+def timm_eval(name: str, layout: torch.memory_format = torch.channels_last) -> nn.Module:
+    return build(name, False, layout).to(DTYPE).eval()
+
+
+def memory_jobs(name: str) -> Iterator[Job]:
+    section = f"largest batch of {name}"
+    yield Job(section, "ours, fused", True, lambda: largest(name, lambda: fused(name)))
+    yield Job(section, "timm channels_last", False, lambda: largest(name, lambda: build(name, False)))
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def kernel_jobs(name: str) -> Iterator[Job]:
+    """Each operation of a block, and what PyTorch has for it, for the images of a training step."""
+    dim, _, size, patch, _, side, _, batch = MODELS[name]
+    side, before, after = side // patch, (size - 1) // 2, size // 2
+
+    @functools.lru_cache
+    def operands() -> tuple[Tensor, ...]:
+        plain = torch.randn(batch, dim, side, side, device=DEVICE).to(DTYPE)
+        weight, square = (torch.randn(s, device=DEVICE).to(DTYPE) for s in ((dim, 1, size, size), (dim, dim)))
+        last = plain.contiguous(memory_format=torch.channels_last)
+        return plain, last, weight / size, square / dim**0.5, torch.rand(dim, device=DEVICE)
+
+    values = batch * dim * side * side
+    tensor, taps, products = 2 * values, 2 * size * size * values / CORES, 2 * dim * values / PRODUCTS
+
+    def convolution(x: Tensor, weight: Tensor) -> Tensor:
+        if before != after:
+            x = F.pad(x, (before, after, before, after))
+        return F.conv2d(x, weight, padding=before if before == after else 0, groups=dim)
+
+    def backward(x: Tensor, weight: Tensor, mask: list[bool]) -> Any:
+        pads = [before, before]
+        return torch.ops.aten.convolution_backward(x, x, weight, None, [1, 1], pads, [1, 1], False, [0, 0], dim, mask)
+
+    ours: dict[str, tuple[float, Callable[..., Any]]] = {
+        "depthwise + sums": (max(2 * tensor / MEMORY, taps), lambda _, x, w, s, v: ops.depthwise(x, w, v, "gelu", v)),
+        "depthwise_infer": (
+            max(3 * tensor / MEMORY, taps),
+            lambda _, x, w, s, v: ops.depthwise_infer(x, w, v, "gelu", v, v, x),
+        ),
+        "depthwise_input_grad": (
+            max(3 * tensor / MEMORY, taps),
+            lambda _, x, w, s, v: ops.depthwise_input_grad(x, w, x),
+        ),
+        "depthwise_weight_grad": (
+            max(2 * tensor / MEMORY, taps),
+            lambda _, x, w, s, v: ops.depthwise_weight_grad(x, x, size),
+        ),
+        "pointwise + sums": (
+            max(3 * tensor / MEMORY, products),
+            lambda _, x, w, s, v: ops.pointwise(x, v, v, x, s, v, "gelu", v),
+        ),
+        "pointwise_infer": (
+            max(2 * tensor / MEMORY, products),
+            lambda _, x, w, s, v: ops.pointwise_infer(x, s, v, "gelu", v, v),
+        ),
+        "sum_normalized": (
+            3 * tensor / MEMORY,
+            lambda _, x, w, s, v: ops.sum_normalized(x, v, v, "gelu", x, v, v, "gelu"),
+        ),
+        "normalize_act": (2 * tensor / MEMORY, lambda _, x, w, s, v: ops.normalize_act(x, v, v, "gelu")),
+        "normalize_act_grad": (3 * tensor / MEMORY, lambda _, x, w, s, v: ops.normalize_act_grad(x, x, v, "gelu")),
+        "stats_grad": (3 * tensor / MEMORY, lambda _, x, w, s, v: ops.stats_grad(x, x, "gelu", v, v, v)),
+        "stats": (tensor / MEMORY, lambda _, x, w, s, v: ops.stats(x, "gelu", v)),
+    }
+    for what, (roof, call) in ours.items():
+        yield Job(
+            f"kernels of {name}, microseconds",
+            what,
+            True,
+            lambda c=call, r=roof: {"measured": microseconds(lambda: c(*operands())), "h200_roof": 1e6 * r},
         )
-    for moves in (True, False):
-        what = f"timm compiled, layout optimisation {'on' if moves else 'off'}"
-        model = build(variant, False)
-        report.step(section, what, lambda m=model, o=moves: train(variant, compiled(m, o), torch.contiguous_format))
-    section = f"largest batch of {variant}"
-    report.step(section, "timm channels_last", lambda: largest(variant, lambda: build(variant, False)))
-    if hasattr(convmixer.ConvMixer, "set_fused"):
-        report.step(section, "ours, fused", lambda: largest(variant, lambda: fused(variant)))
+    theirs: dict[str, Callable[..., Any]] = {
+        "depthwise": lambda x, w, s: convolution(x, w),
+        "1x1 convolution": lambda x, w, s: F.conv2d(x, s[:, :, None, None]),
+    }
+    if before == after:
+        theirs["depthwise input gradient"] = lambda x, w, s: backward(x, w, [True, False, False])
+        theirs["depthwise weight gradient"] = lambda x, w, s: backward(x, w, [False, True, False])
+    for i, layout in enumerate(LAYOUTS):
+        for what, call in theirs.items():
+            yield Job(
+                f"kernels of {name}, microseconds",
+                f"PyTorch {layout}: {what}",
+                False,
+                lambda c=call, i=i: {"measured": microseconds(lambda: c(operands()[i], *operands()[2:4]))},
+            )
+
+
+def microseconds(call: Callable[[], Any], calls: int = 4) -> float:
+    return 1e6 * seconds(captured(call, calls), 0.02) / calls
+
+
+# ---- an epoch of training -------------------------------------------------------------------------------------------
+
+
+def epoch(data: Path) -> dict[str, float]:
+    """Images per second of the second epoch of `convmixer train cifar10`, validation left out."""
+    from convmixer.training.loop import train as run
+    from convmixer.training.recipes import get_recipe
+
+    recipe = get_recipe("cifar10", epochs=2, validation_fraction=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(recipe, data, Path(folder) / "run", device=DEVICE, report=lambda _: None)
+    last = result.history[-1]
+    return {"images_per_second": last.images_per_second, "batch": recipe.batch_size}
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def jobs(data: Path | None) -> list[Job]:
+    """What matters most first."""
+    found: list[Job] = []
+    for name in MODELS:
+        found += model_jobs(name)
+    if data is not None:
+        found.append(Job("epoch of convmixer train", "cifar10", True, lambda: epoch(data)))
+    for name in MODELS:
+        found += kernel_jobs(name)
+    return found + [job for name in list(MODELS)[:2] for job in memory_jobs(name)]
+
+
+def _warm(numbers: list[int], data: Path | None, only: str, end: float) -> int:
+    """Run some of the jobs for what they leave in the compilers' caches."""
+    global seconds
+    seconds = lambda call, least: (call(), 1.0)[1]  # type: ignore[assignment]  # noqa: E731
+    todo, done = chosen(data, only), 0
+    for number in numbers:
+        if time.time() > end:
+            break
+        with contextlib.suppress(Exception):
+            free()
+            todo[number].measure()
+        done += 1
+    return done
+
+
+def chosen(data: Path | None, only: str) -> list[Job]:
+    return [job for job in jobs(data) if re.search(only, f"{job.section}: {job.name}")]
+
+
+def compile_ahead(data: Path | None, only: str, minutes: float) -> None:
+    """Let processes run the jobs that compile, each a part of them, until a third of the time is over."""
+    numbers = [i for i, job in enumerate(chosen(data, only)) if job.compiles and "largest" not in job.section]
+    workers = min(8, os.cpu_count() or 1)
+    end = time.time() + 20 * minutes
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(_warm, numbers[i::workers], data, only, end) for i in range(workers)]
+        done = sum(future.result() for future in futures)
+    print(f"{done} of {len(numbers)} jobs compiled by {workers} processes", flush=True)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown: a table for each section."""
+    lines = [f"{content['device']}, torch {content['torch']}, triton {content['triton']}, timm {content['timm']}"]
+    for section, rows in content["sections"].items():
+        columns = list(dict.fromkeys(key for row in rows.values() if isinstance(row, dict) for key in row))
+        lines += [
+            "",
+            f"**{section}**",
+            "",
+            f"| | {' | '.join(columns) or 'images'} |",
+            "| --- |" + " --: |" * (len(columns) or 1),
+        ]
+        for name, row in rows.items():
+            values = [row.get(c, "") for c in columns] if isinstance(row, dict) else [row]
+            lines.append(f"| {name} | {' | '.join(f'{v:,.0f}' if isinstance(v, float) else str(v) for v in values)} |")
+    for what in ("failed", "left_out"):
+        if content[what]:
+            lines += ["", f"{what}: {content[what]}"]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--data", type=Path, help="a folder that `convmixer train cifar10` takes")
+    parser.add_argument("--only", default="", help="a regular expression: measure what it matches")
+    parser.add_argument("--table", type=Path, help="print the tables of a file")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, anywhere")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())))
+        return
     if not DRY and not torch.cuda.is_available():
         parser.error("no CUDA device: --dry-run computes tiny shapes without one")
-    report = Report(arguments.json, arguments.minutes)
-    for variant in MODELS:  # the most important ones first
-        kernel_steps(report, variant)
-        model_steps(report, variant)
-    print(f"left out: {report.content['left_out']}; failed: {report.content['failed']}")
+    begin = time.monotonic()
+    content: dict[str, Any] = {
+        "device": "cpu, dry run" if DRY else torch.cuda.get_device_name(),
+        "dtype": str(DTYPE),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "timm": timm.__version__,
+        "sections": {},
+        "failed": {},
+        "left_out": [],
+    }
+    if not DRY:
+        torch.backends.cudnn.benchmark = True
+        compile_ahead(arguments.data, arguments.only, arguments.minutes)
+    for job in chosen(arguments.data, arguments.only):
+        place = f"{job.section}: {job.name}"
+        if time.monotonic() - begin > 60 * arguments.minutes:
+            content["left_out"].append(place)
+            continue
+        free()
+        try:
+            found = job.measure()
+        except Exception as error:
+            if DRY:
+                raise
+            content["failed"][place] = f"{type(error).__name__}: {error}"[:300]
+            print(place, content["failed"][place], flush=True)
+        else:
+            content["sections"].setdefault(job.section, {})[job.name] = found
+            print(f"{place}: {found}", flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(content))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convmixer.ops import triton as kernels
+from convmixer.ops.tables import forget_choices, row
 
 BLOCKS = {"convmixer_256_8": (256, 5, 16), "convmixer_768_32": (768, 7, 32), "convmixer_1536_20": (1536, 9, 32)}
 BATCH = 64
@@ -54,12 +55,15 @@ def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
             | {"options": {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}}
         )
 
+    forget_choices()
     with (
         FakeTensorMode(),
         mock.patch.object(kernels, "_launch", record),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(capability, 10)),
+        mock.patch.object(torch.cuda, "get_device_name", return_value=f"sm_{capability}"),  # of which nothing is tuned
     ):
         yield recorded
+    forget_choices()
 
 
 def compile_launch(launch: dict[str, Any], capability: int) -> Any:
@@ -102,8 +106,9 @@ def disassemble(compiled: Any) -> dict[str, Any]:
             if jump and labels.get(jump[1], len(instructions)) < len(instructions):
                 loops.append((labels[jump[1]], len(instructions) + 1))
             instructions.append(found[1])
-    # The longest loop is the main one; what it jumps to behind the end is rare.
-    begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    # The longest of the innermost loops is the main one; what it jumps to behind the end is rare.
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    begin, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))
     spills = sum(name in ("LDL", "STL") for name in instructions)
     return {
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
@@ -136,62 +141,48 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
     tensor, taps, products = values * dtype.itemsize, 2.0 * size * size * values, 2.0 * dim * values
     # Three products of TF32, at half the rate, make one of float32.
     dots = (products if dtype.itemsize == 2 else 6 * products, 0.0)
-    infer = {"scale": vector, "shift": vector}
-    found: dict[str, tuple[Any, int, float, float]] = {}
-    for config in kernels.forms(x, size):
-        form = type(config).__name__.lower()
-        work = (0.0, taps) if form == "direct" else (taps, 0.0)
-        convolve = functools.partial(kernels._convolve, x, kernel, vector, "gelu", config=config)
-        found[f"depthwise, {form}"] = (functools.partial(convolve, center=vector), 2 * tensor, *work)
-        found[f"depthwise_infer, {form}"] = (functools.partial(convolve, residual=x, **infer), 2 * tensor, *work)
-        transposed = functools.partial(
-            kernels._convolve, x, kernel, None, "identity", residual=x, transpose=True, config=config
-        )
-        found[f"depthwise_input_grad, {form}"] = (transposed, 3 * tensor, *work)
-    for config in kernels.gradients(x, size):
-        form = "direct" if isinstance(config, kernels.Gradient) else "banded"
-        work = (0.0, taps) if form == "direct" else (taps, 0.0)
-        correlate = functools.partial(kernels._correlate, x, x, size, config)
-        found[f"depthwise_weight_grad, {form}"] = (correlate, 2 * tensor, *work)
+    convolve = functools.partial(kernels._convolve, x, kernel)
     multiply = functools.partial(kernels._multiply, x, weight, vector, "gelu")
-    normalize, normalize_grad, stats = (  # the functions inside the operators
-        functools.partial(getattr(kernels, name).__wrapped__, x)
-        for name in ("normalize_act", "normalize_act_grad", "stats_grad")
-    )
-    formed = kernels._row(kernels.POINTWISE, x, 1)._replace(apart=False)
-    return found | {
-        "pointwise, z on the way": (
-            functools.partial(multiply, (vector, vector, x), vector, config=formed),
-            3 * tensor,
-            *dots,
-        ),
-        "pointwise of z": (functools.partial(multiply, center=vector), 2 * tensor, *dots),
-        "sum_normalized": (
-            functools.partial(kernels._sum_normalized, x, vector, vector, "gelu", x),
-            3 * tensor,
-            0.0,
-            0.0,
-        ),
-        "pointwise_infer": (functools.partial(multiply, **infer), 2 * tensor, *dots),
-        "normalize_act": (functools.partial(normalize, vector, vector, "gelu"), 2 * tensor, 0.0, 0.0),
-        "normalize_act_grad": (functools.partial(normalize_grad, x, vector, "gelu"), 3 * tensor, 0.0, 0.0),
-        "stats_grad": (functools.partial(stats, x, "gelu", vector, vector, vector), 3 * tensor, 0.0, 0.0),
+    infer = {"scale": vector, "shift": vector}
+    normalize = functools.partial(kernels._normalize, x, "gelu", vector, vector)
+    sums = lambda what, **given: kernels._sums(what, x, "gelu", **given)  # noqa: E731
+    formed = row("pointwise", 2 + (dim > 256), x)._replace(apart=False)
+    given = row("pointwise", int(dim > 1024), x)
+    found: dict[str, tuple[Any, int, float, float]] = {
+        "depthwise": (lambda: convolve(vector, "gelu", center=vector), 2, 0.0, taps),
+        "depthwise_infer": (lambda: convolve(vector, "gelu", residual=x, **infer), 2, 0.0, taps),
+        "depthwise_input_grad": (lambda: convolve(None, "identity", residual=x, transpose=True), 3, 0.0, taps),
+        "depthwise_weight_grad": (lambda: kernels._correlate(x, x, size), 2, 0.0, taps),
+        "pointwise, z on the way": (lambda: multiply((vector, vector, x), vector, config=formed), 3, *dots),
+        "pointwise of z": (lambda: multiply(center=vector, config=given), 2, *dots),
+        "pointwise_infer": (lambda: multiply(config=given, **infer), 2, *dots),
+        "normalize_act": (normalize, 2, 0.0, 0.0),
+        "sum_normalized": (lambda: normalize(None, x, vector, vector, "gelu"), 3, 0.0, 0.0),
+        "normalize_act_grad": (lambda: sums(0, grad=x, scale=vector), 3, 0.0, 0.0),
+        "stats_grad": (lambda: sums(1, grad=x, center=vector, grad_s=vector, grad_q=vector), 3, 0.0, 0.0),
+        "stats": (lambda: sums(2, center=vector), 1, 0.0, 0.0),
     }
+    return {name: (call, passes * tensor, *work) for name, (call, passes, *work) in found.items()}
+
+
+def named(launch: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a launch by name."""
+    return dict(zip(launch["kernel"].arg_names, launch["arguments"], strict=False))
+
+
+def tiles(launch: dict[str, Any]) -> float:
+    """How many tiles a program computes."""
+    return float(named(launch)["tiles"] / launch["grid"][0])
 
 
 def trips(launch: dict[str, Any]) -> float:
-    """How often the main loop of a launch runs."""
-    constants, arguments = launch["constants"], launch["arguments"]
-    names = launch["kernel"].arg_names
-    named = dict(zip(names, arguments, strict=False))
-    kernel = launch["kernel"].__name__
-    if kernel == "depthwise_direct":
-        return constants["K"]
-    if kernel == "depthwise_banded":
-        return named["strip_rows"] + constants["K"] - 1
-    if kernel.startswith("depthwise_weight_gradient"):
-        return named["tiles"] / launch["grid"][0]
-    return constants["C"] / constants["INPUTS"] if kernel == "pointwise" else 1
+    """How often the main loop of a launch runs, for each tile of `depthwise`."""
+    constants, kernel = launch["constants"], launch["kernel"].__name__
+    if kernel == "depthwise":
+        return float(constants["K"] - constants["ROWS"] + 1)
+    if kernel in ("depthwise_weight_gradient", "sums_of_tiles"):
+        return tiles(launch)
+    return float(constants["C"] / constants["INPUTS"]) if kernel == "pointwise" else 1.0
 
 
 def report(
@@ -207,6 +198,8 @@ def report(
         static = disassemble(compile_launch(launch, capability))
         loop = static["loop"]["total"]
         issued = static["instructions"]["total"] - loop + trips(launch) * loop
+        if launch["kernel"].__name__ == "depthwise":
+            issued *= tiles(launch)
         issued *= launch["options"]["num_warps"] * math.prod(launch["grid"]) / BATCH
         roofs = {"memory": moved / MEMORY, "tensor cores": tensor / PRODUCTS, "float32 cores": cores / CORES}
         bound = max(roofs, key=lambda key: roofs[key])

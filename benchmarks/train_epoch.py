@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.optim import create_optimizer_v2
 
 import convmixer
 from convmixer.benchmark import device_name
+from convmixer.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe, get_recipe, train
 from convmixer.training.loop import _no_denormals, autocast
+from convmixer.training.optimizers import create_optimizer
 
 
 def write_images(folder: Path, count: int, side: int, classes: int = 10) -> None:
@@ -41,24 +42,32 @@ def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str,
     """Seconds for the training steps alone."""
     model = convmixer.create_model(recipe.model, device=device, num_classes=10).train()
     forward = torch.compile(model) if compiled else model
-    optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = create_optimizer(recipe, model, device)
     x = torch.randn(recipe.batch_size, *model.pretrained_cfg["input_size"], device=device)
     if not next(model.parameters()).is_contiguous():
         x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (recipe.batch_size,), device=device)
 
+    def compute(x: torch.Tensor, labels: torch.Tensor) -> None:
+        with autocast(device, precision):
+            logits = forward(x)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def failed(error: RuntimeError) -> None:
+        raise error
+
+    run = Graphed(compute, CudaGraphs(device) if device.type == "cuda" else None, failed)  # as in training
+
     def steps(number: int) -> None:
         for _ in range(number):
-            optimizer.zero_grad()
-            with autocast(device, precision):
-                logits = forward(x)
-            F.cross_entropy(logits.float(), labels).backward()
-            optimizer.step()
+            run(x, labels)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     with _no_denormals(device):  # as in training
-        steps(3)
+        steps(WARM_UP + 1)
         begun = time.perf_counter()
         steps(count)
         return time.perf_counter() - begun

@@ -1,11 +1,15 @@
 """A training step of convmixer_256_8 at 32 pixels: images per second and activation memory, against timm's model.
 
-    python benchmarks/train_step.py [--batch-size 64] [--precision bfloat16] [--rounds 9] [--json FILE]
+    python benchmarks/train_step.py [--device cpu] [--batch-size 64] [--precision bfloat16] [--rounds 9] [--json FILE]
+    python benchmarks/train_step.py --dry-run
 
 The same weights in timm's class and in ours (eager, and compiled as `convmixer train --compile` runs it; with and
 without fused blocks), by AdamW. All ways take turns in one process; ratios are medians over rounds, against timm's
 best. Memory is what autograd keeps between forward and backward, and its ratio is against timm's eager step. On Linux
 with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
+
+On a CUDA device ours run as CUDA graphs, too, as `convmixer train` runs them there, with AdamW and with Muon. A dry run
+makes two steps of a tiny model on four images, on a CPU with calls in place of graphs: it shows that all of it runs.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -23,7 +28,10 @@ import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import convmixer
+from convmixer.cuda_graphs import WARM_UP, CudaGraphs, Graphed
+from convmixer.training import Recipe
 from convmixer.training.loop import autocast
+from convmixer.training.optimizers import create_optimizer
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
 
@@ -31,21 +39,48 @@ PLAIN, LAST = torch.contiguous_format, torch.channels_last
 class Way:
     """A model, its forward pass, and a step of training with it."""
 
-    def __init__(self, model: torch.nn.Module, layout: torch.memory_format, compile: bool, precision: str) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layout: torch.memory_format,
+        compile: bool,
+        precision: str,
+        opt: str = "adamw",
+        graph: bool = False,
+    ) -> None:
         self.model = model.to(memory_format=layout)
         self.forward: Callable = torch.compile(self.model, dynamic=False) if compile else self.model
         self.layout, self.precision = layout, precision
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        self.device = next(model.parameters()).device
+        if isinstance(model, convmixer.ConvMixer):
+            self.optimizer = create_optimizer(Recipe(opt=opt, lr=1e-3), model, self.device)
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.tensor(1e-3, device=self.device)
+        else:
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        graphs = CudaGraphs(self.device) if graph and self.device.type == "cuda" else None
+        self.run = Graphed(self.compute, graphs, self.failed)
+
+    def failed(self, error: RuntimeError) -> None:
+        raise error
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with autocast(torch.device("cpu"), self.precision):
+        with autocast(self.device, self.precision):
             logits = self.forward(images.contiguous(memory_format=self.layout))
         return F.cross_entropy(logits.float(), labels)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+    def compute(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         self.loss(images, labels).backward()
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Seconds of a step."""
+        start = time.perf_counter()
+        self.run(images, labels)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
 
     def kept(self, images: torch.Tensor, labels: torch.Tensor) -> int:
         """Bytes that autograd keeps for the backward pass, parameters left out."""
@@ -61,28 +96,37 @@ class Way:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = self.loss(images, labels)
         loss.backward()  # until here all of them were alive, so no address was used twice
+        self.optimizer.zero_grad(set_to_none=True)
         return sum(storages.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
+    if arguments.dry_run:
+        arguments.batch_size, arguments.rounds = 4, 1
     torch.manual_seed(0)
-    images = torch.randn(arguments.batch_size, 3, 32, 32)
-    labels = torch.randint(10, (arguments.batch_size,))
-    state = convmixer.create_model("convmixer_256_8", device="cpu").state_dict()
+    images = torch.randn(arguments.batch_size, 3, 32, 32, device=arguments.device)
+    labels = torch.randint(10, (arguments.batch_size,), device=arguments.device)
+    shape = {"dim": 256, "depth": 8, "kernel_size": 5, "patch_size": 2, "num_classes": 10}  # convmixer_256_8
+    if arguments.dry_run:
+        shape |= {"dim": 16, "depth": 1}
+    state = convmixer.ConvMixer(**shape).state_dict()
 
-    def way(ours: bool, layout: torch.memory_format, compile: bool, fused: bool = False) -> Way:
+    def way(ours: bool, layout: torch.memory_format, compile: bool, fused: bool = False, **options: Any) -> Way:
         build = convmixer.ConvMixer if ours else TimmConvMixer
-        model = build(256, 8, kernel_size=5, patch_size=2, num_classes=10)
+        model = build(**shape)
         model.load_state_dict(state)
+        model.to(arguments.device)
         if fused:
             model.set_fused()
-        return Way(model, layout, compile, arguments.precision)
+        return Way(model, layout, compile, arguments.precision, **options)
 
     ways = {
         "timm eager NCHW": way(False, PLAIN, False),
@@ -94,13 +138,22 @@ def main() -> None:
         "convmixer fused": way(True, LAST, False, fused=True),
         "convmixer fused, compiled": way(True, LAST, True, fused=True),
     }
+    if arguments.device.type == "cuda" or arguments.dry_run:
+        for name, options in {
+            "convmixer eager": {"compile": False},
+            "convmixer compiled": {"compile": True},
+            "convmixer fused": {"compile": False, "fused": True},
+            "convmixer fused, compiled": {"compile": True, "fused": True},
+        }.items():
+            for opt in ("adamw", "muon"):
+                ways[f"{name}, {opt}, graph"] = way(True, LAST, graph=True, opt=opt, **options)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(arguments.rounds + 2):
+    untimed = 1 if arguments.dry_run else WARM_UP + 1  # they compile, warm up and capture
+    for round_ in range(arguments.rounds + untimed):
         for name, it in ways.items():
-            start = time.perf_counter()
-            it.step(images, labels)
-            if round_ >= 2:  # the first two rounds compile and warm up
-                seconds[name].append(time.perf_counter() - start)
+            duration = it.step(images, labels)
+            if round_ >= untimed:
+                seconds[name].append(duration)
     rates = {name: arguments.batch_size / statistics.median(times) for name, times in seconds.items()}
     memory = {name: it.kept(images, labels) / arguments.batch_size / 2**20 for name, it in ways.items()}
     best = max((name for name in ways if name.startswith("timm")), key=rates.__getitem__)
@@ -111,7 +164,7 @@ def main() -> None:
     least = min(memory[name] for name in ways if name.startswith("timm eager"))
     for name in ways:
         print(
-            f"{name:28} {rates[name]:6.1f} images/s, {ratios[name]:.2f} of {best}; "
+            f"{name:40} {rates[name]:6.1f} images/s, {ratios[name]:.2f} of {best}; "
             f"{memory[name]:6.2f} MiB/image, {memory[name] / least:.2f} of timm eager"
         )
     if arguments.json:

@@ -2,7 +2,8 @@
 
 A runtime is a callable from images (B, C, H, W) to a list of outputs. It cuts a batch into pieces, for one reason: what
 a block reads and writes should stay in the cache of the core that computes it. Graphs are compiled for one shape each,
-when that shape comes first, and kept; all runtimes may be called from several threads.
+when that shape comes first, and kept; all runtimes may be called from several threads. Copied, pickled or sent to
+another process, a runtime is made anew from what it was made of.
 """
 
 from __future__ import annotations
@@ -16,33 +17,38 @@ import logging
 import os
 import queue
 import statistics
+import sys
+import tempfile
 import threading
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from convmixer import native
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing
-from convmixer.folding import FoldedConvMixer, fold, unwrap
-from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache, prefers_channels_last
-from convmixer.inference import read_image
-from convmixer.model import check_dtype, check_input
+from convmixer import native, openvino_core
+from convmixer.compiled_code import settle
+from convmixer.cuda_graphs import Replayed
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing, optional
+from convmixer.folding import FoldedConvMixer, find_convmixer, fold
+from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache
+from convmixer.inference import preparation
+from convmixer.model import DepthwiseConv2d, as_dtype, check_dtype, check_input
+from convmixer.ops import prefers_channels_last
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
-from convmixer.transforms import create_transform
+from convmixer.tracing import computing, quietly, tracing
+from convmixer.wrappers import find_inner, unwrap
 
 BACKENDS = ("auto", "eager", "compile", "openvino", "onnxruntime", "native", "triton")
 GRAPHS_KEPT = 32  # compiled graphs per model, one for each shape; the one unused for longest goes first
+GRAPH_BYTES = 2**25  # of a feature map, above which launches on a GPU cost little and memory much
 CALIBRATION_IMAGES = 512
 NATIVE_DIM = 512  # above it OpenVINO is faster where there is no AMX: measured with 256 and 768 channels
 MOST_LOST = 0.25  # of the outputs' size, by int8; what loses more classifies otherwise
@@ -54,7 +60,8 @@ _NEEDS = {  # modules of each runtime, and the extra that brings them
 # What OpenVINO calls the types.
 _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
 _CPU = torch.device("cpu")
-_COMPILING = threading.Lock()  # TorchInductor's settings are global
+_LEFT_BEHIND: list[Any] = []  # of the parent's, in a child by fork
+_FORKED = threading.Lock()
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -98,11 +105,12 @@ def _missing(backend: str, device: torch.device = _CPU, dtype: torch.dtype | Non
     absent = [module for module in modules if importlib.util.find_spec(module) is None]
     if absent:
         return missing(backend, absent, extra)
-    if device.type == "cpu" and backend in ("compile", "native") and native.compiler() is None:
-        return f"{backend} needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
-    if backend == "triton" or (backend == "compile" and device.type == "cuda"):
-        if importlib.util.find_spec("triton") is None:
-            return f"{backend} needs triton on a GPU, which is missing: pip install triton"
+    if backend == "compile" and (lacking := native.inductor_lacks(device)):
+        return f"compile {lacking}"
+    if device.type == "cpu" and backend == "native" and native.compiler() is None:
+        return "native needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton needs triton on a GPU, which is missing: pip install triton"
     return None
 
 
@@ -114,7 +122,9 @@ def _require(backend: str, device: torch.device = _CPU, dtype: torch.dtype | Non
 def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
     """The backends that can compute in `dtype` on `device` with what is installed, the usually fastest first."""
     device = torch.device(device)
-    ordered = ["compile", "eager", "triton"]  # the last one's speed is unmeasured
+    ordered = ["triton", "compile", "eager"]  # as measured in bfloat16 on an H200: benchmarks/gpu.py
+    if dtype == torch.float32:  # in which products by triton take three of TF32
+        ordered = ["compile", "triton", "eager"]
     if device.type == "cpu":
         ordered = ["native", "openvino", "compile", "eager"]
         if dtype == torch.float32:
@@ -153,9 +163,7 @@ def _unsupported(backend: str, device: torch.device, dtype: torch.dtype) -> str 
 
 @functools.lru_cache(maxsize=1)
 def _openvino_types() -> tuple[str, ...]:
-    import openvino
-
-    return tuple(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return tuple(openvino_core.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------
@@ -186,18 +194,39 @@ def fitting_chunk(dim: int, positions: int, itemsize: int) -> int:
     return _power_of_two(l2_cache() // (dim * positions * itemsize))
 
 
-class _Graphs:
-    """Compiled graphs by key, made once each whichever thread asks first; the one unused for longest is dropped."""
+Turn = Callable[[], contextlib.AbstractContextManager[Any]]
 
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make, self._kept, self._lock = make, OrderedDict[Any, Any](), threading.Lock()
+
+class _Graphs:
+    """Compiled graphs by key, made once each whichever thread asks first; the one unused for longest is dropped.
+
+    Args:
+        make: From key to graph.
+        turn: What a thread holds while it makes one; None: a lock of this object's own.
+    """
+
+    def __init__(self, make: Callable[..., Any], turn: Turn | None = None) -> None:
+        making = threading.Lock()
+        self._make, self._turn = make, turn or (lambda: making)
+        self._kept, self._lock = OrderedDict[Any, Any](), threading.Lock()
 
     def __call__(self, *key: Any) -> Any:
+        graph = self._find(key)
+        if graph is None:
+            with self._turn():
+                graph = self._find(key)
+                if graph is None:
+                    graph = self._make(*key)
+                    with self._lock:
+                        self._kept[key] = graph
+                        if len(self._kept) > GRAPHS_KEPT:
+                            self._kept.popitem(last=False)
+        return graph
+
+    def _find(self, key: Any) -> Any:
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = self._make(*key)
-                if len(self._kept) > GRAPHS_KEPT:
-                    self._kept.popitem(last=False)
+                return None
             self._kept.move_to_end(key)
             return self._kept[key]
 
@@ -216,12 +245,59 @@ def _as_list(outputs: Any) -> list[Tensor]:
 Rule = Callable[[int, int], int]  # height and width of images -> chunk
 
 
+@dataclass(frozen=True)
+class _Fixed:
+    """The rule of one chunk for all sizes."""
+
+    chunk: int
+
+    def __call__(self, height: int, width: int) -> int:
+        return self.chunk
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """The rule of `fitting_chunk`."""
+
+    dim: int
+    patch_size: int
+    itemsize: int
+
+    def __call__(self, height: int, width: int) -> int:
+        positions = (height // self.patch_size) * (width // self.patch_size)
+        return fitting_chunk(self.dim, positions, self.itemsize)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """The rule of pieces that PyTorch's threads share: as many times as large as there are threads."""
+
+    rule: Rule
+
+    def __call__(self, height: int, width: int) -> int:
+        return self.rule(height, width) * torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class _Small:
+    """Whether a feature map of images has at most so many bytes."""
+
+    dim: int
+    patch_size: int
+    most: int
+
+    def __call__(self, x: Tensor) -> bool:
+        batch, _, height, width = x.shape
+        positions = (height // self.patch_size) * (width // self.patch_size)
+        return batch * self.dim * positions * x.element_size() <= self.most
+
+
 def _dynamic(module: nn.Module) -> tuple[dict[str, Any], Tensor]:
     """Arguments for torch.export with batch and image size left open, and an example.
 
     The example is larger than any kernel, and odd in its sizes, so that no dimension is taken for a constant.
     """
-    stem = _inner(module).stem[0]
+    stem = find_inner(module).stem[0]
     patch = stem.kernel_size[0]
     example = torch.zeros(2, stem.in_channels, 13 * patch, 11 * patch, dtype=stem.weight.dtype)
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
@@ -234,8 +310,7 @@ def to_openvino(module: nn.Module) -> Any:
     import openvino
 
     options, example = _dynamic(module)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the exporters' own dependencies
+    with tracing(), quietly(), torch.no_grad():  # the exporters' own dependencies warn
         return openvino.convert_model(torch.export.export(module, (example,), **options))
 
 
@@ -243,8 +318,7 @@ def to_onnx(module: nn.Module) -> bytes:
     """An ONNX file of a ConvMixer in float32 on the CPU; batch, height and width are open."""
     _require("onnxruntime")
     options, example = _dynamic(module)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with tracing(), quietly(), torch.no_grad():
         program: Any = torch.onnx.export(module, (example,), dynamo=True, verbose=False, **options)
     data: bytes = program.model_proto.SerializeToString()
     return data
@@ -261,6 +335,12 @@ class Whole:
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         self.module, self.rule = module, rule
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.rule)
+
+    def after_fork(self) -> None:
+        """In a child by fork, nothing of this package's own is missing."""
+
     def _run(self, x: Tensor) -> list[Tensor]:
         return _as_list(self.module(x))
 
@@ -268,6 +348,12 @@ class Whole:
         with torch.no_grad():
             chunk = len(x) if self.rule is None else self.rule(*x.shape[2:])
             return _join([self._run(part) for part in x.split(chunk)])
+
+
+def _inductor_folder() -> str:
+    from torch._inductor.runtime.runtime_utils import default_cache_dir
+
+    return default_cache_dir()
 
 
 class Compiled(Whole):
@@ -279,7 +365,15 @@ class Compiled(Whole):
 
     def __init__(self, module: nn.Module, rule: Rule | None = None) -> None:
         super().__init__(module, rule)
-        self._graph = _Graphs(self._compile)
+        for layer in module.modules():
+            if isinstance(layer, DepthwiseConv2d):
+                layer.exports_kernels = True  # TorchInductor takes the kernels whole
+        settle("TORCHINDUCTOR_CACHE_DIR", _inductor_folder, "graphs of TorchInductor")
+        self._graph = _Graphs(self._compile, tracing)
+
+    def after_fork(self) -> None:
+        """Compile anew, for the number of threads that the child has; OpenMP's own are gone."""
+        self._graph = _Graphs(self._compile, tracing)
 
     def _compile(self, *key: Any) -> Callable[[Tensor], Any]:
         from torch import _inductor
@@ -291,16 +385,16 @@ class Compiled(Whole):
             m.kernel_size[0] for m in self.module.modules() if isinstance(m, nn.Conv2d) and m.stride[0] == 1
         )
         # Inductor moves depthwise convolutions to channels_last, which is slow with 9x9 kernels on GPUs.
-        moves = device.type != "cuda" or prefers_channels_last(device, kernel_size)
-        with (
-            _COMPILING,
-            warnings.catch_warnings(),
-            torch.no_grad(),
-            config.patch(freezing=True, layout_optimization=moves),
-        ):
-            warnings.simplefilter("ignore")
+        moves = device.type != "cuda" or prefers_channels_last(device, dtype, kernel_size)
+        with quietly(), torch.no_grad(), config.patch(freezing=True, layout_optimization=moves):
             program = torch.export.export(self.module, (example,)).module()
-            compiled: Any = _inductor.compile(program, [example])
+            try:
+                compiled: Any = _inductor.compile(program, [example])
+            except Exception as error:  # of the compiler at hand
+                reason = next(iter(str(error).strip().splitlines()), "")
+                raise DependencyError(
+                    f"TorchInductor cannot compile here ({type(error).__name__}: {reason}): choose another backend"
+                ) from error
         return compiled  # type: ignore[no-any-return]
 
     def _run(self, x: Tensor) -> list[Tensor]:
@@ -318,6 +412,8 @@ class Triton(Whole):
 
     def __init__(self, module: Any, rule: Rule | None = None) -> None:
         super().__init__(module, rule)
+        home = os.environ.get("TRITON_HOME")
+        settle("TRITON_CACHE_DIR", lambda: str(Path(home or Path.home(), ".triton", "cache")), "Triton's kernels")
         from convmixer.ops import triton  # imports triton
 
         self._depthwise, self._pointwise = triton.depthwise_infer, triton.pointwise_infer
@@ -359,18 +455,28 @@ class OpenVINO:
     """
 
     def __init__(self, model: Any, precision: torch.dtype, threads: int, rule: Rule | None) -> None:
-        import openvino
-
-        self._ov, self._core, self.model = openvino, openvino.Core(), model
-        self.threads, self.rule = threads, rule
+        self._ov, self.model = optional("openvino", "openvino", "export"), model
+        self.precision, self.threads, self.rule = precision, threads, rule
         hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
         self._options = {"INFERENCE_PRECISION_HINT": hints[precision], "INFERENCE_NUM_THREADS": threads}
         self._graph = _Graphs(self._compile)
 
+    def after_fork(self) -> None:
+        """Compile anew: OpenVINO's threads are gone, and without them what was compiled cannot even be released."""
+        _LEFT_BEHIND.append(self._graph)
+        self._graph = _Graphs(self._compile)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.xml"
+            self._ov.save_model(self.model, file, compress_to_fp16=False)
+            graph, weights = file.read_bytes(), file.with_suffix(".bin").read_bytes()
+        return _read_openvino, (graph, weights, self.precision, self.threads, self.rule)
+
     def _compile(self, streams: int, *shape: int) -> tuple[Any, queue.SimpleQueue[Any]]:
         fixed = self.model.clone()
         fixed.reshape(list(shape))
-        compiled = self._core.compile_model(fixed, "CPU", {**self._options, "NUM_STREAMS": streams})
+        compiled = openvino_core.core().compile_model(fixed, "CPU", {**self._options, "NUM_STREAMS": streams})
         return compiled, queue.SimpleQueue()
 
     def __call__(self, x: Tensor) -> list[Tensor]:
@@ -399,15 +505,29 @@ class OpenVINO:
         return _join(parts)
 
 
+def _read_openvino(graph: bytes, weights: bytes, *settings: Any) -> OpenVINO:
+    return OpenVINO(openvino_core.core().read_model(graph, weights), *settings)
+
+
 class OnnxRuntime:
     """An ONNX file in ONNX Runtime on the CPU, in float32: one thread to a piece, or all where images are few."""
 
     def __init__(self, data: bytes, threads: int, rule: Rule | None) -> None:
-        import onnxruntime
+        self._library = optional("onnxruntime", "onnxruntime", "export")
+        self._data, self.threads, self.rule = data, threads, rule
+        self._start()
 
-        self._library, self._data, self.threads, self.rule = onnxruntime, data, threads, rule
+    def _start(self) -> None:
         self._session = _Graphs(self._load)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="convmixer")
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="convmixer")
+
+    def after_fork(self) -> None:
+        """Start threads anew; sessions whose threads are gone cannot even be released."""
+        _LEFT_BEHIND.append((self._session, self._pool))
+        self._start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._data, self.threads, self.rule)
 
     def _load(self, threads: int) -> Any:
         options = self._library.SessionOptions()
@@ -436,8 +556,9 @@ class OnnxRuntime:
 class OptimizedConvMixer(nn.Module):
     """What `optimize` returns for a runtime: called with images it answers as the original does, and faster.
 
-    Images may be of any floating point type, and the outputs come in that type. It may be called from several threads.
-    Outputs carry no gradient. `num_classes`, `in_chans`, `num_features`, `head_hidden_size`, `feature_info` and
+    Images may be of any floating point type, and the outputs come in that type. It may be called from several threads,
+    copied, pickled, and sent to other processes, which make the runtime anew; a child by fork computes natively in one
+    thread. Outputs carry no gradient. `num_classes`, `in_chans`, `num_features`, `head_hidden_size`, `feature_info` and
     `pretrained_cfg` are the original's.
 
     Attributes:
@@ -446,20 +567,61 @@ class OptimizedConvMixer(nn.Module):
             whatever else the runtime does not do.
 
     Raises:
-        ArgumentError: From `train()`, or for images on another device or of whole numbers.
+        ArgumentError: From `train()`, `to()` another device or type, `load_state_dict()`, or for images on another
+            device or of whole numbers.
         ImageError: Images that do not fit the model.
+        DependencyError: From unpickling, where the runtime is not installed or the processor cannot compute it.
+        ConvMixerError: On a GPU, in a child by fork.
     """
 
     def __init__(self, folded: nn.Module, runtime: Callable[[Tensor], list[Tensor]], choice: Choice) -> None:
         super().__init__()
-        self.folded, self.runtime, self.choice = folded, runtime, choice
-        inner: Any = _inner(folded)
+        self.folded, self.choice = folded, choice
+        self.runtime: Any = runtime
+        inner: Any = find_inner(folded)
         self.num_classes, self.in_chans, self.num_features = inner.num_classes, inner.in_chans, inner.num_features
         self.head_hidden_size, self.patch_size = inner.head_hidden_size, inner.patch_size
         self.feature_info: Any = folded.feature_info
         self.pretrained_cfg: dict[str, Any] = inner.pretrained_cfg
         self._several = folded is not inner
+        self._process = os.getpid()
         self.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._process != os.getpid():
+            self._after_fork()
+        with computing():
+            return super().__call__(*args, **kwargs)
+
+    def _after_fork(self) -> None:
+        if self.choice.device.startswith("cuda"):
+            raise ConvMixerError(
+                "a model on a GPU cannot be used in a process that was forked: start it by spawn, as in "
+                "DataLoader(multiprocessing_context='spawn')"
+            )
+        with _FORKED:
+            if self._process != os.getpid():
+                self.runtime.after_fork()
+                self._process = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._process = os.getpid()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedConvMixer:
+        own = next(self.folded.parameters())
+        new = fn(own.detach()[:1])
+        if (new.dtype, new.device) != (own.dtype, own.device):
+            raise ArgumentError(
+                f"an optimized model stays what it is, {self.choice.dtype} on {self.choice.device}: move or cast the "
+                "original, then optimize it again"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+        """Weights are part of what was compiled; this is an error."""
+        raise ArgumentError("an optimized model keeps its weights: load others into the original, then optimize it")
 
     def forward(self, x: Tensor) -> Any:
         """(B, in_chans, H, W) -> logits (B, num_classes); of a feature extractor a list of feature maps."""
@@ -484,11 +646,6 @@ class OptimizedConvMixer(nn.Module):
         return str(self.choice)
 
 
-def _inner(module: nn.Module) -> Any:
-    """The model itself, also out of timm's feature extractor."""
-    return module.model if isinstance(module, FeatureGetterNet) else module
-
-
 def optimize(
     model: nn.Module,
     *,
@@ -499,6 +656,7 @@ def optimize(
     threads: int | None = None,
     calibration: Tensor | str | Path | None = None,
     example: Tensor | None = None,
+    graphs: bool | Literal["auto"] = "auto",
 ) -> Any:
     """A copy of a ConvMixer for inference with equal outputs and without BatchNorm. The original stays as it is.
 
@@ -510,16 +668,18 @@ def optimize(
     log of `convmixer.backends`.
 
     Args:
-        model: A `ConvMixer`, whole or truncated, or what `create_model(features_only=True)` returns.
+        model: A `ConvMixer`, whole or truncated, or what `create_model(features_only=True)` returns; also inside
+            `torch.compile`, DataParallel, DistributedDataParallel, or an average of weights.
         normalization: Fold mean and std of the model's `pretrained_cfg` into the first convolution, too: the copy takes
             images with values in [0, 1], and its `pretrained_cfg` says mean 0 and std 1, as `predict` and
             `create_transform` need it.
-        dtype: Type to compute in, such as `torch.bfloat16`; None keeps the model's. "auto" takes bfloat16 where the
-            hardware has products for it, else float32. `torch.int8` quantises the convolutions and computes the
-            rest in the type of "auto"; it needs `calibration` and `backend` "native", "openvino" or "auto".
+        dtype: Type to compute in, such as `torch.bfloat16` or "bfloat16"; None keeps the model's. "auto" takes
+            bfloat16 where the hardware has products for it, else float32. `torch.int8` quantises the convolutions and
+            computes the rest in the type of "auto"; it needs `calibration` and `backend` "native", "openvino" or
+            "auto".
         backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
-            x86 with AVX-512); on CUDA devices "triton" (own kernels, of unmeasured speed); or "auto": by rule the
-            usually fastest of those that work here, or by measurement if there is an `example`.
+            x86 with AVX-512); on CUDA devices "triton" (own kernels); or "auto": by rule the usually fastest of those
+            that work here, or by measurement if there is an `example`.
         chunk: Most images to compute at a time by one thread (by all of them together with "compile"); larger batches
             are cut up. None: on CPUs as many as fill a core's second-level cache. "native" takes single images.
         threads: Of "openvino", "onnxruntime" and "native"; None: as many as PyTorch uses.
@@ -527,6 +687,10 @@ def optimize(
             `torch/cifar10`, of which at most 512 training images are taken. Never give test images.
         example: Images (B, C, H, W) as the model will get them: backends and chunks that come into question are timed
             with it, and the fastest is taken. It takes seconds, with "compile" among them minutes.
+        graphs: On a CUDA device, replay calls as CUDA graphs, one for each shape that comes a second time: for few or
+            small images, whose kernels take the GPU less time than launching them takes the host. At most eight graphs
+            are kept. "auto" does so for every backend but "eager", where feature maps are at most 32 MiB; True for
+            feature maps of any size, at the cost of their memory.
 
     Returns:
         A `FoldedConvMixer` with "eager" (for a feature extractor timm's `FeatureGetterNet` around one), otherwise an
@@ -542,7 +706,9 @@ def optimize(
     for name, value in {"chunk": chunk, "threads": threads}.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ArgumentError(f"{name}={value!r}: give a whole number of at least 1, or None")
-    weight: Any = unwrap(model).stem[0].weight
+    model = unwrap(model)
+    weight: Any = find_convmixer(model).stem[0].weight
+    dtype = as_dtype(dtype)
     if dtype == "auto":
         kind = torch.bfloat16 if bf16_is_faster(weight.device) else torch.float32
     elif dtype is None:
@@ -550,7 +716,7 @@ def optimize(
     elif isinstance(dtype, torch.dtype):
         kind = dtype
     else:
-        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16, torch.int8 or 'auto'")
+        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as 'bfloat16', 'int8', or 'auto'")
     candidates, reason = _candidates(backend, model, weight.device, kind)
     if kind != torch.int8:
         check_dtype(kind)
@@ -561,9 +727,16 @@ def optimize(
         if chunk is not None or threads is not None or example is not None:
             raise ArgumentError("chunk, threads and example need a backend other than 'eager', such as 'auto'")
         return fold(model, normalization, kind)
+    if not (isinstance(graphs, bool) or graphs == "auto"):
+        raise ArgumentError(f"graphs={graphs!r}; valid: True, False, 'auto'")
+    if graphs is True and (weight.device.type != "cuda" or backend == "eager"):
+        raise ArgumentError(
+            f"graphs=True is for CUDA devices and backends other than 'eager', not for {backend!r} on {weight.device}: "
+            "leave it out"
+        )
     if backend == "native" and chunk is not None:
         raise ArgumentError(f"chunk={chunk}: native computes single images; leave it out")
-    maker = _Maker(model, normalization, kind, threads or torch.get_num_threads(), calibration)
+    maker = _Maker(model, normalization, kind, threads or torch.get_num_threads(), calibration, graphs)
     optimized = maker.first(candidates, chunk, reason) if example is None else maker.best(candidates, chunk, example)
     _LOGGER.info("%s", optimized.choice)
     return optimized
@@ -582,7 +755,7 @@ def _candidates(
     found = tuple(b for b in available_backends(device, dtype) if not _refusal(b, model, dtype))
     if not found:  # int8 alone, which openvino computes everywhere
         return _candidates("openvino", model, device, dtype)
-    if "openvino" in found and unwrap(model).dim > NATIVE_DIM and not has_tiles():
+    if "openvino" in found and find_convmixer(model).dim > NATIVE_DIM and not has_tiles():
         found = ("openvino", *(b for b in found if b != "openvino"))
     absent = [
         m
@@ -600,13 +773,14 @@ def _refusal(backend: str, model: nn.Module, dtype: torch.dtype) -> str | None:
     if isinstance(model, FeatureGetterNet):
         other = "openvino" if backend == "native" else "compile"
         return f"{backend} returns the last output alone: use another backend for features_only, such as {other}"
-    inner = unwrap(model)
+    inner = find_convmixer(model)
     if backend == "native":
         return native.refusal(inner, dtype)
     block: Any = inner.blocks[0]
     depthwise, act, _ = block[0].fn
     if depthwise.kernel_size[0] not in KERNEL_SIZES:
-        return f"triton computes kernels of 3 to 11, this model has {depthwise.kernel_size[0]}: use compile"
+        valid = f"{KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}"
+        return f"triton computes kernels of {valid}, this model has {depthwise.kernel_size[0]}: use compile"
     if type(act) not in ACTIVATIONS or getattr(act, "approximate", "none") != "none":
         return f"triton computes {', '.join(ACTIVATIONS.values())}, this model has {act}: use compile"
     return None
@@ -626,30 +800,36 @@ class _Maker:
         dtype: torch.dtype,
         threads: int,
         calibration: Tensor | str | Path | None,
+        graphs: bool | Literal["auto"] = False,
     ) -> None:
+        self.graphs = graphs
         self.model, self.normalization, self.dtype, self.threads = model, normalization, dtype, threads
-        inner: Any = unwrap(model)
-        self.dim, self.patch_size = inner.dim, inner.patch_size
+        inner: Any = find_convmixer(model)
         self.kernel_size: int = inner.blocks[0][0].fn[0].kernel_size[0]
         self.device: torch.device = inner.stem[0].weight.device
         self.calibration = calibration
         self.rest = dtype  # beside the quantised products
         if dtype == torch.int8:
             self.rest = torch.bfloat16 if bf16_is_faster(self.device) else torch.float32
+        self.rule = _Fitting(inner.dim, inner.patch_size, self.rest.itemsize)
         self._sources: dict[str, tuple[nn.Module, Any]] = {}
-
-    def rule(self, height: int, width: int) -> int:
-        positions = (height // self.patch_size) * (width // self.patch_size)
-        return fitting_chunk(self.dim, positions, self.rest.itemsize)
 
     def first(self, backends: Sequence[str], chunk: int | None, reason: str) -> OptimizedConvMixer:
         """In the first backend that can be made; why others cannot is added to the reason."""
         for backend in backends[:-1]:
             try:
+                if backend == "compile":  # otherwise its first call would tell, when nothing else can be taken
+                    self.try_compiler()
                 return self(backend, chunk, reason)
             except DependencyError as error:
                 reason += f"; {error}"
+                _LOGGER.warning("backend='auto' goes on without %s: %s", backend, error)
         return self(backends[-1], chunk, reason)
+
+    def try_compiler(self) -> None:
+        """Compile one small layer; a DependencyError if TorchInductor cannot."""
+        layers = nn.Sequential(nn.Conv2d(1, 1, 1), nn.GELU()).to(self.device).eval()
+        Compiled(layers)(torch.zeros(1, 1, 8, 8, device=self.device))
 
     def best(self, backends: Sequence[str], chunk: int | None, example: Tensor) -> OptimizedConvMixer:
         """In the backend and the pieces that are fastest for the example; why others cannot be made is said, too."""
@@ -657,7 +837,9 @@ class _Maker:
         for backend in backends:
             for size in (None,) if backend == "native" else (chunk,) if chunk else self.chunks(example):
                 try:
-                    models.append(self(backend, size, ""))
+                    made = self(backend, size, "")
+                    made(example)  # what compiles does it now
+                    models.append(made)
                 except DependencyError as error:
                     if len(backends) == 1:
                         raise
@@ -678,10 +860,7 @@ class _Maker:
         if backend not in self._sources:
             if backend in ("eager", "compile", "triton"):
                 folded = fold(self.model, self.normalization, self.dtype)
-                stem = _inner(folded).stem[0]
-                last = prefers_channels_last(self.device, self.kernel_size)
-                layout = torch.channels_last if last else torch.contiguous_format
-                stem.weight.data = stem.weight.data.contiguous(memory_format=layout)  # activations follow it
+                find_inner(folded).channels_last = prefers_channels_last(self.device, self.dtype, self.kernel_size)
                 self._sources[backend] = folded, None
             else:
                 # float16 ends early, which decides what may be folded
@@ -700,7 +879,9 @@ class _Maker:
     def _int8(self, backend: str, folded: FoldedConvMixer) -> Any:
         images = calibration_images(self.calibration, folded)
         if backend == "native":
-            runtime = native.NativeInt8(folded, native.calibrate(folded, images), self.threads)
+            with computing():
+                ranges = native.calibrate(folded, images)
+            runtime = native.NativeInt8(folded, ranges, self.threads)
             _check_int8(runtime, folded, images[:64].float())
             return runtime
         quantized = quantize(to_openvino(folded), images)
@@ -710,9 +891,7 @@ class _Maker:
     def __call__(self, backend: str, chunk: int | None, reason: str) -> OptimizedConvMixer:
         folded, source = self._source(backend)
         on_cpu = self.device.type == "cpu"
-        rule: Any = self.rule if on_cpu else None
-        if chunk:
-            rule = lambda height, width: chunk  # noqa: E731
+        rule: Rule | None = _Fixed(chunk) if chunk else self.rule if on_cpu else None
         runtime: Any
         if backend == "openvino":
             runtime = OpenVINO(source, self.rest, self.threads, rule)
@@ -721,11 +900,17 @@ class _Maker:
         elif backend == "native":
             runtime = source
         else:
-            together = rule and (lambda height, width: rule(height, width) * torch.get_num_threads())
+            together = rule and _Together(rule)
             runtime = {"eager": Whole, "compile": Compiled, "triton": Triton}[backend](folded, together)
+            if self.graphs and self.device.type == "cuda":
+                inner = find_inner(folded)
+                most = sys.maxsize if self.graphs is True else GRAPH_BYTES
+                runtime = Replayed(runtime, _Small(inner.num_features, inner.patch_size, most))
         layout = "channels_last" if backend == "triton" else "own"
         if backend in ("eager", "compile"):
-            layout = "channels_last" if prefers_channels_last(self.device, self.kernel_size) else "contiguous"
+            layout = (
+                "channels_last" if prefers_channels_last(self.device, self.dtype, self.kernel_size) else "contiguous"
+            )
         kind = f"int8 and {_name(self.rest)}" if self.dtype == torch.int8 else _name(self.dtype)
         fitting = f"pieces that fill {l2_cache() // 1024:,} KiB of cache" if on_cpu else "whole batches"
         cut = f"pieces of at most {chunk} images" if chunk else fitting
@@ -752,7 +937,7 @@ def _fastest(models: Sequence[OptimizedConvMixer], example: Tensor, failures: st
             model(example)
             if example.is_cuda:
                 torch.cuda.synchronize()
-            if turn:  # the first one compiles
+            if turn:  # after one to warm up
                 times.append(time.perf_counter() - begun)
     medians = [statistics.median(times) for times in seconds]
     ranked = sorted(range(len(models)), key=medians.__getitem__)
@@ -778,26 +963,23 @@ def quantize(model: Any, images: Tensor) -> Any:
     import nncf
 
     data = nncf.Dataset([image[None].numpy() for image in images.detach().cpu().float()])
+    preset = nncf.QuantizationPreset.MIXED  # activations after GELU are lopsided
     logger = logging.getLogger("nncf")  # writes to standard output, which may be somebody's JSON
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # progress bars
-            warnings.simplefilter("ignore")
-            return nncf.quantize(
-                model,
-                data,
-                preset=nncf.QuantizationPreset.MIXED,  # activations after GELU are lopsided
-                subset_size=len(images),
-            )
-    finally:
-        logger.setLevel(level)
+    with quietly(), contextlib.redirect_stdout(io.StringIO()):  # progress bars
+        level = logger.level
+        logger.setLevel(logging.WARNING)
+        try:
+            return openvino_core.aside(lambda: nncf.quantize(model, data, preset=preset, subset_size=len(images)))
+        finally:
+            logger.setLevel(level)
 
 
 @torch.inference_mode()
 def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, images: Tensor) -> None:
     """Raise a ConvMixerError where eight bits do not hold what the model computes of calibration images."""
-    for output, expected in zip(runtime(images), _as_list(folded(images)), strict=True):
+    with computing():
+        pairs = list(zip(runtime(images), _as_list(folded(images)), strict=True))
+    for output, expected in pairs:
         lost = float((output.float() - expected).norm() / expected.norm())
         if not lost <= MOST_LOST:
             raise ConvMixerError(
@@ -806,9 +988,14 @@ def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, im
             )
 
 
-def calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> Tensor:
-    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W)."""
-    inner: Any = _inner(model)
+def calibration_images(
+    source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = _LOGGER.info
+) -> Tensor:
+    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W).
+
+    They need no labels. `report` takes a line about which were taken.
+    """
+    inner: Any = find_inner(model)
     if isinstance(source, Tensor):
         if not len(source):
             raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
@@ -816,13 +1003,10 @@ def calibration_images(source: Tensor | str | Path | None, model: nn.Module) -> 
         return source[:CALIBRATION_IMAGES]
     from convmixer.training.readers import Split, open_split  # not needed for anything else here
 
-    transform = create_transform(inner)
-    channels: int = inner.in_chans
-
-    def prepare(image: Image.Image) -> Tensor:
-        return transform(read_image(image, channels))  # type: ignore[no-any-return]
-
-    with contextlib.closing(open_split(str(source), "train")) as opened:
+    prepare = preparation(inner)
+    opened = open_split(str(source), "train", labelled=False)
+    report(f"calibration, {opened.taken}")
+    with contextlib.closing(opened):
         if isinstance(opened, Split):  # spread over all classes, which may lie one after the other
             step = max(len(opened) / CALIBRATION_IMAGES, 1)
             samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))

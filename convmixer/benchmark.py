@@ -37,7 +37,7 @@ from convmixer.backends import (
 )
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.factory import create_model, open_model, resolve_device
-from convmixer.folding import unwrap
+from convmixer.folding import find_convmixer
 from convmixer.hardware import cpu_field, cpu_name
 from convmixer.registry import get_variant
 
@@ -113,6 +113,7 @@ class Report:
     Attributes:
         weights: "random" where the model has none in the package.
         machine: Processor, threads, versions.
+        calibration: Which images were taken for it, and how many; empty without it.
     """
 
     model: str
@@ -121,6 +122,7 @@ class Report:
     rounds: int
     seconds: float
     cases: list[Case]
+    calibration: str = ""
 
 
 @dataclass
@@ -193,7 +195,8 @@ def benchmark(
     opened, weights = _open(model, target, checkpoint)
     config: dict[str, Any] = opened.pretrained_cfg
     sides = tuple(image_sizes) if image_sizes else (config["input_size"][1],)
-    photographs = None if calibration is None else calibration_images(calibration, opened)
+    taken: list[str] = []
+    photographs = None if calibration is None else calibration_images(calibration, opened, report=taken.append)
     cases = []
     for side in sides:
         for batch in batch_sizes:
@@ -202,7 +205,7 @@ def benchmark(
             if peers:
                 candidates += _peers(opened, images, dtypes)
             cases.append(_case(opened, images, candidates, rounds, seconds, report))
-    return Report(model, weights, _machine(target), rounds, seconds, cases)
+    return Report(model, weights, _machine(target), rounds, seconds, cases, "".join(taken))
 
 
 def _open(name: str, device: torch.device, checkpoint: str | Path | None) -> tuple[Any, str]:
@@ -253,7 +256,7 @@ def _ours(
     def plain(dtype: str) -> Callable[[], tuple[Callable[[], Any], str]]:
         def make() -> tuple[Callable[[], Any], str]:
             cast = copy.deepcopy(model).to(DTYPES[dtype])
-            inputs = _laid_out(images, cast.stem[0].weight).to(DTYPES[dtype])
+            inputs = images.to(DTYPES[dtype])
             return lambda: cast(inputs), ""
 
         return make
@@ -262,7 +265,7 @@ def _ours(
         def make() -> tuple[Callable[[], Any], str]:
             if backend == "eager":
                 folded = optimize(model, dtype=DTYPES[dtype])
-                inputs = _laid_out(images, folded.stem[0].weight).to(DTYPES[dtype])
+                inputs = images.to(DTYPES[dtype])
                 return lambda: folded(inputs), "the folded module"
             # Where a graph costs little, its pieces are chosen by trial; compiling takes too long for that.
             example = None if backend == "compile" else images
@@ -285,17 +288,11 @@ def _ours(
     return found
 
 
-def _laid_out(images: Tensor, weight: Tensor) -> Tensor:
-    """The images in the memory layout of the first convolution."""
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
 def timms(model: Any) -> nn.Module:
     """timm's own ConvMixer with the weights of ours, in evaluation mode."""
     from timm.models.convmixer import ConvMixer
 
-    inner: Any = unwrap(model)
+    inner: Any = find_convmixer(model)
     act = type(inner.stem[1])
     peer: nn.Module = ConvMixer(
         inner.dim,
@@ -506,7 +503,7 @@ def _case(
 
 def macs(model: Any, height: int, width: int) -> int:
     """Multiply-accumulates of one image of that size, depthwise convolutions counted."""
-    inner: Any = unwrap(model)
+    inner: Any = find_convmixer(model)
     positions = (height // inner.patch_size) * (width // inner.patch_size)
     convolutions = [m for m in inner.modules() if isinstance(m, nn.Conv2d)]
     total: int = positions * sum(m.weight.numel() for m in convolutions) + inner.dim * inner.num_classes

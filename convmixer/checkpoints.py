@@ -1,8 +1,7 @@
-"""Tensors on disk: safetensors in and out, key remaps, and the checks before anything reaches a model."""
+"""Tensors on disk: safetensors in and out, and the checks before anything reaches a model."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -14,29 +13,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, WeightsError, brief
-from convmixer.model import ConvMixer, evaluating
-from convmixer.registry import VARIANTS, Variant, get_variant
+from convmixer.errors import ArgumentError, ConvMixerError, WeightsError, WriteError, brief
+from convmixer.foreign import first, our_names
+from convmixer.registry import SHAPE, VARIANTS, Variant
 from convmixer.untrusted import header_excess
+from convmixer.wrappers import unwrap
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one."""
-    path = Path(path)
-    if path.is_dir():
+def check_writable(path: str | Path) -> None:
+    """Raise what `write_atomically` would: before the work that makes the file's content.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder does not exist.
+        WriteError: Its folder takes no files.
+    """
+    _temporary(Path(os.path.expanduser(path))).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """An empty file beside the one that is to be written."""
+    if os.path.isdir(path):
         raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {path.name!r} in the folder {str(path.parent)!r}: {error.strerror}. Choose another"
+        ) from error
     os.close(handle)
-    temporary = Path(name)
+    return Path(name)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder does not exist.
+        WriteError: The folder takes no files, or the disk is full.
+    """
+    path = Path(os.path.expanduser(path))
+    temporary = _temporary(path)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -45,6 +69,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
         temporary.replace(path)
+    except ConvMixerError:
+        raise
+    except OSError as error:
+        raise WriteError(f"cannot write {str(path)!r}: {error.strerror or error}. What was there is whole") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,7 +105,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, s
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
     """A safetensors file whose header was checked by its library; what is wrong with it becomes a WeightsError."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise WeightsError(f"no weights file at {str(path)!r}: give the path of a .safetensors file")
     try:
@@ -86,7 +114,7 @@ def _opened(path: str | Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        if _is_pickle(path):
+        if is_pickle(path):
             raise WeightsError(
                 f"{str(path)!r} is a pickle, which can run code when it is opened. Convert it once: "
                 f"convmixer convert {shlex.quote(str(path))} {shlex.quote(path.name.split('.')[0])}.safetensors"
@@ -111,11 +139,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     with _opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    _check_finite(tensors, repr(str(path)))
+    check_finite(tensors, repr(str(path)))
     return tensors
 
 
-def _check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise a WeightsError that names source and tensor where a value is not finite."""
     for key, tensor in tensors.items():
         if tensor.is_floating_point():
             # The sum is one fast pass; it is finite unless a value is not, or in rare cases overflows.
@@ -156,31 +185,55 @@ def recognise(shapes: Mapping[str, Sequence[int]], source: str) -> dict[str, int
         sizes |= {"in_chans": stem[1]}
         if min(sizes.values()) > 0:
             return {**sizes, "num_classes": head[0]}
-    raise WeightsError(f"{source} is no ConvMixer: its keys are {_first(list(shapes))}")
+    raise WeightsError(f"{source} is no ConvMixer: its keys are {first(list(shapes))}")
 
 
-def find_variant(sizes: Mapping[str, int], source: str) -> Variant:
-    """The registry's variant of these sizes, whatever its classes and channels.
-
-    Raises:
-        WeightsError: There is none.
-    """
-    shape = tuple(sizes[name] for name in _SHAPE)
-    for variant in VARIANTS:
-        if tuple(getattr(variant, name) for name in _SHAPE) == shape:
-            return variant
-    raise WeightsError(f"{source} has {', '.join(_SHAPE)} = {shape}, which no variant of the registry has")
-
-
-_SHAPE = ("dim", "depth", "kernel_size", "patch_size")
+def matching_variant(sizes: Mapping[str, int]) -> Variant | None:
+    """The registry's variant of these sizes, whatever its classes and channels."""
+    return next((v for v in VARIANTS if all(getattr(v, name) == sizes[name] for name in SHAPE)), None)
 
 
 def variant_of(path: str | Path) -> str:
-    """Name of the registry's variant whose shapes a safetensors file has."""
-    return find_variant(recognise(read_shapes(path), repr(str(path))), repr(str(path))).name
+    """Name of the registry's variant whose shapes a safetensors file has.
+
+    Raises:
+        WeightsError: It has those of none; the text says what can be done with it.
+    """
+    shapes, named = read_shapes(path), repr(str(path))
+    advice = _advice(path)
+    try:
+        variant = matching_variant(recognise(shapes, named))
+    except WeightsError as error:
+        raise (WeightsError(f"{error}. {advice}") if advice else error) from None
+    if variant is None:
+        raise WeightsError(f"{named} is of no variant. {advice}")
+    return variant.name
 
 
-def _is_pickle(path: Path) -> bool:
+def _advice(path: str | Path) -> str:
+    """What to do with a safetensors file that does not fit a model, or "" if it is no ConvMixer's."""
+    command = f"convmixer convert {shlex.quote(str(path))}"
+    shapes = read_shapes(path)
+    try:
+        ours = our_names(shapes, "")
+        sizes = recognise(ours, "")
+    except WeightsError:
+        return ""
+    variant = matching_variant(sizes)
+    if variant is None:
+        listed = ", ".join(f"{name}={sizes[name]}" for name in SHAPE)
+        return (
+            f"It has {listed}, which no variant of the registry has: {command} FOLDER writes a folder, which opens as "
+            "local-dir:FOLDER"
+        )
+    counters = {f"{k.removesuffix('running_mean')}num_batches_tracked" for k in ours if k.endswith(".running_mean")}
+    if ours.keys() != shapes.keys() or not counters <= ours.keys():
+        return f"It is a {variant.name} as another program writes it. Convert it once: {command} NEW.safetensors"
+    return f"It has the sizes of {variant.name}"
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, by its start or its name."""
     with path.open("rb") as file:
         start = file.read(4)
     # A pickle names its protocol, 2 to 5, and goes on; a safetensors header's length ends in zero bytes.
@@ -194,6 +247,7 @@ def check_keys(
     source: str,
     *,
     may_differ: tuple[str, ...] = (),
+    path: str | Path | None = None,
 ) -> None:
     """Raise WeightsError unless `tensors` has the keys and shapes of `expected`.
 
@@ -202,14 +256,15 @@ def check_keys(
         expected: A model's state dict.
         source: Named in the error.
         may_differ: Keys that may be missing or have another shape, because the caller adapts them.
+        path: The safetensors file, for advice.
     """
     missing = [k for k in expected if k not in tensors and k not in may_differ]
     extra = [k for k in tensors if k not in expected and k not in may_differ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing ({_first(missing)})")
+        problems.append(f"{len(missing)} missing ({first(missing)})")
     if extra:
-        problems.append(f"{len(extra)} unexpected ({_first(extra)})")
+        problems.append(f"{len(extra)} unexpected ({first(extra)})")
     wrong = [
         f"{k} expected {tuple(expected[k].shape)}, found {brief(tuple(tensors[k].shape))}"
         for k in expected
@@ -221,13 +276,12 @@ def check_keys(
         k for k in expected if k in tensors and expected[k].is_floating_point() > tensors[k].is_floating_point()
     ]
     if integers:
-        problems.append(f"{len(integers)} of whole numbers ({_first(integers)})")
+        problems.append(f"{len(integers)} of whole numbers ({first(integers)})")
     if problems:
-        raise WeightsError(f"{source} does not fit this model: {', '.join(problems)}. Is it another variant?")
-
-
-def _first(keys: list[str]) -> str:
-    return ", ".join(brief(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
+        advice = path and _advice(path)
+        raise WeightsError(
+            f"{source} does not fit this model: {', '.join(problems)}. {advice or 'Is it another variant?'}"
+        )
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -236,128 +290,13 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     The file is checked as a whole first: an error leaves the model as it was.
 
     Args:
-        model: A ConvMixer, or any module.
+        model: A ConvMixer, or any module. Wrappers are looked into, as by `predict`.
         path: A .safetensors file.
 
     Raises:
         WeightsError: The file is missing, a pickle, corrupt, not finite, or does not fit the model.
     """
+    model = unwrap(model)
     tensors = read_tensors(path)
-    check_keys(tensors, model.state_dict(), str(path))
+    check_keys(tensors, model.state_dict(), str(path), path=path)
     model.load_state_dict(tensors)
-
-
-# ---- conversion of old checkpoints ----------------------------------------------------------------------------------
-
-_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")
-
-
-def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
-    """The tensors of the one ConvMixer in a checkpoint, without the prefix that all of them have."""
-    for _ in range(4):
-        nested = [k for k in _NESTED if isinstance(content, Mapping) and isinstance(content.get(k), Mapping)]
-        if not nested:
-            break
-        content = content[nested[0]]
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{source} holds no state dict: found {type(content).__name__}")
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise WeightsError(f"{source} holds no tensors: its keys are {_first([str(k) for k in content])}")
-    # Wrappers add a prefix, and there may be others' tensors beside it: of a loss, a metric, an average of the model.
-    starts = (k.removesuffix(stem) for stem in ("stem.0.weight", "0.weight") for k in tensors if k.endswith(stem))
-    found = [p for p in starts if f"{p}blocks.0.0.fn.0.weight" in tensors or f"{p}3.0.fn.0.weight" in tensors]
-    averages = [p for p in found if re.search(r"(?:^|[._])ema[._]", p)]
-    prefixes = averages or found
-    if len(prefixes) > 1:
-        raise WeightsError(
-            f"{source} holds {len(prefixes)} models, with the prefixes {_first(prefixes)}: "
-            "save a file of the state dict of one of them"
-        )
-    prefix = prefixes[0] if prefixes else ""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _rename_flat(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of the paper's one flat Sequential (stem 0 to 2, blocks from 3, head last) to this package's."""
-    if "0.weight" not in tensors or not all(re.fullmatch(r"[0-9]+\..+", k) for k in tensors):
-        return tensors
-    head = max(int(k.split(".")[0]) for k in tensors)
-
-    def rename(key: str) -> str:
-        number, rest = key.split(".", 1)
-        index = int(number)
-        if index == head:
-            return f"head.{rest}"
-        if index < 3:
-            return f"stem.{key}"
-        return f"blocks.{index - 3}.{rest}"
-
-    return {rename(k): v for k, v in tensors.items()}
-
-
-def convert_checkpoint(source: str | Path, destination: str | Path, *, variant: str | None = None) -> str:
-    """Turn a pickled checkpoint into safetensors with this package's keys.
-
-    Read are the paper's flat Sequential keys, timm's keys, state dicts nested under `state_dict`, `model` or an EMA's
-    name, and the prefixes that wrappers such as DataParallel, `torch.compile` and Lightning add. Where a checkpoint has
-    averaged weights, they are taken. The file is opened with `weights_only=True`: it cannot run code. What was written
-    is read again and computed once before it is put in place.
-
-    Args:
-        source: A .pth, .pth.tar, .pt, .bin or .ckpt file.
-        destination: The .safetensors file to write.
-        variant: The variant that it must be; None takes the one that has the shapes of the tensors.
-
-    Returns:
-        The name of the variant.
-
-    Raises:
-        UnknownModelError: No such variant.
-        WeightsError: The file cannot be read safely, or is no ConvMixer that the registry knows.
-    """
-    source = Path(source)
-    asked = None if variant is None else get_variant(variant)[0]
-    if not source.is_file():
-        raise WeightsError(f"no checkpoint at {str(source)!r}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script keeps its arguments so
-            content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error class of its own
-        # PyTorch's text goes on to explain how to run the code.
-        found = re.search(r"Unsupported (global|class|operand)[^\n]*", str(error))
-        reason = found[0] if found else type(error).__name__
-        raise WeightsError(
-            f"cannot read {str(source)!r} without running code from it: {reason}. "
-            "Ask whoever wrote it for a file of the state dict alone"
-        ) from error
-    named = repr(str(source))
-    tensors = _rename_flat(_unwrap(content, named))
-    sizes = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}, named)
-    if asked and any(sizes[name] != getattr(asked, name) for name in _SHAPE):
-        wanted, has = ({name: get(name) for name in _SHAPE} for get in (lambda n: getattr(asked, n), sizes.get))
-        raise WeightsError(f"{named} is no {asked.name}, which has {_listed(wanted)}: it has {_listed(has)}")
-    match = asked or find_variant(sizes, named)
-    arguments: dict[str, Any] = {**sizes, "act_layer": match.act_layer, "device": "meta"}
-    model = ConvMixer(**arguments)
-    check_keys(tensors, model.state_dict(), named)
-    _check_finite(tensors, named)
-    header = {"format": "pt", "architecture": match.name}
-    tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
-
-    def write(path: Path) -> None:
-        _write_tensors(tensors, path, header)
-        written = read_tensors(path)
-        model.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in written.items()})
-        side = 2 * sizes["patch_size"]
-        with torch.inference_mode(), evaluating(model):
-            outputs = model(torch.zeros(1, sizes["in_chans"], side, side))
-        if not outputs.isfinite().all():
-            raise WeightsError(f"{named}: the model computes values that are not finite. Is it another variant?")
-
-    write_atomically(destination, write)
-    return match.name
-
-
-def _listed(sizes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in sizes.items())

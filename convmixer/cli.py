@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
+import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +23,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from convmixer import plots
-from convmixer.backends import BACKENDS, optimize
+from convmixer.backends import BACKENDS, calibration_images, optimize
 from convmixer.benchmark import DTYPES, Report, benchmark
-from convmixer.checkpoints import convert_checkpoint, write_atomically
+from convmixer.checkpoints import check_writable, write_atomically
+from convmixer.convert import convert_checkpoint
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
-from convmixer.export import FORMATS, export_model
-from convmixer.factory import create_model, open_model
-from convmixer.inference import label_names, read_image
+from convmixer.export import FORMATS, OPSET, export_model
+from convmixer.factory import create_model, extractor, open_model
+from convmixer.images import read_image
+from convmixer.inference import label_names, least_size
 from convmixer.inference import predict as predict_images
 from convmixer.publishing import push_to_hub, save_pretrained
 from convmixer.registry import Variant, list_models, model_info
@@ -35,30 +41,69 @@ from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.data import fitting, load_images
 from convmixer.training.history import read_history
-from convmixer.training.loop import PRECISIONS
+from convmixer.training.layout import count_images, describe_left_out, list_folder
+from convmixer.training.loop import PRECISIONS, choose_precision
 from convmixer.transforms import preprocessing
 
 OUT = Console(highlight=False, emoji=False)
 ERR = Console(stderr=True, highlight=False, emoji=False)
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif"}
+
+
+_DATA = "Folder, .tar, table of labels, or a name such as torch/cifar10."
+_LABELS = "A .csv, .tsv or .parquet file with the columns image and label, in place of class folders."
+_DRAFT = "Decode large JPEG photographs at a reduced scale, which is faster."
+
+
+class _Command(click.Command):
+    """Expands `~` at the start of an argument or of an option's value, where a shell may not."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        def expand(argument: str) -> str:
+            option, value = re.fullmatch(r"(--[\w-]+=)?(.*)", argument, re.DOTALL).groups("")  # type: ignore[union-attr]
+            return option + os.path.expanduser(value)
+
+        return super().parse_args(ctx, [expand(argument) for argument in args])
 
 
 class _Group(click.Group):
+    command_class = _Command
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _any_text():
+                return super().invoke(ctx)
         except ConvMixerError as error:
             _complain(error)
             ctx.exit(2)
 
 
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """What the console's encoding lacks is escaped within the block, where Python would raise."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)
+
+
 def _plain(text: object) -> str:
-    """Text that a terminal shows as it is: no markup, no control sequences."""
-    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)))
+    """Text that a terminal shows as it is: no markup, no control sequences, nothing that its encoding lacks."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return escape(shown.encode(OUT.encoding, "backslashreplace").decode(OUT.encoding))  # tables know their width
 
 
 def _say(text: object) -> None:
     OUT.print(_plain(text), soft_wrap=True)
+
+
+def _note(text: object) -> None:
+    """A line beside an output that programs read."""
+    ERR.print(_plain(text), soft_wrap=True)
 
 
 def _complain(error: object) -> None:
@@ -160,53 +205,59 @@ def info(name: str, as_json: bool) -> None:
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 
-def _find_images(paths: Iterable[Path]) -> list[Path]:
-    found: list[Path] = []
-    for path in paths:
-        if os.path.isdir(path):  # Path.is_dir raises where a folder may not be entered
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not inside:
-                raise ImageError(f"no images in the folder {str(path)!r}")
-            found += inside
+def _find_images(sources: Iterable[str]) -> list[str]:
+    found: list[str] = []
+    for source in sources:
+        if os.path.isdir(source):
+            inside = list_folder(source)
+            left_out = describe_left_out(inside.left_out)
+            if not inside.images:
+                raise ImageError(f"no images in the folder {source!r}" + (f"; it holds {left_out}" if left_out else ""))
+            if left_out:
+                _note(f"{source}: {count_images(len(inside.images))}; left out: {left_out}")
+            found += [file.path for file in inside.images]
         else:
-            found.append(path)
+            found.append(source)
     return found
 
 
 @main.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True)
 @click.option("--model", "name", default="convmixer_256_8.cifar10", show_default=True, help="Any name of create_model.")
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="A .safetensors file to load in place of its weights."
 )
 @click.option("--topk", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--draft/--no-draft", default=True, show_default=True, help=_DRAFT)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def predict(
     ctx: click.Context,
-    images: tuple[Path, ...],
+    images: tuple[str, ...],
     name: str,
     checkpoint: Path | None,
     topk: int,
     batch_size: int,
+    draft: bool,
     device: str,
     as_json: bool,
 ) -> None:
-    """Classify IMAGES: files, and folders with all that they hold.
+    """Classify IMAGES: files, http and https URLs, and folders with all images that they hold.
 
     The exit status is 1 if an image could not be read; the others are classified all the same.
     """
     paths = _find_images(images)
     model = create_model(name, pretrained=True, device=device, checkpoint=checkpoint)
+    least = least_size(model) if draft else None
     results: list[dict[str, Any]] = []
     for start in range(0, len(paths), batch_size):
         readable, opened = [], []
         for path in paths[start : start + batch_size]:
-            results.append({"image": str(path)})
+            results.append({"image": path})
             try:
-                opened.append(read_image(path, model.in_chans))
+                opened.append(read_image(path, model.in_chans, least=least))
                 readable.append(results[-1])
             except ImageError as error:
                 results[-1]["error"] = str(error)
@@ -238,6 +289,8 @@ def _recipe_value(text: str) -> tuple[str, Any]:
         raise click.BadParameter(f"{text!r}: give FIELD=VALUE with a field of {', '.join(fields)}")
     kind: Any = type(fields[name].default)
     try:
+        if "tuple" in str(fields[name].type) and value.startswith("["):
+            kind = tuple
         if kind is bool:
             return name, {"true": True, "false": False}[value.lower()]
         if kind is tuple:
@@ -250,8 +303,10 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 
 @main.command()
 @click.argument("recipe")
-@click.option("--data", required=True, help="Folder, .tar, or a name such as torch/cifar10.")
+@click.option("--data", required=True, help=_DATA)
+@click.option("--val", help="A validation set, in place of one in the data and of images held out.")
 @click.option("--test", "tests", multiple=True, help="A further test set; may be given again.")
+@click.option("--labels", help=_LABELS)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the run.  [default: runs/RECIPE]")
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Override a field of the recipe.")
 @click.option("--data-root", type=click.Path(path_type=Path), help="Where downloaded data sets lie.")
@@ -261,18 +316,30 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--resume", is_flag=True, help="Go on where OUTPUT was left.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
-@click.option("--compile", is_flag=True, help="Use torch.compile; on a CPU it needs a C++ compiler.")
+@click.option("--compile", is_flag=True, help="Use torch.compile; it needs a C++ compiler on a CPU, Triton on a GPU.")
 @click.option("--fused", is_flag=True, help="Use fused blocks, which keep less than half of the activations.")
+@click.option(
+    "--graph/--no-graph", default=None, help="Run steps as CUDA graphs, or not.  [default: where they can be]"
+)
 @click.option("--tracker", "trackers", multiple=True, help="A tracker of accelerate's, such as tensorboard.")
 @click.pass_context
 def train(
-    ctx: click.Context, /, recipe: str, data: str, output: Path | None, settings: tuple[str, ...], **options: Any
+    ctx: click.Context,
+    /,
+    recipe: str,
+    data: str,
+    output: Path | None,
+    settings: tuple[str, ...],
+    graph: bool | None,
+    **options: Any,
 ) -> None:
     """Train by RECIPE, such as cifar10 or, made for a CPU, cifar10-cpu.
 
-    SIGTERM and Ctrl-C save the run to the step; --resume goes on from there.
+    SIGTERM and Ctrl-C save the run to the step; --resume goes on from there. While --compile compiles they end it at
+    once, and what was saved before is kept.
     """
     chosen = get_recipe(recipe, **dict(_recipe_value(text) for text in settings))
+    options["graph"] = "auto" if graph is None else graph
     try:
         run_training(chosen, data, output or Path("runs") / recipe, progress=_progress, report=_say, **options)
     except TrainingStopped as stop:
@@ -284,9 +351,23 @@ def train(
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option("--variant", help="The variant that it must be.  [default: recognised from the shapes]")
-def convert(source: Path, destination: Path, variant: str | None) -> None:
-    """Turn the pickled checkpoint SOURCE into the safetensors file DESTINATION."""
-    _say(f"{destination}: {convert_checkpoint(source, destination, variant=variant)}")
+@click.option("--act-layer", help="Of a folder: the activation.  [default: the variant's, or gelu for other sizes]")
+def convert(source: Path, destination: Path, variant: str | None, act_layer: str | None) -> None:
+    """Turn the checkpoint SOURCE of another program into DESTINATION.
+
+    DESTINATION is a file that ends in .safetensors, for a variant of the registry; or a folder with a config.json, for
+    any size.
+    """
+    name = convert_checkpoint(source, destination, variant=variant, act_layer=act_layer)
+    _say(f"{destination}: {name}")
+    if name.startswith("local-dir:"):
+        model = create_model(name, device="meta")
+        config, act = model.pretrained_cfg, type(model.stem[1]).__name__
+        size = "x".join(map(str, config["input_size"][1:]))
+        _say(
+            f"A checkpoint does not tell its activation and preprocessing. Taken are {act}, and the preprocessing of "
+            f"{config['architecture']} for {size} pixels: mend {destination / 'config.json'} where that is wrong"
+        )
 
 
 # ---- publishing -----------------------------------------------------------------------------------------------------
@@ -369,12 +450,16 @@ def _show_classes(classes: Sequence[ClassAccuracy]) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--data", required=True, help="Folder, .tar, or a name such as torch/cifar10.")
+@click.option("--data", required=True, help=_DATA)
+@click.option("--labels", help=_LABELS)
 @click.option(
     "--checkpoint", type=click.Path(path_type=Path), help="A .safetensors file to load in place of its weights."
 )
-@click.option("--split", default="test", show_default=True, help="train or test; of hfds/ data any that there is.")
+@click.option(
+    "--split", default="test", show_default=True, help="train, validation or test; of hfds/ data any that there is."
+)
 @click.option("--flip", is_flag=True, help="Also score with flip test-time augmentation.")
+@click.option("--draft/--no-draft", default=True, show_default=True, help=_DRAFT)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="float32", show_default=True)
@@ -404,24 +489,35 @@ def validate(
     """
     if backend is None and (int8 or calibration):
         raise ArgumentError("--int8 and --calibration are for the optimized model: add --backend auto")
+    if output:
+        check_writable(output)
     opened = open_model(model, checkpoint=checkpoint, device=device)
+    precision = options["precision"]
+    choose_precision(next(opened.parameters()).device, precision)  # refuses what this device has not
     fast = None
+    report = _note if as_json else _say
     if backend:
-        precisions: dict[str, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
-        dtype = torch.int8 if int8 else precisions[options["precision"]]
-        fast = optimize(opened, backend=backend, dtype=dtype, calibration=calibration)
-    result = validate_model(opened, data, progress=lambda items: _progress(items, "validating"), **options)
+        dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
+        images: Any = calibration
+        if int8 and calibration:
+            images = calibration_images(calibration, opened, report=report)
+        fast = optimize(opened, backend=backend, dtype=dtype, calibration=images)
+    validating = functools.partial(_progress, description="validating")
+    result = validate_model(opened, data, progress=validating, report=report, **options)
     after, choice = None, ""
     if fast is not None:
         # The optimized model has its precision in itself.
         settings = {**options, "precision": "float32"}
-        after = validate_model(fast, data, progress=lambda items: _progress(items, "optimized"), **settings)
+        again = functools.partial(_progress, description="optimized")
+        after = validate_model(fast, data, progress=again, report=lambda _: None, **settings)
         choice = str(getattr(fast, "choice", "eager, the folded module"))
     asked: dict[str, Any] = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
-    asked |= {name: options[name] for name in ("split", "precision")}
+    asked |= {name: options[name] for name in ("split", "labels", "precision")}
     if after is not None:
         asked["optimized"] = {"choice": choice} | dataclasses.asdict(after)
     text = json.dumps(asked | dataclasses.asdict(result), indent=2)
+    if output:
+        write_atomically(output, lambda path: path.write_text(text + "\n", encoding="utf-8"))
     if as_json:
         click.echo(text)
     else:
@@ -431,8 +527,6 @@ def validate(
             _say(f"optimized ({choice})")
             _show(after)
             _say(f"top-1 changed by {after.top1 - result.top1:+.2f} points")
-    if output:
-        write_atomically(output, lambda path: path.write_text(text + "\n"))
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
@@ -460,7 +554,19 @@ def validate(
 @click.option("--normalization", is_flag=True, help="Take images in [0, 1]: fold mean and std, too.")
 @click.option("--image-size", type=click.IntRange(min=1), help="Pixels of a side.  [default: the model's]")
 @click.option("--dynamic-size", is_flag=True, help="Leave height and width open, as the batch always is.")
-def export(source: str, format_: str, output: Path | None, checkpoint: Path | None, dtype: str, **options: Any) -> None:
+@click.option("--opset", type=click.IntRange(min=OPSET), help=f"Of ONNX's operators.  [default: {OPSET}]")
+@click.option(
+    "--features", "blocks", multiple=True, type=int, help="Return the output of this block; again for more blocks."
+)
+def export(
+    source: str,
+    format_: str,
+    output: Path | None,
+    checkpoint: Path | None,
+    dtype: str,
+    blocks: tuple[int, ...],
+    **options: Any,
+) -> None:
     """Write the model SOURCE for another program, and check the file by that program.
 
     SOURCE is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file. The format hub
@@ -470,22 +576,29 @@ def export(source: str, format_: str, output: Path | None, checkpoint: Path | No
     stem = re.sub(r"[^\w.-]+", "_", stem)
     if format_ == "hub":
         others = [name for name, value in options.items() if value not in (None, False)]
-        if others or dtype != "float32":
+        if others or blocks or dtype != "float32":
             raise ArgumentError("a hub folder holds the model as it is: leave out --dtype, sizes, and what folds")
         folder = output or Path(f"{stem}-hub")
         save_pretrained(open_model(source, checkpoint=checkpoint, device="cpu") if checkpoint else source, folder)
         _say(f"{folder}: for create_model, timm and transformers as local-dir:{folder}")
         return
     model = open_model(source, checkpoint=checkpoint, device="cpu")
+    if blocks:
+        model = extractor(model, blocks)
     if output is None:
-        output = Path(stem + ("" if dtype == "float32" else f".{dtype}") + FORMATS[format_].suffix)
+        what = ("-features" if blocks else "") + ("" if dtype == "float32" else f".{dtype}")
+        output = Path(stem + what + FORMATS[format_].suffix)
     used = (Path(source), Path(source) / "model.safetensors", *([checkpoint] if checkpoint else []))
     for file in used:
         if os.path.isfile(file) and output.exists() and output.samefile(file):
             raise ArgumentError(f"{str(output)!r} is the file that is exported: set another --output")
     result = export_model(model, output, format_, dtype=getattr(torch, dtype), **options)
     folded = ", folded" if result.folded else ""
-    _say(f"{output}: {format_}, {dtype}{folded}, logits within {result.difference:.1e} of the model's")
+    what = " and ".join(result.outputs)
+    checked = f"within {result.difference:.1e} of the model's"
+    if math.isnan(result.difference):
+        checked = "checked by their specification: this system cannot run them"
+    _say(f"{output}: {format_}, {dtype}{folded}, {what} {checked}")
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
@@ -518,7 +631,13 @@ def _figures(source: str, data: str | None, image: Path | None, device: str) -> 
         config = preprocessing(model)
         reading = functools.partial(_progress, description="reading test")
         images = load_images(
-            data, "test", config["input_size"], classes=label_names(model), progress=reading, **fitting(config)
+            data,
+            "test",
+            config["input_size"],
+            classes=label_names(model),
+            progress=reading,
+            report=_note,  # standard output lists the files written
+            **fitting(config),
         )
         computing = functools.partial(_progress, description="classifying")
         probabilities = plots.class_probabilities(model, images.pixels, progress=computing)
@@ -559,6 +678,8 @@ def _show_benchmark(report: Report) -> None:
     _say(
         f"{report.model} (weights: {report.weights}) on {machine['device']}, {machine['threads']} threads; {libraries}"
     )
+    if report.calibration:
+        _say(report.calibration)
     for case in report.cases:
         ceilings = ", ".join(f"{dtype} {value:,.0f}" for dtype, value in case.gemm_gflops.items())
         OUT.print()
@@ -625,6 +746,8 @@ def bench(
 
     Options that may be given again: --batch-size, --image-size, --backend, --dtype.
     """
+    for file in filter(None, (json_file, plot_file)):
+        check_writable(file)
     if not dtypes:
         dtypes = ("float32", "bfloat16", "int8") if calibration else ("float32", "bfloat16")
     with ERR.status("") as status:
@@ -637,9 +760,10 @@ def bench(
             report=lambda line: status.update(_plain(line)),
             **options,
         )
-    _show_benchmark(report)
     record = dataclasses.asdict(report)
     if json_file:
-        write_atomically(json_file, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+        text = json.dumps(record, indent=2) + "\n"
+        write_atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
     if plot_file:
         plots.write_figure(plots.plot_benchmark(record), plot_file)
+    _show_benchmark(report)

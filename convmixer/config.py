@@ -140,7 +140,10 @@ def read_config(path: Path, name: str) -> Config:
         raise WeightsError(f"{source}: model_args and pretrained_cfg must be objects")
     model_args = _checked(given["model_args"], _MODEL_ARGS, source)
     preprocessing = _checked(given["pretrained_cfg"], _PREPROCESSING, source)
+    both = preprocessing.get("label_names", ())  # of a model with one output, where timm has room for one name
     preprocessing |= _checked(content, {**_LABELS, "num_classes": _NUM_CLASSES}, source)
+    if len(both) == 2 and both[1:] == preprocessing["label_names"]:
+        preprocessing["label_names"] = both
     unknown = [f"model_args {brief(repr(key))}" for key in given["model_args"] if key not in _MODEL_ARGS]
     unknown += [
         f"pretrained_cfg {brief(repr(key))}"
@@ -157,6 +160,7 @@ def read_config(path: Path, name: str) -> Config:
         raise WeightsError(
             f"{source} says num_classes={classes} in model_args and {preprocessing['num_classes']} elsewhere"
         )
+    _check_labels(content, preprocessing, source)
     size = preprocessing.get("input_size", variant.input_size)
     channels = model_args.setdefault("in_chans", size[0])
     preprocessing["input_size"] = (channels, *size[1:])
@@ -168,6 +172,31 @@ def read_config(path: Path, name: str) -> Config:
     if count > MAX_PARAMETERS:
         raise WeightsError(f"{source} describes a model of {count:,} parameters; at most {MAX_PARAMETERS:,} are built")
     return Config(variant, model_args, preprocessing)
+
+
+def _check_labels(content: Mapping[str, Any], preprocessing: dict[str, Any], source: str) -> None:
+    """Warn of class names that cannot be meant; transformers keeps `label_names` when a user sets its `id2label`."""
+    labels, count = preprocessing.get("label_names"), preprocessing["num_classes"]
+    if not labels:
+        return
+    advice = "Before transformers saves a model, set model.config.label_names = list(model.config.id2label.values())"
+    if len(labels) != count:
+        del preprocessing["label_names"]
+        warnings.warn(
+            f"{source} has {len(labels)} label_names for {count} classes: they are left out. {advice}", stacklevel=6
+        )
+        return
+    others = content.get("id2label")
+    if not isinstance(others, dict) or len(others) != count or {str(i) for i in range(count)} != set(others):
+        return
+    for i, label in enumerate(labels):
+        if others[str(i)] != label:
+            warnings.warn(
+                f"{source} calls class {i} {brief(label)!r} in label_names, which counts, and "
+                f"{brief(str(others[str(i)]))!r} in id2label. {advice}",
+                stacklevel=6,
+            )
+            return
 
 
 def _parse(path: Path, name: str) -> Any:

@@ -7,6 +7,7 @@ ConvMixerError
 ├── ImageError             an image that cannot be read or does not fit the model
 ├── DataError              a data set or a run's record that cannot be found or read
 ├── ExportError            a model that another format cannot hold, or a file that computes something else
+├── WriteError             a file or a folder that cannot be written (also an OSError)
 ├── HubError               the Hugging Face Hub cannot be reached, or refuses an upload
 ├── DependencyError        an optional library that is not installed (also an ImportError)
 └── TrainingStopped        training was asked to stop, and has saved its place
@@ -46,6 +47,10 @@ class DataError(ConvMixerError):
 
 class ExportError(ConvMixerError):
     """A model that another format cannot hold, or an exported file that does not compute what the model computes."""
+
+
+class WriteError(ConvMixerError, OSError):
+    """A file or a folder that cannot be written."""
 
 
 class HubError(ConvMixerError):

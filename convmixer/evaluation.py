@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, DataError
-from convmixer.inference import imagenet_labels, known_labels, read_image
-from convmixer.model import evaluating
+from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, preparation
+from convmixer.model import evaluation_view
+from convmixer.tracing import computing
 from convmixer.training.loop import autocast
 from convmixer.training.readers import ShardSplit, Split, open_split
-from convmixer.transforms import create_transform
+from convmixer.wrappers import find_model
 
 
 @dataclass(frozen=True)
@@ -73,64 +73,72 @@ def validate(
     data: str | Path,
     *,
     split: str = "test",
+    labels: str | Path | None = None,
     classes: Sequence[str] | None = None,
     flip: bool = False,
     batch_size: int = 64,
     precision: str = "float32",
+    draft: bool = True,
     data_root: str | Path | None = None,
     download: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    report: Callable[[str], None] = print,
 ) -> Evaluation:
     """Accuracy, loss and calibration of a classifier on a split.
 
-    Images are read one batch at a time and prepared as `predict` does it: turned upright, then through
-    `create_transform(model)`. The data's classes are matched by name to the model's; for ImageNet-1k's weights they may
-    also be called by their WordNet numbers. The data may lack some classes.
+    Images are read one batch at a time and prepared as `predict` does it. The data's classes are matched by name to the
+    model's; for ImageNet-1k's weights they may also be called by their WordNet numbers. The data may lack some classes.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        model: As `predict` takes it.
         data: A folder, a tar, WebDataset shards, or a name such as `torch/cifar10`; see
             `convmixer.training.data.load_images`.
-        split: "train" or "test"; of an `hfds/` data set any split that it has.
+        split: "train", "validation" or "test"; of an `hfds/` data set any split that it has. Validation images stand in
+            for missing test images.
+        labels: A table with the columns image and label, in place of class folders; see `load_images`.
         classes: The model's class names by index, in place of those that came with its weights. A model without names
             is taken to have those of the data, in their order, if there are as many.
         flip: Also score the mean of the probabilities of each image and of its mirror image.
         batch_size: Images computed at a time.
         precision: "float32", "bfloat16" or, on a GPU, "float16" (autocast), or "auto": bfloat16 where the hardware has
             products for it, else float32.
+        draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
         progress: Wraps the iteration over batches, for a progress bar.
+        report: Takes a line about what was taken for the split.
 
     Raises:
-        ArgumentError: A model without a head, or an argument that makes no sense.
+        ArgumentError: A model without a head, another kind of module, or an argument that makes no sense.
         DataError: Data that cannot be found or read, or classes that the model does not know.
     """
+    model = find_model(model)
     names = tuple(classes) if classes is not None else known_labels(model)
-    if classes is not None and len(classes) != model.num_classes:
-        raise ArgumentError(f"{len(classes)} class names for a model with {model.num_classes} classes")
+    count = count_classes(model)
+    if classes is not None and len(classes) != count:
+        raise ArgumentError(f"{len(classes)} class names for a model with {count} classes")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size!r}: give a whole number of at least 1")
     parameter = next(model.parameters())
     autocast(parameter.device, precision)  # what is wrong with it is said before data are read
-    transform = create_transform(model)
-    channels: int = model.in_chans  # type: ignore[assignment]
+    prepare = preparation(model, draft=draft)
 
-    def prepare(image: Image.Image) -> Tensor:
-        return transform(read_image(image, channels))  # type: ignore[no-any-return]
+    view = evaluation_view(model)
 
     def compute(batch: Tensor) -> Tensor:
-        with autocast(batch.device, precision):
-            logits = model(batch)
-        return logits.float().log_softmax(1).cpu()  # type: ignore[no-any-return]
+        with computing(), autocast(batch.device, precision):
+            logits = view(batch)
+        return class_logits(logits.float()).log_softmax(1).cpu()
 
-    plain, mirrored, labels, seconds = [], [], [], 0.0
-    with evaluating(model), contextlib.closing(open_split(data, split, root=data_root, download=download)) as opened:
-        names, index = _match(opened, names, model.num_classes)  # type: ignore[arg-type]
+    opened = open_split(data, split, labels=labels, root=data_root, download=download)
+    report(opened.taken)
+    plain, mirrored, targets, seconds = [], [], [], 0.0
+    with contextlib.closing(opened):
+        names, index = _match(opened, names, count)
         samples = opened.in_order(prepare)
         for _ in progress(range(0, len(opened), batch_size)):
             images = list(itertools.islice(samples, batch_size))
-            labels += [label for _, label in images]
+            targets += [label for _, label in images]
             batch = torch.stack([tensor for tensor, _ in images]).to(parameter.device, parameter.dtype)
             begun = time.perf_counter()
             plain.append(compute(batch))
@@ -138,7 +146,7 @@ def validate(
             if flip:
                 mirrored.append(compute(batch.flip(3)))
         next(samples, None)  # shards say only at their end that they hold more than they should
-    truth = index[labels]
+    truth = index[targets]
     log_p = torch.cat(plain)
     return Evaluation(
         **asdict(_scores(log_p, truth)),

@@ -6,13 +6,15 @@ import inspect
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import timm
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, load_pretrained, register_model
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -20,12 +22,13 @@ from convmixer import hub
 from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise, variant_of
 from convmixer.config import MAX_SIDE, read_config
 from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
-from convmixer.hardware import prefers_channels_last
-from convmixer.model import ConvMixer, check_dtype
+from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
+from convmixer.ops import prefers_channels_last
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
 from convmixer.untrusted import json_excess
+from convmixer.wrappers import find_inner
 
-__all__ = ["create_model", "open_model", "open_run", "read_recipe", "resolve_device"]
+__all__ = ["create_model", "extractor", "open_model", "open_run", "read_recipe", "resolve_device"]
 
 # What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
 _MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
@@ -61,7 +64,10 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
 
 def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> nn.Module:
     """timm's builder with the variant's architecture; model_args come on top."""
-    feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
+    indices = plain_indices(model_args.pop("out_indices", 3))
+    if isinstance(indices, list | tuple):
+        indices = [plain_indices(i) for i in indices]
+    feature_cfg = {"out_indices": indices, "feature_cls": "getter"}
     model: nn.Module = build_model_with_cfg(
         ConvMixer, variant.name, pretrained, feature_cfg=feature_cfg, **{**variant.architecture, **model_args}
     )
@@ -84,7 +90,7 @@ class _Source:
 def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: Any) -> _Source:
     scheme, _, rest = name.partition(":")
     if scheme == "local-dir":
-        folder = Path(rest).expanduser()
+        folder = Path(os.path.expanduser(rest))
         weights_file = folder / "model.safetensors" if pretrained else None
         return _from_config(folder / "config.json", weights_file, name)
     if scheme == "hf-hub":
@@ -143,7 +149,7 @@ def create_model(
     pretrained: bool = False,
     *,
     device: str | torch.device = "auto",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     channels_last: bool | None = None,
     fused: bool | Literal["auto"] = False,
     checkpoint: str | Path | None = None,
@@ -161,9 +167,11 @@ def create_model(
         pretrained: Load the weights that the name stands for: from the package, else from the Hub's local cache, else
             from the Hub.
         device: "auto" takes the accelerator if there is one, else the CPU.
-        dtype: Type of the parameters, such as `torch.bfloat16`; None keeps float32.
-        channels_last: Memory layout of the convolution weights, which the activations follow. None takes
-            channels_last where it is known to be faster: on CPUs, and with 7x7 kernels on GPUs.
+        dtype: Type of the parameters, such as `torch.bfloat16` or "bfloat16"; None keeps float32.
+        channels_last: Memory layout of the feature maps: True computes the blocks in channels_last, False leaves the
+            layout to images and weights, as in any module. None takes channels_last where it is known to be faster: on
+            CPUs, and with 7x7 kernels on GPUs. The weights lie as usual; the attribute `channels_last` of the model
+            may be set at any time.
         fused: As in `ConvMixer.set_fused`: True, False, or "auto".
         checkpoint: A .safetensors file to load in place of the named weights. Its number of classes and channels hold
             unless `model_args` say otherwise.
@@ -190,12 +198,14 @@ def create_model(
     features_only = bool(model_args.get("features_only", False))
     if "out_indices" in model_args and not features_only:
         raise ArgumentError("out_indices chooses feature maps: set features_only=True with it")
-    if dtype is not None:
-        check_dtype(dtype)
+    kind = as_dtype(dtype)
+    if kind is not None:
+        check_dtype(kind)
     target = resolve_device(device)
+    cache_dir = cache_dir and os.path.expanduser(cache_dir)
     hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     source = _resolve(name, pretrained and checkpoint is None, revision, **hub_options)
-    weights = Path(checkpoint) if checkpoint is not None else source.weights
+    weights = Path(os.path.expanduser(checkpoint)) if checkpoint is not None else source.weights
     config = source.config
     tensors = None
     if weights is not None:
@@ -203,24 +213,22 @@ def create_model(
         if checkpoint is not None:
             config |= _config_of_checkpoint(weights, tensors, config)
     arguments = {**source.model_args, **model_args, "pretrained_cfg": config}
-    if tensors is None:
-        model = _build(source.variant, device=target, dtype=dtype, **arguments)
+    if tensors is None or weights is None:
+        model = _build(source.variant, device=target, dtype=kind, **arguments)
     else:
         # Without storage until the file's tensors are put in place: nothing is initialised only to be overwritten.
         with _NoInit():
             model = _build(source.variant, device="meta", **arguments)
         depth = arguments.get("depth", source.variant.depth)  # more than is left of a pruned backbone
-        _load(_inner(model), tensors, config, depth, str(weights))
-        if target.type != "cpu" or dtype is not None:
-            model.to(device=target, dtype=dtype)
+        _load(find_inner(model), tensors, config, depth, weights)
+        if target.type != "cpu" or kind is not None:
+            model.to(device=target, dtype=kind)
     if channels_last is None:
         kernel_size = arguments.get("kernel_size", source.variant.kernel_size)
-        channels_last = prefers_channels_last(target, kernel_size)
-    if channels_last:
-        # The other weights, 1x1 and depthwise, lie the same way in both layouts; the activations follow the stem.
-        stem: Any = _inner(model).stem[0]
-        stem.weight.data = stem.weight.data.to(memory_format=torch.channels_last)
-    _inner(model).set_fused(fused)
+        channels_last = prefers_channels_last(target, kind or torch.float32, kernel_size)
+    inner = find_inner(model)
+    inner.channels_last = channels_last
+    inner.set_fused(fused)
     return model
 
 
@@ -237,12 +245,22 @@ def open_model(source: str | Path, *, checkpoint: str | Path | None = None, devi
         DataError: A folder that is no finished run.
         ConvMixerError: As `create_model`.
     """
+    source = os.path.expanduser(source)
     if os.path.isdir(source):
         run = Path(source)
         return open_run(run, read_recipe(run), checkpoint=checkpoint, device=device)
     if os.path.isfile(source):
         return create_model(variant_of(source), checkpoint=checkpoint or source, device=device)
-    return create_model(str(source), pretrained=True, checkpoint=checkpoint, device=device)
+    return create_model(source, pretrained=True, checkpoint=checkpoint, device=device)
+
+
+def extractor(model: ConvMixer, blocks: Sequence[int]) -> nn.Module:
+    """What `create_model(features_only=True, out_indices=blocks)` returns, around a model that is cut for it."""
+    taken, _ = take_indices(blocks, len(model.blocks))
+    config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    wrapped: Any = FeatureGetterNet(model, sorted(taken))
+    wrapped.pretrained_cfg = {k: v for k, v in config.items() if k not in ("num_classes", "classifier")}
+    return wrapped  # type: ignore[no-any-return]
 
 
 def open_run(
@@ -286,11 +304,6 @@ class _NoInit(TorchFunctionMode):
         return (args or list((kwargs or {}).values()))[0] if func in self.FILLS else func(*args, **(kwargs or {}))
 
 
-def _inner(model: nn.Module) -> ConvMixer:
-    """The ConvMixer itself, also out of timm's feature extractor."""
-    return model if isinstance(model, ConvMixer) else cast("ConvMixer", model.model)
-
-
 def resolve_device(device: str | torch.device) -> torch.device:
     """The device meant; "auto" is the accelerator if there is one, else the CPU. An ArgumentError if it is not here."""
     if device == "auto":
@@ -329,7 +342,7 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
     return found
 
 
-def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], depth: int, source: str) -> None:
+def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], depth: int, source: Path) -> None:
     """Fill a model on the meta device from the weights of one with `depth` blocks; head and stem may be adapted."""
     new_head = model.num_classes != config["num_classes"]
     adapted: tuple[str, ...] = ("head.weight", "head.bias") if new_head else ()
@@ -337,10 +350,12 @@ def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], 
         adapted += ("stem.0.weight",)
     pruned = tuple(f"blocks.{i}." for i in range(len(model.blocks), depth))
     expected = model.state_dict()
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(pruned)}
-    check_keys(tensors, expected, source, may_differ=adapted)
+    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(pruned)}
+    if not new_head:
+        check_head(rest, model, str(source))
+    check_keys(rest, expected, str(source), may_differ=adapted, path=source)
     # The file's tensors become the model's parameters, so they must have their type.
-    tensors = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in tensors.items()}
+    tensors = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in rest.items()}
     load_pretrained(model, {**config, "state_dict": tensors}, num_classes=model.num_classes, in_chans=model.in_chans)
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):

@@ -17,21 +17,19 @@ the other half of the exponents to weights and activations, is carried as x itse
 no exponents: channels of very different size do not fit one range, so a model to be quantised carries x throughout.
 """
 
-from __future__ import annotations
+# Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
 
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError
-from convmixer.model import ConvMixer, DepthwiseConv2d, check_dtype, check_input, take_indices
+from convmixer.model import ConvMixer, DepthwiseConv2d, check_dtype, check_input, lay_out, take_indices
 from convmixer.transforms import preprocessing
-
-torch.fx.wrap("check_input")  # symbolic tracing looks for its name in each module that uses it
+from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -123,7 +121,7 @@ class FoldedConvMixer(nn.Module):
 
     def __init__(self, model: ConvMixer, normalization: bool, dtype: torch.dtype, divide: bool = True) -> None:
         super().__init__()
-        self.patch_size, self.in_chans = model.patch_size, model.in_chans
+        self.patch_size, self.in_chans, self.channels_last = model.patch_size, model.in_chans, model.channels_last
         self.num_features, self.num_classes = model.num_features, model.num_classes
         self.head_hidden_size = model.head_hidden_size
         self.feature_info = copy.deepcopy(model.feature_info)
@@ -168,7 +166,7 @@ class FoldedConvMixer(nn.Module):
     def _activations(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> what the last BatchNorm takes, (B, dim, H // patch_size, W // patch_size)."""
         check_input(x, self.in_chans, self.patch_size)
-        x = self.stem(x)
+        x = lay_out(self.stem(x), self.channels_last)
         for block in self.blocks:
             x = block(x)
         return x
@@ -187,7 +185,7 @@ class FoldedConvMixer(nn.Module):
             raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
         taken, last = take_indices(indices, len(self.blocks))
         check_input(x, self.in_chans, self.patch_size)
-        x = self.stem(x)
+        x = lay_out(self.stem(x), self.channels_last)
         end = last + 1 if stop_early else len(self.blocks)
         intermediates: list[Tensor] = []
         for i in range(end):
@@ -201,23 +199,19 @@ class FoldedConvMixer(nn.Module):
         """The head: a Linear, or Identity without classes."""
         return self.head
 
-    def train(self, mode: bool = True) -> FoldedConvMixer:
+    def train(self, mode: bool = True) -> "FoldedConvMixer":
         """Evaluation mode is the only one; `train()` is an error."""
         if mode:
             raise ArgumentError("an optimized model cannot be trained: train the original, then optimize it again")
         return super().train(False)
 
 
-def unwrap(model: nn.Module) -> ConvMixer:
-    """The `ConvMixer` itself, also out of timm's feature extractor; an ArgumentError for another kind of module."""
-    inner = model.model if isinstance(model, FeatureGetterNet) else model
-    if not isinstance(inner, ConvMixer):
-        kind = type(inner)
-        raise ArgumentError(
-            f"cannot optimize a {kind.__module__}.{kind.__qualname__}: give a model of convmixer.create_model or "
-            "convmixer.ConvMixer, before torch.compile or another optimize"
-        )
-    return inner
+def find_convmixer(model: nn.Module) -> ConvMixer:
+    """The `ConvMixer` itself, out of wrappers and timm's feature extractor; an ArgumentError for anything else."""
+    found = find_inner(model)
+    if not isinstance(found, ConvMixer):
+        raise ArgumentError(f"cannot optimize {describe(found)}, which is not a convmixer.ConvMixer: {ADVICE}")
+    return found
 
 
 def fold(
@@ -235,14 +229,15 @@ def fold(
         ArgumentError: Another kind of module; a type that is not floating point; `normalization` for a model that says
             nothing about its preprocessing.
     """
-    inner = unwrap(model)
-    weight: Any = inner.stem[0].weight
+    model = unwrap(model)
+    original = find_convmixer(model)
+    weight: Any = original.stem[0].weight
     dtype = weight.dtype if dtype is None else dtype
     check_dtype(dtype)
-    folded = FoldedConvMixer(inner, normalization, dtype, divide)
-    if inner is model:
+    folded = FoldedConvMixer(original, normalization, dtype, divide)
+    if original is model:
         return folded
-    extractor = copy.deepcopy(model, {id(inner): folded}).eval()
+    extractor = copy.deepcopy(model, {id(original): folded}).eval()
     if normalization:
         config = {name: folded.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
         getattr(extractor, "pretrained_cfg", {}).update(config)

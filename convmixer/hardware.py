@@ -1,4 +1,4 @@
-"""What the machine is good at: precision, memory layout, cache."""
+"""What the machine is good at: precision, cache."""
 
 from __future__ import annotations
 
@@ -41,11 +41,6 @@ def has_tiles() -> bool:
 def has_int8_tiles() -> bool:
     """Whether it multiplies tiles of int8 and permutes single bytes: AMX and AVX512-VBMI."""
     return {"amx_int8", "avx512vbmi"} <= set(cpu_field("flags").split())
-
-
-def prefers_channels_last(device: torch.device, kernel_size: int) -> bool:
-    """Whether ConvMixer is known to run faster in channels_last: on CPUs, and with 7x7 kernels on GPUs."""
-    return device.type == "cpu" or (device.type == "cuda" and kernel_size == 7)
 
 
 def l2_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

@@ -11,11 +11,14 @@ import hashlib
 import logging
 import os
 import shlex
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import (
     CommitOperationAdd,
@@ -41,6 +44,7 @@ Result = TypeVar("Result")
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 5
 _PATIENCE = 60.0  # seconds; after that no further attempt begins
+RESOLVE_PAUSE = 1.0  # seconds between two tries of a name
 _TRANSIENT = (429, 500, 502, 503, 504)
 
 
@@ -84,15 +88,30 @@ def fetch(
     command = f"hf download {repo_id} {filename}" + (f" --revision {shlex.quote(revision)}" if revision else "")
     command += f" --cache-dir {shlex.quote(str(cache_dir))}" if cache_dir else ""
 
+    def cached() -> Path | None:
+        found = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
     def download(force: bool = False) -> Path:
+        if host := _unresolved_host():
+            # The client would take the cached file, too; without one it would ask for half a minute.
+            path = None if force else cached()
+            if path is None:
+                where = cache_dir or constants.HF_HUB_CACHE
+                raise WeightsError(
+                    f"cannot get {named}: the name {host!r} does not resolve, so this machine has no network, or no "
+                    f"name server. Where there is a network, run: {command}. Copy the cache ({where}) to this machine, "
+                    "and set HF_HUB_OFFLINE=1 to go on without asking"
+                )
+            _LOG.warning("The name %r does not resolve: taking the cached copy of %s", host, named)
+            return path
         options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
         return Path(_patiently(lambda: hf_hub_download(repo_id, filename, force_download=force, **options)))
 
     path: Path | None = None
     try:
         if prefer_cache or offline:
-            cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
-            path = Path(cached) if isinstance(cached, str) else None
+            path = cached()
         if path is None and not offline:
             path = download()
         if path is None:
@@ -124,6 +143,25 @@ def fetch(
             f"of it was kept. Try later, or another endpoint (HF_ENDPOINT is {constants.ENDPOINT})"
         )
     return path
+
+
+def _unresolved_host() -> str:
+    """The Hub's host if its name does not resolve, which is final after two tries; else "".
+
+    Behind a proxy, names are the proxy's matter.
+    """
+    address = urlsplit(constants.ENDPOINT)
+    host, proxies = address.hostname or "", getproxies()
+    proxied = (address.scheme in proxies or "all" in proxies) and not proxy_bypass(host)
+    if proxied or not host:
+        return ""
+    for pause in (RESOLVE_PAUSE, 0.0):
+        try:
+            socket.getaddrinfo(host, address.port or 443)
+            return ""
+        except (OSError, UnicodeError):
+            time.sleep(pause)
+    return host
 
 
 def _patiently(call: Callable[[], Result]) -> Result:

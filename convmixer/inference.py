@@ -1,100 +1,23 @@
-"""Classify images: files, PIL images and arrays of any common kind."""
+"""Classify images: one, a list, or a stream of any length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, overload
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
+from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, ImageError
-from convmixer.model import evaluating
-from convmixer.transforms import create_transform
+from convmixer.errors import ArgumentError
+from convmixer.images import Size, enough, is_one_image, read_image
+from convmixer.model import evaluation_view
+from convmixer.tracing import computing
+from convmixer.transforms import create_transform, preprocessing
+from convmixer.wrappers import find_model, in_channels
 
 Prediction = list[tuple[str, float]]
-
-
-def read_image(source: Any, channels: int = 3) -> Image.Image:
-    """An upright 8-bit RGB image (grey for `channels=1`) from a path, a PIL image or an array.
-
-    EXIF rotation is applied, transparency is laid on white, 16-bit values are scaled down.
-
-    Args:
-        source: A path; a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or
-            floats in [0, 1]; a tensor of the same, or channels-first.
-        channels: 1 or 3.
-
-    Raises:
-        ImageError: It cannot be read.
-    """
-    if channels not in (1, 3):
-        raise ArgumentError(f"images have 1 or 3 channels, this model takes {channels}: call it with tensors instead")
-    if isinstance(source, str | Path):
-        try:
-            with Image.open(source) as file:
-                image = ImageOps.exif_transpose(file)
-                image.load()
-        except FileNotFoundError as error:
-            raise ImageError(f"no image at {str(source)!r}") from error
-        except UnidentifiedImageError as error:
-            raise ImageError(f"{str(source)!r} is not an image that Pillow can read") from error
-        except Exception as error:  # each of Pillow's plugins has its own
-            raise ImageError(f"cannot read {str(source)!r}: {error}") from error
-    elif isinstance(source, Image.Image):
-        try:
-            image = ImageOps.exif_transpose(source)
-        except Exception as error:  # Pillow reads pixels late
-            raise ImageError(f"cannot read {source!r}: {error}") from error
-    else:
-        image = _from_array(source)
-    if 0 in image.size:
-        raise ImageError(f"image of {image.width}x{image.height} pixels: there is nothing to classify")
-    return _to_8_bit(image).convert("L" if channels == 1 else "RGB")
-
-
-def _from_array(source: Any) -> Image.Image:
-    if isinstance(source, torch.Tensor):
-        tensor = source.detach().cpu()
-        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
-    else:
-        try:
-            array = np.asarray(source)
-        except ValueError as error:
-            raise ImageError(f"{type(source).__name__} that is no array: {error}") from error
-    if isinstance(source, torch.Tensor) and array.ndim == 3 and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if not fits or 0 in array.shape:
-        raise ImageError(f"array of shape {array.shape}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
-        array = np.round(array / 257).astype(np.uint8)
-    elif np.issubdtype(array.dtype, np.floating):
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ImageError(f"float array with values from {array.min()} to {array.max()}: give values in [0, 1]")
-        array = np.round(array * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise ImageError(f"array of {array.dtype}: give uint8, uint16, bool, or floats in [0, 1]")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey opens as I or I;16; F has no fixed range
-        values = np.asarray(image, dtype=np.float64)
-        most = 65535.0 if values.max() > 255 or image.mode != "F" else 255.0 if values.max() > 1 else 1.0
-        return Image.fromarray(np.clip(np.round(values / most * 255), 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
 
 
 @lru_cache(maxsize=1)
@@ -106,13 +29,30 @@ def imagenet_labels() -> tuple[str, ...]:
     return tuple(info.index_to_description(i) for i in range(1000))
 
 
-def known_labels(model: nn.Module) -> tuple[str, ...] | None:
-    """The model's class names by index; None where nothing says what they are. An ArgumentError without a head."""
-    count: int = getattr(model, "num_classes", 0)
-    if not count:
+def count_classes(model: nn.Module) -> int:
+    """How many classes a model tells apart: by one output two, else one for each. An ArgumentError without a head."""
+    outputs: int = getattr(model, "num_classes", 0)
+    if not outputs:
         raise ArgumentError("this model has no classes: build it without features_only and with num_classes above 0")
+    return max(outputs, 2)
+
+
+def class_logits(logits: Tensor) -> Tensor:
+    """Logits (B, N) of all classes. One output z counts as two, -z/2 and z/2, whose softmax is the sigmoid of z."""
+    return torch.cat([-logits, logits], 1) / 2 if logits.shape[1] == 1 else logits
+
+
+def known_labels(model: nn.Module) -> tuple[str, ...] | None:
+    """The model's class names by index; None where nothing says what they are. An ArgumentError without a head.
+
+    A model with one output has two classes, and its `label_names` name both, or the second alone, whose probability is
+    the sigmoid of the output: from "cat" follow "not cat" and "cat".
+    """
+    count = count_classes(model)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("label_names")
+    if names and len(names) == model.num_classes == 1:
+        names = (f"not {names[0]}", names[0])
     if names and len(names) == count:
         return tuple(str(name) for name in names)
     if count == 1000 and str(config.get("tag") or "").startswith("in1k"):
@@ -122,49 +62,100 @@ def known_labels(model: nn.Module) -> tuple[str, ...] | None:
 
 def label_names(model: nn.Module) -> tuple[str, ...]:
     """The model's class names by index; "class 0", ... where nothing says what they are."""
-    return known_labels(model) or tuple(f"class {i}" for i in range(model.num_classes))  # type: ignore[arg-type]
+    return known_labels(model) or tuple(f"class {i}" for i in range(count_classes(model)))
+
+
+def least_size(model: nn.Module) -> Size:
+    """The (width, height) at which a photograph is large enough for the model's transform, twice what that keeps."""
+    config = preprocessing(model)
+    _, height, width = config["input_size"]
+    return enough(height, width, config["crop_pct"])
+
+
+def preparation(model: nn.Module, *, draft: bool = True) -> Callable[[Any], Tensor]:
+    """What makes of an image, as `read_image` takes it, the tensor (C, H, W) that `predict` gives the model.
+
+    Args:
+        model: A classifier from `create_model`.
+        draft: Decode large JPEG photographs at a reduced scale, of which the transform needs at most half.
+    """
+    transform, least = create_transform(model), least_size(model) if draft else None
+    channels = in_channels(model)
+
+    def prepare(image: Any) -> Tensor:
+        return transform(read_image(image, channels, least=least))  # type: ignore[no-any-return]
+
+    return prepare
 
 
 @overload
-def predict(model: nn.Module, images: list[Any], topk: int = ..., *, batch_size: int = ...) -> list[Prediction]: ...
+def predict(
+    model: nn.Module, images: list[Any] | tuple[Any, ...], topk: int = ..., *, batch_size: int = ..., draft: bool = ...
+) -> list[Prediction]: ...
 
 
 @overload
-def predict(model: nn.Module, images: Any, topk: int = ..., *, batch_size: int = ...) -> Prediction: ...
+def predict(
+    model: nn.Module, images: Iterator[Any], topk: int = ..., *, batch_size: int = ..., draft: bool = ...
+) -> Iterator[Prediction]: ...
 
 
-@torch.inference_mode()
-def predict(model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 64) -> Prediction | list[Prediction]:
+@overload
+def predict(
+    model: nn.Module, images: Any, topk: int = ..., *, batch_size: int = ..., draft: bool = ...
+) -> Prediction: ...
+
+
+def predict(
+    model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 64, draft: bool = True
+) -> Prediction | list[Prediction] | Iterator[Prediction]:
     """The most probable classes of one image or many.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
-        images: Whatever `read_image` takes, or a list (or tuple) of it.
+        model: A classifier from `create_model`, in any mode, which stays as it is. It is computed in evaluation mode,
+            eagerly where it was compiled. Many threads may share it. Also one inside `torch.compile`, DataParallel,
+            DistributedDataParallel, torch's AveragedModel or timm's ModelEma: the model inside is computed.
+        images: Whatever `read_image` takes: a path, a URL, bytes, a file object, a PIL image, an array or a tensor. Or
+            many of them: a list, a tuple, or any other iterable, such as a generator, of any length.
         topk: How many classes to return, at most all of them.
-        batch_size: Images computed at a time.
+        batch_size: Images read and computed at a time. A generator that must be answered at once needs 1.
+        draft: Decode large JPEG photographs, of a megapixel or more, at a reduced scale that still has at least twice
+            the pixels per side that the model's transform needs. It takes a fraction of the time and changes
+            probabilities a little; False decodes every pixel. Other images are the same to the bit.
 
     Returns:
-        `[(label, probability), ...]`, most probable first; for a list of images a list of these.
+        `[(label, probability), ...]`, most probable first. For a list or tuple of images a list of these. For another
+        iterable an iterator of these, which takes the next images only when it is asked for their answers. A model with
+        one output has two classes: see `known_labels`.
 
     Raises:
-        ImageError: An image that cannot be read.
-        ArgumentError: A model without a head, or a topk below 1.
+        ImageError: An image that cannot be read; from an iterator, when its batch is due.
+        ArgumentError: A model without a head, another kind of module, or a topk below 1.
     """
-    many = isinstance(images, list | tuple)
+    model = find_model(model)
     names = label_names(model)
     for argument, value in {"topk": topk, "batch_size": batch_size}.items():
         if not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{argument}={value!r}: give a whole number of at least 1")
-    sources: Sequence[Any] = images if many else [images]
+    one, prepare = is_one_image(images), preparation(model, draft=draft)
+    sources = iter([images] if one else images)
+
+    def answer() -> Iterator[Prediction]:
+        while batch := [prepare(source) for source in itertools.islice(sources, batch_size)]:
+            yield from _classify(model, torch.stack(batch), topk, names)
+
+    if one:
+        return next(answer())
+    return list(answer()) if isinstance(images, list | tuple) else answer()
+
+
+@torch.inference_mode()
+def _classify(model: nn.Module, batch: Tensor, topk: int, names: Sequence[str]) -> list[Prediction]:
+    """The predictions for prepared images (N, C, H, W)."""
     parameter = next(model.parameters())
-    transform = create_transform(model)
-    channels: int = model.in_chans  # type: ignore[assignment]
-    predictions: list[Prediction] = []
-    with evaluating(model):
-        for start in range(0, len(sources), batch_size):
-            batch = torch.stack([transform(read_image(s, channels)) for s in sources[start : start + batch_size]])
-            logits = model(batch.to(parameter.device, parameter.dtype)).float()
-            values, indices = logits.softmax(1).topk(min(topk, len(names)))
-            for row, probabilities in zip(indices.tolist(), values.tolist(), strict=True):
-                predictions.append([(names[i], p) for i, p in zip(row, probabilities, strict=True)])
-    return predictions if many else predictions[0]
+    view = evaluation_view(model)
+    with computing():
+        logits = class_logits(view(batch.to(parameter.device, parameter.dtype)).float())
+        values, indices = logits.softmax(1).topk(min(topk, len(names)))
+    rows = zip(indices.tolist(), values.tolist(), strict=True)
+    return [[(names[i], p) for i, p in zip(row, probabilities, strict=True)] for row, probabilities in rows]

@@ -7,15 +7,17 @@
 The activation comes before BatchNorm everywhere, every convolution has a bias, and resolution never changes after
 the stem. Parameter names are those of timm's `convmixer.py` (Apache-2.0), so that its weights load strictly; the code
 is this package's own. Deviations from timm: dropout before every block and stochastic depth (both off by default),
-activations by name, inputs checked, on CPUs a faster weight gradient under `torch.compile`, and `set_fused`: the same
-numbers by `ops.fused`, which keeps two feature maps per block for the backward pass.
+activations by name, inputs checked, on CPUs a faster weight gradient under `torch.compile`, `channels_last` feature
+maps, and `set_fused`: the same numbers by `ops.fused`, which keeps two feature maps per block for the backward pass.
 """
 
-from __future__ import annotations
+# Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
 
+import copy
+import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convmixer import ops
-from convmixer.errors import ArgumentError, ConvMixerError, ImageError, nearest
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError, WeightsError, nearest
 from convmixer.ops import dispatch, fused
 
 _LOGGER = logging.getLogger(__name__)
@@ -88,16 +90,47 @@ def _check_rate(name: str, value: float) -> None:
         raise ArgumentError(f"{name}={value!r}: give a probability in [0, 1)")
 
 
+def as_dtype(dtype: Any) -> Any:
+    """The type that a name such as "bfloat16" or "torch.bfloat16" means; anything else as it is."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else None
+    return found if isinstance(found, torch.dtype) else dtype
+
+
 def check_dtype(dtype: torch.dtype) -> None:
     """Raise ArgumentError for a type in which a model cannot be computed."""
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16")
+        raise ArgumentError(f"dtype={dtype!r}: give a floating point type such as torch.bfloat16 or 'bfloat16'")
 
 
-@torch.fx.wrap
+@functools.lru_cache
+def _say_plain(recorder: str) -> None:
+    _LOGGER.info("fused blocks: off in what %s makes, which sees the plain layers", recorder)
+
+
+# Called while compiling, and its result taken: some versions of PyTorch (2.7 to 2.11) take `is_exporting()` itself for
+# True in each compilation.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _recorder() -> str:
+    """What runs a model in order to write it down layer by layer, or ""."""
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "torch.export" if torch.compiler.is_exporting() else ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_recorded(compiling: bool) -> bool:
+    """Whether what runs a model writes plain layers down in place of fused blocks, which the log then says."""
+    if recorder := _recorder():
+        _say_plain(recorder)
+        return True
+    if compiling and (lacking := fused.cannot_compile()):
+        raise DependencyError(lacking)
+    return False
+
+
 def check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
     """Raise ImageError where the shape of x does not fit; skipped inside tracers and compilers."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if torch.jit.is_tracing() or torch.compiler.is_compiling() or isinstance(x, torch.fx.Proxy):
         return
     shape = tuple(x.shape)
     if len(shape) != 4:
@@ -114,14 +147,40 @@ def check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
         )
 
 
+def lay_out(x: Tensor, channels_last: bool) -> Tensor:
+    """The stem's output (B, dim, h, w) in channels_last, if that is asked for; what follows keeps its layout."""
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def check_head(tensors: Mapping[str, Any], model: "ConvMixer", source: str) -> None:
+    """Raise WeightsError where weights have a head for another pool than the model's."""
+    head, dim = tensors.get("head.weight"), model.num_features
+    if not isinstance(head, Tensor) or head.ndim != 2 or not isinstance(model.head, nn.Linear):
+        return
+    found, needed = head.shape[1], model.head.in_features
+    if found != needed and {found, needed} == {dim, 2 * dim}:
+        pool = model.global_pool.pool_type
+        raise WeightsError(
+            f"{source}: the head takes {found} features, and global_pool={pool!r} makes {needed}. Load the weights "
+            f"without global_pool, then call reset_classifier({model.num_classes}, {pool!r}), which makes a new head"
+        )
+
+
+def plain_indices(indices: Any) -> Any:
+    """Indices of NumPy or PyTorch as int or list of int; anything else as it is."""
+    return indices.tolist() if hasattr(indices, "tolist") else indices
+
+
 def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[int], int]:
     """Block indices as non-negative numbers, and the largest of them; see `ConvMixer.forward_intermediates`."""
     if indices is None:
         return list(range(depth)), depth - 1
+    indices = plain_indices(indices)
     if isinstance(indices, int):
         if not 1 <= indices <= depth:
             raise ArgumentError(f"indices={indices}: the number of last blocks to take is 1 to {depth}")
         return list(range(depth - indices, depth)), depth - 1
+    indices = [plain_indices(i) for i in indices]
     fine = all(isinstance(i, int) and -depth <= i < depth for i in indices)
     taken = [i % depth for i in indices] if fine else []
     if not taken or len(set(taken)) < len(taken):
@@ -129,16 +188,54 @@ def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[
     return taken, max(taken)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of a `with` block; each module then returns to the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+def mirror(model: nn.Module) -> nn.Module:
+    """A copy of the modules alone: each tensor, hook and setting in them is the original's own.
+
+    Modes and hooks of the copy may be changed while others use the original. What `torch.compile` made of a module is
+    left out: the copy computes eagerly.
+
+    Raises:
+        ArgumentError: TorchScript, or a `forward` replaced by what still calls the original.
+    """
+    return _mirror(model, {})
+
+
+def _mirror(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    if "_orig_mod" in module._modules:  # the shell of torch.compile
+        return _mirror(cast("nn.Module", module._modules["_orig_mod"]), made)
+    if id(module) in made:
+        return made[id(module)]
+    twin: nn.Module = object.__new__(type(module))
+    made[id(module)] = twin
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:  # as accelerate replaces `forward`
+            value = MethodType(value.__func__, twin)
+        twin.__dict__[name] = copy.copy(value) if name in _CONTAINERS else value
+    twin.__dict__.pop("_compiled_call_impl", None)
+    replaced = "forward" in vars(twin) and getattr(twin.forward, "__self__", None) is not twin
+    if isinstance(module, torch.jit.ScriptModule) or replaced:
+        kind = type(module)
+        raise ArgumentError(
+            f"a {kind.__module__}.{kind.__qualname__} whose computation cannot be put in evaluation mode for this call "
+            "alone: call eval() on the model first"
+        )
+    twin._modules = {name: None if child is None else _mirror(child, made) for name, child in module._modules.items()}
+    return twin
+
+
+# What `nn.Module` keeps in dictionaries and sets: tensors, modules and hooks, by name.
+_CONTAINERS = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
+
+
+def evaluation_view(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode: itself where all of it is, else a `mirror` of it. The model's own modes stay.
+
+    Raises:
+        ArgumentError: As `mirror`.
+    """
+    if not any(m.training or "_compiled_call_impl" in vars(m) or "_orig_mod" in m._modules for m in model.modules()):
+        return model
+    return mirror(model).eval()
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -147,25 +244,68 @@ class DepthwiseConv2d(nn.Conv2d):
     def __init__(
         self, dim: int, kernel_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
+        super().__init__(dim, dim, kernel_size, groups=dim, device=device, dtype=dtype)
+        self._set_border(kernel_size)
+
+    def _set_border(self, kernel_size: int) -> None:
         before, after = (kernel_size - 1) // 2, kernel_size // 2
-        padding = before if before == after else 0
-        super().__init__(dim, dim, kernel_size, groups=dim, padding=padding, device=device, dtype=dtype)
         # Even kernels need one more row and column at the end, which convolutions cannot do by themselves.
         self.even_kernel = before != after
         self.border = [before, after, before, after]
+        self.padding = (0, 0) if self.even_kernel else (before, before)
+        self.exports_kernels = False  # what is exported for others has no operators of this package in it
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self.training and torch.compiler.is_compiling():
-                if x.device.type == "cpu" and self.weight.requires_grad and torch.is_grad_enabled():
-                    autocast = torch.is_autocast_enabled("cpu")
-                    dtype = torch.get_autocast_dtype("cpu") if autocast else self.weight.dtype
-                    bias = None if self.bias is None else self.bias.to(dtype)
-                    return ops.depthwise_conv2d(x.to(dtype), self.weight.to(dtype), bias)
+            if not self._is_exported(x) and ops.runs_on_kernels(x, self.weight, self.training):
+                return ops.depthwise_conv2d(x, self.weight, self.bias)
         if self.even_kernel:
             x = F.pad(x, self.border)
         result: Tensor = self._conv_forward(x, self.weight, self.bias)
         return result
+
+    def _is_exported(self, x: Tensor) -> bool:
+        return isinstance(x, torch.fx.Proxy) or (bool(_recorder()) and not self.exports_kernels)
+
+
+def _keeps_resolution(layer: nn.Module) -> bool:
+    """Whether a layer is a depthwise convolution with square kernels that keeps the resolution."""
+    if type(layer) is not nn.Conv2d or not layer.groups == layer.in_channels == layer.out_channels > 1:
+        return False
+    height, width = layer.kernel_size
+    same = layer.padding == "same" or (height % 2 == 1 and layer.padding == (height // 2, height // 2))
+    plain = layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return height == width and same and plain
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Let the depthwise layers of any model, such as timm's own ConvMixer, run on this package's GPU kernels.
+
+    Depthwise `nn.Conv2d` layers with square kernels and equal resolution become `DepthwiseConv2d`, in place. Weights,
+    state dict, hooks and results stay the same, up to rounding. Models of this package need it not.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArgumentError: It has no such layer.
+
+    ```python
+    model = convmixer.accelerate(timm.create_model("convmixer_768_32").cuda())
+    ```
+    """
+    found = 0
+    for layer in model.modules():
+        if _keeps_resolution(layer):
+            layer.__class__ = DepthwiseConv2d
+            layer._set_border(layer.kernel_size[0])  # type: ignore[operator, index]
+        found += isinstance(layer, DepthwiseConv2d)
+    if not found:
+        raise ArgumentError(
+            f"{type(model).__name__} has no depthwise convolution that keeps the resolution: nn.Conv2d with "
+            "groups=channels, square kernels, stride 1, zero padding"
+        )
+    return model
 
 
 class Residual(nn.Module):
@@ -221,6 +361,11 @@ class ConvMixer(nn.Module):
         device: Where parameters are created.
         dtype: Type of the parameters.
 
+    Attributes:
+        channels_last: Compute the blocks in channels_last, whatever the layout of images and weights. False, as in a
+            new module, leaves the layout to them. It may be set at any time; `create_model` sets it where that is
+            faster.
+
     Raises:
         ArgumentError: A value that makes no sense.
         ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least patch_size.
@@ -254,7 +399,7 @@ class ConvMixer(nn.Module):
         self.patch_size = patch_size
         self.in_chans = in_chans
         self.num_features = dim
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.channels_last = False
         self.fused = self.sync_batchnorm = False
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, device=device, dtype=dtype),
@@ -291,7 +436,7 @@ class ConvMixer(nn.Module):
             check_input(x, self.in_chans, self.patch_size)
             if self._runs_fused(x):
                 return self._fused_features(x, self.blocks, [len(self.blocks) - 1])[0]
-        x = self.stem(x)
+        x = lay_out(self.stem(x), self.channels_last)
         for block in self.blocks:
             x = self.block_drop(x)
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -369,7 +514,7 @@ class ConvMixer(nn.Module):
             maps = self._fused_features(x, blocks, wanted)
             x, found = maps[-1], [y for i, y in zip(wanted, maps, strict=True) if i in taken]
         else:
-            x, found = self.stem(x), []
+            x, found = lay_out(self.stem(x), self.channels_last), []
             for i, block in enumerate(blocks):
                 x = self.block_drop(x)
                 x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
@@ -385,13 +530,13 @@ class ConvMixer(nn.Module):
         """Compute stem and blocks by fused functions, which keep less than half as much for the backward pass.
 
         Parameters, state dict and results stay the same, up to rounding. TorchScript, `torch.fx` and `torch.export` see
-        the plain layers. First derivatives only.
+        the plain layers, and the log says so. First derivatives only.
 
         Args:
             enable: False goes back to the layers. "auto" is True where that is possible for a model on a GPU, and False
                 elsewhere, since on CPUs it saves memory but not time; the choice is written to the log.
             sync_batchnorm: In training, BatchNorm sees the images of all processes of the default group, on CPUs too,
-                as layers of `nn.SyncBatchNorm` do. The running statistics must be the same in each, as
+                as layers of `nn.SyncBatchNorm` do. The parameters must be the same in each, as
                 DistributedDataParallel makes them.
 
         Raises:
@@ -427,16 +572,28 @@ class ConvMixer(nn.Module):
 
     def _fused_features(self, x: Tensor, blocks: nn.Sequential, taken: list[int]) -> list[Tensor]:
         options = {"checkpointing": self.grad_checkpointing, "sync_batchnorm": self.sync_batchnorm}
+        options["channels_last"] = self.channels_last
         return fused.features(self.stem, blocks, x, taken, **options)
 
     def _check_fused(self) -> None:
         fused.check(self.stem, self.blocks, self.block_drop, depthwise=DepthwiseConv2d, residual=Residual)
 
     def _runs_fused(self, x: Tensor) -> bool:
-        if not self.fused or torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(x, torch.fx.Proxy):
+        if not self.fused:
+            return False
+        if isinstance(x, torch.fx.Proxy):
+            _say_plain("torch.fx")
+            return False
+        if _is_recorded(torch.compiler.is_compiling()):
             return False
         self._check_fused()  # layers may have been replaced
         return True
+
+    def __prepare_scriptable__(self) -> "ConvMixer":
+        """For `torch.jit.script`, which asks for it."""
+        if self.fused:
+            _say_plain("torch.jit.script")
+        return self
 
     # ---- timm's contract ----------------------------------------------------------------------------------------
 
@@ -481,4 +638,5 @@ class ConvMixer(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in `nn.Module`; a model on the meta device, which has no storage to copy into, takes the tensors over."""
+        check_head(state_dict, self, "these weights")
         return super().load_state_dict(state_dict, strict, assign or any(p.is_meta for p in self.parameters()))

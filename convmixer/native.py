@@ -1,7 +1,8 @@
 """This package's own kernels for x86 CPUs: `ops/cpu*`, compiled once for the machine, and a model packed for them.
 
 The library is compiled with the C++ compiler at hand, when it is first needed, and kept in `$XDG_CACHE_HOME/convmixer`
-(`~/.cache/convmixer`) under a name made of source, compiler and processor.
+(`~/.cache/convmixer`) under a name made of source, compiler and processor, with a checksum. One that is damaged is
+compiled anew; where nothing can be kept or run from there, it is compiled for the process alone.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convmixer.checkpoints import write_atomically
+from convmixer.compiled_code import instead_of, unusable
 from convmixer.errors import DependencyError
 from convmixer.folding import FoldedConvMixer
 from convmixer.hardware import cpu_field, cpu_name
@@ -30,6 +35,8 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PANEL = 64  # output channels that are packed together; PANEL in cpu.cpp
 LARGEST = 15  # kernel size on tiles; LARGEST in cpu_tiles.h
 LARGEST_BYTES = 13  # kernel size in int8; LARGEST_BYTES in cpu_bytes.h
+_SUM_SIZE = 32
+_COMPILING = threading.Lock()
 MARGIN = 1.15  # by which int8 goes beyond what calibration images span: saturation costs more than coarser steps
 
 
@@ -37,6 +44,22 @@ def compiler() -> str | None:
     """Path of the C++ compiler: CXX, else g++ or clang++; None if there is none."""
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def inductor_lacks(device: torch.device) -> str | None:
+    """What `torch.compile` needs on a device and does not find, and how to get it; None if nothing."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # which will call another one than `compiler` may find
+
+        try:
+            found = get_cpp_compiler() if "CXX" not in os.environ else compiler()
+        except Exception:
+            found = None
+        if not found:
+            return "needs a C++ compiler on a CPU, and there is none: install g++, or name a compiler in CXX"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "needs triton on a GPU, which is missing: pip install triton"
+    return None
 
 
 def refusal(model: Any, dtype: torch.dtype) -> str | None:
@@ -53,30 +76,9 @@ def refusal(model: Any, dtype: torch.dtype) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def library() -> Any:
-    """The compiled kernels; a DependencyError if they cannot be compiled."""
-    path = compiler()
-    if path is None:
-        raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    texts = [source.read_text(encoding="utf-8") for source in SOURCES]
-    content = "\n".join([*texts, version, cpu_name(), cpu_field("flags"), *FLAGS])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer"
-    file = folder / f"native-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / file.name
-            run = subprocess.run(
-                [path, *FLAGS, "-o", str(made), str(SOURCES[0])], capture_output=True, text=True, check=False
-            )
-            if run.returncode:
-                lines = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
-                raise DependencyError(
-                    f"{path} cannot compile the native kernels ({lines[0] if lines else 'no message'}): "
-                    "name another compiler in CXX, or choose another backend"
-                )
-            made.replace(file)  # whole or not at all, whoever else compiles it
-    loaded = ctypes.CDLL(str(file))
+    """The compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
+    with _COMPILING:
+        loaded = _find()
     pointer, number = ctypes.c_void_p, ctypes.c_int
     for name in ("float32", "bfloat16", "int8"):
         function = getattr(loaded, f"convmixer_{name}", None)
@@ -85,6 +87,73 @@ def library() -> Any:
         function.argtypes = [pointer, pointer, number, number, number, pointer, number, number]
         function.restype = number
     return loaded
+
+
+def _find() -> Any:
+    """The library from the cache, else compiled and put there, else compiled for this process alone."""
+    path = compiler()
+    if path is None:
+        raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")
+    if not torch.cpu._is_avx512_supported():
+        raise DependencyError("native needs a CPU with AVX-512: choose another backend, such as openvino")
+    texts = [source.read_text(encoding="utf-8") for source in SOURCES]
+    content = "\n".join([*texts, _run(path, "--version").stdout, cpu_name(), cpu_field("flags"), *FLAGS])
+    name = f"native-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
+    binary = None
+    try:
+        file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer" / name
+        binary = _read(file)
+        if binary is not None:
+            return ctypes.CDLL(str(file))
+        reason = unusable(file.parent)
+        if reason is None:
+            binary = _compile(path)
+            return _put(binary, file)
+    except (OSError, RuntimeError) as error:  # nothing can be read, written or run there; no home
+        if isinstance(error, DependencyError):
+            raise
+        reason = str(error)
+    return _put(binary or _compile(path), instead_of(reason, "native kernels", "XDG_CACHE_HOME") / name)
+
+
+def _put(binary: bytes, file: Path) -> Any:
+    write_atomically(file, lambda temporary: temporary.write_bytes(binary))
+    return ctypes.CDLL(str(file))
+
+
+def _run(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise DependencyError(f"{path} cannot be run ({error.strerror}): name another compiler in CXX") from error
+
+
+def _read(file: Path) -> bytes | None:
+    """A library with its checksum behind it, where a linker does not look; None if it is not there, or damaged."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    return content if _sum(content[:-_SUM_SIZE]) == content[-_SUM_SIZE:] else None
+
+
+def _sum(binary: bytes) -> bytes:
+    return hashlib.sha256(binary).digest()
+
+
+def _compile(path: str) -> bytes:
+    """The library as `_read` takes it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "native.so"
+        run = _run(path, *FLAGS, "-o", str(made), str(SOURCES[0]))
+        if run.returncode or not made.exists():
+            lines = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
+            raise DependencyError(
+                f"{path} cannot compile the native kernels ({lines[0] if lines else 'no message'}): "
+                "name another compiler in CXX, or choose another backend"
+            )
+        binary = made.read_bytes()
+    return binary + _sum(binary)
 
 
 def _three_bfloat16(x: Tensor) -> list[Tensor]:
@@ -172,6 +241,14 @@ class Native:
             stem_end=self._end(stem.bias, norms[0]),
             blocks=records,
         )
+
+    def after_fork(self) -> None:
+        """In a child by fork OpenMP would wait for threads that are gone."""
+        self.threads = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are packed anew: a record holds addresses."""
+        return type(self), (self.folded, self.dtype, self.threads)
 
     def _fill(self, record: Any, block: Any, norm: Any, _: int) -> None:
         """The record of a block; `norm` is the next one's."""
@@ -324,6 +401,9 @@ class NativeInt8(Native):
         values = (stem.bias, scale / unit, shift / unit + zero)
         self._record.stem_end = _Affine(*(self._keep(value) for value in values))
         self._record.last = self._keep(self._units[-1][0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.folded, self.ranges, self.threads)
 
     def _fill(self, record: Any, block: Any, norm: Any, i: int) -> None:
         (unit, zero), (next_unit, next_zero) = self._units[i], self._units[i + 1]

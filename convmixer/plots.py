@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from convmixer.checkpoints import write_atomically
 from convmixer.errors import ArgumentError, optional
-from convmixer.inference import label_names, read_image
-from convmixer.model import evaluating
+from convmixer.images import read_image
+from convmixer.inference import class_logits, label_names
+from convmixer.model import evaluation_view, mirror
+from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing
+from convmixer.wrappers import describe, find_inner, find_model, in_channels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,21 +115,23 @@ def class_probabilities(
     """What a classifier makes of images that are decoded already, as `load_images` does.
 
     Args:
-        model: A classifier from `create_model`.
+        model: A classifier from `create_model`; wrappers are looked into, as by `predict`.
         pixels: uint8 (N, C, H, W).
         batch_size: Images computed at a time.
         progress: Wraps the iteration, for a progress bar.
 
     Returns:
-        float32 (N, num_classes) on the CPU; rows sum to 1.
+        float32 (N, number of classes) on the CPU; rows sum to 1. One output tells two classes apart.
     """
+    model = find_model(model)
     parameter = next(model.parameters())
     normalize = normalization(preprocessing(model))
     batches = []
-    with evaluating(model):
-        for batch in progress(pixels.split(batch_size)):
-            inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
-            batches.append(model(inputs).float().softmax(1).cpu())
+    view = evaluation_view(model)
+    for batch in progress(pixels.split(batch_size)):
+        inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
+        with computing():
+            batches.append(class_logits(view(inputs).float()).softmax(1).cpu())
     return torch.cat(batches)
 
 
@@ -273,10 +278,10 @@ def plot_benchmark(report: Mapping[str, Any]) -> Figure:
 
 def _weight(model: nn.Module, name: str) -> npt.NDArray[Any]:
     try:
-        return _array(model.get_parameter(name).float())
+        return _array(find_inner(find_model(model)).get_parameter(name).float())
     except AttributeError as error:
         raise ArgumentError(
-            f"this {type(model).__name__} has no {name}: give a ConvMixer, built without features_only"
+            f"{describe(find_inner(model))} has no {name}: give a ConvMixer as it was before optimize"
         ) from error
 
 
@@ -331,7 +336,7 @@ def plot_depthwise_kernels(model: nn.Module, block: int | None = None) -> Figure
         ArgumentError: Another model, or no such block.
     """
     _weight(model, "blocks.0.0.fn.0.weight")
-    depth = len(model.blocks)  # type: ignore[arg-type]
+    depth = len(find_inner(model).blocks)
     if block is not None and not -depth <= block < depth:
         raise ArgumentError(f"block={block}: this model has the blocks 0 to {depth - 1}")
     chosen = sorted({round(i * (depth - 1) / 3) for i in range(4)}) if block is None else [block % depth]
@@ -362,7 +367,7 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     captum's `LayerGradCam` computes it.
 
     Args:
-        model: A classifier from `create_model`; it is put in evaluation mode for the call.
+        model: A classifier from `create_model`, in any mode, which stays as it is.
         image: Whatever `read_image` takes; it is preprocessed as by `predict`.
         target: Index of the class; None takes the most probable one.
 
@@ -370,20 +375,22 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
         ImageError: An image that cannot be read.
         ArgumentError: A model without a head, or no such class.
     """
+    model = find_model(model)
     _weight(model, "stem.0.weight")
     names = label_names(model)
     if target is not None and not 0 <= target < len(names):
         raise ArgumentError(f"target={target}: this model has the classes 0 to {len(names) - 1}")
     attribution = optional("captum.attr", "this figure", "train")
-    channels: int = model.in_chans  # type: ignore[assignment]
+    channels = in_channels(model)
     opened, transform = read_image(image, channels), create_transform(model)
     parameter = next(model.parameters())
     inputs = transform(opened)[None].to(parameter.device, parameter.dtype).requires_grad_()  # weights may be frozen
-    with evaluating(model):
-        probabilities = model(inputs).detach().float().softmax(1)[0]
+    view: Any = mirror(model).eval()  # captum hangs hooks on layers, which others may be using
+    with computing():
+        probabilities = class_logits(view(inputs).detach().float()).softmax(1)[0]
         best = int(probabilities.argmax())
         index = best if target is None else target
-        grad_cam = attribution.LayerGradCam(model, model.blocks[-1])  # type: ignore[index]
+        grad_cam = attribution.LayerGradCam(lambda x: class_logits(view(x)), view.blocks[-1])
         activation = grad_cam.attribute(inputs, target=index, relu_attributions=True).detach().float()
     height, width = inputs.shape[2:]
     scale = math.ceil(SHOWN_SIDE / min(height, width))

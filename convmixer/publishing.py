@@ -21,7 +21,6 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models.convmixer import ConvMixer as TimmConvMixer
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from convmixer import hub
@@ -32,6 +31,7 @@ from convmixer.inference import known_labels
 from convmixer.model import ACTIVATIONS, ConvMixer, activation
 from convmixer.registry import VARIANTS, Metric, Variant, get_variant
 from convmixer.transforms import preprocessing
+from convmixer.wrappers import ADVICE, describe, unwrap
 
 Model = TypeVar("Model", bound="ConvMixer | TimmConvMixer")
 
@@ -107,7 +107,8 @@ def save_pretrained(
     """Write a folder that convmixer, timm and transformers open: model.safetensors, config.json, README.md.
 
     Sizes, activation, head, channels, preprocessing and class names are those of the model. Layout and wrappers do not
-    matter: channels_last, `torch.compile`, DistributedDataParallel and timm's ModelEmaV3 are undone. Dropout rates,
+    matter: channels_last, `torch.compile`, DataParallel, DistributedDataParallel, torch's AveragedModel and timm's
+    ModelEma are undone. Dropout rates,
     which only training needs, are not kept. Files are put in place when all of them are written and the weights have
     been read back; other files of the folder stay, and so does text of its README.md outside the generated part.
 
@@ -135,7 +136,7 @@ def save_pretrained(
         WeightsError: Weights that are not finite or do not fit the architecture.
         ConvMixerError: The folder cannot be written. What was in it before is whole.
     """
-    folder = Path(directory).expanduser()
+    folder = Path(os.path.expanduser(directory))
     source = _describe(model, metrics, test_data, licence, training_data, recipe, description, tags, label_names)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(folder)!r} is a file: give a folder")
@@ -270,8 +271,9 @@ def _describe(
         raise ArgumentError(f"tags={tags!r}, label_names={label_names!r}: give lists of strings")
     measured = _metrics(metrics, test_data)
     known: dict[str, Any] = {}
+    given = os.path.expanduser(given) if isinstance(given, str | Path) else unwrap(given)
     if isinstance(given, nn.Module):
-        model = unwrap_model(given)
+        model = given
     elif os.path.isdir(given):
         model, known = _read_run(Path(given))
     else:
@@ -280,8 +282,7 @@ def _describe(
         known |= {} if os.path.isfile(given) else _read_registry(str(given))
     if not isinstance(model, ConvMixer | TimmConvMixer):
         raise ArgumentError(
-            f"{type(model).__name__} is no ConvMixer: give a model of create_model, without features_only, and not the "
-            "copy that optimize makes of it"
+            f"{describe(model)} is not a ConvMixer, without features_only and before optimize: {ADVICE}"
         )
     return _Source(
         model=model,
@@ -318,11 +319,12 @@ def _labels(model: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:
     count = _num_classes(model)
     if given is None:
         return known_labels(model) if count and count == model.num_classes else None
-    if len(given) != count or not all(isinstance(label, str) for label in given):
+    if not all(isinstance(label, str) for label in given) or len(given) not in {count, max(count, 2)}:
         raise ArgumentError(
             f"label_names has {len(given)} entries, the model {count} classes: give one string for each"
+            + ("; with one output, names of both classes will do, too" if count == 1 else "")
         )
-    return tuple(given)
+    return (f"not {given[0]}", given[0]) if len(given) == count == 1 else tuple(given)
 
 
 def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
@@ -451,7 +453,7 @@ def _rebuild(model: Any) -> ConvMixer:
     return ConvMixer(**arguments, device="meta")
 
 
-def _architecture(shape: dict[str, int | str]) -> tuple[str, dict[str, Any]]:
+def architecture(shape: dict[str, int | str]) -> tuple[str, dict[str, Any]]:
     """A registered name, and the arguments by which the model differs from it.
 
     timm's three names take none of these arguments, so that a model of another size goes by one of the others.
@@ -470,7 +472,7 @@ def _architecture(shape: dict[str, int | str]) -> tuple[str, dict[str, Any]]:
 def _config(source: _Source) -> dict[str, Any]:
     """config.json as timm reads it, in the subset that transformers reads, too: no num_classes in model_args."""
     model = source.model
-    name, arguments = _architecture(_shape(model))
+    name, arguments = architecture(_shape(model))
     in_chans, pool = model.stem[0].in_channels, model.global_pool.pool_type
     if in_chans != 3:
         arguments["in_chans"] = in_chans
@@ -490,11 +492,14 @@ def _config(source: _Source) -> dict[str, Any]:
         "num_features": model.num_features,
     }
     if source.labels:
-        config["label_names"] = source.labels
+        # For the others one name is that of one output; `read_config` prefers both.
+        config["label_names"] = source.labels[-config["num_classes"] :]
+        if config["num_classes"] == 1:
+            about["label_names"] = source.labels
         if found.get("label_descriptions"):
             config["label_descriptions"] = found["label_descriptions"]
-    if arguments:
-        config["model_args"] = arguments
+    # Also where there are none: transformers would make null of what is missing, which timm cannot open.
+    config["model_args"] = arguments
     result: dict[str, Any] = json.loads(json.dumps({**config, "pretrained_cfg": about}))
     return result
 
@@ -528,7 +533,7 @@ def _open_everywhere(source: _Source, folder: Path) -> dict[str, float]:
                 f"{library} opens what would be published, but its logits differ by {difference:.2g} from the model's, "
                 f"which are up to {expected.abs().max().item():.2g}. Nothing was uploaded"
             )
-        if source.labels and tuple(labels or ()) != source.labels:
+        if source.labels and tuple(labels or ())[-config["num_classes"] :] != source.labels[-config["num_classes"] :]:
             raise WeightsError(f"{library} reads other class names, {labels!r}. Nothing was uploaded")
         differences[library] = difference
     return differences
@@ -587,9 +592,12 @@ def _card(source: _Source, name: str, repo_id: str, folder: str, old: str) -> st
         f"A [ConvMixer](https://arxiv.org/abs/2201.09792) with {parameters / 1e6:.2f} M parameters: "
         f"dim {shape['dim']}, depth {shape['depth']}, kernel size {shape['kernel_size']}, patch size "
         f"{shape['patch_size']}, activation `{shape['act_layer']}`. It takes images of {size} pixels with "
-        f"{config['input_size'][0]} channels" + (f" and knows {classes:,} classes." if classes else "."),
+        f"{config['input_size'][0]} channels" + (f" and knows {max(classes, 2):,} classes." if classes else "."),
         "",
     ]
+    if classes == 1:
+        last = _plain(source.labels[1]) if source.labels else "the second class"
+        lines += [f"It has one output, whose sigmoid is the probability of {last}.", ""]
     if source.labels and len(source.labels) <= 20:
         lines += [f"Classes: {', '.join(map(_plain, source.labels))}.", ""]
     lines += [*_usage(source, f"hf-hub:{repo_id}" if repo_id else f"local-dir:{folder}", repo_id or folder), ""]

@@ -81,6 +81,9 @@ class Weights:
         return CIFAR10_CLASSES if self.labels == "cifar10" else None
 
 
+SHAPE = ("dim", "depth", "kernel_size", "patch_size")  # what the shapes of weights tell of a variant
+
+
 @dataclass(frozen=True)
 class Variant:
     """One named architecture with its preprocessing; the first of `weights` is the default.
@@ -283,7 +286,7 @@ VARIANTS: tuple[Variant, ...] = (
             seconds=547.2,
             sha256="c5a2bdcdd30fd1b54321ad8868a28a7bffe5549dbc5ca068e4fbc0f6fb376694",
             size=2871912,
-            figures="95.08 99.87 9.60 0.01 0.01",
+            figures="95.08 99.87 9.60 95.08 95.08",
         ),
     ),
     Variant(

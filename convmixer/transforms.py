@@ -13,6 +13,7 @@ from torch import nn
 
 from convmixer.errors import ArgumentError, nearest
 from convmixer.registry import get_variant
+from convmixer.wrappers import in_channels, unwrap
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -26,14 +27,14 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
     Raises:
         ArgumentError: It has none.
     """
-    found = getattr(model, "pretrained_cfg", None)
+    found = getattr(unwrap(model), "pretrained_cfg", None)
     if not found:
         raise ArgumentError(
-            f"this {type(model).__name__} says nothing about its preprocessing: build it with "
+            f"this {type(unwrap(model)).__name__} says nothing about its preprocessing: build it with "
             "convmixer.create_model, or pass a registry name"
         )
     config = dict(found)
-    channels = getattr(model, "in_chans", 3)
+    channels = in_channels(model)
     if channels != len(config["mean"]):
         # The first convolution was adapted to other channels: each gets the mean of the old statistics.
         config["input_size"] = (channels, *config["input_size"][1:])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import skimage.data
 import torch
+from PIL import Image, ImageDraw
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +36,23 @@ def photographs() -> Path:
 def cat(photographs: Path) -> Path:
     """A photograph of a cat."""
     return photographs / "cat.png"
+
+
+@pytest.fixture(scope="session")
+def photo() -> np.ndarray:
+    """A photograph, uint8 (H, W, 3)."""
+    return skimage.data.astronaut()
+
+
+@pytest.fixture
+def arrow() -> Image.Image:
+    """A small image without any symmetry."""
+    image = Image.new("RGB", (9, 6), "navy")
+    draw = ImageDraw.Draw(image)
+    draw.line((0, 5, 7, 1), "yellow")
+    draw.rectangle((6, 0, 8, 1), "red")
+    image.putpixel((0, 0), (0, 255, 0))
+    return image
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +85,21 @@ def vary_norms(
             nn.init.uniform_(module.running_var, *variance)
             nn.init.uniform_(module.weight, *scale)
             nn.init.normal_(module.bias, std=std)
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """Statistics and scales of its own for each BatchNorm, as fresh ones would hide keys that are mixed up."""
+    vary_norms(model, scale=(0.5, 1.5))
+    return model.eval()
+
+
+def write_digits(root: Path, train: int, test: int, names: Sequence[str]) -> Path:
+    """Handwritten digits as PNG files in a folder for each split and class; `names` are those of the digits from 0."""
+    from sklearn.datasets import load_digits  # takes a second
+
+    bunch = load_digits(n_class=len(names))
+    for i, (pixels, label) in enumerate(zip(bunch.images[: train + test], bunch.target, strict=False)):
+        folder = root / ("train" if i < train else "test") / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i:04}.png")
+    return root

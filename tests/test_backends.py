@@ -438,7 +438,7 @@ def test_auto_without_other_libraries(monkeypatch):
         "openvino": "openvino needs openvino, which is missing: pip install 'convmixer[export]'",
         "onnxruntime": "onnxruntime needs onnxruntime, which is missing: pip install 'convmixer[export]'",
         "native": "native needs a C++ compiler on a CPU, and there is none",
-        "compile": "compile needs a C++ compiler on a CPU, and there is none: install g++ or clang++",
+        "compile": "compile needs a C++ compiler on a CPU, and there is none: install g++, or name",
     }.items():
         with pytest.raises(DependencyError, match=re.escape(text)):
             optimize(model, backend=backend)
@@ -525,7 +525,7 @@ def test_validate_measures_twice(cat, tmp_path):
         ({"backend": "onnxruntime", "dtype": torch.bfloat16}, "in float32 alone; use openvino or compile"),
         ({"backend": "openvino", "dtype": torch.float64}, "openvino computes in float32, bfloat16, float16 or int8"),
         ({"chunk": 4}, "chunk, threads and example need a backend other than 'eager'"),
-        ({"dtype": "half"}, "dtype='half': give a floating point type"),
+        ({"dtype": "brain16"}, "dtype='brain16': give a floating point type"),
     ],
 )
 def test_arguments(arguments, text):

@@ -1,5 +1,7 @@
 """The command line as a user meets it: output, errors and exit statuses."""
 
+import functools
+import http.server
 import importlib.metadata
 import json
 import os
@@ -7,6 +9,7 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +221,35 @@ def test_a_broken_image_among_good_ones(pictures, batch_size):
     assert sum("predictions" in r for r in found.values()) == 3
 
 
+def test_what_a_folder_holds_beside_images_is_counted(cat, tmp_path):
+    for name in ("a.png", ".hidden.png", "__MACOSX/b.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(cat, tmp_path / "in" / name)
+    (tmp_path / "in" / "notes.txt").write_text("")
+    shown = run("predict", tmp_path / "in", "--json", "--no-draft", "--device", "cpu")
+    assert [record["image"] for record in json.loads(shown.stdout)] == [str(tmp_path / "in" / "a.png")]
+    assert shown.stderr.strip() == f"{tmp_path / 'in'}: 1 image; left out: 1 .txt"
+
+
+def test_predict_an_address(cat):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    make = functools.partial(Handler, directory=str(cat.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}/{cat.name}"
+            by_url, by_path, missing = records(
+                "predict", url, cat, url.replace("cat", "mouse"), "--json", "--device", "cpu", status=1
+            )
+        finally:
+            server.shutdown()
+    assert by_url == {"image": url, "predictions": by_path["predictions"]}
+    assert missing["error"].endswith("mouse.png: the server answers 404 File not found")
+
+
 def test_nothing_but_broken_images(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     result = run("predict", tmp_path / "a.png", tmp_path / "none.png", status=1)
@@ -419,6 +451,27 @@ def test_train_then_predict(shapes, tmp_path):
     run("train", "cifar10-cpu", *options, "--resume")
     other = run("train", "cifar10-cpu", *options, "--resume", "--set", "lr=0.02", status=2)
     assert "with another recipe: lr was 0.01, is 0.02" in other.stderr
+
+
+def test_tables_validation_sets_and_weights_by_the_command_line(shapes, tmp_path):
+    rows = [f"{file.relative_to(shapes)},{file.parent.name}" for file in sorted(shapes.rglob("*.png"))]
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    labels = ("--data", shapes, "--labels", tmp_path / "labels.csv")
+    options = (*labels, "--val", shapes / "test", "--output", tmp_path / "run", *SMALL)
+    text = run("train", "cifar10-cpu", *options, "--set", "class_weights=[1, 2.5]", "--set", "draft=false").stdout
+    assert text.splitlines()[:3] == [
+        f"train: 40 images in 2 classes from {shapes.name}/train/ by labels.csv",
+        "validation: 8 images in 2 classes from test/",
+        f"test: 8 images in 2 classes from {shapes.name}/test/ by labels.csv",
+    ]
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["class_weights"] == [1, 2.5]
+    taken = f"test: 8 images in 2 classes from {shapes.name}/test/ by labels.csv"
+    shown = run("validate", tmp_path / "run", *labels, "--json", "--device", "cpu")
+    assert json.loads(shown.stdout)["count"] == 8  # nothing but JSON
+    assert taken in shown.stderr
+    assert taken in run("validate", tmp_path / "run", *labels, "--no-draft", "--device", "cpu").stdout
+    other = run("train", "cifar10-cpu", *options[:-4], "--set", "class_weights=even", status=2)
+    assert "class_weights='even': give \"balanced\", or a number" in other.stderr
 
 
 @pytest.mark.parametrize(

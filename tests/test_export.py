@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from command import run
+from conftest import shake
 from safetensors import safe_open
-from test_checkpoints import shake
 from torch import nn
 
 import convmixer
-from convmixer import export
+from convmixer import export, openvino_core
 from convmixer.checkpoints import save_weights
 from convmixer.errors import ArgumentError, DependencyError, ExportError
 from convmixer.export import FORMATS, export_model
@@ -61,8 +61,8 @@ def run_onnx(path, images):
 
 
 def run_openvino(path, images):
-    openvino = pytest.importorskip("openvino", reason="the export extra is not installed")
-    core = openvino.Core()
+    pytest.importorskip("openvino", reason="the export extra is not installed")
+    core = openvino_core.core()
     model = core.read_model(path)
     metadata = {key: model.get_rt_info(["convmixer", key]).value for key in ("label_names", "mean", "input_size")}
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -82,7 +82,26 @@ def run_safetensors(path, images):
         return model(images).numpy(), file.metadata()
 
 
-RUNS = {"onnx": run_onnx, "openvino": run_openvino, "torch-export": run_torch_export, "safetensors": run_safetensors}
+def run_executorch(path, images):
+    runtime = pytest.importorskip("executorch.runtime", reason="the executorch extra is not installed").Runtime.get()
+    program = runtime.load_program(path)
+    (metadata,) = program.load_method("metadata").execute([])
+    return program.load_method("forward").execute([images.contiguous()])[0].numpy(), json.loads(metadata)
+
+
+RUNS = {
+    "onnx": run_onnx,
+    "openvino": run_openvino,
+    "executorch": run_executorch,
+    "torch-export": run_torch_export,
+    "safetensors": run_safetensors,
+}
+LIBRARIES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+    "coreml": ("coremltools",),
+    "executorch": ("executorch.exir",),
+}
 
 
 def distance(found, model):
@@ -91,15 +110,17 @@ def distance(found, model):
 
 
 def need(format):
-    for module in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}.get(format, ()):
-        pytest.importorskip(module, reason="the export extra is not installed")
+    for module in LIBRARIES.get(format, ()):
+        pytest.importorskip(module, reason="an extra is not installed")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", RUNS)
 def test_every_format(model, tmp_path, format, dtype):
     """Another batch size than any that the exporter saw."""
     need(format)
+    if getattr(torch, dtype) not in FORMATS[format].dtypes:
+        pytest.skip("the format has no such type")
     path = tmp_path / f"m{FORMATS[format].suffix}"
     before = {key: value.clone() for key, value in model.state_dict().items()}
     result = export_model(model, path, dtype=getattr(torch, dtype))
@@ -118,6 +139,90 @@ def test_every_format(model, tmp_path, format, dtype):
     weights = sum(p.numel() for p in model.parameters()) * (4 if dtype == "float32" else 2)
     if format == "openvino":
         assert path.with_suffix(".bin").stat().st_size < 1.3 * weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_coreml(model, tmp_path, dtype):
+    """Its runtime is Apple's, so Core ML's tools read the specification: inputs, outputs, layers and weights."""
+    coremltools = pytest.importorskip("coremltools", reason="the coreml extra is not installed")
+    path = tmp_path / "m.mlpackage"
+    for _ in range(2):  # the second replaces the first
+        result = export_model(model, path, dtype=dtype)
+    assert (result.format, result.outputs, result.folded) == ("coreml", ("logits",), True)
+    assert sys.platform == "darwin" or np.isnan(result.difference)
+    assert os.listdir(tmp_path) == ["m.mlpackage"]
+    spec = coremltools.utils.load_spec(path)
+    (given,), (output,) = spec.description.input, spec.description.output
+    assert (given.name, output.name) == ("images", "logits")
+    assert list(given.type.multiArrayType.shape)[1:] == [3, 12, 12]
+    bounds = given.type.multiArrayType.shapeRange.sizeRanges[0]
+    assert (bounds.lowerBound, bounds.upperBound) == (1, 64)
+    metadata = spec.description.metadata.userDefined
+    assert json.loads(metadata["label_names"]) == list(LABELS)
+    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+    kinds = [operation.type for operation in block.operations]
+    assert (kinds.count("conv"), kinds.count("linear"), kinds.count("gelu")) == (5, 1, 5)
+    assert "batch_norm" not in kinds
+    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    stored = sum(file.stat().st_size for file in path.rglob("*.bin"))
+    assert 0.8 * weights < stored < 1.6 * weights
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino", "executorch", "torch-export", "coreml", "safetensors"])
+def test_features(tmp_path, format):
+    """Of a backbone each block's map by its name."""
+    need(format)
+    options = {"dim": 8, "depth": 4, "kernel_size": 3, "patch_size": 2, "in_chans": 1, "device": "cpu"}
+    backbone = convmixer.create_model("convmixer_256_8", features_only=True, out_indices=(0, 2), **options)
+    shake(backbone)
+    path = tmp_path / f"m{FORMATS[format].suffix}"
+    result = export_model(backbone, path, image_size=8)
+    assert result.outputs == ("features_0", "features_2")
+    x = torch.rand(5, 1, 8, 8)
+    with torch.no_grad():
+        expected = backbone.eval()(x)
+    if format == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert "label_names" not in session.get_modelmeta().custom_metadata_map
+        found = session.run(["features_0", "features_2"], {"images": x.numpy()})
+    elif format == "openvino":
+        compiled = openvino_core.core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        answers = compiled({"images": x.numpy()})
+        found = [answers["features_0"], answers["features_2"]]
+    elif format == "executorch":
+        from executorch.runtime import Runtime
+
+        found = Runtime.get().load_program(path).load_method("forward").execute([x])
+    elif format == "torch-export":
+        found = torch.export.load(path).module()(x)
+    elif format == "coreml":
+        import coremltools
+
+        spec = coremltools.utils.load_spec(path)
+        assert [output.name for output in spec.description.output] == ["features_0", "features_2"]
+        return
+    else:
+        again = convmixer.create_model(
+            "convmixer_256_8", checkpoint=path, features_only=True, out_indices=(0, 2), **options
+        )
+        with torch.no_grad():
+            found = again.eval()(x)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.as_tensor(a), b, rtol=1e-4, atol=1e-5)
+
+
+def test_opset(model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    need("onnx")
+    for given, written in ((None, 18), (18, 18), (20, 20), (23, 23)):
+        export_model(model, tmp_path / "m.onnx", opset=given)
+        (domain,) = (o for o in onnx.load(tmp_path / "m.onnx").opset_import if not o.domain)
+        assert domain.version == written
+    with pytest.raises(ExportError, match=r"opset"):
+        export_model(model, tmp_path / "n.onnx", opset=999)
+    assert os.listdir(tmp_path) == ["m.onnx"]
 
 
 def test_any_size_and_normalization(model, tmp_path):
@@ -147,7 +252,7 @@ def test_sizes_of_openvino_and_onnx(model, tmp_path, dynamic):
     onnxruntime, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
     sides = [-1, -1] if dynamic else list(IMAGES.shape[2:])
     export_model(model, tmp_path / "m.xml", dynamic_size=dynamic)
-    (given,) = openvino.Core().read_model(tmp_path / "m.xml").inputs
+    (given,) = openvino_core.core().read_model(tmp_path / "m.xml").inputs
     assert given.partial_shape == openvino.PartialShape([-1, 3, *sides])
     export_model(model, tmp_path / "m.onnx", dynamic_size=dynamic)
     (given,) = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_inputs()
@@ -218,7 +323,7 @@ def test_a_model_that_no_graph_can_hold(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("m.tflite", {}, r"cannot tell the format of .*m\.tflite': let it end in \.onnx, \.xml, \.pt2, \.safetensors"),
+        ("m.tflite", {}, r"cannot tell the format of .*m\.tflite': let it end in \.onnx, \.xml, \.mlpackage, \.pte, "),
         ("m.onnx", {"format": "openvin"}, "unknown format 'openvin'; did you mean openvino"),
         ("m.bin", {"format": "openvino"}, r"a file of the format openvino ends in \.xml"),
         ("m.pt2", {"dtype": torch.float64}, r"dtype=torch\.float64; valid for torch-export: "),
@@ -227,6 +332,10 @@ def test_a_model_that_no_graph_can_hold(tmp_path):
         ("m.pt2", {"image_size": 2}, "image_size=2: give one or two whole numbers of at least a patch, 3 pixels"),
         ("m.pt2", {"image_size": (8, 8, 8)}, r"image_size=\(8, 8, 8\)"),
         ("none/m.pt2", {}, "there is no folder"),
+        ("m.onnx", {"opset": 17}, "opset=17: it is for the format onnx, a whole number of at least 18"),
+        ("m.xml", {"opset": 18}, "opset=18: it is for the format onnx"),
+        ("m.mlpackage", {"dynamic_size": True}, "dynamic_size: coreml plans memory ahead: leave it out"),
+        ("m.pte", {"dtype": torch.float16}, r"dtype=torch\.float16; valid for executorch: torch\.float32"),
     ],
 )
 def test_senseless_choices(model, tmp_path, name, options, text):
@@ -236,7 +345,7 @@ def test_senseless_choices(model, tmp_path, name, options, text):
 
 
 def test_other_modules(tmp_path):
-    with pytest.raises(ArgumentError, match=r"cannot export a torch\.nn\.modules\.linear\.Linear: give a model of"):
+    with pytest.raises(ArgumentError, match=r"cannot export a torch\.nn\.modules\.linear\.Linear, which is not a"):
         export_model(nn.Linear(1, 1), tmp_path / "m.pt2")
 
 
@@ -283,3 +392,28 @@ def test_the_source_is_not_overwritten(tmp_path, monkeypatch):
     assert (
         "is not a whole safetensors file" in run("export", "foreign.safetensors", "--format", "onnx", status=2).stderr
     )
+
+
+def test_features_by_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("export", "convmixer_256_8", "--format", "safetensors", "--features", "3", "--features", "-8")
+    assert "features_0 and features_3 within 0.0e+00" in run(*options).stdout
+    again = convmixer.create_model(
+        "convmixer_256_8",
+        checkpoint="convmixer_256_8-features.safetensors",
+        features_only=True,
+        out_indices=(0, 3),
+        device="cpu",
+    )
+    whole = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+    assert torch.equal(again.model.blocks[3][1].weight, whole.blocks[3][1].weight)
+    assert "different block indices from -8 to 7" in run(*options[:-1], "8", status=2).stderr
+
+
+def test_formats_of_other_extras(model, tmp_path, monkeypatch):
+    for format, module in (("coreml", "coremltools"), ("executorch", "executorch.exir")):
+        monkeypatch.setitem(sys.modules, module, None)
+        name = module.partition(".")[0]
+        with pytest.raises(DependencyError, match=rf"the format {format} needs {name}, .*'convmixer\[{format}\]'"):
+            export_model(model, tmp_path / f"m{FORMATS[format].suffix}")
+    assert os.listdir(tmp_path) == []

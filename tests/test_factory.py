@@ -6,12 +6,14 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from hub_server import run_client, serve
 from safetensors.torch import load_file, save, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import convmixer
 from convmixer.checkpoints import save_weights
@@ -110,15 +112,99 @@ def test_features_only(shipped):
     assert len(convmixer.create_model(NAME, features_only=True, device="cpu")(X)) == 3
 
 
+@pytest.mark.parametrize(
+    "indices", [np.array([1, 3]), np.array([1, -5]), [np.int64(1), np.int32(3)], torch.tensor([1, 3])], ids=str
+)
+def test_indices_of_numpy_and_torch(indices, shipped):
+    expected = shipped.forward_intermediates(X, [1, 3], intermediates_only=True)
+    for build in timm.create_model, convmixer.create_model:
+        model = build(NAME, pretrained=True, features_only=True, out_indices=indices).to("cpu").eval()
+        for found, wanted in zip(model(X), expected, strict=True):
+            assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    found = shipped.forward_intermediates(X, indices, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_number_of_last_blocks_of_numpy(shipped):
+    expected = shipped.forward_intermediates(X, 2, intermediates_only=True)
+    found = shipped.forward_intermediates(X, np.int64(2), intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    model = convmixer.create_model(NAME, device="cpu", features_only=True, out_indices=np.int64(2))
+    assert model.feature_info.out_indices == (6, 7)
+
+
 def test_dtype_layout_and_device():
     model = convmixer.create_model(NAME, pretrained=True, device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    stem = convmixer.create_model(NAME, device="cpu").stem[0].weight
-    assert stem.is_contiguous(memory_format=torch.channels_last)
-    assert convmixer.create_model(NAME, device="cpu", channels_last=False).stem[0].weight.is_contiguous()
+    for name in "bfloat16", "torch.bfloat16":
+        named = convmixer.create_model(NAME, pretrained=True, device="cpu", dtype=name)
+        assert {p.dtype for p in named.parameters()} == {torch.bfloat16}
+        assert torch.equal(named.head.weight, model.head.weight)
+    assert all(p.is_contiguous() for p in model.parameters())
     assert all(p.is_meta for p in convmixer.create_model(NAME, pretrained=True, device="meta").parameters())
     auto = next(convmixer.create_model(NAME, device="auto").parameters()).device.type
     assert auto == (torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu")
+
+
+LAYOUTS = [
+    {},
+    {"fused": True},
+    {"features_only": True, "out_indices": (0,)},
+    {"in_chans": 1},  # tensors of one channel lie the same way in both layouts
+    {"patch_size": 1},
+]
+
+
+@pytest.mark.parametrize("options", LAYOUTS, ids=str)
+def test_feature_maps_are_in_the_layout_that_was_chosen(options):
+    """On CPUs channels_last by default, whatever the layout of images and weights, which lie as in any module."""
+    x = X[:, : options.get("in_chans", 3)]
+    for chosen in ({}, {"channels_last": True}, {"channels_last": False}):
+        model = convmixer.create_model(NAME, depth=1, device="cpu", **options, **chosen).train()
+        assert all(p.is_contiguous() for p in model.parameters())
+        maps = model(x) if "features_only" in options else [model.forward_features(x)]
+        wanted = torch.channels_last if chosen.get("channels_last", True) else torch.contiguous_format
+        assert [y.is_contiguous(memory_format=wanted) for y in maps] == [True]
+
+
+def test_layout_is_the_users_where_none_was_chosen():
+    model = convmixer.create_model(NAME, depth=1, device="cpu", channels_last=False)
+    assert not model.forward_features(X).is_contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    assert model.forward_features(X).is_contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.contiguous_format)
+    images = X.contiguous(memory_format=torch.channels_last)
+    assert model.forward_features(images).is_contiguous(memory_format=torch.channels_last)
+    assert not timm.create_model(NAME, depth=1).forward_features(X).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_default_model_is_a_module_like_any_other():
+    """Pruning, LBFGS and vectors of parameters want plain weights and gradients."""
+    model = convmixer.create_model(NAME, pretrained=True, device="cpu")
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            prune.l1_unstructured(module, "weight", amount=0.5)
+            prune.remove(module, "weight")
+            assert (module.weight == 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    assert len(vector) == sum(p.numel() for p in model.parameters())
+    nn.utils.vector_to_parameters(2 * vector, model.parameters())
+    assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), 2 * vector)
+
+    model = convmixer.create_model(NAME, pretrained=True, device="cpu").eval()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+
+    def loss():
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(model(X), torch.tensor([1, 2]))
+        value.backward()
+        return value
+
+    before = optimizer.step(loss).item()
+    assert loss().item() < before
+    gradients = torch.autograd.grad(model(X).sum(), list(model.parameters()))
+    assert len(nn.utils.parameters_to_vector(gradients)) == len(vector)
+    assert save(model.state_dict())  # safetensors refuses tensors that are not contiguous
 
 
 def test_layout_does_not_change_the_result():
@@ -262,7 +348,8 @@ def test_hub(folder, tmp_path_factory):
         ({"device": "gpu"}, ArgumentError, "no device 'gpu' here"),
         ({"device": "cuda:99"}, ArgumentError, "no device 'cuda:99' here"),
         ({"dtype": torch.int8}, ArgumentError, "dtype=torch.int8: give a floating point type"),
-        ({"dtype": "bfloat16"}, ArgumentError, "dtype='bfloat16'"),
+        ({"dtype": "float8"}, ArgumentError, "dtype='float8': give a floating point type such as torch.bfloat16 or 'b"),
+        ({"dtype": "int8"}, ArgumentError, "dtype=torch.int8"),
         ({"checkpoint": "/nowhere.safetensors"}, WeightsError, "no weights file at '/nowhere.safetensors'"),
         ({"pretrained": True, "dim": 64}, WeightsError, "expected (64, 3, 2, 2), found (256, 3, 2, 2)"),
         ({"pretrained": True, "depth": 9}, WeightsError, "missing (blocks.8."),
@@ -353,6 +440,7 @@ def test_senseless_values_in_a_config(folder, part, values, text):
         (None, {"num_classes": 7}, "it says num_classes=7, but the weights have 4"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*label_names for 7 classes")
 def test_a_config_that_does_not_fit_its_weights(folder, monkeypatch, part, values, text):
     """Found in the header, before a module is built."""
     _say(folder, part, **values)

@@ -244,15 +244,17 @@ def test_dtype(dtype):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_memory_layout_is_kept(channels_last):
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = make(dim=16)
-    model.stem[0].weight.data = model.stem[0].weight.data.to(memory_format=layout)
+@pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
+def test_memory_layout_is_kept(channels_last, weights):
+    model = make(dim=16).to(memory_format=weights)
+    model.channels_last = channels_last
     folded = optimize(model)
     assert folded.stem[0].weight.stride() == model.stem[0].weight.stride()
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     expected = model.forward_features(x)
     assert folded.forward_features(x).stride() == expected.stride()
+    maps = folded.forward_intermediates(x, intermediates_only=True)
+    assert {y.stride() for y in maps} == {expected.stride()}
 
 
 def test_evaluation_mode_only():
@@ -329,17 +331,15 @@ def test_onnx(tmp_path):
 
 
 def test_what_cannot_be_optimized():
-    with pytest.raises(ArgumentError, match=r"cannot optimize a torch\.nn\.modules\.linear\.Linear: give a model of"):
+    with pytest.raises(ArgumentError, match=r"cannot optimize a torch\.nn\.modules\.linear\.Linear, which is not a"):
         optimize(nn.Linear(2, 2))
-    with pytest.raises(
-        ArgumentError, match=r"convmixer\.folding\.FoldedConvMixer: .* before torch\.compile or another"
-    ):
+    with pytest.raises(ArgumentError, match=r"convmixer\.folding\.FoldedConvMixer, .* give a model of convmixer"):
         optimize(optimize(make()))
     with pytest.raises(ArgumentError, match=r"cannot optimize a builtins\.str"):
         optimize("convmixer_256_8")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "brain16"])
 def test_types_that_cannot_be_computed(dtype):
     with pytest.raises(ArgumentError, match=re.escape(f"dtype={dtype!r}: give a floating point type")):
         optimize(make(), dtype=dtype)

@@ -196,3 +196,60 @@ def test_no_token_in_a_message(results):
 
 def test_eight_processes_at_once(results, expected):
     assert [results[0][f"process {i}"]["sum"] for i in range(8)] == [expected] * 8
+
+
+# ---- no network -----------------------------------------------------------------------------------------------------
+
+NO_NETWORK = """
+import socket
+asked = []
+def fail(*arguments, **options):
+    asked.append(arguments[0])
+    raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+def attempt(*arguments, **options):
+    asked.clear()
+    load(*arguments, **options)
+    print(json.dumps({"asked": list(asked), "case": arguments[0]}))
+"""
+
+
+def test_a_name_that_does_not_resolve(folder, expected, tmp_path):
+    """It is final after two tries, in one error and without a line of the client; what is in the cache is taken."""
+    with serve() as hub:
+        hub.add("me/cached", folder)
+        code = (
+            CLIENT.replace("for number in range(8)", "for number in ()")
+            + NO_NETWORK
+            + """
+load("cached")
+resolve, socket.getaddrinfo = socket.getaddrinfo, fail
+attempt("missing", local_files_only=False)
+attempt("cached")
+socket.getaddrinfo = lambda *a, **o: fail(*a) if len(asked) < 1 else resolve(*a, **o)
+attempt("second_try", "hf-hub:me/cached")
+os.environ["http_proxy"] = "http://127.0.0.1:9"
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = ""
+socket.getaddrinfo = fail
+from convmixer import hub
+print(json.dumps({"asked": [hub._unresolved_host()], "case": "proxy"}))
+"""
+        )
+        records = [json.loads(line) for line in run_client(code, tmp_path, hub.endpoint)]
+    results = {r["case"]: r for r in records if "log" in r}
+    asked = {r["case"]: r["asked"] for r in records if "asked" in r}
+
+    missing = results["missing"]
+    assert missing["error"].startswith(
+        "WeightsError: cannot get 'config.json' of hf-hub:me/missing: the name '127.0.0.1' does not resolve"
+    )
+    assert "Where there is a network, run: hf download me/missing config.json. Copy the cache (" in missing["error"]
+    assert "HF_HUB_OFFLINE=1" in missing["error"]
+    assert asked["missing"] == ["127.0.0.1"] * 2
+    assert (missing["log"], sum(missing["pauses"])) == ([], 1)
+
+    assert results["cached"]["sum"] == results["second_try"]["sum"] == expected
+    assert all("does not resolve: taking the cached copy of" in line for line in results["cached"]["log"])
+    assert len(results["cached"]["log"]) == 2
+    assert results["second_try"]["log"] == []
+    assert asked["proxy"] == [""]

@@ -1,11 +1,17 @@
 """The depthwise convolution against PyTorch's own, in double precision."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+from torch import nn
 
-from convmixer import ConvMixer
-from convmixer.ops import depthwise_conv2d
+from convmixer import ConvMixer, accelerate
+from convmixer.errors import ArgumentError
+from convmixer.model import DepthwiseConv2d
+from convmixer.ops import depthwise_conv2d, prefers_channels_last, set_depthwise_kernels
 
 
 @pytest.mark.parametrize("kernel_size", range(1, 12))
@@ -31,12 +37,10 @@ def test_frozen_inputs_get_no_gradient():
     torch.testing.assert_close(grad, expected)
 
 
-def test_second_derivatives_are_refused():
-    x = torch.randn(1, 2, 5, 5, requires_grad=True)
-    weight = torch.randn(2, 1, 3, 3, requires_grad=True)
-    (grad,) = torch.autograd.grad(depthwise_conv2d(x, weight).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("kernel_size", [2, 3])
+def test_second_derivatives(kernel_size):
+    leaves = [torch.randn(1, 2, 4, 5), torch.randn(2, 1, kernel_size, kernel_size), torch.randn(2)]
+    assert torch.autograd.gradgradcheck(depthwise_conv2d, [leaf.double().requires_grad_() for leaf in leaves])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16 autocast"])
@@ -58,3 +62,117 @@ def test_compiled_training_uses_it(monkeypatch, dtype):
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert (p.grad - q.grad).norm() <= tolerance * q.grad.norm() + 1e-3, name
     assert len(calls) == 2  # one per block, while compiling
+
+
+@pytest.fixture
+def on_kernels(monkeypatch):
+    """Layers on the CPU compute as they do on a CUDA device, by the functions of `reference`; counts of their calls."""
+    from convmixer.ops import depthwise, dispatch, reference
+
+    calls = {"forward": 0, "backward": 0}
+
+    class Kernels:
+        depthwise_weight_grad = staticmethod(reference.depthwise_weight_grad)
+
+        @staticmethod
+        def depthwise_infer(x, weight, bias, *rest):
+            assert rest == ("identity", None, None, None)
+            calls["forward"] += 1
+            return reference.correlate(x, weight, bias)
+
+        @staticmethod
+        def depthwise_input_grad(grad, weight):
+            calls["backward"] += 1
+            return reference.depthwise_input_grad(grad, weight)
+
+    monkeypatch.setattr(dispatch, "kernels", lambda x: Kernels)
+    monkeypatch.setattr(depthwise, "_device_kind", lambda x: "cuda")
+    monkeypatch.setattr(depthwise, "_fits", lambda *_: True)
+    return calls
+
+
+@pytest.mark.parametrize("kernel_size", [4, 5])
+def test_plain_layers_run_on_kernels(on_kernels, kernel_size):
+    model, twin = (ConvMixer(8, 2, kernel_size, 2, num_classes=3) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    loss = model(x).square().sum()
+    loss.backward()
+    assert on_kernels == {"forward": 2, "backward": 2}
+    set_depthwise_kernels(False)
+    try:
+        other = twin(x).square().sum()
+        other.backward()
+    finally:
+        set_depthwise_kernels(True)
+    assert on_kernels == {"forward": 2, "backward": 2}
+    torch.testing.assert_close(loss, other)
+    for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q[1].grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_exports_hold_no_operators_of_this_package(on_kernels):
+    model = ConvMixer(8, 2, 3, 2, num_classes=3).eval()
+    x = torch.randn(4, 3, 8, 8)
+    program = torch.export.export(model, (x,))
+    torch.jit.trace(model, x, check_trace=False)
+    torch.fx.symbolic_trace(model)(x)
+    assert on_kernels["forward"] == 0
+    assert not any("convmixer" in str(node.target) for node in program.graph.nodes)
+    model(x)
+    assert on_kernels["forward"] == 2
+
+
+def test_models_of_others_are_accelerated(on_kernels):
+    plain = TimmConvMixer(dim=8, depth=2, kernel_size=5, patch_size=2, num_classes=3)
+    model = copy.deepcopy(plain)
+    assert accelerate(model) is model
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(model(x), plain(x))
+    assert on_kernels["forward"] == 2
+    accelerate(model)  # once more changes nothing
+    torch.testing.assert_close(copy.deepcopy(model).eval()(x), copy.deepcopy(plain).eval()(x))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 3, groups=4, padding="same"),
+        nn.Conv2d(4, 4, 4, groups=4, padding="same"),
+        nn.Conv2d(4, 4, 5, groups=4, padding=2, bias=False),
+    ],
+)
+def test_accelerated_layers_compute_the_same(layer):
+    x = torch.randn(2, 4, 7, 6)
+    expected = layer(x)
+    assert type(accelerate(layer)) is DepthwiseConv2d
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Conv2d(4, 4, 3, groups=4, padding=1, stride=2),
+        nn.Conv2d(4, 4, (3, 1), groups=4, padding="same"),
+        nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode="reflect"),
+        nn.Conv2d(4, 4, 3, groups=4, padding=2, dilation=2),
+    ],
+)
+def test_other_layers_stay(layer):
+    with pytest.raises(ArgumentError, match="Conv2d has no depthwise convolution that keeps the resolution"):
+        accelerate(layer)
+    assert type(layer) is nn.Conv2d
+
+
+def test_layouts(monkeypatch):
+    cpu, gpu, kind = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    assert [prefers_channels_last(cpu, kind, size) for size in (5, 7, 9)] == [True] * 3
+    assert not prefers_channels_last(torch.device("mps"), kind, 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("convmixer.ops.depthwise._fits", lambda device, dtype, size: size < 16)
+    assert [prefers_channels_last(gpu, kind, size) for size in (5, 7, 9, 17)] == [True, True, True, False]
+    monkeypatch.setattr("convmixer.ops.depthwise._enabled", False)  # cuDNN's
+    assert [prefers_channels_last(gpu, kind, size) for size in (5, 7, 9, 17)] == [True, True, False, False]

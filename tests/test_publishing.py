@@ -17,8 +17,8 @@ from PIL import Image
 from processes import finish
 from safetensors.torch import load_file, save_file
 from timm.models.convmixer import ConvMixer as TimmConvMixer
-from timm.utils import ModelEmaV3
 from torch import nn
+from wrapping import WRAPPERS
 
 import convmixer
 from convmixer import publishing
@@ -93,6 +93,54 @@ def test_opens_everywhere(shape, tmp_path, cat):
         assert (found["label"], pytest.approx(found["score"], rel=1e-4)) == asked
 
 
+@pytest.mark.parametrize("arguments", [{}, {"dim": 16, "depth": 2}], ids=str)
+def test_what_transformers_saves_opens_everywhere(arguments, tmp_path):
+    """Fine-tuning for other classes, by transformers alone."""
+    transformers = pytest.importorskip("transformers")
+    folder = convmixer.save_pretrained(make(num_classes=3, **arguments), tmp_path / "ours", label_names=list("abc"))
+    labels = {0: "no", 1: "yes"}
+    tuned = transformers.AutoModelForImageClassification.from_pretrained(
+        folder,
+        num_labels=2,
+        id2label=labels,
+        label2id={name: i for i, name in labels.items()},
+        ignore_mismatched_sizes=True,
+    )
+    tuned.save_pretrained(tmp_path / "forgotten")
+    tuned.config.label_names = list(tuned.config.id2label.values())
+    tuned.save_pretrained(tmp_path / "tuned")
+    x = torch.randn(2, 3, 32, 32)
+    expected = tuned.eval()(x).logits
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "tuned").eval()
+    assert again.config.id2label == labels
+    ours = convmixer.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True, device="cpu").eval()
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True).eval()
+    assert list(ours.pretrained_cfg["label_names"]) == list(theirs.pretrained_cfg["label_names"]) == ["no", "yes"]
+    for logits in again(x).logits, ours(x), theirs(x):
+        assert (logits - expected).norm() <= 1e-5 * expected.norm()
+    assert convmixer.predict(ours, torch.rand(3, 32, 32), topk=1)[0][0] in ("no", "yes")
+
+    # Whoever forgets label_names is told: transformers keeps those of the old classes and drops id2label.
+    with pytest.warns(UserWarning, match=r"has 3 label_names for 2 classes: they are left out\. Before transformers"):
+        model = convmixer.create_model(f"local-dir:{tmp_path / 'forgotten'}", pretrained=True, device="cpu")
+    assert convmixer.predict(model, torch.rand(3, 32, 32), topk=1)[0][0] in ("class 0", "class 1")
+
+
+def test_names_that_contradict_each_other(small, tmp_path):
+    folder = convmixer.save_pretrained(small, tmp_path, label_names=list("abc"))
+    config = json.loads((folder / "config.json").read_text())
+
+    def names(others):
+        (folder / "config.json").write_text(json.dumps({**config, "id2label": others}))
+        return convmixer.create_model(f"local-dir:{folder}", device="cpu").pretrained_cfg["label_names"]
+
+    assert names({"0": "a", "2": "c", "1": "b"}) == tuple("abc")
+    for nonsense in None, [], {}, {"0": "x"}, {"a": "x", "b": "y", "c": "z"}:
+        assert names(nonsense) == tuple("abc")
+    with pytest.warns(UserWarning, match=r"calls class 1 'b' in label_names, which counts, and 'x' in id2label"):
+        assert names({"0": "a", "1": "x", "2": "c"}) == tuple("abc")
+
+
 PLAIN = """
 import importlib.util, sys
 import timm
@@ -131,7 +179,7 @@ def test_stock_shapes_open_without_convmixer(name, tmp_path):
     """In timm and transformers, in a process that never imports convmixer."""
     model = convmixer.create_model(name, device="cpu", num_classes=5).eval()
     folder = convmixer.save_pretrained(model, tmp_path / "folder", label_names=list("abcde"))
-    assert "model_args" not in json.loads((folder / "config.json").read_text())
+    assert json.loads((folder / "config.json").read_text())["model_args"] == {}
     assert 'timm.create_model("local-dir:' in (folder / "README.md").read_text()
     images = torch.randn(1, 3, 5 * model.patch_size, 4 * model.patch_size)
     with torch.inference_mode():
@@ -147,7 +195,7 @@ def test_stock_shapes_open_without_convmixer(name, tmp_path):
 @pytest.mark.parametrize("name", convmixer.list_models())
 def test_registered_shapes_keep_their_names(name):
     model = convmixer.create_model(name, device="meta")
-    assert publishing._architecture(publishing._shape(model)) == (name, {})
+    assert publishing.architecture(publishing._shape(model)) == (name, {})
 
 
 def test_timms_class_and_a_head_put_in_by_hand(tmp_path):
@@ -177,10 +225,7 @@ def test_layouts_and_wrappers(small, tmp_path):
             "channels_last": convmixer.create_model(NAME, dim=16, depth=1, num_classes=3, device="cpu").to(
                 memory_format=torch.channels_last
             ),
-            "compiled": torch.compile(small),
-            "average": ModelEmaV3(small),
-            "parallel": nn.parallel.DistributedDataParallel(small),
-            "both": torch.compile(nn.parallel.DistributedDataParallel(small)),
+            **{name: wrap(small) for name, wrap in WRAPPERS.items()},
         }
         wrapped["channels_last"].load_state_dict(small.state_dict())
         for name, model in wrapped.items():
@@ -398,8 +443,12 @@ class Other(nn.ReLU):
 @pytest.mark.parametrize(
     ("change", "options", "text"),
     [
-        (lambda m: convmixer.optimize(m), {}, "FoldedConvMixer is no ConvMixer"),
-        (lambda m: nn.Linear(1, 1), {}, "Linear is no ConvMixer: give a model of create_model"),
+        (
+            lambda m: convmixer.optimize(m),
+            {},
+            "FoldedConvMixer is not a ConvMixer, without features_only",
+        ),
+        (lambda m: nn.Linear(1, 1), {}, "torch.nn.modules.linear.Linear is not a ConvMixer"),
         (lambda m: convmixer.ConvMixer(8, 1), {}, "says nothing about its preprocessing"),
         (lambda m: make(dim=8, depth=1, act_layer=Other), {}, "the activation Other has no name"),
         (lambda m: m, {"label_names": ["a"]}, "label_names has 1 entries, the model 3 classes"),

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import write_digits
+from PIL import Image, ImageOps
 from processes import finish
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
 from timm.data.auto_augment import rand_augment_transform
 
 import convmixer
 from convmixer.backends import calibration_images
 from convmixer.errors import ArgumentError, DataError, TrainingStopped
 from convmixer.evaluation import validate
-from convmixer.training import get_recipe, train
+from convmixer.training import evaluate, get_recipe, train
 from convmixer.training.data import Fit, Share, hold_out, load_images, seed_all
-from convmixer.training.stream import default_workers, open_stream
+from convmixer.training.stream import Change, default_workers, open_stream
 
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
 SIZE = (3, 8, 8)
@@ -35,13 +35,7 @@ CLASSES = ("digit 0", "digit 1", "digit 2", "digit 3")
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     """150 training and 30 test images of handwritten digits 0 to 3, as folders of PNG files."""
-    root = tmp_path_factory.mktemp("digits")
-    bunch = load_digits(n_class=4)
-    for i, (pixels, label) in enumerate(zip(bunch.images[:180], bunch.target[:180], strict=True)):
-        folder = root / ("train" if i < 150 else "test") / CLASSES[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i:04}.png")
-    return root
+    return write_digits(tmp_path_factory.mktemp("digits"), 150, 30, CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +43,7 @@ def shards(digits, tmp_path_factory) -> Path:
     """The same as WebDataset shards: four for training, two for testing."""
     root = tmp_path_factory.mktemp("shards")
     info = {"splits": {}}
-    for split, name, count in (("train", "train", 4), ("test", "validation", 2)):
+    for split, name, count in (("train", "train", 4), ("test", "test", 2)):
         files = sorted((digits / split).rglob("*.png"))
         names = [f"{name}-{i}.tar" for i in range(count)]
         for i, tar in enumerate(names):
@@ -167,10 +161,9 @@ def test_the_policy_is_timms(channels):
 
 
 def test_training_from_a_stream_is_training_from_memory(digits, tmp_path):
-    """Where no image is changed by itself, to the bit."""
-    recipe = get_recipe(
-        "cifar10", **{**QUICK, "random_erasing": 0.5, "shift": 1, "mixup": 0.2, "image_sizes": ((0, 6),)}
-    )
+    """Where the workers crop nothing, to the bit."""
+    fields = {"rand_augment": (2, 9), "color_jitter": 0.2, "random_erasing": 0.5, "shift": 1, "mixup": 0.2, "cutmix": 1}
+    recipe = get_recipe("cifar10", **{**QUICK, **fields, "mix_until": 0.7, "image_sizes": ((0, 6),)})
     memory = train(recipe, digits, tmp_path / "memory", device="cpu", report=quiet)
     stream = train(recipe.override(stream=True), digits, tmp_path / "stream", device="cpu", workers=1, report=quiet)
     a, b = load_file(memory.weights), load_file(stream.weights)
@@ -257,6 +250,81 @@ def test_shards_hold_the_images(digits, shards, workers):
     assert _counts(test.in_order(7)) == _counts(expected.in_order(7))
 
 
+def test_validation_shards_are_used_for_validation(shards, tmp_path):
+    """And tested on where there are no others, which is said."""
+    shutil.copytree(shards, tmp_path / "set")
+    info = json.loads((shards / "_info.json").read_text())
+    info["splits"]["valid"] = info["splits"].pop("test")
+    (tmp_path / "set" / "_info.json").write_text(json.dumps(info))
+    source, lines = f"wds/{tmp_path}/set", list[str]()
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1}, stream=True)
+    result = train(recipe, source, tmp_path / "run", device="cpu", workers=0, report=lines.append)
+    assert lines[:3] == [
+        f"train: 150 images in 4 classes from 4 shards of {source}, train",
+        f"validation: 30 images in 4 classes from 2 shards of {source}, valid",
+        "test: no images",
+    ]
+    assert result.test_accuracy == {}
+    images = load_images(source, "test", SIZE, report=lines.append)
+    assert lines[-1].endswith("valid, as there is no test split")
+    expected = evaluate(result.model, images, precision="auto")["top1"]
+    assert result.history[0].validation_accuracy == pytest.approx(expected)
+    with pytest.raises(ArgumentError, match=r"no images of 'wds/.*' can be held out: give 0, or a validation set"):
+        train(recipe, f"wds/{shards}", tmp_path / "none", device="cpu", workers=0, report=quiet)
+    assert not (tmp_path / "none").exists()
+
+
+def test_shards_hold_images_of_all_types(tmp_path):
+    for i, suffix in enumerate(("jpg", "bmp", "tif", "webp", "gif", "jfif")):
+        Image.new("RGB", (8, 8), (40 * i,) * 3).save(tmp_path / f"{i}.{suffix}")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for file in sorted(tmp_path.glob("[0-9].*")):
+            archive.add(file, file.name)
+            member = tarfile.TarInfo(f"{file.stem}.cls")
+            member.size = 1
+            archive.addfile(member, io.BytesIO(b"%d" % (int(file.stem) % 2)))
+    (tmp_path / "classes.txt").write_text("even\nodd\n")
+    images = load_images(f"wds/{tmp_path}/a.tar|6", "train", SIZE, report=quiet)
+    assert images.labels.tolist() == [0, 1] * 3
+    assert (images.pixels[:, 0, 4, 4].float() - 40 * torch.arange(6)).abs().max() < 3
+
+
+def test_large_photographs_are_cropped_alike_at_a_reduced_scale(photo, tmp_path):
+    """The same crops, from fewer pixels; small images to the bit as timm crops them."""
+    from timm.data.transforms import RandomResizedCropAndInterpolation
+
+    recipe = get_recipe("imagenet1k", auto_augment="", crop_scale=0.25)
+    large = Image.fromarray(photo).resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    large.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "large.jpg", quality=95, exif=exif)
+    large.resize((800, 600)).save(tmp_path / "small.jpg", quality=95)
+    theirs = RandomResizedCropAndInterpolation((32, 48), (0.25, 1.0), (3 / 4, 4 / 3), "bilinear")
+    exact = 0
+    for i in range(12):
+        crops = {}
+        for name, draft in (("large.jpg", True), ("large.jpg", False), ("small.jpg", True)):
+            seed_all(i)
+            change = Change(recipe, Fit((3, 32, 48), draft=draft), (0.5,) * 3)
+            crops[name, draft] = change(tmp_path / name).float()
+        for name in ("large.jpg", "small.jpg"):
+            seed_all(i)
+            with Image.open(tmp_path / name) as image:
+                expected = theirs(ImageOps.exif_transpose(image))
+            assert np.array_equal(crops[name, name != "large.jpg"].permute(1, 2, 0), np.asarray(expected))
+        assert (crops["large.jpg", True] - crops["large.jpg", False]).abs().mean() < 4
+        exact += torch.equal(crops["large.jpg", True], crops["large.jpg", False])
+    assert exact < 12
+
+
+def test_large_photographs_are_fitted_alike_at_a_reduced_scale(photo, tmp_path):
+    Image.fromarray(photo).resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / "large.jpg", quality=95)
+    for mode in ("center", "squash"):
+        found = [Fit((3, 32, 48), crop_mode=mode, crop_pct=0.9, draft=d)(tmp_path / "large.jpg") for d in (True, False)]
+        assert not torch.equal(*found)
+        assert (found[0].float() - found[1].float()).abs().mean() < 2
+
+
 def test_shards_are_validated_as_their_folder_is(digits, shards, tmp_path):
     model = convmixer.create_model("convmixer_128_8_ks7_p2", num_classes=4, device="cpu")
     found = [validate(model, source, classes=CLASSES) for source in (digits, f"wds/{shards}")]
@@ -265,7 +333,7 @@ def test_shards_are_validated_as_their_folder_is(digits, shards, tmp_path):
     images, same = load_images(digits, "test", SIZE), load_images(f"wds/{shards}", "test", SIZE)
     assert _counts(same.in_order(7)) == _counts(images.in_order(7))
     for number, other in ((29, "more"), (31, "30")):
-        source = f"wds/{shards}/validation-{{0..1}}.tar|{number}"
+        source = f"wds/{shards}/test-{{0..1}}.tar|{number}"
         with pytest.raises(DataError, match=f"should have {number} samples and has {other}: correct the number"):
             load_images(source, "test", SIZE)
         with pytest.raises(DataError, match="correct the number"):
@@ -353,7 +421,9 @@ def test_shards_get_as_many_workers_as_they_can_feed(shards):
     ("data", "fields", "options", "text"),
     [
         ("wds/nowhere", {}, {}, r"is read from start to end: give stream=True \(--set stream=true\)"),
-        ("wds/nowhere", {"stream": True}, {}, "no images of 'wds/nowhere' can be held out: give 0"),
+        ("wds/a-0.tar|9", {"stream": True}, {}, r"no images of 'wds/a-0.tar\|9' can be held out: give 0, or a valid"),
+        ("wds/nowhere", {"stream": True, "balanced": True}, {}, "balanced=True needs labels before images are read"),
+        ("wds/nowhere", {"stream": True, "class_weights": "balanced"}, {}, "class_weights='balanced' needs labels"),
         ("nowhere", {}, {"workers": 2}, "workers=2: give at least 0, and only with stream=True"),
         ("nowhere", {"stream": True}, {"workers": -1}, "workers=-1: give at least 0"),
         ("nowhere", {"sync_batchnorm": True}, {}, "sync_batchnorm=True works on GPUs alone.* not on 'cpu'"),

@@ -6,9 +6,12 @@ import torch
 from timm.models import get_pretrained_cfg
 
 import convmixer
+from convmixer.errors import WeightsError
 from convmixer.registry import VARIANTS
 
 TIMM = {"convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14"}
+# PyTorch warns of its own class of traced modules.
+TRACED = pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support instance-level")
 OURS = [v.name for v in VARIANTS if v.name not in TIMM]
 
 
@@ -104,12 +107,49 @@ def test_features_only(name):
         assert feature.shape == (2, channel, size_of(name) // reduction, size_of(name) // reduction)
 
 
+@TRACED
 @pytest.mark.parametrize("name", OURS)
 def test_torchscript_and_fx(name):
     model, x = make(name).eval(), images(name)
     expected = model(x)
     assert torch.equal(torch.jit.script(model)(x), expected)
-    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), expected)
+    assert torch.equal(torch.jit.script(traced)(x), expected)
+
+
+@TRACED
+@pytest.mark.parametrize("name", [v.name for v in VARIANTS])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_torchscript_of_an_fx_trace(name, mode):
+    """Of every name, with the layout that create_model chooses, and of what optimize makes of it."""
+    model, x = convmixer.create_model(name, depth=2, device="cpu").train(mode), images(name)
+    models = [model] if mode else [model, convmixer.optimize(model)]
+    for each in models:
+        scripted = torch.jit.script(torch.fx.symbolic_trace(each))
+        torch.manual_seed(0)
+        expected = each(x)
+        torch.manual_seed(0)
+        assert torch.equal(scripted(x), expected)
+
+
+@TRACED
+@pytest.mark.parametrize("arguments", [{"global_pool": "catavgmax"}, {"num_classes": 0, "global_pool": ""}], ids=str)
+def test_torchscript_of_an_fx_trace_with_other_ends(arguments):
+    model, x = make("convmixer_256_8", drop_path_rate=0.1, **arguments).eval(), images("convmixer_256_8")
+    assert torch.equal(torch.jit.script(torch.fx.symbolic_trace(model))(x), model(x))
+
+
+@pytest.mark.parametrize("pool", ["catavgmax", "fastcatavgmax"])
+def test_pretrained_heads_do_not_fit_a_pool_of_twice_the_features(pool):
+    text = f"the head takes 256 features, and global_pool='{pool}' makes 512.*reset_classifier\\(10, '{pool}'\\)"
+    for build in timm.create_model, convmixer.create_model:
+        with pytest.raises(WeightsError, match=text):
+            build("convmixer_256_8", pretrained=True, global_pool=pool)
+        model = build("convmixer_256_8", pretrained=True)
+        model.reset_classifier(10, pool)
+        assert model(images("convmixer_256_8").to(model.head.weight.device)).shape == (2, 10)
+        assert build("convmixer_256_8", pretrained=True, global_pool=pool, num_classes=7).head.in_features == 512
 
 
 def test_pretrained_by_timm():

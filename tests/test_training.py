@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import pickle
@@ -21,35 +22,30 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import write_digits
 from PIL import Image
 from processes import finish, started
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
+from sklearn.utils.class_weight import compute_class_weight
 from torchvision.datasets import CIFAR10
 
 import convmixer
-from convmixer import plots
-from convmixer.errors import ArgumentError, ConvMixerError, DataError, TrainingStopped, WeightsError
+from convmixer import native, plots
+from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
-from convmixer.training.data import Augment, Images, hold_out, load_images
-from convmixer.training.loop import _diagnose, _no_denormals, bf16_is_faster
+from convmixer.training.data import Images, Share, class_weights, hold_out, load_images
+from convmixer.training.loop import _diagnose, _no_denormals
+from convmixer.training.readers import has_split
 from convmixer.training.run import Run
 
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """300 training and 60 test images of handwritten digits 0 to 3, as folders of PNG files."""
-    root = tmp_path_factory.mktemp("digits")
-    bunch = load_digits(n_class=4)
-    for i, (pixels, label) in enumerate(zip(bunch.images[:360], bunch.target[:360], strict=True)):
-        folder = root / ("train" if i < 300 else "test") / f"digit {label}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i:04}.png")
-    return root
+    return write_digits(tmp_path_factory.mktemp("digits"), 300, 60, [f"digit {i}" for i in range(4)])
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +106,19 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
         ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
         ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
+        ({"mix_prob": 1.5}, "recipe field mix_prob=1.5: give in [0, 1]"),
+        ({"mix_until": -0.1}, "recipe field mix_until=-0.1: give in [0, 1]"),
+        ({"fill": "white"}, 'recipe field fill=\'white\': give "black" or "mean"'),
+        ({"trivial_augment": 1}, "recipe field trivial_augment=1: give True or False"),
+        (
+            {"trivial_augment": True},
+            "contradictory recipe: trivial_augment=True takes the place of rand_augment=(2, 12): give "
+            "rand_augment=(0, 0), or trivial_augment=False",
+        ),
+        (
+            {"trivial_augment": True, "rand_augment": (0, 0), "stream": True, "auto_augment": "v0"},
+            "contradictory recipe: auto_augment='v0' takes the place of trivial_augment=True: leave one of them out",
+        ),
         ({"in_chans": 2}, "recipe field in_chans=2: give 3 or 1"),
         ({"input_size": (8,)}, "recipe field input_size=(8,): give height and width"),
         ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give in (0, 1]"),
@@ -117,6 +126,11 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"frozen": 0.5}, "contradictory recipe: frozen=0.5 keeps a backbone that was never trained"),
         ({"accumulate": 3}, "contradictory recipe: batch_size=512 does not divide into accumulate=3 parts"),
         ({"mixup": 0.1, "batch_size": 9}, "contradictory recipe: mixup and cutmix pair images: batch_size=9"),
+        ({"class_weights": "even"}, "recipe field class_weights='even': give \"balanced\", or a number of at least 0"),
+        ({"class_weights": (1.0, -1.0)}, "recipe field class_weights=(1.0, -1.0): give"),
+        ({"class_weights": (0, 0)}, "recipe field class_weights=(0, 0): give"),
+        ({"balanced": 1}, "recipe field balanced=1: give True or False"),
+        ({"balanced": True, "class_weights": "balanced"}, "both make up for rare classes: give one of them"),
     ],
 )
 def test_senseless_recipes(fields, text):
@@ -189,12 +203,38 @@ def test_hugging_face_data_set(digits, tmp_path):
     assert torch.equal(read.labels, images.labels)
 
 
+def test_splits_of_a_hugging_face_data_set(digits, tmp_path):
+    """They are used as those of a folder, and a test set without labels, which are -1 there, is an error."""
+    datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(images.classes))})
+    (tmp_path / "set").mkdir()
+    for split, labels in {
+        "train": images.labels.tolist(),
+        "validation": images.labels.tolist(),
+        "test": [-1] * 60,
+    }.items():
+        rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / "set" / f"{split}-0.parquet")
+    source, lines = f"hfds/{tmp_path / 'set'}", list[str]()
+    assert [has_split(source, split, root=tmp_path / "cache") for split in ("validation", "test")] == [True, True]
+    for split in ("valid", "validation"):
+        found = load_images(source, split, (3, 8, 8), root=tmp_path / "cache", report=lines.append)
+        assert torch.equal(found.labels, images.labels)
+    assert lines[1] == f"validation: 60 images in 4 classes from {source}, split validation"
+    with pytest.raises(DataError, match=r"cannot read image 0 of .*its label is -1, so it shows none of the 4 classes"):
+        load_images(source, "test", (3, 8, 8), root=tmp_path / "cache", report=quiet)
+    with pytest.raises(DataError, match=r"no split 'other' in 'hfds/.*'; valid: train, validation, test"):
+        load_images(source, "other", (3, 8, 8), root=tmp_path / "cache", report=quiet)
+
+
 @pytest.mark.parametrize(
     ("source", "split", "text"),
     [
         ("nowhere", "train", "no data at 'nowhere': give a folder"),
-        ("{digits}/train/digit 0", "train", "no train split in .*: looked for train.tar, train/ or folders of classes"),
-        ("{tmp}", "test", "no test split in .*: looked for test.tar, test/, val.tar"),
+        ("{digits}/train/digit 0", "train", "the train images of .*, 76 in digit 0/, lie in no class folders"),
+        ("{tmp}", "test", "no test split in .*, which holds .*/train/: call it one of test, testing"),
         ("torch/cifar10", "train", "cannot open 'torch/cifar10'"),
     ],
 )
@@ -229,8 +269,9 @@ def test_unreadable_images_are_left_out_on_request(digits, tmp_path):
     lines: list[str] = []
     images = load_images(tmp_path / "set", "test", (3, 8, 8), skip_unreadable=True, report=lines.append)
     assert len(images) == 57
-    assert "3 of 60 images are left out" in lines[0]
-    assert all(f"{file.parent.name}/{file.name}" in lines[0] for file in spoiled)
+    assert lines[0] == "test: 60 images in 4 classes from set/"
+    assert "3 of 60 images are left out" in lines[1]
+    assert all(f"{file.parent.name}/{file.name}" in lines[1] for file in spoiled)
     whole = load_images(digits, "test", (3, 8, 8))
     kept = [i for i, file in enumerate(sorted((tmp_path / "set").rglob("*.png"))) if file not in spoiled]
     assert torch.equal(images.pixels, whole.pixels[kept])
@@ -260,60 +301,6 @@ def test_hold_out_is_a_partition_that_the_seed_decides():
     assert torch.equal(hold_out(images, 0.1, 3)[1].labels, validation.labels)
     assert not torch.equal(hold_out(images, 0.1, 4)[1].labels, validation.labels)
     assert len(hold_out(images, 0.0, 3)[1]) == 0
-
-
-def _augment(**fields) -> Augment:
-    plain = {"flip": 0.0, "shift": 0, "rand_augment": (0, 0)}
-    return Augment(Recipe(**{**plain, **fields}), {"mean": MEAN, "std": STD}, torch.device("cpu"))
-
-
-def _denormalize(x: torch.Tensor) -> torch.Tensor:
-    return ((x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255).round().to(torch.uint8)
-
-
-PIXELS = torch.randint(256, (64, 3, 9, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def test_no_augmentation_only_normalises():
-    assert torch.equal(_denormalize(_augment()(PIXELS)), PIXELS)
-
-
-def test_vertical_flip():
-    assert torch.equal(_denormalize(_augment(vertical_flip=1.0)(PIXELS)), PIXELS.flip(2))
-
-
-def test_flip():
-    assert torch.equal(_denormalize(_augment(flip=1.0)(PIXELS)), PIXELS.flip(3))
-    result = _denormalize(_augment(flip=0.5)(PIXELS))
-    flipped = [torch.equal(a, b.flip(2)) for a, b in zip(result, PIXELS, strict=True)]
-    kept = [torch.equal(a, b) for a, b in zip(result, PIXELS, strict=True)]
-    assert 16 < sum(flipped) < 48
-    assert sum(flipped) + sum(kept) == 64
-
-
-def test_shift_is_one_of_all_translations_of_the_reflected_image():
-    result = _denormalize(_augment(shift=1)(PIXELS))
-    padded = np.pad(PIXELS.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
-    seen = set()
-    for image, source in zip(result.numpy(), padded, strict=True):
-        match = [(i, j) for i in range(3) for j in range(3) if np.array_equal(image, source[:, i : i + 9, j : j + 9])]
-        assert len(match) == 1
-        seen.add(match[0])
-    assert len(seen) == 9
-
-
-@pytest.mark.parametrize(
-    "fields", [{"rand_augment": (2, 12)}, {"color_jitter": 0.3}, {"random_erasing": 1.0}, {"crop_scale": 0.3}]
-)
-def test_other_augmentation_changes_images_differently(fields):
-    result = _augment(**fields)(PIXELS[:1].expand(64, -1, -1, -1))
-    assert result.shape == (64, 3, 9, 9)
-    assert result.isfinite().all()
-    assert len({image.numpy().tobytes() for image in result}) > 4
-
-
-def test_small_images():
-    assert _augment()(PIXELS, size=6).shape == (64, 3, 6, 6)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -383,6 +370,9 @@ def test_a_checkpoint_brings_its_image_size(digits, tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="no weights file at"):
         train(recipe.override(checkpoint="none.safetensors"), digits, tmp_path / "none", device="cpu", report=quiet)
     assert not (tmp_path / "none").exists()
+    with pytest.raises(DataError, match="lie in no class folders"):
+        train(recipe, digits / "train" / "digit 0", tmp_path / "none", device="cpu", report=quiet)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("mode", ["center", "squash"])
@@ -401,6 +391,35 @@ def test_images_are_fitted_as_the_transform_of_timm_does(tmp_path, mode, shape):
     assert (found.pixels[0] - expected).abs().mean() < 1.5
 
 
+def test_without_validation_the_test_images_are_looked_at_once(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    real, seen = loop.evaluate, []
+
+    def spy(model, images, **options):
+        seen.append(len(images))
+        return real(model, images, **options)
+
+    monkeypatch.setattr(loop, "evaluate", spy)
+    recipe = get_recipe("cifar10", **QUICK, validation_fraction=0.0)
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    assert seen == [0, 0, 60]
+    assert list(result.test_accuracy) == [digits.name]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["training_images"] == 300
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_best_recipes_hold_out_no_images_and_differ_in_little():
+    best, small, fine = (RECIPES[f"cifar10-best{name}"] for name in ("", "-128", "-p1"))
+    assert {recipe.validation_fraction for recipe in (best, small, fine)} == {0.0}
+    assert (best.opt, best.lr, best.weight_decay, best.batch_size, best.epochs) == ("muon", 0.01, 0.1, 256, 200)
+    assert (best.mixup, best.cutmix, best.mix_prob, best.mix_until) == (0.5, 0.5, 0.5, 0.8)
+    assert (small.weight_decay, small.random_erasing, small.mixup, small.cutmix) == (0.05, 0.1, 0.0, 0.0)
+    assert (fine.batch_size, fine.epochs) == (128, 200)
+    # A rise over a tenth of the run, then a line to 0.
+    assert [best.learning_rate(p) for p in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.005, 0.01, 0.005, 0.0])
+
+
 def test_classes_without_a_test_split(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
     result = train(recipe, digits / "train", tmp_path / "a", device="cpu", report=quiet)
@@ -408,6 +427,146 @@ def test_classes_without_a_test_split(digits, tmp_path):
     result = train(recipe, digits / "train", tmp_path / "b", tests=[digits / "test"], device="cpu", report=quiet)
     assert list(result.test_accuracy) == ["test"]
     assert convmixer.predict(result.model, torch.rand(3, 8, 8), topk=1)[0][0].startswith("digit ")
+
+
+# ---- which images, by which labels, how often -----------------------------------------------------------------------
+
+
+def test_validation_images_of_its_own_are_used_and_none_held_out(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "set")
+    (tmp_path / "set" / "train").rename(tmp_path / "set" / "training")
+    (tmp_path / "set" / "test").rename(tmp_path / "set" / "Valid")
+    lines: list[str] = []
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    result = train(recipe, tmp_path / "set", tmp_path / "run", device="cpu", report=lines.append)
+    taken = [
+        "train: 300 images in 4 classes from set/training/",
+        "validation: 60 images in 4 classes from set/Valid/",
+        "test: no images",
+    ]
+    assert lines[:3] == (tmp_path / "run" / "train.log").read_text().splitlines()[:3] == taken
+    assert lines[3].endswith("300 training, 60 validation images, no test images")
+    assert result.test_accuracy == {}
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    assert result.history[0].validation_loss == pytest.approx(
+        evaluate(result.model, images, precision="auto")["loss"], rel=1e-5
+    )
+
+
+def test_a_validation_set_may_be_given(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    given = train(recipe, digits, tmp_path / "a", val=digits / "test", device="cpu", report=quiet)
+    held = train(recipe, digits, tmp_path / "b", device="cpu", report=quiet)
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    scores = evaluate(given.model, images, precision="auto")
+    assert given.history[0].validation_accuracy == pytest.approx(scores["top1"])
+    assert given.test_accuracy == {digits.name: pytest.approx(scores["top1"], abs=2)}
+    records = [json.loads((tmp_path / name / "result.json").read_text())["training_images"] for name in "ab"]
+    assert records == [300, 270]
+    assert len(held.history) == 1
+    with pytest.raises(ArgumentError, match="validation images: 60, here 30"):
+        train(recipe.override(epochs=2), digits, tmp_path / "a", device="cpu", resume=True, report=quiet)
+
+
+def test_a_table_of_labels_trains_as_class_folders_do(digits, tmp_path):
+    pandas = pytest.importorskip("pandas", reason="the train extra is not installed")
+    files = sorted(digits.rglob("*.png"))
+    for file in files:  # named so that they come in the order of the class folders
+        copy = tmp_path / "set" / file.parts[-3] / f"{file.parent.name[-1]}-{file.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    rows = {"image": [f"{f.parent.name[-1]}-{f.stem}" for f in files], "label": [f.parent.name for f in files]}
+    pandas.DataFrame(rows).sample(frac=1, random_state=0).to_csv(tmp_path / "labels.csv", index=False)
+    recipe, runs = get_recipe("cifar10", **{**QUICK, "epochs": 1}), []
+    for name, data, labels in (("a", digits, None), ("b", tmp_path / "set", tmp_path / "labels.csv")):
+        runs.append(train(recipe, data, tmp_path / name, labels=labels, device="cpu", report=quiet))
+    _assert_equal(tmp_path / "b", load_file(runs[0].weights))
+    assert [list(run.test_accuracy.values()) for run in runs] == [list(runs[0].test_accuracy.values())] * 2
+    model = runs[1].model
+    by_folder, by_table = (
+        validate(model, digits, report=quiet),
+        validate(model, tmp_path / "set", labels=tmp_path / "labels.csv", report=quiet),
+    )
+    assert by_table.classes == by_folder.classes
+    assert by_table.loss == pytest.approx(by_folder.loss)
+
+    table = pandas.read_csv(tmp_path / "labels.csv")
+    first = table.index[table["image"] == "0-0000"]
+    assert len(first) == 1
+    table.loc[first, "label"] = "digit 1"
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(ArgumentError, match=r"with other data: .*; other labels"):
+        train(
+            recipe.override(epochs=2),
+            tmp_path / "set",
+            tmp_path / "b",
+            labels=tmp_path / "labels.csv",
+            device="cpu",
+            resume=True,
+            report=quiet,
+        )
+
+
+@pytest.fixture(scope="session")
+def rare(digits, tmp_path_factory) -> Path:
+    """All images of digit 3 and eight of digit 2, which look alike to a small model; all test images of both."""
+    root = tmp_path_factory.mktemp("rare")
+    for split, label, count in (("train", 3, None), ("train", 2, 8), ("test", 3, None), ("test", 2, None)):
+        folder = digits / split / f"digit {label}"
+        (root / split / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:count]:
+            shutil.copy(file, root / split / folder.name)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("fields", "stream"),
+    [
+        ({"class_weights": "balanced"}, False),
+        ({"class_weights": (9.0, 1.0)}, False),
+        ({"balanced": True}, False),
+        ({"balanced": True}, True),
+    ],
+)
+def test_rare_classes_are_made_up_for(rare, tmp_path, fields, stream):
+    common = {**QUICK, "epochs": 4, "batch_size": 16, "flip": 0.0, "validation_fraction": 0.0, "stream": stream}
+    found = {}
+    for name, extra in {"plain": {}, "made up for": fields}.items():
+        options = {"workers": 0} if stream else {}
+        run = train(
+            get_recipe("cifar10", **common, **extra), rare, tmp_path / name, device="cpu", report=quiet, **options
+        )
+        scores = {c.label: c.top1 for c in validate(run.model, rare, report=quiet).classes}
+        found[name] = scores["digit 2"]
+    assert found["made up for"] > found["plain"] + 20
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn():
+    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
+    images = Images(torch.zeros(100, 1, 1, 1, dtype=torch.uint8), labels, ("a", "b", "c"))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    assert class_weights(Recipe(class_weights="balanced"), images).tolist() == pytest.approx(expected.tolist())
+    assert class_weights(Recipe(class_weights=(1, 2.5, 0)), images).tolist() == [1, 2.5, 0]
+    assert class_weights(Recipe(), images) is None
+    with pytest.raises(ArgumentError, match=r"has 2 weights: give one for each of the 3 classes a, b, c"):
+        class_weights(Recipe(class_weights=(1.0, 2.0)), images)
+
+
+def test_balanced_drawing_shows_all_classes_as_often():
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    pixels = torch.arange(1000).view(-1, 1, 1, 1)
+    images = Images(pixels, labels, ("a", "b", "c")).balanced()
+    shares = [Share(0, epoch, 100, 1, range(1), range(10)) for epoch in range(20)]
+    drawn = [torch.cat([pixels.flatten() for pixels, _ in images.parts(share)]) for share in shares]
+    counts = labels[torch.cat(drawn)].bincount() / 20_000
+    assert counts.tolist() == pytest.approx([1 / 3] * 3, abs=0.015)  # more than four standard deviations
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(torch.cat([pixels.flatten() for pixels, _ in images.parts(shares[0])]), drawn[0])
+    assert images.subset(torch.arange(5)).odds is None
+    # Two processes take disjoint parts of the same draws.
+    halves = [Share(0, 0, 100, 2, range(i, i + 1), range(10)) for i in range(2)]
+    parts = [[pixels.flatten() for pixels, _ in images.parts(half)] for half in halves]
+    assert torch.equal(torch.cat([torch.cat(pair) for pair in zip(*parts, strict=True)]), drawn[0])
 
 
 def test_same_seed_same_weights_other_seed_other_weights(digits, tmp_path):
@@ -424,8 +583,10 @@ class Interrupted(Exception):
     pass
 
 
-def test_resume_is_exact(digits, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"balanced": True, "class_weights": (1.0, 2.0, 1.0, 0.5)}])
+def test_resume_is_exact(digits, tmp_path, fields):
     changes = {**QUICK, "epochs": 3, "rand_augment": (1, 9), "random_erasing": 0.5, "drop_rate": 0.1, "shift": 1}
+    changes |= fields
     recipe = get_recipe("cifar10", **changes)
     whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
 
@@ -514,15 +675,15 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
         assert torch.equal(value, source[key]) or key.startswith("head.")
 
     rates = {}
-    real = loop.create_optimizer_v2
+    real = loop.create_optimizer
 
-    def spy(model, **options):
-        optimizer = real(model, **options)
+    def spy(recipe, model, where):
+        optimizer = real(recipe, model, where)
         names = {parameter: name for name, parameter in model.named_parameters()}
         rates.update({names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]})
         return optimizer
 
-    monkeypatch.setattr(loop, "create_optimizer_v2", spy)
+    monkeypatch.setattr(loop, "create_optimizer", spy)
     train(get_recipe("finetune", layer_decay=0.5, **tiny), digits, tmp_path / "decay", device="cpu", report=quiet)
     assert rates["head.weight"] == 1
     assert rates["blocks.7.1.weight"] / rates["blocks.6.1.weight"] == pytest.approx(2)
@@ -631,7 +792,8 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
 def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):
     from convmixer.training import loop
 
-    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, "rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2})
+    fields = {"rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2, "cutmix": 0.5, "mix_prob": 0.7, "mix_until": 0.8}
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, **fields})
     whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
     real, count = loop._Trainer.step, []
 
@@ -735,10 +897,15 @@ def test_fine_tuning_starts_from_the_weights(digits, tmp_path, monkeypatch):
 
 def test_evaluate_restores_the_mode(digits):
     model = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=4)
-    scores = evaluate(model, load_images(digits, "test", (3, 8, 8)), batch_size=7)
+    images = load_images(digits, "test", (3, 8, 8))
+    scores = evaluate(model, images, batch_size=7)
     assert model.training
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = model.eval()((images.pixels / 255 - mean) / std)
     assert scores["count"] == 60
-    assert 0 <= scores["top1"] <= 100
+    assert scores["top1"] == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
+    assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-4)
 
 
 def test_settings_are_checked_before_data_are_read(tmp_path):
@@ -746,7 +913,29 @@ def test_settings_are_checked_before_data_are_read(tmp_path):
         train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="gpu", report=quiet)
     with pytest.raises(ArgumentError, match="unknown precision 'fp8'; valid: auto, float32, bfloat16"):
         train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", precision="fp8", report=quiet)
-    assert isinstance(bf16_is_faster(torch.device("cpu")), bool)
+
+
+def test_compile_looks_for_its_compiler_before_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    needed = r"compile needs a C\+\+ compiler on a CPU, and there is none: install g\+\+, or name a compiler in CXX; or"
+    with pytest.raises(DependencyError, match=needed + r" train without compile \(--compile\)"):
+        train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="cpu", compile=True, report=quiet)
+    assert not (tmp_path / "run").exists()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else found(name, *a))
+    assert native.inductor_lacks(torch.device("cuda")) == "needs triton on a GPU, which is missing: pip install triton"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+def test_compiled_training_is_the_same(digits, tmp_path):
+    losses = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "batch_size": 90, "image_sizes": ((0, 4),)})
+        options = {"device": "cpu", "precision": "float32", "fused": compile, "compile": compile, "report": quiet}
+        losses.append(train(recipe, digits, tmp_path / str(compile), **options).history[0].train_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.gpu

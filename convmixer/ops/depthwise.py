@@ -1,51 +1,149 @@
-"""Depthwise convolution with the weight gradient of `reference.py`, which is faster on CPUs than PyTorch's.
+"""The depthwise convolution of layers, forward and backward by the fastest kernels of its device.
 
-`convmixer.model` uses this function in blocks that are not fused, only while it is being compiled for a CPU;
-`benchmarks/train_step.py` measures it.
+On CUDA devices these are the Triton kernels of `triton.py`, in eager mode and compiled. On CPUs only the weight
+gradient differs from PyTorch's: that of `reference.py`, which only a compiler makes faster. The layer,
+`convmixer.model.DepthwiseConv2d`, asks `runs_on_kernels`, and computes by PyTorch where the answer is no.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import Function
 
-from convmixer.ops import reference
+from convmixer.errors import ConvMixerError
+from convmixer.ops import dispatch, reference
+
+_LOGGER = logging.getLogger(__name__)
+_enabled = True
 
 
-class _DepthwiseConv2d(torch.autograd.Function):
+def set_depthwise_kernels(enabled: bool) -> None:
+    """Let depthwise layers on CUDA devices run on this package's kernels, as they do by default, or on PyTorch's.
+
+    The choice holds for the whole process. A model that is compiled already is compiled anew.
+    """
+    global _enabled
+    _enabled = enabled
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.lru_cache(maxsize=64)
+def _fits(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
+    """Whether the kernels take this device, type and size; the log says so once for each."""
+    try:
+        dispatch.check(device, dtype, [kernel_size])
+    except ConvMixerError as error:
+        _LOGGER.info("depthwise layers of kernel size %d run on PyTorch's kernels: %s", kernel_size, error)
+        return False
+    _LOGGER.info("depthwise layers of kernel size %d in %s run on convmixer's Triton kernels", kernel_size, dtype)
+    return True
+
+
+def prefers_channels_last(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
+    """Whether depthwise layers are known to run faster in channels_last.
+
+    They do on CPUs, and on CUDA devices by this package's kernels. By cuDNN 5x5 and 7x7 kernels do; 9x9 ones took five
+    times as long as in NCHW (bfloat16, H200).
+    """
+    if device.type == "cuda":
+        ours = _enabled and torch.cuda.is_available() and _fits(device, dtype, kernel_size)
+        return ours or kernel_size in (5, 7)
+    return device.type == "cpu"
+
+
+def _device_kind(x: Tensor) -> str:
+    return x.device.type
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a convolution of x computes: autocast's where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def runs_on_kernels(x: Tensor, weight: Tensor, training: bool) -> bool:
+    """Whether `depthwise_conv2d` is the faster way for a layer.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C, 1, k, k).
+        training: The mode of the layer.
+    """
+    kind = _device_kind(x)
+    if kind == "cuda":
+        return (
+            _enabled
+            and x.dim() == 4
+            and weight.device == x.device
+            and (weight.dtype == x.dtype or torch.is_autocast_enabled(kind))
+            and _fits(x.device, compute_dtype(x), weight.shape[-1])
+        )
+    # On a CPU it is the weight gradient that is faster, and only compiled.
+    return (
+        kind == "cpu"
+        and training
+        and torch.compiler.is_compiling()
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+    )
+
+
+class _DepthwiseConv2d(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if _device_kind(x) == "cuda":
+            result: Tensor = dispatch.kernels(x).depthwise_infer(x, weight, bias, "identity", None, None, None)
+            return result
         return reference.correlate(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable_grads(ctx.needs_input_grad, x, weight, bias, grad)
+        kernels = dispatch.kernels(grad)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = reference.depthwise_input_grad(grad, weight)
+            grad_x = kernels.depthwise_input_grad(grad, weight)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_weight, grad_bias = reference.depthwise_weight_grad(x, grad, weight.shape[-1])
-            grad_weight = grad_weight.to(weight.dtype)
-            grad_bias = grad_bias.to(weight.dtype) if ctx.has_bias else None
+            grad_weight, grad_bias = kernels.depthwise_weight_grad(x, grad, weight.shape[-1])
+            grad_weight = reference.to_type(grad_weight, weight.dtype)
+            grad_bias = None if bias is None else reference.to_type(grad_bias, bias.dtype)
         return grad_x, grad_weight, grad_bias
 
 
+def _differentiable_grads(
+    wanted: tuple[bool, ...], x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients by PyTorch, which can differentiate them once more."""
+    inputs = x, weight, bias
+    leaves = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed and tensor is not None]
+    found = iter(torch.autograd.grad(reference.correlate(*inputs), leaves, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in wanted)
+
+
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding="same", groups=C)` with a weight gradient made for `torch.compile`.
+    """`F.conv2d(x, weight, bias, padding="same", groups=C)`, whose gradients are computed by fast kernels, too.
+
+    Under autocast the inputs are converted as those of a convolution are. Second derivatives are computed by PyTorch.
 
     Args:
-        x: Input, (B, C, H, W); channels_last is fastest.
+        x: Input, (B, C, H, W); channels_last is fastest, and on CUDA devices the layout of the result.
         weight: Kernel, (C, 1, k, k), of x's dtype.
         bias: (C,) or None.
 
     Returns:
-        (B, C, H, W). First derivatives only.
+        (B, C, H, W).
     """
-    result: Tensor = _DepthwiseConv2d.apply(x, weight, bias)
+    dtype = compute_dtype(x)
+    result: Tensor = _DepthwiseConv2d.apply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return result

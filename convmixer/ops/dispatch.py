@@ -18,7 +18,7 @@ from convmixer.ops import reference
 
 # What the Triton kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KERNEL_SIZES = range(3, 12)
+KERNEL_SIZES = range(2, 16)
 CAPABILITY = (8, 0)
 
 

@@ -11,7 +11,7 @@ so the gradients into the sums come back to the functions, and several processes
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ class _Depthwise(Function):
         u, scale, shift, weight, center, c = ctx.saved_tensors
         kernels = dispatch.kernels(u)
         if ctx.batch:
-            grad_c = kernels.stats_grad(grad_c, c, ctx.act, center, grad_s, grad_q)
+            grad_c, _ = kernels.stats_grad(grad_c, c, ctx.act, center, grad_s, grad_q)
         grad_weight = grad_bias = grad_u = grad_scale = grad_shift = None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             x = kernels.normalize_act(u, scale, shift, ctx.act_before)
@@ -142,8 +142,9 @@ class _Pointwise(Function):
     def backward(ctx: Any, grad_u: Tensor, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         c, scale, shift, weight, u_before, scale_before, shift_before, center, u = ctx.saved_tensors
         kernels = dispatch.kernels(c)
+        total = None
         if ctx.batch:
-            grad_u = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
+            grad_u, total = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
         grad_weight = grad_bias = grad_c = grad_scale = grad_shift = grad_z = None
         product = weight.to(c.dtype)
         if ctx.needs_input_grad[4]:
@@ -152,7 +153,8 @@ class _Pointwise(Function):
             grad_weight = _convolution_grads(grad_u, z, product, (False, True))[1].to(weight.dtype)
             grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
         if ctx.needs_input_grad[5]:
-            grad_bias = grad_u.sum((0, 2, 3), dtype=center.dtype).to(ctx.bias_type)
+            total = grad_u.sum((0, 2, 3), dtype=center.dtype) if total is None else total
+            grad_bias = total.to(ctx.bias_type)
         if any(ctx.needs_input_grad[:4]):
             grad_z = _convolution_grads(grad_u, c, product, (True, False))[0]
             grad_c, grad_scale, grad_shift = kernels.normalize_act_grad(grad_z, c, scale, ctx.act)
@@ -185,11 +187,12 @@ class _Normalize(Function):
 
 
 class _Stats(Function):
-    """The sums of act(u), for the stem; once per step, so PyTorch's own functions do on every device."""
+    """The sums of act(u), for the stem."""
 
     @staticmethod
     def forward(u: Tensor, center: Tensor, act: str) -> tuple[Tensor, Tensor]:
-        return reference.stats(u, act, center)
+        result: tuple[Tensor, Tensor] = dispatch.kernels(u).stats(u, act, center)
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -200,7 +203,7 @@ class _Stats(Function):
     @_first_derivative
     def backward(ctx: Any, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         u, center = ctx.saved_tensors
-        grad = dispatch.kernels(u).stats_grad(torch.zeros_like(u), u, ctx.act, center, grad_s, grad_q)
+        grad, _ = dispatch.kernels(u).stats_grad(torch.zeros_like(u), u, ctx.act, center, grad_s, grad_q)
         return grad, None, None
 
 
@@ -238,13 +241,27 @@ def _processes(group: Any) -> int:
     return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def _expected(convolution: Any, act: str, features: Tensor | None, wide: torch.dtype) -> Tensor:
+    """About the mean of `act(convolution(x))`, (C,), where that of x is `features`, (C,); None: zero.
+
+    BatchNorm's sums are taken relative to it, so that their squares keep the digits of the variance. It is made of
+    parameters alone, since a forward pass must not change what its backward pass reads. Running means do change: a
+    compiler holds a copy of them to be cheap to make again, and makes it of the means as they are by then.
+    """
+    mean: Tensor = convolution.bias.detach().to(wide)
+    if features is not None:
+        weight = convolution.weight.detach().to(wide).flatten(1)
+        mean = mean + (weight * (features if convolution.groups == 1 else features[:, None])).sum(1)
+    return reference.activate(mean, act)
+
+
 @dataclass(frozen=True)
 class _Norm:
     """What a BatchNorm does to activations whose sums are known."""
 
     weight: Tensor | None
     bias: Tensor | None
-    mean: Tensor  # as it was before this step; sums are taken relative to it
+    mean: Tensor  # the one that is kept or, by the statistics of this batch, what sums are taken relative to
     var: Tensor | None
     eps: float
     batch: bool  # by the statistics of this batch
@@ -252,18 +269,23 @@ class _Norm:
     group: Any
 
     @staticmethod
-    def of(module: Any, u: Tensor, synchronised: bool) -> _Norm:
+    def of(module: Any, convolution: Any, act: str, u: Tensor, features: Tensor | None, synchronised: bool) -> _Norm:
+        """Of a BatchNorm after an activation of u, which a convolution made of features of this mean."""
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
         batch = module.training or module.running_mean is None
-        if module.running_mean is None:
-            mean = torch.zeros(module.num_features, device=u.device, dtype=wide)
+        if batch:
+            mean, var = _expected(convolution, act, features, wide), None
         else:
-            mean = module.running_mean.detach().to(wide, copy=True)
+            mean, var = (kept.detach().to(wide, copy=True) for kept in (module.running_mean, module.running_var))
         group = getattr(module, "process_group", None)
         synchronised = module.training and (synchronised or type(module) is nn.SyncBatchNorm) and _processes(group) > 1
-        var = None if batch else module.running_var.detach().to(wide, copy=True)
         weight, bias = (None if p is None else p.to(wide) for p in (module.weight, module.bias))
         return _Norm(weight, bias, mean, var, module.eps, batch, synchronised, group)
+
+    @property
+    def features(self) -> Tensor:
+        """The mean of what this makes, (C,)."""
+        return torch.zeros_like(self.mean) if self.bias is None else self.bias.detach()
 
     def moments(self, u: Tensor, sums: Sequence[Tensor]) -> _Moments:
         """Of activations that have u's shape and these sums; without `batch`, those that are kept."""
@@ -272,7 +294,7 @@ class _Norm:
         s, q = sums
         count: Any = u.shape[0] * u.shape[2] * u.shape[3]
         if self.synchronised:
-            # The running means of all processes are one, so their sums are relative to the same.
+            # The parameters of all processes are the same, so their sums are relative to the same.
             total = _AllReduce.apply(torch.cat([s, q, s.new_full((1,), count)]), self.group)
             (s, q), count = total[:-1].chunk(2), total[-1].detach()
         elif count == 1:
@@ -325,12 +347,13 @@ def _track(module: Any, moments: _Moments) -> None:
 
 
 class _State(NamedTuple):
-    """Features `scale * act(u) + shift`; where scale and shift are None, u itself."""
+    """Features `scale * act(u) + shift`; where scale and shift are None, u itself. About `mean` in each channel."""
 
     u: Tensor
     scale: Tensor | None
     shift: Tensor | None
     act: str
+    mean: Tensor
 
 
 def features(
@@ -341,6 +364,7 @@ def features(
     *,
     checkpointing: bool = False,
     sync_batchnorm: bool = False,
+    channels_last: bool = False,
 ) -> list[Tensor]:
     """What the stem and the blocks make of images, as `check` expects them to be.
 
@@ -351,13 +375,14 @@ def features(
         taken: The blocks whose output is wanted, as numbers.
         checkpointing: Keep one feature map per block, u, and compute c anew.
         sync_batchnorm: In training, BatchNorm sees the images of all processes.
+        channels_last: Compute in channels_last, whatever the layout of images and weights; on CUDA devices always.
 
     Returns:
         Feature maps (B, C, h, w), in the order of the blocks.
     """
 
     def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
-        state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm)
+        state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm, channels_last)
         found: list[Tensor] = []
         for i, block in enumerate(blocks):
             state, *more = _mix(block, state, checkpointing and not torch.compiler.is_compiling(), sync_batchnorm)
@@ -392,22 +417,26 @@ def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, 
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _embed(stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool) -> tuple[_State, _Moments]:
+def _embed(
+    stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool, channels_last: bool
+) -> tuple[_State, _Moments]:
     convolution, act, module = stem
     u = convolution(images)
     dispatch.check(u.device, u.dtype, sizes)  # autocast chooses the type, and models move
-    if u.is_cuda:
-        u = u.contiguous(memory_format=torch.channels_last)  # as the kernels write
-    norm, act = _Norm.of(module, u, sync_batchnorm), ACTIVATIONS[type(act)]
+    if u.is_cuda or channels_last:
+        u = u.contiguous(memory_format=torch.channels_last)  # on CUDA as the kernels write
+    act = ACTIVATIONS[type(act)]
+    norm = _Norm.of(module, convolution, act, u, None, sync_batchnorm)
     moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
-    return _State(u, *norm.affine(moments), act), moments
+    return _State(u, *norm.affine(moments), act, norm.features), moments
 
 
 def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, _Moments, _Moments]:
     """A block after the features before it."""
     (depthwise, act, module1), (_, pointwise, _, module2) = block[0].fn, block
     u, act = state.u, ACTIVATIONS[type(act)]
-    norm1, norm2 = _Norm.of(module1, u, sync_batchnorm), _Norm.of(module2, u, sync_batchnorm)
+    norm1 = _Norm.of(module1, depthwise, act, u, state.mean, sync_batchnorm)
+    norm2 = _Norm.of(module2, pointwise, act, u, state.mean + norm1.features, sync_batchnorm)
     if not (torch.is_grad_enabled() or norm1.batch or norm2.batch):
         return _infer(depthwise, pointwise, norm1, norm2, _normalize(state), act)
     before, scale, shift = state.act, state.scale, state.shift
@@ -428,7 +457,7 @@ def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -
     parameters = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
     u, s, q, *moments1 = run(u, scale, shift, *parameters)
     moments2 = norm2.moments(u, (s, q))
-    return _State(u, *norm2.affine(moments2), act), _Moments(*moments1), moments2
+    return _State(u, *norm2.affine(moments2), act, norm2.features), _Moments(*moments1), moments2
 
 
 def _infer(
@@ -439,18 +468,27 @@ def _infer(
     weights = depthwise.weight.to(x.dtype), depthwise.bias.to(wide), act
     z = kernels.depthwise_infer(x, *weights, *norm1.affine(moments1), x)
     weights = pointwise.weight.flatten(1).to(x.dtype), pointwise.bias.to(wide), act
-    return _State(kernels.pointwise_infer(z, *weights, *norm2.affine(moments2)), None, None, act), moments1, moments2
+    u = kernels.pointwise_infer(z, *weights, *norm2.affine(moments2))
+    return _State(u, None, None, act, norm2.features), moments1, moments2
 
 
 def _normalize(state: _State) -> Tensor:
     """The features themselves, (B, C, H, W)."""
     if state.scale is None:
         return state.u
-    result: Tensor = _Normalize.apply(*state)
+    result: Tensor = _Normalize.apply(*state[:4])
     return result
 
 
 # ---- what can be fused ----------------------------------------------------------------------------------------------
+
+
+def cannot_compile() -> str | None:
+    """Why `torch.compile` does not take fused blocks; None where it does."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        here = torch.__version__
+        return f"torch.compile of fused blocks needs torch 2.8, this is {here}: set_fused(False), or no compile"
+    return None
 
 
 def kernel_sizes(blocks: Any) -> list[int]:
@@ -473,9 +511,10 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
         raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
 
 
-def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> Iterator[str]:
+def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> list[str]:
+    found: list[str] = []  # no generator: PyTorch 2.7 does not look into those while it compiles
     if block_drop.p:
-        yield f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them"
+        found.append(f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them")
     plain = ((nn.Conv2d,), tuple(ACTIVATIONS), _NORMS)
     groups: list[tuple[str, Any, Any]] = [("stem", stem, plain)]
     for i, block in enumerate(blocks):
@@ -484,29 +523,30 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
         if isinstance(first, residual):
             groups.append((f"blocks.{i}.0.fn", first.fn, ((depthwise,), *plain[1:])))
             if getattr(first.drop_path, "drop_prob", 0.0):
-                yield "drop_path_rate is above 0, and fused blocks have no stochastic depth"
+                found.append("drop_path_rate is above 0, and fused blocks have no stochastic depth")
     activations = set()
     for group, modules, expected in groups:
         for i, (module, classes) in enumerate(zip(modules, expected, strict=False)):
             kind = type(module)
             if kind not in classes:
-                yield f"{group}.{i} is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}"
+                found.append(f"{group}.{i} is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}")
             if getattr(module, "approximate", "none") != "none":
-                yield f"{group}.{i} is a GELU approximated by {module.approximate}"
+                found.append(f"{group}.{i} is a GELU approximated by {module.approximate}")
             if isinstance(module, nn.Conv2d) and module.bias is None:
-                yield f"{group}.{i} has no bias"
+                found.append(f"{group}.{i} has no bias")
             if kind is nn.Conv2d and group != "stem" and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
-                yield f"{group}.{i} is no plain 1x1 convolution"
+                found.append(f"{group}.{i} is no plain 1x1 convolution")
             if kind in ACTIVATIONS:
                 activations.add(kind.__name__)
             if _is_called_for_more(module):
-                yield f"{group}.{i} has hooks or a forward of its own, which would not be called"
+                found.append(f"{group}.{i} has hooks or a forward of its own, which would not be called")
         if len(modules) != len(expected):
-            yield f"{group} has {len(modules)} layers, not {len(expected)}"
+            found.append(f"{group} has {len(modules)} layers, not {len(expected)}")
         if _is_called_for_more(modules):
-            yield f"{group} has hooks or a forward of its own, which would not be called"
+            found.append(f"{group} has hooks or a forward of its own, which would not be called")
     if len(activations) > 1:
-        yield f"its activations differ: {', '.join(sorted(activations))}"
+        found.append(f"its activations differ: {', '.join(sorted(activations))}")
+    return found
 
 
 def _geometry(convolution: Any) -> tuple[Any, ...]:

@@ -18,8 +18,15 @@ _PART = 2**16  # values whose float32 temporaries stay in a cache
 _TILE = 16  # columns of a row-Toeplitz product: wider ones multiply more zeros
 
 
+def to_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a type; never `x.to` of the type that it has: returned by an autograd.Function, that has no gradient under
+    `torch.compile` of some versions (2.11).
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype == torch.float64 else to_type(x, torch.float32)
 
 
 def _parts(*maps: Tensor) -> list[tuple[Tensor, ...]]:
@@ -39,7 +46,8 @@ def _over_channels(vector: Tensor) -> Tensor:
     return vector[:, None, None]
 
 
-def _activate(u: Tensor, act: str) -> Tensor:
+def activate(u: Tensor, act: str) -> Tensor:
+    """act(u), of u's type."""
     if act == "gelu":
         return F.gelu(u)
     return u.relu() if act == "relu" else u
@@ -73,16 +81,16 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     """`scale * act(u) + shift`, of u's type."""
-    return _join([_normalized(u, scale, shift, act).to(u.dtype) for (u,) in _parts(u)])
+    return _join([to_type(_normalized(u, scale, shift, act), u.dtype) for (u,) in _parts(u)])
 
 
 def _normalized(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
-    return torch.addcmul(_over_channels(shift), _activate(_wide(u), act), _over_channels(scale))
+    return torch.addcmul(_over_channels(shift), activate(_wide(u), act), _over_channels(scale))
 
 
 def _add_normalized(x: Tensor, c: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
     """`x + scale * act(c) + shift`, of x's type."""
-    return _join([(_wide(x) + _normalized(c, scale, shift, act)).to(x.dtype) for x, c in _parts(x, c)])
+    return _join([to_type(_wide(x) + _normalized(c, scale, shift, act), x.dtype) for x, c in _parts(x, c)])
 
 
 def sum_normalized(
@@ -90,7 +98,9 @@ def sum_normalized(
 ) -> Tensor:
     """`scale * act(c) + shift + scale_u * act_u(u) + shift_u`, of c's type."""
     before = scale_u, shift_u, act_u
-    return _join([(_normalized(c, scale, shift, act) + _normalized(u, *before)).to(c.dtype) for c, u in _parts(c, u)])
+    return _join(
+        [to_type(_normalized(c, scale, shift, act) + _normalized(u, *before), c.dtype) for c, u in _parts(c, u)]
+    )
 
 
 def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,8 +108,8 @@ def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tupl
     grads, scales, shifts = [], [], []
     for part, u_part in _parts(grad, u):
         wide, values = _wide(part), _wide(u_part)
-        grads.append(_activation_grad(wide * _over_channels(scale), values, act).to(u.dtype))
-        scales.append((wide * _activate(values, act)).sum((0, 2, 3)))
+        grads.append(to_type(_activation_grad(wide * _over_channels(scale), values, act), u.dtype))
+        scales.append((wide * activate(values, act)).sum((0, 2, 3)))
         shifts.append(wide.sum((0, 2, 3)))
     return _join(grads), _total(scales), _total(shifts)
 
@@ -112,21 +122,24 @@ def stats(u: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over B, H and W of `act(u) - center`, and of its square."""
     sums, squares = [], []
     for (part,) in _parts(u):
-        offset = _activate(_wide(part), act) - _over_channels(center)
+        offset = activate(_wide(part), act) - _over_channels(center)
         sums.append(offset.sum((0, 2, 3)))
         squares.append(offset.square().sum((0, 2, 3)))
     return _total(sums), _total(squares)
 
 
-def stats_grad(grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tensor, grad_q: Tensor) -> Tensor:
-    """`grad_u` plus the gradient of `stats` for u."""
-    results = []
+def stats_grad(
+    grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tensor, grad_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`grad_u` plus the gradient of `stats` for u; and the sum of that over B, H and W."""
+    results, sums = [], []
     for grad, part in _parts(grad_u, u):
         values = _wide(part)
-        offset = _activate(values, act) - _over_channels(center)
+        offset = activate(values, act) - _over_channels(center)
         inner = _over_channels(grad_s) + 2 * offset * _over_channels(grad_q)
-        results.append((_wide(grad) + _activation_grad(inner, values, act)).to(u.dtype))
-    return _join(results)
+        results.append(to_type(_wide(grad) + _activation_grad(inner, values, act), u.dtype))
+        sums.append(_wide(results[-1]).sum((0, 2, 3)))
+    return _join(results), _total(sums)
 
 
 # ---- depthwise ------------------------------------------------------------------------------------------------------

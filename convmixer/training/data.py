@@ -1,4 +1,4 @@
-"""Sources of images, those decoded once into memory, and augmentation of whole batches of tensors."""
+"""Sources of images, and those that are decoded once into memory."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ import hashlib
 import math
 import os
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
 from convmixer.errors import ArgumentError, DataError
-from convmixer.inference import read_image
+from convmixer.images import enough, read_image
 from convmixer.training.readers import open_split
 from convmixer.training.recipes import Recipe
-from convmixer.transforms import normalization
-
-# Images that share one draw of RandAugment and of the colour changes: few enough to vary, enough to be fast.
-GROUP = 8
-
 
 Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
 T = TypeVar("T", bound="Source")
@@ -39,8 +31,8 @@ def seed_all(*numbers: int) -> None:
     """Let all randomness follow from these numbers, however many processes share the work."""
     seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")
     torch.manual_seed(seed)
-    random.seed(seed)  # timm's random erasing and augmentation
-    np.random.seed(seed % 2**32)  # timm's mixup and augmentation
+    random.seed(seed)  # timm's augmentation
+    np.random.seed(seed % 2**32)  # the same
 
 
 @dataclass(frozen=True)
@@ -63,10 +55,14 @@ class Share:
     mine: range
     steps: range
 
-    def index(self, count: int) -> Iterator[Tensor]:
-        """The parts of this process, one after the other, of an epoch over `count` images in an order of its own."""
+    def index(self, count: int, device: torch.device | str = "cpu", odds: Tensor | None = None) -> Iterator[Tensor]:
+        """The parts of this process, one after the other, of an epoch over `count` images in an order of its own.
+
+        With odds (`count`,) each image of a step is drawn by them, with replacement.
+        """
         seed_all(self.seed, self.epoch)
-        order = torch.randperm(count)
+        order = torch.randperm(count) if odds is None else odds.multinomial(count, replacement=True)
+        order = order.to(device)
         for step in self.steps:
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].view(self.parts, -1)
             yield from batch[self.mine.start : self.mine.stop]
@@ -85,6 +81,10 @@ class Source(Protocol):
     @property
     def unreadable(self) -> set[str]: ...
 
+    @property
+    def at_once(self) -> int:
+        """Parts of an epoch that can be had together without waiting long."""
+
     def __len__(self) -> int: ...
 
     def to(self: T, device: torch.device) -> T:
@@ -92,6 +92,12 @@ class Source(Protocol):
 
     def subset(self: T, index: Tensor) -> T:
         """The images with these numbers."""
+
+    def targets(self) -> Tensor:
+        """The label of each image (N,), which is read without decoding any."""
+
+    def balanced(self: T) -> T:
+        """The same, drawn for training with replacement so that all classes are as frequent."""
 
     def record(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
@@ -105,11 +111,19 @@ class Source(Protocol):
 
 @dataclass
 class Images:
-    """A split in memory: `pixels` uint8 (N, C, H, W), `labels` int64 (N,), class names by label."""
+    """A split in memory.
+
+    Attributes:
+        pixels: uint8 (N, C, H, W).
+        labels: int64 (N,).
+        classes: Class names by label.
+        odds: By which each image is drawn for training (N,); none takes each once in an epoch.
+    """
 
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    odds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,19 +133,28 @@ class Images:
         """None: `load_images` has said it already."""
         return set()
 
+    @property
+    def at_once(self) -> int:
+        return sys.maxsize
+
     def to(self, device: torch.device) -> Images:
-        return Images(self.pixels.to(device), self.labels.to(device), self.classes)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def subset(self, index: Tensor) -> Images:
         return Images(self.pixels[index], self.labels[index], self.classes)
 
+    def targets(self) -> Tensor:
+        return self.labels.cpu()
+
+    def balanced(self) -> Images:
+        return replace(self, odds=balancing_odds(self))
+
     def record(self) -> dict[str, Any]:
-        return {"images": len(self), "classes": list(self.classes)}
+        return {"images": len(self), "classes": list(self.classes), "labels": digest(self.labels)}
 
     def parts(self, share: Share) -> Iterator[Batch]:
-        for index in share.index(len(self)):
-            here = index.to(self.pixels.device)
-            yield self.pixels[here], self.labels[here]
+        for index in share.index(len(self), self.pixels.device, self.odds):
+            yield self.pixels[index], self.labels[index]
 
     def in_order(self, batch_size: int) -> Iterable[Batch]:
         return list(zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True))
@@ -143,49 +166,59 @@ def load_images(
     size: tuple[int, int, int],
     *,
     classes: tuple[str, ...] | None = None,
+    labels: str | Path | None = None,
     interpolation: str = "bilinear",
     crop_mode: str = "center",
     crop_pct: float = 1.0,
     skip_unreadable: bool = False,
+    draft: bool = True,
     root: str | Path | None = None,
     download: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     report: Callable[[str], None] = print,
 ) -> Images:
-    """Decode a split through timm's readers.
+    """Decode a split into memory.
 
     Args:
-        source: A folder with `train` and `test` as tars or folders of class folders, one such tar or folder, or a
-            name for timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
-        split: "train" or "test".
+        source: A folder with `train`, `val` and `test`, in any usual spelling, as folders or tars of class folders; one
+            such folder or tar; a table with the columns image and label, with the images beside it; or a name for
+            timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
+        split: "train", "validation" or "test". A source without splits is all of any; without test images, those for
+            validation stand in for them.
         size: (C, H, W): images of another size are resized.
         interpolation: "bilinear", "bicubic" or another of torchvision's modes.
         crop_mode: "center" resizes the shorter side and crops to the centre, "squash" resizes both sides.
         crop_pct: Part of the resized shorter side that the crop keeps.
         classes: Class names that the labels must follow, as when a test set must agree with a training set; the source
-            may lack some of them.
+            may lack some of them. Without them, training images must be of two classes at least.
+        labels: A table, as CSV, TSV or Parquet, with the columns image and label, and if need be split, in place of
+            class folders. Images are named by their paths from `source`, or by the end of these.
         skip_unreadable: Leave out images that cannot be read, and report how many and which.
+        draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
         progress: Wraps the iteration, for a progress bar.
-        report: Takes the line about unreadable images.
+        report: Takes a line about what was taken for the split, and one about unreadable images.
 
     Raises:
         DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
     """
     if size[0] not in (1, 3):
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
-    opened = open_split(source, split, root=root, download=download)
+    opened = open_split(source, split, labels=labels, root=root, download=download)
+    report(opened.taken)
+    if classes is None and split == "train":
+        opened.check_classes()
     index = opened.labels_in(classes or opened.classes)
-    fit = Fit(size, interpolation, crop_mode, crop_pct)
+    fit = Fit(size, interpolation, crop_mode, crop_pct, draft)
     _check_memory(opened.name, len(opened), size)
     pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
-    labels = torch.empty(len(opened), dtype=torch.int64)
+    targets = torch.empty(len(opened), dtype=torch.int64)
     errors: dict[int, str] = {}
     with contextlib.closing(opened):
         for i, sample in zip(progress(range(len(opened))), opened.each(fit), strict=True):
             if not isinstance(sample, DataError):
-                pixels[i], labels[i] = sample
+                pixels[i], targets[i] = sample
             elif skip_unreadable:
                 errors[i] = str(sample)
             else:
@@ -196,8 +229,8 @@ def load_images(
         if len(errors) == len(opened):
             raise DataError(f"no image of {opened.name!r} can be read: {shown}")
         kept = torch.tensor([i for i in range(len(opened)) if i not in errors])
-        pixels, labels = pixels[kept], labels[kept]
-    return Images(pixels, index[labels], classes or opened.classes)
+        pixels, targets = pixels[kept], targets[kept]
+    return Images(pixels, index[targets], classes or opened.classes)
 
 
 def shorten(errors: Iterable[str]) -> str:
@@ -224,9 +257,12 @@ class Fit:
     interpolation: str = "bilinear"
     crop_mode: str = "center"
     crop_pct: float = 1.0
+    draft: bool = True
 
-    def __call__(self, source: Image.Image) -> Tensor:
-        image: Tensor = v2.functional.pil_to_tensor(read_image(source, self.size[0]))
+    def __call__(self, source: Any) -> Tensor:
+        channels, height, width = self.size
+        least = enough(height, width, self.crop_pct) if self.draft else None
+        image: Tensor = v2.functional.pil_to_tensor(read_image(source, channels, least=least))
         if image.shape == self.size:
             return image
         sides = targets = [math.floor(side / self.crop_pct) for side in self.size[1:]]
@@ -236,6 +272,41 @@ class Fit:
         image = v2.functional.resize(image, sides, v2.InterpolationMode(self.interpolation), antialias=True)
         result: Tensor = v2.functional.center_crop(image, list(self.size[1:]))
         return result
+
+
+def digest(labels: Tensor) -> str:
+    """A few letters that stand for labels in their order."""
+    return hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _class_counts(images: Source) -> Tensor:
+    """How many images each class has, at least 1 (C,)."""
+    return images.targets().bincount(minlength=len(images.classes)).clamp(min=1)
+
+
+def balancing_odds(images: Source) -> Tensor:
+    """For each image the inverse of the number of those of its class (N,)."""
+    return (1 / _class_counts(images).double())[images.targets()]
+
+
+def class_weights(recipe: Recipe, images: Source) -> Tensor | None:
+    """What the loss of each class is multiplied by, as a recipe says (C,); None where all classes are alike.
+
+    "balanced" is the number of images over that of classes times that of the images of the class.
+
+    Raises:
+        ArgumentError: Not one weight for each class.
+    """
+    if recipe.class_weights == "balanced":
+        return len(images) / (len(images.classes) * _class_counts(images).float())
+    if not recipe.class_weights:
+        return None
+    if len(recipe.class_weights) != len(images.classes):
+        raise ArgumentError(
+            f"class_weights={recipe.class_weights!r} has {len(recipe.class_weights)} weights: give one for each of the "
+            f"{len(images.classes)} classes {', '.join(images.classes)}"
+        )
+    return torch.tensor([float(weight) for weight in recipe.class_weights])
 
 
 def fitting(config: dict[str, Any]) -> dict[str, Any]:
@@ -248,67 +319,3 @@ def hold_out(images: T, fraction: float, seed: int) -> tuple[T, T]:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     count = round(len(images) * fraction)
     return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
-
-
-class Augment:
-    """uint8 (B, C, H, W) -> normalised float (B, C, S, S), each image changed at random.
-
-    Args:
-        recipe: Which changes, and how strong.
-        config: Its `mean` and `std` per channel, of pixels in [0, 1].
-        device: Where the batches are.
-    """
-
-    def __init__(self, recipe: Recipe, config: dict[str, Any], device: torch.device) -> None:
-        self.recipe = recipe
-        self.normalize = normalization(config)
-        group: list[Callable[[Tensor], Tensor]] = []
-        if not recipe.stream:  # else the workers have done it, image by image
-            if recipe.crop_scale < 1:
-                group.append(partial(_crop, least=recipe.crop_scale))
-            group += image_changes(recipe)
-        self.group = v2.Compose(group) if group else None
-        self.erase: Any = RandomErasing(recipe.random_erasing, mode="pixel", device=str(device))
-
-    def __call__(self, pixels: Tensor, size: int | None = None) -> Tensor:
-        if self.group is not None:
-            pixels = torch.cat([self.group(group) for group in pixels.split(GROUP)])
-        for probability, dim in ((self.recipe.flip, 3), (self.recipe.vertical_flip, 2)):
-            if probability:
-                flipped = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < probability
-                pixels = torch.where(flipped, pixels.flip(dim), pixels)
-        if self.recipe.shift:
-            pixels = _shift(pixels, self.recipe.shift)
-        if size is not None and size != min(pixels.shape[-2:]):
-            sides = [round(side * size / min(pixels.shape[-2:])) for side in pixels.shape[-2:]]
-            pixels = v2.functional.resize(pixels, sides, antialias=True)
-        result: Tensor = self.normalize(pixels)
-        return self.erase(result) if self.recipe.random_erasing else result
-
-
-def image_changes(recipe: Recipe) -> list[Callable[[Tensor], Tensor]]:
-    """What changes all images of a tensor (..., C, H, W) by one draw."""
-    changes: list[Callable[[Tensor], Tensor]] = []
-    if recipe.rand_augment[0]:
-        changes.append(v2.RandAugment(*recipe.rand_augment))
-    if recipe.color_jitter:
-        strength = recipe.color_jitter
-        changes.append(v2.ColorJitter(strength, strength, strength, min(strength, 0.5)))
-    return changes
-
-
-def _crop(pixels: Tensor, least: float) -> Tensor:
-    """A crop of random place and area, the same for all images, resized to the size that they had."""
-    result: Tensor = v2.RandomResizedCrop(list(pixels.shape[-2:]), scale=(least, 1.0), antialias=True)(pixels)
-    return result
-
-
-def _shift(pixels: Tensor, most: int) -> Tensor:
-    """Translate each image by its own whole number of pixels in [-most, most], borders reflected."""
-    count, _, height, width = pixels.shape
-    padded = F.pad(pixels.float(), (most,) * 4, mode="reflect").to(pixels.dtype)
-    top, left = torch.randint(2 * most + 1, (2, count, 1), device=pixels.device)
-    rows = top + torch.arange(height, device=pixels.device)  # (B, H)
-    columns = left + torch.arange(width, device=pixels.device)  # (B, W)
-    image = torch.arange(count, device=pixels.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

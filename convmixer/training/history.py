@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def read_history(path: str | Path) -> list[Epoch]:
     Raises:
         DataError: There is no such file, or it is another kind of file.
     """
-    path, names = Path(path), [field.name for field in dataclasses.fields(Epoch)]
+    path, names = Path(os.path.expanduser(path)), [field.name for field in dataclasses.fields(Epoch)]
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = [line for line in csv.reader(file) if line]

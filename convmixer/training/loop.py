@@ -13,28 +13,30 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from convmixer import native
 from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.errors import ArgumentError, ConvMixerError, TrainingStopped, optional
+from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
-from convmixer.model import ConvMixer, evaluating
+from convmixer.inference import class_logits
+from convmixer.model import ConvMixer, evaluation_view, mirror
+from convmixer.ops.fused import cannot_compile
 from convmixer.plots import plot_history, write_figure
+from convmixer.tracing import computing
+from convmixer.training.augment import Augment, Part
 from convmixer.training.data import (
-    Augment,
-    Batch,
     Fit,
     Share,
     Source,
+    class_weights,
     fitting,
     hold_out,
     load_images,
@@ -42,15 +44,19 @@ from convmixer.training.data import (
     shorten,
 )
 from convmixer.training.history import Epoch, write_history
+from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 from convmixer.training.readers import READERS, SHARDS, has_split
 from convmixer.training.recipes import Recipe
-from convmixer.training.run import Run, stop_signals
+from convmixer.training.run import Run
+from convmixer.training.signals import StoppedWhileCompilingError, stop_signals
 from convmixer.training.stream import open_stream
 from convmixer.transforms import normalization, preprocessing
+from convmixer.wrappers import find_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+DRAW_EVERY = 10  # seconds between drawings of the curves, which take half a second
 CHECK_EVERY = 50  # steps between looks at the loss, which make a GPU wait
 _ADVICE = (
     "Set a lower lr, or clip_grad, and train in another folder; --set checkpoint=last.safetensors of this one starts "
@@ -115,24 +121,25 @@ def evaluate(
     precision: str = "float32",
     progress: Progress = _no_progress,
 ) -> dict[str, float]:
-    """Loss and top-1 accuracy over a split, without augmentation.
+    """Loss and top-1 accuracy over a split, without augmentation. Wrappers of the model are looked into.
 
     Returns:
         `{"loss": mean cross entropy, "top1": percent, "count": images}`.
     """
+    model = find_model(model)
     device = next(model.parameters()).device
     normalize = normalization(preprocessing(model))
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     seen = 0
-    with evaluating(model):
-        for pixels, labels in progress(images.in_order(batch_size), "validating"):
-            with autocast(device, precision):
-                logits = model(normalize(pixels.to(device))).float()
-            labels = labels.to(device)
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            correct += (logits.argmax(1) == labels).sum()
-            seen += len(labels)
+    view = evaluation_view(model)
+    for pixels, labels in progress(images.in_order(batch_size), "validating"):
+        with computing(), autocast(device, precision):
+            logits = class_logits(view(normalize(pixels.to(device))).float())
+        labels = labels.to(device)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
     count = seen or math.nan  # no images, no figures
     return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": seen}
 
@@ -190,12 +197,12 @@ def _diagnose(model: ConvMixer, inputs: Tensor) -> str:
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    fused, model.fused = model.fused, False  # fused blocks call no layers, so no hooks
-    model(inputs)
-    model.fused = fused
-    for handle in hooks:
-        handle.remove()
+    twin: Any = mirror(model)
+    twin.fused = False  # fused blocks call no layers, so no hooks
+    for name, module in twin.named_modules():
+        if name:
+            module.register_forward_hook(look(name))
+    twin(inputs)
     return f"the output of {found[0]} is not finite" if found else "the gradients of the step before were not finite"
 
 
@@ -221,8 +228,11 @@ class _Trainer:
         *,
         compile: bool,
         fused: bool,
+        graphs: Graphs | None = None,
+        not_captured: Callable[[RuntimeError], None] = lambda error: None,
     ) -> None:
         self.recipe, self.where, self.accelerator, self.compile = recipe, where, accelerator, compile
+        self.graphs, self.not_captured = graphs, not_captured
         self.images = images.to(where)
         self.model = _new_model(recipe, images.classes, where, fused=fused)
         self.learner = self.model
@@ -231,38 +241,32 @@ class _Trainer:
         elif recipe.sync_batchnorm:
             self.learner = _synchronised(self.model)
         self.optimizer = accelerator.prepare_optimizer(  # with it, gradients of float16 are scaled
-            create_optimizer_v2(
-                self.model,
-                opt=recipe.opt,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                eps=recipe.eps,
-                layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
-            ),
-            device_placement=False,
+            create_optimizer(recipe, self.model, where), device_placement=False
         )
-        self.average = ModelEmaV3(self.model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-        self.augment = Augment(recipe, preprocessing(self.model), where)
-        self.mixup: Any = None
-        if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                mixup_alpha=recipe.mixup,
-                cutmix_alpha=recipe.cutmix,
-                label_smoothing=recipe.label_smoothing,
-                num_classes=len(images.classes),
-            )
+        self.average = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
+        self.augment = Augment(recipe, preprocessing(self.model), len(images.classes), where)
+        weights = class_weights(recipe, images)
+        self.class_weights = None if weights is None else weights.to(where)
         self.parts = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
-        # The layout that the factory chose.
-        chosen = next(self.model.parameters()).is_contiguous()
-        self.layout = torch.contiguous_format if chosen else torch.channels_last
         self.head_only: bool | None = None
         self.compiled: Any = None
+        # A graph reads and writes them: the rate of each group and the weight of the new values in the average; the sum
+        # of losses and the number of correct images.
+        self.tensor_rates = takes_tensors(recipe.opt, where)
+        self.current = torch.zeros(len(self.optimizer.param_groups) + 1, device=where)
+        self.sums = torch.zeros(2, device=where)
+        self._link_rates()
+
+    def _link_rates(self) -> None:
+        if self.tensor_rates:
+            for group, rate in zip(self.optimizer.param_groups, self.current, strict=False):
+                group["lr"] = rate
 
     @property
     def kept(self) -> ConvMixer:
         """What is validated and saved."""
-        return cast("ConvMixer", self.average.module) if self.average else self.model
+        return self.average.module if self.average else self.model
 
     def state(self) -> dict[str, Any]:
         average = self.average.module.state_dict() if self.average else None
@@ -272,7 +276,10 @@ class _Trainer:
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
+            saved |= {k: group[k] for k in ("fused", "capturable") if k in group}  # it may come from another device
         self.optimizer.load_state_dict(state["optimizer"])
+        self._link_rates()
         if self.average:
             self.average.module.load_state_dict(state["average"])
         if self.accelerator.scaler and state.get("scaler"):
@@ -288,6 +295,17 @@ class _Trainer:
             self.compiled = self.accelerator.prepare_model(nn.Sequential(self.compiled))
         if self.compile:  # one compilation per image size is faster than one for all of them
             self.compiled = torch.compile(self.compiled, dynamic=False)
+        self.compute = Graphed(self._compute, self.graphs, self._go_on)
+
+    def _go_on(self, error: RuntimeError) -> None:
+        """Go on without graphs after a capture failed."""
+        self.graphs = None
+        self.optimizer.zero_grad()  # gradients of the capture hold no values
+        self.not_captured(error)
+
+    def close(self) -> None:
+        """Free the memory of graphs."""
+        self.compute = Graphed(self._compute, None, self._go_on)
 
     def train_mode(self) -> None:
         self.learner.train()
@@ -295,9 +313,21 @@ class _Trainer:
             self.learner.stem.eval()
             self.learner.blocks.eval()
 
+    def done(self, epoch: int, step: int) -> float:
+        """The part of the run that is over before a step."""
+        return (epoch * self.steps + step) / (self.recipe.epochs * self.steps)
+
     def rate(self, epoch: int, step: int) -> float:
         """The learning rate of a step."""
         return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
+
+    def _schedule(self, epoch: int) -> Tensor:
+        """What `current` is in each step of an epoch (steps, groups + 1)."""
+        rates = torch.tensor([self.rate(epoch, step) for step in range(self.steps)], dtype=torch.float64)
+        scales = torch.tensor([group.get("lr_scale", 1.0) for group in self.optimizer.param_groups])
+        done = epoch * self.steps + torch.arange(1, self.steps + 1)
+        weights = self.average.weight(done) if self.average else torch.zeros(self.steps)
+        return torch.column_stack([rates[:, None] * scales, weights]).to(self.where, torch.float32)
 
     def epoch(self, epoch: int, place: _Place, stopped: Callable[[], int], progress: Progress) -> tuple[_Place, int]:
         """Train from a place in an epoch to its end, or until a signal.
@@ -308,28 +338,29 @@ class _Trainer:
         begun = time.perf_counter() - place.seconds
         first = self.accelerator.process_index * self.recipe.accumulate
         mine, steps = range(first, first + self.recipe.accumulate), range(place.step, self.steps)
-        parts = self.images.parts(Share(self.recipe.seed, epoch, self.recipe.batch_size, self.parts, mine, steps))
+        share = Share(self.recipe.seed, epoch, self.recipe.batch_size, self.parts, mine, steps)
+        parts = self.augment.prepared(self.images, share, lambda step: self.done(epoch, step))
         # What was done before an interruption counts for the first process.
-        sums = torch.tensor([place.loss, place.correct], device=self.where) * self.accelerator.is_main_process
+        self.sums.copy_(torch.tensor([place.loss, place.correct]) * self.accelerator.is_main_process)
+        self.schedule = self._schedule(epoch)
         number, step = 0, place.step - 1
         self.train_mode()
         for step in progress(steps, f"epoch {epoch + 1}/{self.recipe.epochs}"):
-            inputs, result = self.step(parts, epoch, step)
-            sums += result
+            inputs = self.step(parts, epoch, step)
             look = step % CHECK_EVERY == CHECK_EVERY - 1 or step == self.steps - 1
             number = stopped()
             if self.accelerator.num_processes > 1:  # all must stop at one step, or they wait for each other
                 number = self._agreed(number) if look else 0
-            if (look or number) and not sums.isfinite().all():
+            if (look or number) and not self.sums.isfinite().all():
                 with self.accelerator.autocast():
                     cause = _diagnose(self.model, inputs)
                 raise ConvMixerError(
-                    f"the loss became {sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, at a "
-                    f"learning rate of {self.rate(epoch, step):.2g}: {cause}. {_ADVICE}"
+                    f"the loss became {self.sums[0].item()} in epoch {epoch + 1}, step {step + 1} or shortly before, "
+                    f"at a learning rate of {self.rate(epoch, step):.2g}: {cause}. {_ADVICE}"
                 )
             if number:
                 break
-        loss, correct = self.accelerator.reduce(sums).tolist()
+        loss, correct = self.accelerator.reduce(self.sums).tolist()
         return _Place(step + 1, loss, correct, time.perf_counter() - begun), number
 
     def _agreed(self, number: int) -> int:
@@ -338,43 +369,55 @@ class _Trainer:
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return int(highest)
 
-    def step(self, parts: Iterator[Batch], epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """One step on the next of these parts.
+    def _part(self, parts: Iterator[Part], epoch: int, step: int, i: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """The next part of a step, the i-th of this process.
 
         Returns:
-            The last inputs, and this process's part of (mean loss, number of correct images).
+            Inputs (B, C, S, S), targets (B,) or (B, classes), labels (B,), and by how much to smooth the targets.
         """
-        recipe = self.recipe
-        done = (epoch * self.steps + step) / (recipe.epochs * self.steps)
-        if self.head_only is not (done < recipe.frozen):
-            self._set_phase(head_only=done < recipe.frozen)
+        inputs, targets, labels = next(parts)
+        # For dropout and stochastic depth.
+        seed_all(self.recipe.seed, epoch, step, self.accelerator.process_index * self.recipe.accumulate + i)
+        # Augmentation may leave other strides, which would be compiled anew.
+        return inputs.contiguous(), targets, labels, self.recipe.label_smoothing
+
+    def step(self, parts: Iterator[Part], epoch: int, step: int) -> Tensor:
+        """One step on the next of these parts; its losses and correct images are added to `sums`.
+
+        Returns:
+            The last inputs.
+        """
+        head_only = self.done(epoch, step) < self.recipe.frozen
+        if self.head_only is not head_only:
+            self._set_phase(head_only=head_only)
             self.train_mode()
-        rate = self.rate(epoch, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        sums = torch.zeros(2, device=self.where)
-        for i in range(recipe.accumulate):
-            pixels, labels = next(parts)
-            seed_all(recipe.seed, epoch, step, self.accelerator.process_index * recipe.accumulate + i)
-            inputs = self.augment(pixels, recipe.image_size(done))
-            inputs = inputs.contiguous(memory_format=self.layout)  # augmentation may leave another one
-            targets, smoothing = labels, recipe.label_smoothing
-            if self.mixup:
-                (inputs, targets), smoothing = self.mixup(inputs, labels), 0.0
-            more = i < recipe.accumulate - 1
-            with self.accelerator.no_sync(self.compiled) if more else contextlib.nullcontext():
-                with self.accelerator.autocast():
-                    logits: Tensor = self.compiled(inputs)
-                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-                self.accelerator.backward(loss / recipe.accumulate)
-            sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
-        if recipe.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad)
+        self.current.copy_(self.schedule[step])
+        if not self.tensor_rates:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(epoch, step) * group.get("lr_scale", 1.0)
+        for i in range(self.recipe.accumulate):
+            inputs, targets, labels, smoothing = self._part(parts, epoch, step, i)
+            self.compute(inputs, targets, labels, smoothing=smoothing, last=i == self.recipe.accumulate - 1)
+        return inputs
+
+    def _compute(self, inputs: Tensor, targets: Tensor, labels: Tensor, *, smoothing: float, last: bool) -> None:
+        """Gradients of a part of a step, and after the last part the update."""
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.compiled):
+            with self.accelerator.autocast():
+                logits: Tensor = self.compiled(inputs)
+                loss = F.cross_entropy(logits.float(), targets, self.class_weights, label_smoothing=smoothing)
+            self.accelerator.backward(loss / self.recipe.accumulate)
+        self.sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])
+        if last:
+            self._update()
+
+    def _update(self) -> None:
+        if self.recipe.clip_grad:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.update(self.model, step=epoch * self.steps + step)
-        return inputs, sums
+            self.average.update(self.current[-1])
 
 
 def train(
@@ -382,7 +425,9 @@ def train(
     data: str | Path,
     output: str | Path,
     *,
+    val: str | Path | None = None,
     tests: Sequence[str | Path] = (),
+    labels: str | Path | None = None,
     data_root: str | Path | None = None,
     download: bool = False,
     skip_unreadable: bool = False,
@@ -392,6 +437,7 @@ def train(
     precision: str = "auto",
     compile: bool = False,
     fused: bool = False,
+    graph: bool | Literal["auto"] = "auto",
     trackers: Sequence[str] = (),
     progress: Progress = _no_progress,
     report: Callable[[str], None] = print,
@@ -404,9 +450,12 @@ def train(
 
     Args:
         recipe: From `get_recipe`.
-        data: Source of the training split, and of the test split where it has one; see `load_images`.
+        data: Source of the training split, and of the validation and test splits where it has them; see `load_images`.
         output: Folder of the run; `convmixer.training.run` says what it will hold.
+        val: Source of the validation split, in place of one in `data` and of images held out.
         tests: Further test sets.
+        labels: A table with the columns image and label for the images in `data`, in place of class folders. `val` and
+            `tests` may be such tables themselves, with their images beside them.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.
         skip_unreadable: Leave out images that cannot be read, and say which. In a stream, others take their place in
@@ -418,8 +467,10 @@ def train(
         device: "auto" takes the accelerator if there is one.
         precision: "float32", "bfloat16" or "float16" (mixed precision; float16 on a GPU, with scaled gradients), or
             "auto": bfloat16 where the hardware has products for it, else float32.
-        compile: Use `torch.compile`; on a CPU it needs a C++ compiler.
+        compile: Use `torch.compile`; on a CPU it needs a C++ compiler, on a GPU Triton.
         fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`.
+        graph: On a CUDA device, capture a step as one CUDA graph and replay it, so that the host need not launch each
+            kernel. "auto" does so where it is possible, and reports why where it is not.
         trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
         progress: Called as `progress(iterable, description)`, for a progress bar.
         report: Takes each line of text.
@@ -427,13 +478,20 @@ def train(
     Raises:
         ArgumentError: A setting that makes no sense, or a run in `output` that may not be continued or replaced.
         DataError: Data that cannot be found or read.
-        TrainingStopped: SIGTERM or SIGINT came; what was done is saved, to the step.
+        TrainingStopped: SIGTERM or SIGINT came; what was done is saved, to the step. While `torch.compile` is at work
+            training stops at once, and what was saved before is kept.
+        DependencyError: An optional library, or the compiler that `compile` needs, is missing.
         ConvMixerError: The loss became infinite or not a number, or the disk is full.
     """
     run = Run(output, recipe, resume=resume)
     where = resolve_device(device)
-    _check_together(recipe, str(data), tests, where, workers, fused)
-    accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[choose_precision(where, precision)])
+    if compile and (lacking := native.inductor_lacks(where)):
+        raise DependencyError(f"compile {lacking}; or train without compile (--compile)")
+    if compile and fused and (lacking := cannot_compile()):
+        raise DependencyError(lacking)
+    _check_together(recipe, data, val, tests, where, workers, fused)
+    numbers = choose_precision(where, precision)
+    accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[numbers])
     from accelerate.utils import broadcast_object_list
 
     if accelerator.num_processes > 1:
@@ -447,10 +505,21 @@ def train(
             f"accumulate={recipe.accumulate} equal parts each, even ones for mixup and cutmix"
         )
 
+    obstacle = _no_graph(recipe, where, numbers, accelerator.num_processes)
+    if not (isinstance(graph, bool) or graph == "auto"):
+        raise ArgumentError(f"graph={graph!r}; valid: True, False, 'auto'")
+    if graph is True and obstacle:
+        raise ArgumentError(f"graph=True: {obstacle}; give 'auto', or False (--no-graph)")
+
     def say(line: str) -> None:
         if first:
             report(line)
             run.log(line)
+
+    def not_captured(error: RuntimeError) -> None:
+        if graph is True:
+            raise ConvMixerError(f"graph=True: capturing a step failed: {error}. Give 'auto', or False") from error
+        say(f"capturing a step as a CUDA graph failed, so the run goes on without: {error}")
 
     with _no_denormals(where), run.locked() if first else contextlib.nullcontext():
         started = time.time()
@@ -459,7 +528,9 @@ def train(
             training, validation, test_sets = _read(
                 recipe,
                 data,
+                val,
                 tests,
+                labels,
                 data_root,
                 download,
                 skip_unreadable,
@@ -475,25 +546,43 @@ def train(
                 f"patience={recipe.patience} needs validation images: validation_fraction={recipe.validation_fraction} "
                 f"of {len(training)} images is none"
             )
-        held = training.record()
+        held = training.record() | {"validation": len(validation)}
         if state and state["data"].get("streams") != held.get("streams"):
             raise ArgumentError(
                 f"cannot resume {str(run.state)!r}: {state['data'].get('streams')} workers of all processes read the "
                 f"shards, now {held.get('streams')}, which changes the order of the images"
             )
-        if state and state["data"] != held:
+        if state and {**held, **state["data"]} != held:  # what an older version did not keep is taken to be the same
+            had = state["data"]
             raise ArgumentError(
-                f"cannot resume {str(run.state)!r} with other data: it had {state['data']['images']} training images "
-                f"of {len(state['data']['classes'])} classes, here are {held['images']} of {len(held['classes'])}"
+                f"cannot resume {str(run.state)!r} with other data: it had {had['images']} training images of "
+                f"{len(had['classes'])} classes, here are {held['images']} of {len(held['classes'])}; validation "
+                f"images: {had.get('validation', 'unknown')}, here {held['validation']}"
+                + ("; other labels" if had.get("labels") != held.get("labels") else "")
             )
-        trainer = _Trainer(recipe, training, where, accelerator, compile=compile, fused=fused)
+        trainer = _Trainer(
+            recipe,
+            training,
+            where,
+            accelerator,
+            compile=compile,
+            fused=fused,
+            graphs=CudaGraphs(where) if graph and not obstacle else None,
+            not_captured=not_captured,
+        )
         steps, history, place = trainer.steps, list[Epoch](), _Place()
         if state:
-            trainer.load(state)
+            try:
+                trainer.load(state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ConvMixerError(
+                    f"cannot resume from {str(run.state)!r}: {error}. Another version of convmixer may have written "
+                    "it: delete it to start anew"
+                ) from error
             history = [Epoch(**row) for row in state["history"]]
             place = _Place(**state["place"])
         if first:
-            run.write_json("recipe.json", dataclasses.asdict(recipe))
+            run.begin()
         if trackers:
             accelerator.init_trackers("convmixer")
         names = {
@@ -507,8 +596,11 @@ def train(
             f"{len(validation)} validation images, "
             f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
         )
+        if graph and where.type == "cuda":
+            say(f"steps are not CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
         tell_unreadable = _teller(say)
-        with stop_signals() as stopped:
+        drawn = -math.inf
+        with _stopping(run) as stopped:
             for epoch in range(len(history), recipe.epochs):
                 if recipe.patience and epoch - _best(recipe, history) >= recipe.patience:
                     say(f"no better validation loss in {recipe.patience} epochs: stopped")
@@ -538,6 +630,9 @@ def train(
                     place = _Place()
                 if first and finished:
                     _record(run, history, trainer.kept, names)
+                    if number or time.monotonic() - drawn > DRAW_EVERY:
+                        _draw(run, history)
+                        drawn = time.monotonic()
                 if first:
                     rows = [dataclasses.asdict(row) for row in history]
                     run.save(**trainer.state(), history=rows, place=dataclasses.asdict(place), data=held)
@@ -553,6 +648,9 @@ def train(
                     )
 
         accelerator.wait_for_everyone()  # for the last epoch's files
+        if first and history:
+            _draw(run, history)
+        trainer.close()
         model = trainer.kept
         if recipe.patience and _best(recipe, history):
             model.load_state_dict(read_tensors(run.folder / "best.safetensors"))
@@ -586,18 +684,38 @@ def train(
     return TrainingResult(model, history, accuracy, weights)
 
 
+@contextlib.contextmanager
+def _stopping(run: Run) -> Iterator[Callable[[], int]]:
+    """`stop_signals`; a compilation that was stopped has made nothing that could be saved."""
+    try:
+        with stop_signals() as stopped:
+            yield stopped
+    except StoppedWhileCompilingError as stop:
+        saved = "what was saved before is kept: go on with --resume"
+        none = "nothing was saved before: start again"
+        raise TrainingStopped(
+            f"stopped while compiling; {saved if run.state.exists() else none}", stop.number
+        ) from stop
+
+
 def _check_together(
-    recipe: Recipe, data: str, tests: Sequence[str | Path], where: torch.device, workers: int | None, fused: bool
+    recipe: Recipe,
+    data: str | Path,
+    val: str | Path | None,
+    tests: Sequence[str | Path],
+    where: torch.device,
+    workers: int | None,
+    fused: bool,
 ) -> None:
     """A recipe, data and a machine may each be fine and not go together."""
-    shards = [source for source in (data, *map(str, tests)) if source.startswith(SHARDS)]
+    shards = [source for source in map(str, (data, val, *tests)) if source.startswith(SHARDS)]
     if shards and not recipe.stream:
         raise ArgumentError(f"{shards[0]!r} is read from start to end: give stream=True (--set stream=true)")
-    if data.startswith(SHARDS) and recipe.validation_fraction:
-        raise ArgumentError(
-            f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
-            f"{data!r} can be held out: give 0"
-        )
+    if val is None and ".tar" in str(data):  # of others, reading says whether they have validation images
+        _check_hold_out(recipe, data)
+    needs = {"balanced=True": recipe.balanced, "class_weights='balanced'": recipe.class_weights == "balanced"}
+    for setting in (setting for setting, asked in needs.items() if asked and str(data).startswith(SHARDS)):
+        raise ArgumentError(f"{setting} needs labels before images are read, which {str(data)!r} has not: leave it out")
     if workers is not None and (workers < 0 or not recipe.stream):
         raise ArgumentError(
             f"workers={workers}: give at least 0, and only with stream=True (--set stream=true): images in memory need "
@@ -613,6 +731,27 @@ def _check_together(
         raise ArgumentError(
             f"fused=True with {', '.join(f'{n}={rate}' for n, rate in rates.items() if rate)} of the recipe: fused "
             "blocks have neither; leave fused out, or set them to 0"
+        )
+
+
+def _no_graph(recipe: Recipe, where: torch.device, precision: str, processes: int) -> str:
+    """Why a step cannot be a CUDA graph, or ""."""
+    reasons = {
+        f"{where.type!r} is not a CUDA device": where.type != "cuda",
+        f"{processes} processes exchange gradients within a step": processes > 1,
+        f"accumulate={recipe.accumulate} makes several passes in a step": recipe.accumulate > 1,
+        "float16 checks its gradients on the host": precision == "float16",
+        f"the optimizer {recipe.opt!r} keeps numbers on the host": not takes_tensors(recipe.opt, where),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _check_hold_out(recipe: Recipe, data: str | Path) -> None:
+    """An ArgumentError if validation images were to be held out of shards."""
+    if str(data).startswith(SHARDS) and recipe.validation_fraction:
+        raise ArgumentError(
+            f"validation_fraction={recipe.validation_fraction}: shards are read from start to end, so no images of "
+            f"{str(data)!r} can be held out: give 0, or a validation set (--val)"
         )
 
 
@@ -642,6 +781,9 @@ def _record(run: Run, history: Sequence[Epoch], model: ConvMixer, names: dict[st
         write_history(path, history)
     rows = [dataclasses.asdict(row) for row in history]
     run.write_json("metrics.json", [{k: None if v != v else v for k, v in row.items()} for row in rows])  # no NaN
+
+
+def _draw(run: Run, history: Sequence[Epoch]) -> None:
     with run.saving("plots/history.png") as path:
         write_figure(plot_history(history), path)
 
@@ -687,7 +829,9 @@ def _name(source: str | Path) -> str:
 def _read(
     recipe: Recipe,
     data: str | Path,
+    val: str | Path | None,
     tests: Sequence[str | Path],
+    labels: str | Path | None,
     data_root: str | Path | None,
     download: bool,
     skip_unreadable: bool,
@@ -696,44 +840,56 @@ def _read(
     progress: Progress,
     say: Callable[[str], None],
 ) -> tuple[Source, Source, dict[str, Source]]:
-    """Training, validation and test images, at the size that the model takes."""
+    """Training, validation and test images, at the size that the model takes; says which were taken for what."""
     checkpoint = recipe.checkpoint or None  # may bring an image size of its own
     config: dict[str, Any] = create_model(recipe.model, checkpoint=checkpoint, device="meta").pretrained_cfg
     height, width = recipe.input_size or config["input_size"][1:]
+    fit = Fit((recipe.in_chans, height, width), **fitting(config), draft=recipe.draft)
+    common: dict[str, Any] = {
+        "skip_unreadable": skip_unreadable,
+        "root": data_root,
+        "download": download,
+        "report": say,
+    }
 
-    def read(source: str | Path, split: str, classes: tuple[str, ...] | None = None) -> Source:
+    def read(
+        source: str | Path, split: str, classes: tuple[str, ...] | None = None, labels: str | Path | None = None
+    ) -> Source:
         if recipe.stream:
-            return open_stream(
-                source,
-                split,
-                recipe,
-                Fit((recipe.in_chans, height, width), **fitting(config)),
-                mean=config["mean"] if recipe.in_chans == 3 else (sum(config["mean"]) / len(config["mean"]),),
-                classes=classes,
-                workers=workers,
-                skip_unreadable=skip_unreadable,
-                processes=processes,
-                root=data_root,
-                download=download,
-            )
+            mean = config["mean"] if recipe.in_chans == 3 else (sum(config["mean"]) / len(config["mean"]),)
+            pool: dict[str, Any] = {"mean": mean, "workers": workers, "processes": processes}
+            return open_stream(source, split, recipe, fit, classes=classes, labels=labels, **pool, **common)
         return load_images(
             source,
             split,
-            (recipe.in_chans, height, width),
+            fit.size,
             classes=classes,
-            **fitting(config),
-            skip_unreadable=skip_unreadable,
-            root=data_root,
-            download=download,
+            labels=labels,
+            draft=recipe.draft,
             progress=lambda items: progress(items, f"reading {split}"),
-            report=say,
+            **fitting(config),
+            **common,
         )
 
-    images = read(data, "train")
-    test_sets = {}
-    own = has_split(data, "test")
-    for source in ([data] if own else []) + list(tests):
+    images = read(data, "train", labels=labels)
+    own = {split: has_split(data, split, labels=labels, root=data_root) for split in ("validation", "test")}
+    training = images
+    if val is None and not own["validation"]:
+        _check_hold_out(recipe, data)
+    if val is not None:
+        validation = read(val, "validation", images.classes)
+    elif own["validation"]:
+        validation = read(data, "validation", images.classes, labels)
+    else:
+        training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
+        held = f"{len(validation):,} of the training images, held out by validation_fraction"
+        say(f"validation: {held if len(validation) else 'no images'}")
+    test_sets: dict[str, Source] = {}
+    if own["test"]:
+        test_sets[_name(data)] = read(data, "test", images.classes, labels)
+    for source in tests:
         name = _name(source)
         test_sets[str(source) if name in test_sets else name] = read(source, "test", images.classes)
-    training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
-    return training, validation, test_sets
+    if not test_sets:
+        say("test: no images")
+    return training.balanced() if recipe.balanced else training, validation, test_sets

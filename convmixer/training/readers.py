@@ -1,10 +1,10 @@
-"""Where labelled images lie, and how they are decoded one by one: timm's readers, and WebDataset shards."""
+"""Where labelled images lie, and how they are decoded one by one: folders, tars, tables, timm's readers, shards."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import io
+import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,65 +13,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers import create_reader
 from torch import Tensor
 
-from convmixer.errors import ConvMixerError, DataError, optional
+from convmixer.errors import DataError, optional
+from convmixer.images import SUFFIXES, image_suffixes
+from convmixer.training.layout import (
+    LAYOUTS,
+    ROLES,
+    File,
+    Layout,
+    Listing,
+    count_images,
+    describe_left_out,
+    find_layout,
+    list_classes,
+    list_images,
+    role,
+    some,
+)
+from convmixer.training.tables import has_rows, is_table, list_rows, read_table
 
 READERS = ("torch/", "hfds/")
 SHARDS = "wds/"
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")  # endings of the images of shards
+_SHARDS_WANTED = (
+    "Give a folder with an _info.json, or a pattern with its number of samples such as "
+    "wds/FOLDER/train-{0000..0012}.tar|12345"
+)
 SHUFFLE = 1000  # samples of shards from which the next one is drawn
 
-Prepare = Callable[[Image.Image], Tensor]
+Prepare = Callable[[Any], Tensor]  # of whatever `read_image` takes
 Sample = tuple[Tensor, int] | DataError
-
-SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
-
-
-def _find_split(source: Path, split: str) -> Path:
-    """The folder or tar of a split inside `source`; `source` itself if it is a tar or holds classes, not splits."""
-    if split not in SPLITS:
-        raise DataError(f"unknown split {split!r} of {str(source)!r}; valid: {', '.join(SPLITS)}")
-    if source.is_file() and source.suffix == ".tar":
-        return source
-    if not source.is_dir():
-        raise DataError(
-            f"no data at {str(source)!r}: give a folder, a .tar of class folders, or a name that starts with "
-            f"{' or '.join(READERS)} such as torch/cifar10 with --download"
-        )
-    places = {name: [source / f"{name}.tar", source / name] for names in SPLITS.values() for name in names}
-    found = [place for name in SPLITS[split] for place in places[name] if place.exists()]
-    if found:
-        return found[0]
-    other = [place.name for candidates in places.values() for place in candidates if place.exists()]
-    if other or not any(child.is_dir() for child in source.iterdir()):
-        looked_for = ", ".join(f"{name}.tar, {name}/" for name in SPLITS[split])
-        raise DataError(f"no {split} split in {str(source)!r}: looked for {looked_for} or folders of classes")
-    return source
-
-
-def has_split(source: str | Path, split: str) -> bool:
-    """Whether a source has its own training or test split; a named data set is taken to have both."""
-    name = str(source)
-    if name.startswith(READERS):
-        return True
-    try:
-        if name.startswith(SHARDS):  # those of a pattern are one split alone
-            return ".tar" not in name and bool(_open_shards(name, split))
-        return split == "train" or _find_split(Path(source), split) != Path(source)
-    except DataError:
-        return False
 
 
 @dataclass(frozen=True)
 class _Labelled(abc.ABC):
-    """An open split of a data set, whose images are decoded one at a time; class names by label."""
+    """An open split of a data set, whose images are decoded one at a time.
+
+    Attributes:
+        name: Of the data set.
+        classes: Class names by label; none where labels were not asked for.
+        taken: A line that says what was taken for the split, with counts, and what was left out.
+    """
 
     name: str
     classes: tuple[str, ...]
+    taken: str
 
     @abc.abstractmethod
     def each(self, prepare: Prepare) -> Iterator[Sample]:
@@ -88,33 +76,36 @@ class _Labelled(abc.ABC):
         """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
         foreign = [label for label in self.classes if label not in classes]
         if foreign:
-            raise DataError(f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}")
+            hint = ". A folder of images that nobody has labelled is no class: give a table of labels"
+            raise DataError(
+                f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}"
+                + (hint if len(self.classes) == 1 else "")
+            )
         return torch.tensor([classes.index(label) for label in self.classes])
+
+    def check_classes(self) -> None:
+        """A DataError if these are too few classes to train on."""
+        if len(self.classes) < 2:
+            raise DataError(
+                f"{self.name!r} has {len(self.classes)} class, {', '.join(self.classes)}, and training needs at least "
+                f"two ({self.taken}). {LAYOUTS}"
+            )
 
 
 @dataclass(frozen=True)
 class Split(_Labelled):
-    """A split that timm's readers or torchvision open, any image of which can be read at any time."""
+    """A split any image of which can be read at any time."""
 
-    dataset: Any
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
+    @abc.abstractmethod
     def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
         """What `prepare` makes of an image, and its label. A DataError if the image cannot be read."""
-        reader = getattr(self.dataset, "reader", None)
-        try:
-            if reader is None:  # torchvision
-                image, label = self.dataset[index]
-                return prepare(image), label
-            # Not through timm's data set, which puts the next image in the place of one that it cannot read.
-            file, label = reader[index][:2]
-            with file, Image.open(file) as image:
-                return prepare(image), label
-        except Exception as error:
-            named = f" ({reader.filename(index)})" if reader is not None and "hfds/" not in self.name else ""
-            raise DataError(f"cannot read image {index} of {self.name!r}{named}: {error}") from error
+
+    @abc.abstractmethod
+    def targets(self) -> Tensor:
+        """The label of each image (N,)."""
 
     def each(self, prepare: Prepare) -> Iterator[Sample]:
         for index in range(len(self)):
@@ -124,12 +115,73 @@ class Split(_Labelled):
                 yield error
 
     def close(self) -> None:
-        """Close a tar, which timm keeps open for the next image."""
-        archive = getattr(getattr(self.dataset, "reader", None), "tar_state", None)
-        if archive is not None and archive.tf is not None:
-            archive.tf.close()
-            for state in (archive, *archive.children.values()):
-                state.reset()
+        """Nothing stays open."""
+
+
+@dataclass(frozen=True)
+class FileSplit(Split):
+    """A split in a folder or a tar.
+
+    Attributes:
+        images: Its files.
+        labels: The label of each.
+    """
+
+    images: list[File]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def targets(self) -> Tensor:
+        return torch.tensor(self.labels)
+
+    def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
+        file = self.images[index]
+        try:
+            if file.size is None:
+                return prepare(Path(file.path)), self.labels[index]
+            with open(file.path, "rb") as archive:
+                archive.seek(file.start)
+                return prepare(archive.read(file.size)), self.labels[index]
+        except Exception as error:  # of the image, or of the disk
+            raise DataError(f"cannot read image {index} of {self.name!r} ({file.name}): {error}") from error
+
+
+@dataclass(frozen=True)
+class NamedSplit(Split):
+    """A split of a data set of torchvision or of the Hub, which timm opens."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _check(self, label: Any) -> int:
+        """The label; a DataError where there is none, which the Hub's data sets write as -1."""
+        if label is None or not 0 <= label < len(self.classes):
+            raise DataError(f"its label is {label}, so it shows none of the {len(self.classes)} classes: not labelled")
+        return int(label)
+
+    def targets(self) -> Tensor:
+        if hasattr(self.dataset, "reader"):
+            return torch.tensor(list(self.dataset.reader.iter_targets()))
+        for name in ("targets", "labels"):
+            if hasattr(self.dataset, name):
+                return torch.as_tensor(getattr(self.dataset, name))
+        return torch.tensor([self.dataset[index][1] for index in range(len(self))])
+
+    def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
+        try:
+            if not hasattr(self.dataset, "reader"):  # torchvision
+                image, label = self.dataset[index]
+                return prepare(image), self._check(label)
+            # Not through timm's data set, which puts the next image in the place of one that it cannot read.
+            file, label = self.dataset.reader[index][:2]
+            with file:
+                return prepare(file), self._check(label)
+        except Exception as error:
+            raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -162,14 +214,14 @@ class ShardSplit(_Labelled):
     def decode(self, sample: dict[str, Any], prepare: Prepare) -> tuple[Tensor, int]:
         """What `prepare` makes of a sample's image, and its label. A DataError if it cannot be read."""
         try:
-            content = next((sample[key] for key in IMAGE_KEYS if key in sample), None)
+            keys = [suffix[1:] for suffix in SUFFIXES if suffix in image_suffixes()]
+            content = next((sample[key] for key in keys if key in sample), None)
             if content is None:
-                raise DataError(f"none of its parts ends in {', '.join(IMAGE_KEYS)}")
+                raise DataError(f"none of its parts ends in {', '.join(keys)}")
             label = int(sample["cls"])
             if not 0 <= label < len(self.classes):
                 raise DataError(f"class {label}, of {len(self.classes)} in classes.txt")
-            with Image.open(io.BytesIO(content)) as image:
-                return prepare(image), label
+            return prepare(content), label
         except Exception as error:
             what = f"{sample.get('__key__')} in {sample.get('__url__')!r}"
             raise DataError(f"cannot read {what}: {type(error).__name__}: {error}") from error
@@ -202,73 +254,201 @@ class ShardSplit(_Labelled):
         """Nothing stays open."""
 
 
+# ---- which split ----------------------------------------------------------------------------------------------------
+
+
 def open_split(
-    source: str | Path, split: str, *, root: str | Path | None = None, download: bool = False
+    source: str | Path,
+    split: str,
+    *,
+    labels: str | Path | None = None,
+    labelled: bool = True,
+    root: str | Path | None = None,
+    download: bool = False,
 ) -> Split | ShardSplit:
-    """Open a split through timm's readers, or WebDataset shards; the arguments are those of `load_images`.
+    """Open a split of folders, tars, tables, data sets that timm opens by name, or WebDataset shards.
+
+    Args:
+        source: As for `load_images`.
+        split: "train", "validation" or "test"; of an `hfds/` data set any split that it has.
+        labels: A table of labels.
+        labelled: Whether labels are needed; without them, all images of a folder or tar are taken.
+        root: Where downloaded data sets lie.
+        download: Let `torch/` data sets download what is missing.
 
     Raises:
-        DataError: Nothing there, or no images.
+        DataError: Nothing there, no images, nothing that says what they show, or splits that cannot be told apart.
     """
-    name = str(source)
+    name, root = os.path.expanduser(str(source)), root and os.path.expanduser(root)
+    if labels is not None and name.startswith((*READERS, SHARDS)):
+        raise DataError(f"labels={str(labels)!r} is for images in folders and tars: {name!r} has labels of its own")
+    if name.startswith("hfds/"):
+        return _open_hub(name, split, root)
+    wanted = role(split)
+    if wanted is None:
+        raise DataError(f"unknown split {split!r} of {name!r}; valid: {', '.join(ROLES)}")
     if name.startswith(SHARDS):
-        return _open_shards(name, split)
+        return _open_shards(name, wanted)
+    if name.startswith("torch/"):
+        return _open_torchvision(name, wanted, root, download)
+    return _open_files(source, wanted, labels, labelled)
+
+
+def has_split(
+    source: str | Path, split: str, *, labels: str | Path | None = None, root: str | Path | None = None
+) -> bool:
+    """Whether a source has a split of its own, beside the training images."""
+    name = str(source)
+    if name.startswith("torch/"):
+        return split != "validation"
+    if name.startswith("hfds/"):
+        return any(role(own) == split for own in _load_hub(name, root))
+    if name.startswith(SHARDS):
+        return ".tar" not in name and _find_shards(name, split) is not None  # those of a pattern are one split alone
+    layout, labels = _lay_out(source, labels)
+    if labels is None:
+        return split in layout.splits
+    return has_rows(layout, read_table(labels), split, str(labels))
+
+
+def _describe(split: str, count: int, classes: Sequence[str], place: str) -> str:
+    """ "test: 372 images in 10 classes from clothing/test.tar"."""
+    kinds = f" in {len(classes)} class{'' if len(classes) == 1 else 'es'}" if classes else ""
+    return f"{split}: {count_images(count)}{kinds} from {place}"
+
+
+def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str | Path | None]:
+    """What a source holds, and its table of labels, which may be the source: images then lie beside it."""
+    if labels is None and is_table(source):
+        source, labels = Path(source).parent, source
+    return find_layout(source), labels
+
+
+def _open_files(source: str | Path, split: str, labels: str | Path | None, labelled: bool) -> Split:
+    layout, table = _lay_out(source, labels)
+    if table is not None:
+        place, listing = list_rows(layout, read_table(table), split, str(table))
+    else:
+        place = layout.place(split)
+        if labelled:
+            layout.check_classes()
+        listing = list_classes(place) if labelled else list_images(place)
+    shown = str(place)
+    if not listing.images:
+        raise DataError(_nothing(str(source), split, shown, listing, table))
+    taken = _describe(split, len(listing.images), listing.classes, shown)
+    if table is not None:
+        taken += f" by {Path(table).name}"
+    if split == "test" and "validation" in layout.splits and "test" not in layout.splits and table is None:
+        taken += ", as there is no test split"
+    if listing.left_out:
+        taken += f"; left out: {describe_left_out(listing.left_out)}"
+    if layout.other:
+        taken += f"; no split: {some(layout.other)}"
+    return FileSplit(str(source), listing.classes, taken, listing.images, listing.labels)
+
+
+def _nothing(source: str, split: str, place: str, listing: Listing, table: str | Path | None) -> str:
+    """What to say where no image was found that has a label."""
+    loose = listing.left_out["image beside the class folders"]
+    if loose:
+        without = "" if split == "train" else ". To train without them, give the folder of the training images as data"
+        return (
+            f"the {split} images of {source!r}, {loose:,} in {place}, lie in no class folders, so nothing says what "
+            f"they show{without}. {LAYOUTS}. `convmixer predict` classifies images without labels"
+        )
+    if table is not None:
+        return f"no row of {str(table)!r} is of the {split} images of {source!r}, in {place}"
+    left_out = f" It holds {describe_left_out(listing.left_out)}." if listing.left_out else ""
+    return f"no images in the {split} split of {source!r}, {place}.{left_out} {LAYOUTS}"
+
+
+# ---- data sets by name ----------------------------------------------------------------------------------------------
+
+
+def _open_torchvision(name: str, split: str, root: str | Path | None, download: bool) -> Split:
+    if split == "validation":
+        raise DataError(f"no validation split in {name!r}: data sets of torchvision are read as train and test")
+    if name.lower() in ("torch/image_folder", "torch/folder"):
+        raise DataError(f"{name!r} is no data set: give the folder itself")
     try:
-        if name.startswith("torch/"):
-            dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
-        elif name.startswith("hfds/"):
-            dataset = create_dataset(name, root=root and str(root), split=split, **_columns(name, split, root))
-        else:
-            dataset = create_dataset("", root=str(_find_split(Path(source), split)), search_split=False)
-    except ConvMixerError:
-        raise
-    except Exception as error:  # each reader has its own; the message must name the source
-        missing = isinstance(error, RuntimeError) and name.startswith("torch/") and not download
-        hint = ". Add --download to fetch it" if missing else ""
+        dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
+        count, classes = len(dataset), tuple(map(str, dataset.classes))
+    except Exception as error:  # each data set has its own; the message must name the source
+        hint = ". Add --download to fetch it" if isinstance(error, RuntimeError) and not download else ""
         raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}{hint}") from error
-    if not len(dataset):
-        raise DataError(f"no images in the {split} split of {name!r}")
-    return Split(name, _class_names(dataset), dataset)
+    return NamedSplit(name, classes, _describe(split, count, classes, name), dataset)
 
 
-def _columns(name: str, split: str, root: str | Path | None) -> dict[str, str]:
-    """Which columns of a Hugging Face data set hold images and labels: timm expects "image" and "label"."""
+def _load_hub(name: str, root: str | Path | None) -> Any:
+    """All splits of a Hugging Face data set, by name."""
     datasets = optional("datasets", repr(name), "train")
-    loaded = datasets.load_dataset(name.removeprefix("hfds/"), split=split, cache_dir=root and str(root))
-    kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}
-    found = {key: [c for c, f in loaded.features.items() if isinstance(f, kind)] for key, kind in kinds.items()}
-    if not all(found.values()):
-        raise DataError(f"{name!r} has no column of images or none of class labels: {loaded.features}")
-    return {key: columns[0] for key, columns in found.items()}
+    try:
+        return datasets.load_dataset(name.removeprefix("hfds/"), cache_dir=root and str(root))
+    except Exception as error:  # it has many
+        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}") from error
 
 
-def _class_names(dataset: Any) -> tuple[str, ...]:
-    names = getattr(dataset, "classes", None)  # torchvision
-    if names is None:
-        reader = dataset.reader
-        table = reader.class_name_to_idx if hasattr(reader, "class_name_to_idx") else reader.class_to_idx
-        names = sorted(table, key=table.__getitem__)
-    return tuple(str(name) for name in names)
+def _open_hub(name: str, split: str, root: str | Path | None) -> Split:
+    splits = _load_hub(name, root)
+    meant = [split] if split in splits else [own for own in splits if role(own) and role(own) == role(split)]
+    if not meant and role(split) == "test":  # as in a folder
+        meant = [own for own in splits if role(own) == "validation"]
+    if len(meant) != 1:
+        raise DataError(f"no split {split!r} in {name!r}; valid: {', '.join(splits)}")
+    features = splits[meant[0]].features
+    datasets = optional("datasets", repr(name), "train")
+    kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}  # timm expects "image" and "label"
+    columns = {key: [c for c, f in features.items() if isinstance(f, kind)] for key, kind in kinds.items()}
+    if not all(columns.values()):
+        raise DataError(f"{name!r} has no column of images or none of class labels: {features}")
+    chosen = {key: names[0] for key, names in columns.items()}
+    try:
+        dataset = create_dataset(name, root=root and str(root), split=meant[0], **chosen)
+    except Exception as error:
+        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}") from error
+    if not len(dataset):
+        raise DataError(f"no images in the {meant[0]} split of {name!r}")
+    table = dataset.reader.class_to_idx
+    classes = tuple(map(str, sorted(table, key=table.__getitem__)))
+    taken = _describe(role(split) or split, len(dataset), classes, f"{name}, split {meant[0]}")
+    return NamedSplit(name, classes, taken, dataset)
 
 
 # ---- WebDataset -----------------------------------------------------------------------------------------------------
 
 
+def _find_shards(name: str, split: str) -> str | None:
+    """What the `_info.json` of a folder of shards calls a split; None if it has no such one."""
+    webdataset = optional("webdataset", repr(name), "train")
+    problems = []
+    for file in ("_info.json", "info.json"):  # as timm looks for them
+        try:
+            with webdataset.gopen(os.path.join(name[len(SHARDS) :], file)) as stream:
+                own = [key for key in json.load(stream)["splits"] if role(key) == split]
+        except Exception as error:  # of webdataset, of the network, of JSON
+            problems.append(f"{type(error).__name__}: {error}")
+            continue
+        if len(own) > 1:
+            raise DataError(f"several {split} splits in {name!r}: {', '.join(own)}. Leave one of them in {file}")
+        return own[0] if own else None
+    raise DataError(f"cannot open the {split} split of {name!r}: {'; '.join(problems)}. {_SHARDS_WANTED}")
+
+
 def _open_shards(name: str, split: str) -> ShardSplit:
     webdataset = optional("webdataset", repr(name), "train")
-    folder, _, pattern = name.removeprefix(SHARDS).rpartition("/") if ".tar" in name else (name[len(SHARDS) :], "", "")
-    problems = []
-    for candidate in [pattern] if pattern else SPLITS[split]:
-        try:
-            reader = create_reader(SHARDS, root=folder, split=candidate)
-            break
-        except Exception as error:  # timm's and webdataset's
-            problems.append(str(error))
-    else:
-        raise DataError(
-            f"cannot open the {split} split of {name!r}: {'; '.join(problems)}. Give a folder with an _info.json, or a "
-            "pattern with its number of samples such as wds/FOLDER/train-{0000..0012}.tar|12345"
-        )
+    folder, _, chosen = name.removeprefix(SHARDS).rpartition("/") if ".tar" in name else (name[len(SHARDS) :], "", "")
+    folder, note = os.path.expanduser(folder), ""
+    if not chosen:
+        chosen = _find_shards(name, split) or ""
+        if not chosen and split == "test":  # as in a folder
+            chosen, note = _find_shards(name, "validation") or "", ", as there is no test split"
+        if not chosen:
+            raise DataError(f"no {split} split in the _info.json of {name!r}. {_SHARDS_WANTED}")
+    try:
+        reader = create_reader(SHARDS, root=folder, split=chosen)
+    except Exception as error:  # timm's and webdataset's
+        raise DataError(f"cannot open the {split} split of {name!r}: {error}. {_SHARDS_WANTED}") from error
     if not reader.num_samples:
         raise DataError(f"{name!r} does not say how many samples it has: add |NUMBER to it")
     names = os.path.join(folder, "classes.txt")
@@ -280,4 +460,5 @@ def _open_shards(name: str, split: str) -> ShardSplit:
             f"cannot read {names!r}: {error}. It names the classes, one per line, in the order of the samples' .cls"
         ) from error
     urls = tuple(os.path.join(folder, file) for file in reader.split_info.filenames)
-    return ShardSplit(name, classes, urls, reader.num_samples)
+    taken = _describe(split, reader.num_samples, classes, f"{len(urls)} shards of {name}, {chosen}{note}")
+    return ShardSplit(name, classes, taken, urls, reader.num_samples)

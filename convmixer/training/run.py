@@ -15,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
-import threading
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,10 @@ class Run:
     """A run folder, what may be written into it, and what resuming needs."""
 
     def __init__(self, folder: str | Path, recipe: Recipe, *, resume: bool) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         self.recipe = recipe
         self.state = self.folder / "last.pt"
+        self.waiting: list[str] | None = []  # lines of the log, as long as the run may come to nothing
         if self.folder.is_file():
             raise ArgumentError(f"output={str(self.folder)!r} is a file: give a folder")
         if self.state.exists() and not resume:
@@ -88,7 +88,18 @@ class Run:
     def write_json(self, name: str, content: Any) -> None:
         self.write(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
+    def begin(self) -> None:
+        """Write the recipe, and the lines that have been logged so far."""
+        self.write_json("recipe.json", dataclasses.asdict(self.recipe))
+        lines, self.waiting = self.waiting or [], None
+        for line in lines:
+            self.log(line)
+
     def log(self, line: str) -> None:
+        """Add a line to `train.log`, at the earliest when the run begins."""
+        if self.waiting is not None:
+            self.waiting.append(line)
+            return
         with contextlib.suppress(OSError), (self.folder / "train.log").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -128,27 +139,3 @@ class Run:
         if self.recipe.epochs < done:
             raise ArgumentError(f"{str(self.state)!r} has {done} epochs begun: give epochs of at least that")
         return state
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the block SIGTERM and SIGINT are noted, not obeyed: the function given tells which came, or 0.
-
-    A second SIGINT interrupts as usual. Outside the main thread, which alone may set handlers, nothing is changed.
-    """
-    caught: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: caught[0] if caught else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,8 +1,8 @@
 """Images decoded by worker processes when a step needs them, for sets that do not fit into memory.
 
-Workers decode, crop and augment image by image; what is done to batches, `Augment` does on the device, as for images in
-memory. `Stream` reads any image of a set at any time: order and augmentation follow from the seed, the epoch and the
-image, whatever the number of workers. `Shards` reads WebDataset tars from their start to their end.
+Workers decode, crop, and apply timm's policies, image by image; all other changes `Augment` makes on the device, as for
+images in memory. `Stream` reads any image of a set at any time: order and changes follow from the seed, the epoch and
+the image, whatever the number of workers. `Shards` reads WebDataset tars from their start to their end.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from torchvision.transforms import v2
 
 from convmixer.errors import DataError
-from convmixer.inference import read_image
-from convmixer.training.data import Batch, Fit, Share, image_changes, seed_all, shorten
-from convmixer.training.readers import Prepare, ShardSplit, Split, open_split
+from convmixer.images import enough, read_image
+from convmixer.training.data import Batch, Fit, Share, balancing_odds, digest, seed_all, shorten
+from convmixer.training.readers import FileSplit, Prepare, ShardSplit, Split, open_split
 from convmixer.training.recipes import Recipe, policy
 
 Decoded = tuple[Tensor | None, int, list[str]]  # pixels, or none if unreadable; label; what could not be read
@@ -37,27 +37,48 @@ S = TypeVar("S", bound="_Workers")
 
 @dataclass(frozen=True)
 class Change:
-    """An image of any kind -> uint8 (C, H, W), cropped and changed at random as a recipe says."""
+    """An image, as `read_image` takes it -> uint8 (C, H, W), cropped at random and changed by a policy of timm."""
 
     recipe: Recipe
     fit: Fit
     mean: tuple[float, ...]
 
-    def __call__(self, source: Image.Image) -> Tensor:
-        channels, *size = self.fit.size
-        if self.recipe.crop_scale < 1:
-            crop = RandomResizedCropAndInterpolation(
-                size, (self.recipe.crop_scale, 1.0), (3 / 4, 4 / 3), self.fit.interpolation
-            )
-            pixels: Tensor = v2.functional.pil_to_tensor(crop(read_image(source, channels)))
-        else:
-            pixels = self.fit(source)
+    def __call__(self, source: Any) -> Tensor:
+        size = self.fit.size[1:]
+        pixels = self._crop(source) if self.recipe.crop_scale < 1 else self.fit(source)
         if self.recipe.auto_augment:
             change = policy(self.recipe.auto_augment, (size[0], size[1]), self.mean)
             pixels = v2.functional.pil_to_tensor(change(v2.functional.to_pil_image(pixels)))
-        for alter in image_changes(self.recipe):
-            pixels = alter(pixels)
         return pixels
+
+    def _crop(self, source: Any) -> Tensor:
+        """timm's random crop, drawn before the image is decoded, so that a large one need not be decoded whole."""
+        channels, height, width = self.fit.size
+        crop = RandomResizedCropAndInterpolation(
+            (height, width), (self.recipe.crop_scale, 1.0), (3 / 4, 4 / 3), self.fit.interpolation
+        )
+        whole, box = (0, 0), (0, 0, 0, 0)
+
+        def draw(across: int, down: int) -> tuple[int, int]:
+            """The (width, height) of the whole image at which the crop has enough pixels."""
+            nonlocal whole, box
+            shape = torch.empty(1, down, across, device="meta")
+            whole, box = (across, down), crop.get_params(shape, crop.scale, crop.ratio)
+            if not self.fit.draft:
+                return whole
+            wanted = enough(height, width)
+            return math.ceil(wanted[0] * whole[0] / box[3]), math.ceil(wanted[1] * whole[1] / box[2])
+
+        image = read_image(source, channels, least=draw)
+        if image.size == whole:
+            cropped = v2.functional.resized_crop(image, *box, [height, width], crop.interpolation)
+        else:  # at a reduced scale the crop may begin and end within pixels
+            x, y = image.width / whole[0], image.height / whole[1]
+            top, left, tall, wide = box
+            part = (left * x, top * y, (left + wide) * x, (top + tall) * y)
+            cropped = image.resize((width, height), Image.Resampling[crop.interpolation.name], part)
+        result: Tensor = v2.functional.pil_to_tensor(cropped)
+        return result
 
 
 def default_workers() -> int:
@@ -106,6 +127,11 @@ class _Workers:
 
     def to(self: S, device: torch.device) -> S:
         return replace(self, device=device)
+
+    @property
+    def at_once(self) -> int:
+        """Half of what the workers hold ready, so that they go on while the model learns from it."""
+        return max(1, self.workers)
 
     def close(self) -> None:
         """Close what decoding in this process has opened."""
@@ -176,23 +202,38 @@ class Stream(_Workers):
     Attributes:
         split: Where they are.
         index: The numbers of the images that belong to this stream (N,).
+        odds: By which each is drawn for training (N,); none takes each once in an epoch.
     """
 
     split: Split
     index: Tensor
+    odds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def subset(self, index: Tensor) -> Stream:
-        return replace(self, index=self.index[index])
+        return replace(self, index=self.index[index], odds=None)
+
+    def targets(self) -> Tensor:
+        return self.labels[self.split.targets()[self.index]]
+
+    def balanced(self) -> Stream:
+        return replace(self, odds=balancing_odds(self))
+
+    def record(self) -> dict[str, Any]:
+        files = isinstance(self.split, FileSplit)  # other labels take long to read
+        return super().record() | ({"labels": digest(self.targets())} if files else {})
 
     def close(self) -> None:
         self.split.close()
 
     def parts(self, share: Share) -> Iterator[Batch]:
         """Training images part after part; with `skip_unreadable` others take the place of unreadable ones."""
-        keys = ([(i, (share.seed, share.epoch, i)) for i in part.tolist()] for part in share.index(len(self)))
+        keys = (
+            [(i, (share.seed, share.epoch, i)) for i in part.tolist()]
+            for part in share.index(len(self), odds=self.odds)
+        )
         decoder = _Decoder(self.split, self.index, self.change, replace=self.skip_unreadable)
         return self._load(decoder, training=True, batch_sampler=keys, collate_fn=_collate)
 
@@ -227,27 +268,31 @@ def open_stream(
     *,
     mean: tuple[float, ...],
     classes: tuple[str, ...] | None = None,
+    labels: str | Path | None = None,
     workers: int | None = None,
     skip_unreadable: bool = False,
     processes: int = 1,
     root: str | Path | None = None,
     download: bool = False,
+    report: Callable[[str], None] = print,
 ) -> Stream | Shards:
     """Open a split for streaming.
 
     Args:
         source: As for `load_images`, or WebDataset shards: `wds/FOLDER` with timm's `_info.json`, or a pattern with a
             number of samples such as `wds/FOLDER/train-{0000..0012}.tar|12345`. `FOLDER/classes.txt` names the classes.
-        split: "train" or "test".
+        split: "train", "validation" or "test", as for `load_images`.
         recipe: Says how training images are changed.
         fit: How images are prepared.
         mean: Per channel, in [0, 1]; fills gaps.
-        classes: Class names that the labels must follow.
+        classes: Class names that the labels must follow. Without them, training images must be of two at least.
+        labels: A table of labels, as for `load_images`.
         workers: Processes that decode, for each process that trains; 0 decodes there. By default one per core.
         skip_unreadable: Go on without images that cannot be read.
         processes: Processes that train.
         root: Where downloaded data sets lie.
         download: Let `torch/` data sets download what is missing.
+        report: Takes a line about what was taken for the split.
 
     Raises:
         DataError: Nothing there, no images, other classes than asked for, too few shards.
@@ -258,7 +303,10 @@ def open_stream(
         "change": Change(recipe, fit, tuple(mean)),
         "skip_unreadable": skip_unreadable,
     }
-    opened = open_split(source, split, root=root, download=download)
+    opened = open_split(source, split, labels=labels, root=root, download=download)
+    report(opened.taken)
+    if classes is None and split == "train":
+        opened.check_classes()
     names = classes or opened.classes
     here = default_workers() if workers is None else workers
     common |= {"name": name, "classes": names, "labels": opened.labels_in(names)}
@@ -300,6 +348,12 @@ class Shards(_Workers):
     def subset(self, index: Tensor) -> Shards:
         """All of them or none: `train` refuses to hold out a part of what has no numbers."""
         return self if len(index) else replace(self, split=replace(self.split, urls=(), count=0))
+
+    def targets(self) -> Tensor:
+        raise DataError(f"the labels of {self.name!r} are known when its shards are read, not before")
+
+    def balanced(self) -> Shards:
+        raise DataError(f"{self.name!r} is read from start to end, so its classes cannot be balanced: give false")
 
     def record(self) -> dict[str, Any]:
         return {**super().record(), "streams": self.processes * max(self.workers, 1)}

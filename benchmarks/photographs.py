@@ -1,0 +1,104 @@
+"""What decoding large photographs at a reduced scale saves and changes: `python benchmarks/photographs.py`.
+
+Times `predict` on a synthetic JPEG of 12 megapixels, whole and reduced, in turns. With `--data`, a source as for
+`convmixer validate`, also enlarges its test images to photographs with the noise of a sensor and compares the classes
+that the model finds in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import platform
+import statistics
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+import convmixer
+from convmixer.hardware import cpu_name
+from convmixer.training.readers import open_split
+
+
+def enlarge(image: Image.Image, pixels: int, random: np.random.Generator) -> bytes:
+    """A JPEG of about so many pixels, of the same shape, with noise of five grey levels."""
+    factor = (pixels / (image.width * image.height)) ** 0.5
+    size = round(image.width * factor), round(image.height * factor)
+    large = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
+    noisy = np.clip(large + 5 * random.standard_normal(large.shape, np.float32), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def synthetic(random: np.random.Generator) -> Image.Image:
+    """Noise at all scales, as in photographs: the power falls with the square of the frequency."""
+    total = np.zeros((750, 1000, 3), np.float32)
+    for octave in range(8):
+        cells = random.normal(0, 60 / 2 ** (octave / 2), (3 * 2**octave, 4 * 2**octave, 3))
+        layers = [Image.fromarray(layer.astype(np.float32)).resize((1000, 750)) for layer in np.moveaxis(cells, 2, 0)]
+        total += np.stack([np.asarray(layer) for layer in layers], axis=2)
+    return Image.fromarray(np.clip(total + 128, 0, 255).astype(np.uint8))
+
+
+def compare(model: torch.nn.Module, data: str, megapixels: float, count: int | None) -> None:
+    random = np.random.default_rng(0)
+    right, same, change, images = {True: 0, False: 0}, 0, [], 0
+    with contextlib.closing(open_split(data, "test")) as split:
+        order = np.random.default_rng(1).permutation(len(split))[:count].tolist()
+        pictures: list[Image.Image] = []
+
+        def keep(source: object) -> torch.Tensor:
+            pictures.append(convmixer.images.read_image(source))
+            return torch.empty(0)
+
+        for number in order:
+            _, label = split.read(number, keep)
+            photograph = enlarge(pictures.pop(), round(megapixels * 1e6), random)
+            answers = {}
+            for draft in (True, False):
+                answers[draft] = convmixer.predict(model, photograph, topk=model.num_classes, draft=draft)
+                right[draft] += answers[draft][0][0] == split.classes[label]
+            same += answers[True][0][0] == answers[False][0][0]
+            exact = dict(answers[False])
+            change.append(max(abs(p - exact[name]) for name, p in answers[True]))
+            images += 1
+    print(f"{images} test images of {data}, enlarged to {megapixels:g} megapixels with noise:")
+    print(f"  top-1 whole {100 * right[False] / images:.2f} %, reduced {100 * right[True] / images:.2f} %")
+    print(f"  same class for {same} of {images}; largest change of a probability of an image: median")
+    print(f"  {np.median(change):.4f}, 99th percentile {np.quantile(change, 0.99):.4f}, most {max(change):.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="convmixer_256_8.cifar10")
+    parser.add_argument("--checkpoint", help="weights in place of the model's own")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--data", help="test images whose classes are the model's")
+    parser.add_argument("--megapixels", type=float, default=12.0)
+    parser.add_argument("--count", type=int, help="of the test images; all without it")
+    options = parser.parse_args()
+    model = convmixer.create_model(options.model, pretrained=True, checkpoint=options.checkpoint, device="cpu").eval()
+    print(f"{options.model} on {cpu_name()}, {torch.get_num_threads()} threads; Python {platform.python_version()}")
+    random = np.random.default_rng(0)
+    photograph = enlarge(synthetic(random), 12_000_000, random)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(options.rounds):
+        for draft in (True, False):
+            begun = time.perf_counter()
+            convmixer.predict(model, photograph, draft=draft)
+            seconds[draft].append(time.perf_counter() - begun)
+    for draft, name in ((False, "whole"), (True, "reduced")):
+        times = sorted(1000 * s for s in seconds[draft])
+        print(f"predict, 12 megapixels ({len(photograph) / 1e6:.1f} MB), {name}: {statistics.median(times):.0f} ms")
+    ratio = statistics.median(a / b for a, b in zip(seconds[False], seconds[True], strict=True))
+    print(f"ratio {ratio:.2f}, median of {options.rounds} rounds")
+    if options.data:
+        compare(model, options.data, options.megapixels, options.count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Work on a GPU as CUDA graphs: captured once, then replayed on new values in the same memory.
+
+Where images are small or few, launching a kernel takes the host longer than running it takes the GPU. A graph launches
+all kernels of a call at once. In return shapes are fixed, and what differs from call to call must be a tensor that
+stays where it is.
+
+`Graphed` decides which calls of a function are captured and replayed, as of a training step; `Replayed` does so for
+models in inference. `CudaGraphs` captures.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_LOGGER = logging.getLogger(__name__)
+WARM_UP = 3  # eager calls before a capture: they compile, choose kernels, and allocate the optimizer's state
+KEPT = 3  # graphs, each of which holds the memory of a whole step
+
+
+class Graphs(Protocol):
+    """A way to capture work on a device."""
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        """Call a function where it will be captured."""
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Call a function without running its work.
+
+        Returns:
+            What runs that work, on the same memory.
+
+        Raises:
+            RuntimeError: It cannot be captured. None of its work has run.
+        """
+
+
+class CudaGraphs:
+    """Captures on a stream of its own, since CUDA cannot on the default stream.
+
+    Args:
+        device: A CUDA device.
+        shared: Graphs use the same memory, so what one leaves there is gone when another is replayed.
+    """
+
+    def __init__(self, device: torch.device, *, shared: bool = False) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle() if shared else None
+
+    def warm_up(self, function: Callable[[], None]) -> None:
+        # Workspaces and cached memory belong to a stream: those allocated here are there for the capture.
+        caller = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
+            function()
+        caller.wait_stream(self.stream)
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Thread-local, since the thread that pins a stream's images calls CUDA meanwhile. The outer `with` restores
+            # the caller's stream after a failed capture; the inner one does not.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self.stream.device)),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                function()
+        except RuntimeError as error:
+            self._renew_generator()
+            raise RuntimeError(str(error.__context__ or error)) from error  # the cause, not what it led to
+        return graph.replay
+
+    def _renew_generator(self) -> None:
+        """Up to PyTorch 2.11 a failed capture leaves the generator in capture mode: give it a new state."""
+        generator = torch.cuda.default_generators[self.stream.device.index]
+        fresh = torch.Generator(generator.device)
+        fresh.set_state(generator.get_state())
+        generator.graphsafe_set_state(fresh)
+
+
+class Captured:
+    """A captured call, with memory of its own for the inputs.
+
+    Args:
+        graphs: Captures it.
+        function: Takes tensors like `inputs`. It returns nothing, and keeps its results in tensors that stay where
+            they are.
+        inputs: Examples. Their shapes, types and layouts are those of all calls.
+    """
+
+    def __init__(self, graphs: Graphs, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = [x.clone() for x in inputs]
+        self.replay = graphs.capture(lambda: function(*self.inputs))
+
+    def __call__(self, *inputs: Tensor) -> None:
+        for static, new in zip(self.inputs, inputs, strict=True):
+            static.copy_(new)
+        self.replay()
+
+
+class Graphed:
+    """A function that is captured after a few calls, once for each combination of shapes and constants.
+
+    Args:
+        function: As `Captured` takes it; constants go by name.
+        graphs: Captures it; None leaves all calls as they are.
+        failed: Called with the error when a capture fails. The calls after that are plain calls.
+    """
+
+    def __init__(
+        self, function: Callable[..., None], graphs: Graphs | None, failed: Callable[[RuntimeError], None]
+    ) -> None:
+        self.function, self.graphs, self.failed = function, graphs, failed
+        self.calls: dict[Hashable, int] = {}
+        self.captured: dict[Hashable, Captured] = {}
+
+    def __call__(self, *inputs: Tensor, **constants: Any) -> None:
+        call = partial(self.function, **constants)
+        if self.graphs is None:
+            call(*inputs)
+            return
+        kind = (*((x.shape, x.dtype) for x in inputs), *sorted(constants.items()))
+        if kind not in self.captured:
+            self.calls[kind] = self.calls.get(kind, 0) + 1
+            if self.calls[kind] <= WARM_UP:
+                self.graphs.warm_up(partial(call, *inputs))
+                return
+            self._make_room()
+            try:
+                self.captured[kind] = Captured(self.graphs, call, inputs)
+            except RuntimeError as error:
+                self.graphs = None
+                self.failed(error)
+                call(*inputs)
+                return
+        self.captured[kind](*inputs)
+
+    def _make_room(self) -> None:
+        """Drop the oldest graph when there are `KEPT`."""
+        if len(self.captured) >= KEPT:
+            oldest = next(iter(self.captured))
+            del self.captured[oldest], self.calls[oldest]
+
+
+class Replayed:
+    """A model in inference whose calls are replayed, a graph for each shape that comes a second time.
+
+    Threads may share it: they take turns, on the device, too. What a call returns is the caller's own.
+
+    Args:
+        run: Computes a list of outputs from images (B, C, H, W), without gradients.
+        worth: Whether a call with such images is worth a graph, which keeps the memory of a whole call.
+        make: Makes the `Graphs` for a device; None: `CudaGraphs`.
+    """
+
+    kept = 8  # graphs; the one unused for longest goes first
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], list[Tensor]],
+        worth: Callable[[Tensor], bool],
+        make: Callable[[torch.device], Graphs] | None = None,
+    ) -> None:
+        self.run, self.worth, self.make = run, worth, make
+        self._start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.run, self.worth, self.make)
+
+    def _start(self) -> None:
+        self._lock, self._graphs = threading.Lock(), dict[torch.device, Graphs]()
+        self._captured: OrderedDict[Hashable, tuple[Captured, list[Tensor]] | None] = OrderedDict()
+        self._used: dict[torch.device, Any] = {}  # an event after the last use of the graphs of a device
+        self._failed = False
+
+    def after_fork(self) -> None:
+        """A child by fork has no graphs, and its lock may be held by a thread that it does not have."""
+        self._start()
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph of the caller's
+        if self._failed or capturing or not self.worth(x):
+            return self.run(x)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            kind = (x.shape, x.stride(), x.dtype, x.device)
+            if kind not in self._captured:  # a first call compiles what is to be compiled
+                self._keep(kind, None)
+                return self.run(x)
+            found = self._captured[kind] or self._capture(x)
+            if found is None:
+                return self.run(x)
+            self._keep(kind, found)
+            return self._replay(x, *found)
+
+    def _keep(self, kind: Hashable, found: tuple[Captured, list[Tensor]] | None) -> None:
+        self._captured[kind] = found
+        self._captured.move_to_end(kind)
+        if len(self._captured) > self.kept:
+            self._captured.popitem(last=False)
+
+    def _capture(self, x: Tensor) -> tuple[Captured, list[Tensor]] | None:
+        """The graph of a call and the outputs that it writes; None if it cannot be captured."""
+        outputs: list[Tensor] = []
+
+        def compute(images: Tensor) -> None:
+            outputs[:] = self.run(images)
+
+        try:
+            if x.device not in self._graphs:
+                self._graphs[x.device] = self.make(x.device) if self.make else CudaGraphs(x.device, shared=True)
+            self._graphs[x.device].warm_up(lambda: compute(x))
+            return Captured(self._graphs[x.device], compute, (x,)), outputs
+        except RuntimeError as error:
+            self._failed = True
+            _LOGGER.warning("calls are not replayed as CUDA graphs: %s", error)
+            return None
+
+    def _replay(self, x: Tensor, graph: Captured, outputs: list[Tensor]) -> list[Tensor]:
+        if not x.is_cuda:
+            graph(x)
+            return [output.clone() for output in outputs]
+        # Another stream may still read what the last call wrote.
+        stream = torch.cuda.current_stream(x.device)
+        if x.device in self._used:
+            stream.wait_event(self._used[x.device])
+        graph(x)
+        results = [output.clone() for output in outputs]
+        self._used[x.device] = stream.record_event()
+        return results

@@ -1,0 +1,109 @@
+"""Checkpoints of other programs: where in them a ConvMixer is, and which name of this package each tensor has.
+
+Nothing here opens a file. The functions that rename take any values by name, such as tensors or their shapes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from convmixer.errors import WeightsError, brief
+
+Value = TypeVar("Value")
+
+# Under what training programs keep a state dict; averages of the weights first.
+_NESTED = (
+    *("state_dict_ema", "model_ema", "params_ema"),
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "params"),
+)
+
+
+def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
+    """The tensors of the one ConvMixer in what a checkpoint holds, by this package's names.
+
+    Args:
+        content: What was unpickled.
+        source: Named in the error.
+
+    Raises:
+        WeightsError: There are no tensors, or more than one model.
+    """
+    for _ in range(4):
+        nested = [k for k in _NESTED if isinstance(content, Mapping) and isinstance(content.get(k), Mapping)]
+        if not nested:
+            break
+        content = content[nested[0]]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{source} holds no state dict: found {type(content).__name__}")
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise WeightsError(f"{source} holds no tensors: its keys are {first([str(k) for k in content])}")
+    return our_names(tensors, source)
+
+
+def our_names(values: Mapping[str, Value], source: str) -> dict[str, Value]:
+    """The values of the one ConvMixer among them, by this package's names; all of them, as they are, if it has none.
+
+    Raises:
+        WeightsError: There is more than one model.
+    """
+    return _rename_flat(_without_prefix(_rename_mmpretrain(values), source))
+
+
+def first(keys: list[str]) -> str:
+    """The first three of them, for a message."""
+    return ", ".join(brief(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def _rename_mmpretrain(values: Mapping[str, Value]) -> dict[str, Value]:
+    """mmpretrain keeps stem and blocks (its stages) in a backbone, and the classifier in a head beside it."""
+    mark = "backbone.stages.0.0.fn.0.weight"
+    prefix = next((k.removesuffix(mark) for k in values if k.endswith(mark)), None)
+    if prefix is None:
+        return dict(values)
+    names = {"backbone.stem.": "stem.", "backbone.stages.": "blocks.", "head.fc.": "head."}
+
+    def rename(key: str) -> str:
+        for theirs, ours in names.items():
+            if key.startswith(prefix + theirs):
+                return prefix + ours + key.removeprefix(prefix + theirs)
+        return key
+
+    return {rename(key): value for key, value in values.items()}
+
+
+def _without_prefix(values: dict[str, Value], source: str) -> dict[str, Value]:
+    """Without what wrappers put before each name, and without others' values: of a loss, a metric, another model."""
+    starts = (k.removesuffix(stem) for stem in ("stem.0.weight", "0.weight") for k in values if k.endswith(stem))
+    found = [p for p in starts if f"{p}blocks.0.0.fn.0.weight" in values or f"{p}3.0.fn.0.weight" in values]
+    averages = [p for p in found if re.search(r"(?:^|[._])ema[._]", p)]
+    prefixes = averages or found
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"{source} holds {len(prefixes)} models, with the prefixes {first(prefixes)}: "
+            "save a file of the state dict of one of them"
+        )
+    prefix = prefixes[0] if prefixes else ""
+    return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+
+def _rename_flat(values: dict[str, Value]) -> dict[str, Value]:
+    """Names of the paper's one flat Sequential (stem 0 to 2, blocks from 3, head last) to this package's."""
+    if "0.weight" not in values or not all(re.fullmatch(r"[0-9]+\..+", k) for k in values):
+        return values
+    head = max(int(k.split(".")[0]) for k in values)
+
+    def rename(key: str) -> str:
+        number, rest = key.split(".", 1)
+        index = int(number)
+        if index == head:
+            return f"head.{rest}"
+        if index < 3:
+            return f"stem.{key}"
+        return f"blocks.{index - 3}.{rest}"
+
+    return {rename(k): v for k, v in values.items()}

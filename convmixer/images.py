@@ -1,0 +1,282 @@
+"""One picture from wherever it is: a file, a URL, bytes, a PIL image or an array, to an upright 8-bit image."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import http.client
+import importlib
+import io
+import math
+import os
+import re
+import string
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError, features
+
+from convmixer.errors import ArgumentError, ImageError, brief
+
+# File types of images; `image_suffixes` says which of them Pillow opens here.
+SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
+SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif")
+
+LARGE = 1_000_000  # pixels from which on a photograph may be decoded at a reduced scale
+MARGIN = 2  # times as many pixels per side as are needed then remain
+MOST_BYTES = 64 * 2**20  # of a download
+MOST_SILENCE, MOST_SECONDS = 10, 60  # without a byte, and for a whole download
+
+_ORIENTATION = 0x0112  # of EXIF; from 5 on width and height change places
+# Files whose 16-bit greys open in mode I, which has 32 bits.
+_DEEP_FORMATS = ("PNG", "PPM")
+
+Size = tuple[int, int]  # (width, height)
+
+
+@functools.lru_cache(maxsize=1)
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of image files that all commands read: those of `SUFFIXES` that Pillow opens here.
+
+    HEIC files are among them where pillow-heif is installed (`pip install 'convmixer[heic]'`).
+    """
+    _load_plugins()
+    formats = Image.registered_extensions()  # without those whose library Pillow lacks
+    found = {suffix for suffix in SUFFIXES if formats.get(suffix) in Image.OPEN}
+    return frozenset(found if features.check("jpg_2000") else found - {".jp2"})
+
+
+@functools.lru_cache(maxsize=1)
+def _load_plugins() -> None:
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+
+
+def enough(height: int, width: int, crop_pct: float = 1.0) -> Size:
+    """The (width, height) from which on an image is large enough to be resized to an input of that size.
+
+    It is twice what the image is resized to, before `crop_pct` of it is cropped.
+    """
+    return MARGIN * math.floor(width / crop_pct), MARGIN * math.floor(height / crop_pct)
+
+
+def read_image(
+    source: Any, channels: int = 3, *, least: Size | Callable[[int, int], Size] | None = None
+) -> Image.Image:
+    """An upright 8-bit RGB image (grey for `channels=1`) from a file, a URL, bytes, a PIL image or an array.
+
+    EXIF rotation is applied, and transparency is laid on white. Numbers become 0 to 255 by what is white among them, in
+    any byte order:
+
+    - Booleans, 8 bits, unsigned 16 bits, and PNG and PGM files of 16 bits: the largest value of the type.
+    - Other integers, as of PIL's mode I, of TIFF files with 32 bits, of int64: 255, or 65535 if a value exceeds that.
+    - Floats, as of PIL's mode F: 1, or 255 if a value exceeds that, or 65535.
+
+    Where white is not the first of these and no value reaches a sixteenth of it, nobody knows what is meant: an image
+    in [0, 1] goes a little beyond 1 when it is sharpened. This is an error, as are negative values, larger ones, and
+    values that are not finite.
+
+    Args:
+        source: A path; an http or https URL of at most 64 MiB; the bytes of a file; a binary file object, read from its
+            start; a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of numbers; a tensor of the same, or
+            channels-first.
+        channels: 1 or 3.
+        least: (width, height) that the result must have at least, or a function that is called once with those of the
+            upright image and returns it. JPEG photographs of a megapixel or more that are at least twice as large on
+            each side are then decoded at 1/2, 1/4 or 1/8 of their scale, which takes less time. None decodes every
+            pixel.
+
+    Raises:
+        ImageError: It cannot be read.
+    """
+    if channels not in (1, 3):
+        raise ArgumentError(f"images have 1 or 3 channels, this model takes {channels}: call it with tensors instead")
+    if isinstance(source, Image.Image):
+        image = _decode(source, repr(source), least, ours=False)
+    elif (file := _as_file(source)) is not None:
+        image = _open(file, _name(source), least)
+    else:
+        image = _from_array(source)
+        if callable(least):
+            least(*image.size)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _as_file(source: Any) -> Any:
+    """What Pillow opens; None for what is no file."""
+    if isinstance(source, str) and re.match("https?://", source, re.IGNORECASE):
+        return io.BytesIO(_download(source))
+    if isinstance(source, str | os.PathLike):
+        return os.path.expanduser(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    return source if hasattr(source, "read") else None
+
+
+def _name(source: Any) -> str:
+    """A source in a message."""
+    if isinstance(source, str | os.PathLike):
+        return repr(os.fspath(source))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"what these {len(source)} bytes hold"
+    name = getattr(source, "name", None)
+    return repr(name) if isinstance(name, str) else f"this {type(source).__name__}"
+
+
+def _open(file: Any, name: str, least: Any) -> Image.Image:
+    _load_plugins()
+    try:
+        with Image.open(file) as image:
+            return _decode(image, name, least, ours=True)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"no image at {name}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image that Pillow can read") from error
+    except Exception as error:  # each of Pillow's plugins has its own
+        raise ImageError(f"cannot read {name}: {error}") from error
+
+
+def _decode(image: Image.Image, name: str, least: Any, *, ours: bool) -> Image.Image:
+    """The pixels of an image that may not have been read yet, upright, with 8 bits; only `ours` may be changed."""
+    try:
+        if least is not None:
+            _reduce(image, least, ours)
+        deep = image.mode == "I" and image.format in _DEEP_FORMATS
+        upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow reads pixels late
+        raise ImageError(f"cannot read {name}: {error}") from error
+    if 0 in upright.size:
+        raise ImageError(f"image of {upright.width}x{upright.height} pixels: there is nothing to classify")
+    try:
+        return _to_8_bit(upright, 65535 if deep else None)
+    except (ValueError, OSError) as error:
+        raise ImageError(f"cannot read {name}, an image of mode {upright.mode!r}: {error}") from error
+
+
+def _reduce(image: Image.Image, least: Size | Callable[[int, int], Size], ours: bool) -> None:
+    """Let a large photograph that is not decoded yet be decoded at a smaller scale."""
+    photograph = image.format in ("JPEG", "MPO")
+    turned = photograph and image.getexif().get(_ORIENTATION, 1) >= 5
+    size = image.size[::-1] if turned else image.size
+    wanted = least(*size) if callable(least) else least
+    if photograph and ours and image.width * image.height >= LARGE:
+        image.draft(None, wanted[::-1] if turned else wanted)
+
+
+def _to_8_bit(image: Image.Image, white: int | None) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_bytes(np.asarray(image), f"image of mode {image.mode!r}", white))
+    if image.mode == "La":  # Pillow converts it to this alone
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB") if image.mode == "LAB" else image  # which does not become grey directly
+
+
+def _to_bytes(array: npt.NDArray[Any], what: str, white: int | None = None) -> npt.NDArray[np.uint8]:
+    """Numbers of any kind as uint8, by the rule of `read_image`."""
+    kind, bits = array.dtype.kind, 8 * array.dtype.itemsize
+    if kind == "b":
+        white = 1
+    elif kind == "u" and bits <= 16:
+        white = 2**bits - 1
+    elif kind == "f" or (kind in "iu" and bits > 8):
+        white = _white(array, what, white)
+    else:
+        raise ImageError(f"array of {array.dtype}: give uint8, uint16, bool, larger integers or floats")
+    if white == 255 and kind in "iu":
+        return array.astype(np.uint8)
+    scaled: npt.NDArray[Any] = np.round(array.astype(np.float32) * (255 / white))
+    return scaled.astype(np.uint8)
+
+
+def _white(array: npt.NDArray[Any], what: str, known: int | None) -> int:
+    """Which number stands for white in an array whose type does not say it."""
+    lowest, highest = array.min(), array.max()
+    if not np.isfinite([lowest, highest]).all():
+        count = array.size - np.count_nonzero(np.isfinite(array))
+        raise ImageError(f"{what}: {count} of {array.size} values are not finite (NaN or infinite): correct them")
+    choice = [known] if known else [1, 255, 65535] if array.dtype.kind == "f" else [255, 65535]
+    white = next((white for white in choice if highest <= white), None)
+    told = white == choice[0] or (white is not None and highest >= white / 16)
+    if lowest < 0 or white is None or not told:
+        raise ImageError(
+            f"{what} with values from {lowest} to {highest}: give values in [0, 1] as floats, or in [0, 255] or "
+            "[0, 65535]. The largest must be at least a sixteenth of white, so that it is clear which is meant"
+        )
+    return white
+
+
+def _from_array(source: Any) -> Image.Image:
+    if source is None:
+        raise ImageError(
+            "None is no image. cv2.imread returns None where there is no such file or where it cannot read it: check "
+            "the path"
+        )
+    if isinstance(source, torch.Tensor):
+        tensor = source.detach().cpu()
+        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
+    else:
+        try:
+            array = np.asarray(source)
+        except ValueError as error:
+            raise ImageError(f"{type(source).__name__} that is no array: {error}") from error
+    if isinstance(source, torch.Tensor) and array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not fits or 0 in array.shape:
+        raise ImageError(f"array of shape {array.shape}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    what = f"{'float ' if array.dtype.kind == 'f' else ''}array of {array.dtype}"
+    return _to_8_bit(Image.fromarray(np.ascontiguousarray(_to_bytes(array, what))), None)
+
+
+def _download(url: str) -> bytes:
+    """The body of an answer, within limits of size and time."""
+    shown, deadline = brief(url, 200), time.monotonic() + MOST_SECONDS
+    too_large = f"{shown} is larger than {MOST_BYTES / 2**20:g} MiB: download it, and give its path"
+    body = bytearray()
+    try:
+        quoted = urllib.parse.quote(url, safe=string.punctuation)
+        request = urllib.request.Request(quoted, headers={"User-Agent": "convmixer"})  # some refuse the default
+        with urllib.request.urlopen(request, timeout=MOST_SILENCE) as answer:
+            length = answer.headers.get("Content-Length") or ""
+            expected = int(length) if length.isdecimal() else 0
+            if expected > MOST_BYTES:
+                raise ImageError(too_large)
+            while chunk := answer.read1(2**16):  # returns what has come, so that the limits are looked at
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    raise ImageError(too_large)
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not done after {MOST_SECONDS} seconds")
+    except urllib.error.HTTPError as error:
+        raise ImageError(f"cannot fetch {shown}: the server answers {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = str(getattr(error, "reason", "") or error) or type(error).__name__
+        raise ImageError(f"cannot fetch {shown}: {reason}") from error
+    if len(body) < expected:
+        raise ImageError(f"cannot fetch {shown}: it broke off after {len(body)} of {expected} bytes")
+    return bytes(body)
+
+
+def is_one_image(source: Any) -> bool:
+    """Whether something is meant as one image, as `read_image` takes it, and not as many of them."""
+    if isinstance(source, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | torch.Tensor | Mapping):
+        return True
+    if isinstance(source, list | tuple):
+        return False
+    kind = getattr(getattr(source, "dtype", None), "kind", "")
+    names = getattr(source, "ndim", 0) == 1 and kind in ("O", "U")  # an array of paths, or a column of a table
+    return (hasattr(source, "__array__") and not names) or hasattr(source, "read") or not hasattr(source, "__iter__")

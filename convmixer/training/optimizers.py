@@ -1,0 +1,184 @@
+"""What changes the weights in a step: the optimizer of a recipe, and the average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from timm.optim import (
+    Lookahead,
+    Muon,
+    create_optimizer_v2,
+    get_optimizer_info,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
+from torch import Tensor
+from torch.optim import Optimizer
+
+from convmixer.errors import ArgumentError
+from convmixer.model import ConvMixer
+from convmixer.training.recipes import Recipe
+
+LOOKAHEAD = "lookahead_"  # in front of the name of any optimizer of timm
+MUON = {  # the rest is timm's default
+    "momentum": 0.95,
+    "nesterov": True,
+    "ns_steps": 5,
+    "ns_coefficients": "original",
+    "adjust_lr_fn": "match_rms_adamw",
+}
+
+
+class MuonAdamW(Optimizer):
+    """Muon for some parameter groups and AdamW for the others, as one optimizer with one state.
+
+    timm's Muon has an AdamW of its own, which launches a dozen kernels for each parameter. PyTorch's launches a few for
+    all of them.
+
+    Args:
+        matrices: Groups of parameters (out, in, 1, 1), for Muon.
+        others: Groups of all other parameters, for AdamW.
+        lr: Rate of both.
+        muon: Further arguments of timm's Muon.
+        adamw: Further arguments of PyTorch's AdamW.
+    """
+
+    def __init__(
+        self,
+        matrices: list[dict[str, Any]],
+        others: list[dict[str, Any]],
+        *,
+        lr: float,
+        muon: dict[str, Any],
+        adamw: dict[str, Any],
+    ) -> None:
+        self.muon, self.adamw = Muon(matrices, lr=lr, **muon), torch.optim.AdamW(others, lr=lr, **adamw)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {"lr": lr})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both work on the state and the groups of this optimizer, which are what is saved."""
+        count = len(self.muon.param_groups)
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
+        self.muon.state = self.adamw.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
+def create_optimizer(recipe: Recipe, model: ConvMixer, where: torch.device) -> Optimizer:
+    """The optimizer of a recipe: weight decay on weights of two or more dimensions, rates by `layer_decay`.
+
+    Where `takes_tensors`, rates may be tensors, and on CUDA devices a graph can hold a step.
+
+    Raises:
+        ArgumentError: It needs a package, or a device, that is not here.
+    """
+    name = recipe.opt.lower()
+    betas: dict[str, Any] = {"betas": recipe.betas} if recipe.betas else {}
+    if name.removeprefix(LOOKAHEAD) == "muon":
+        muon = _create_muon(recipe, model, where, betas)
+        return Lookahead(muon) if name.startswith(LOOKAHEAD) else muon
+    try:
+        optimizer: Optimizer = create_optimizer_v2(
+            model,
+            opt=name,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            eps=recipe.eps,
+            layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
+            fallback_list=_others(model) if name.endswith("muon") else (),
+            **betas,
+            **_ways(name, where),
+        )
+    except (AssertionError, ImportError) as error:  # timm asserts that there is APEX, bitsandbytes or CUDA
+        raise ArgumentError(
+            f"opt={recipe.opt!r} cannot be used here: {error}. Give another, such as 'adamw'"
+        ) from error
+    return optimizer
+
+
+def _create_muon(recipe: Recipe, model: ConvMixer, where: torch.device, betas: dict[str, Any]) -> MuonAdamW:
+    common = {"no_weight_decay_list": model.no_weight_decay(), "fallback_list": _others(model)}
+    groups: list[dict[str, Any]] = (
+        param_groups_layer_decay(model, recipe.weight_decay, layer_decay=recipe.layer_decay, **common)
+        if recipe.layer_decay < 1
+        else param_groups_weight_decay(model, recipe.weight_decay, **common)
+    )
+    divided: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+    for group in groups:
+        divided[group.pop("use_fallback", False)].append(group)
+    return MuonAdamW(
+        divided[False],
+        divided[True],
+        lr=recipe.lr,
+        muon={**MUON, "capturable": where.type == "cuda"},
+        adamw={"eps": recipe.eps, **betas, **_ways("adamw", where)},
+    )
+
+
+def _others(model: ConvMixer) -> list[str]:
+    """Names of all parameters but the 1x1 weights of blocks."""
+    matrices = [f"blocks.{i}.1.weight" for i in range(len(model.blocks))]
+    return [name for name, _ in model.named_parameters() if name not in matrices]
+
+
+def takes_tensors(name: str, where: torch.device) -> bool:
+    """Whether an optimizer takes tensors for rates on a device. On CUDA devices it can be captured then, too."""
+    return bool(_ways("adamw" if name == "muon" else name, where))
+
+
+def _ways(name: str, where: torch.device) -> dict[str, Any]:
+    """Arguments that let an optimizer take tensors for rates; empty if there are none."""
+    kind = None if name.startswith(LOOKAHEAD) else get_optimizer_info(name).opt_class
+    if not isinstance(kind, type):  # Lookahead counts steps on the host; those of APEX and bitsandbytes are names
+        return {}
+    ways = {}
+    if where.type in ("cpu", "cuda") and issubclass(kind, torch.optim.Adam | torch.optim.SGD):  # AdamW is an Adam
+        ways["fused"] = True
+    if where.type == "cuda" and "capturable" in inspect.signature(kind).parameters:
+        ways["capturable"] = True
+    return ways
+
+
+class Average:
+    """An exponential moving average of the parameters and buffers of a model.
+
+    Attributes:
+        module: A model that has them.
+    """
+
+    def __init__(self, model: ConvMixer, decay: float) -> None:
+        self.module, self.decay = copy.deepcopy(model).eval(), decay
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+        self.floats = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
+        self.others = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
+
+    def weight(self, step: Tensor) -> Tensor:
+        """That of the new values after steps 1, 2, ...; larger at first, while the weights change fast."""
+        return 1 - ((1 + step.double()) / (10 + step)).clamp(max=self.decay)
+
+    @torch.no_grad()
+    def update(self, weight: Tensor) -> None:
+        """Move towards the model by a weight in [0, 1], a tensor () that a CUDA graph can read."""
+        mine, theirs = map(list, zip(*self.floats, strict=True))
+        change = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(mine, change)
+        for count, current in self.others:
+            count.copy_(current)

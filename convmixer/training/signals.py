@@ -1,0 +1,204 @@
+"""SIGTERM and Ctrl-C while training: obeyed after the step at hand or, while `torch.compile` is at work, at once.
+
+A compilation takes minutes, most of it in other processes: C++ compilers, and on GPUs a helper that compiles Triton
+kernels. A terminal's Ctrl-C reaches them, too; some versions of PyTorch then wait for the helper for ever, and all of
+them wait for the rest at the interpreter's end. So these processes are ended here. Python runs a handler in the main
+thread between two of its own instructions. Where that thread is inside PyTorch meanwhile, as it is while a backward
+pass compiles on a GPU, another thread, which the system tells of signals by a pipe, does what is to be done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch._dynamo
+
+from convmixer.errors import ConvMixerError
+
+PATIENCE = 2.0  # seconds until a compilation that has not noticed a signal loses its processes
+LIMIT = 7.0  # and until it loses this one
+
+
+class StoppedWhileCompilingError(BaseException):
+    """A signal came during a compilation. Not an Exception, as compilers handle those.
+
+    Attributes:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within the block SIGTERM and SIGINT are noted, not obeyed: the function given tells which came, or 0.
+
+    A second SIGINT interrupts as usual. Outside the main thread, which alone may set handlers, nothing is changed.
+
+    Raises:
+        StoppedWhileCompilingError: From the block, as a signal comes while `torch.compile` is at work. The processes
+            that it started have ended then. Where it cannot be interrupted, the whole process ends after some
+            seconds, with status 128 + signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    stop = _Stop()
+    before = {number: signal.signal(number, stop.note) for number in (signal.SIGTERM, signal.SIGINT)}
+    callbacks = torch._dynamo.callback_handler
+    callbacks.register_start_callback(stop.begin)
+    callbacks.register_end_callback(stop.end)
+    try:
+        with stop.watched():
+            yield lambda: stop.number
+    except BaseException as error:
+        if not stop.compiled or isinstance(error, ConvMixerError):
+            raise
+        stop.leaving = True
+        end_compilers(stop.others)
+        if isinstance(error, (StoppedWhileCompilingError, KeyboardInterrupt)):
+            raise
+        raise StoppedWhileCompilingError(stop.number) from error  # compilers fail without their processes
+    finally:
+        for callback, registered in ((stop.begin, callbacks.start_callbacks), (stop.end, callbacks.end_callbacks)):
+            if callback in registered:  # torch._dynamo.reset() empties the lists
+                registered.remove(callback)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stop:
+    """Which signal came, and whether a compilation is going on."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.running = 0  # compilations, which nest
+        self.compiled = False  # when the signal came, or later
+        self.leaving = False
+        self.again = False  # the next signal is our own
+        self.others: set[int] = set()  # processes from before the compilation
+
+    def note(self, number: int, _frame: Any = None) -> None:
+        """The handler, in the main thread."""
+        if self.leaving:
+            return
+        if self.number and number == signal.SIGINT and not self.again:
+            raise KeyboardInterrupt
+        self.number, self.again = self.number or number, False
+        self._obey()
+
+    def begin(self, *_: Any) -> None:
+        if not self.running:
+            self.others = set(_descendants())
+        self.running += 1
+        if self.number:
+            self._obey()
+
+    def end(self, *_: Any) -> None:
+        self.running -= 1
+
+    def _obey(self) -> None:
+        if self.running and not self.leaving:
+            self.compiled = True
+            raise StoppedWhileCompilingError(self.number)
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Another thread looks after a compilation that does not notice a signal."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        left = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(read, former, left), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            left.set()
+            signal.set_wakeup_fd(former)
+            os.close(write)  # ends the thread's reading
+            thread.join()
+            os.close(read)
+
+    def _watch(self, read: int, former: int, left: threading.Event) -> None:
+        while numbers := os.read(read, 64):
+            if former != -1:
+                with contextlib.suppress(OSError):
+                    os.write(former, numbers)
+            number = next((n for n in numbers if n in (signal.SIGTERM, signal.SIGINT)), 0)
+            if number and not self.again:
+                self._insist(number, left)
+
+    def _insist(self, number: int, left: threading.Event) -> None:
+        begun = time.monotonic()
+        helpers = True
+        while not left.wait(0.2) and self.running and not self.leaving:
+            waited = time.monotonic() - begun
+            if waited > PATIENCE and helpers:
+                helpers, self.compiled = False, True
+                self.number = self.number or number
+                end_compilers(self.others)
+                if hasattr(signal, "pthread_kill"):  # an exception raised where none can go is lost: raise another
+                    self.again = True
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
+            elif waited > LIMIT:
+                message = "stopped while compiling, which could not be interrupted; what was saved before is whole"
+                with contextlib.suppress(OSError):
+                    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
+                os._exit(128 + number)
+
+
+def _descendants() -> dict[int, Any]:
+    """Processes started by this one, and by them, by number."""
+    import psutil  # accelerate needs it
+
+    return {process.pid: process for process in psutil.Process().children(recursive=True)}
+
+
+def end_compilers(others: set[int]) -> None:
+    """End the processes and threads of `torch.compile`, within some seconds.
+
+    Args:
+        others: Numbers of processes that are none of its, but for helpers that it keeps.
+    """
+    import psutil
+    from torch._inductor import async_compile
+
+    threads = None
+    if async_compile.AsyncCompile.pool.cache_info().currsize:
+        threads = async_compile.AsyncCompile.pool()
+        threads.shutdown(wait=False, cancel_futures=True)  # each job that it had left would start a compiler
+        async_compile.AsyncCompile.pool.cache_clear()
+    # It says good-bye to the helper, and waits until that has ended.
+    farewell = threading.Thread(target=async_compile.shutdown_compile_workers, daemon=True)
+    farewell.start()
+    begun = time.monotonic()
+    found: dict[int, Any] = {}  # also those whose parents have gone
+    while time.monotonic() < begun + 4:
+        for number, process in _descendants().items():
+            with contextlib.suppress(psutil.Error):
+                if number not in others or "compile_worker" in " ".join(process.cmdline()):
+                    found[number] = process
+        for number, process in list(found.items()):
+            try:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    del found[number]
+                elif time.monotonic() < begun + 0.5:
+                    process.terminate()  # a compiler removes what it had half written
+                else:
+                    process.kill()
+            except psutil.Error:
+                del found[number]
+        working = farewell.is_alive() or any(thread.is_alive() for thread in getattr(threads, "_threads", ()))
+        if not found and not working:
+            return
+        time.sleep(0.05)

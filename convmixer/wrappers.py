@@ -1,0 +1,71 @@
+"""The model inside what others put around one: compilers, parallel training, averages of weights, extractors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models._features import FeatureGetterNet
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from convmixer.errors import ArgumentError
+
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
+KNOWN = "torch.compile, DataParallel, DistributedDataParallel, torch's AveragedModel and timm's ModelEma, V2 and V3"
+
+
+def unwrap(model: Any) -> Any:
+    """What is inside wrappers that compute the same, however many; what is in none of them, as it is.
+
+    Of an average of weights it is the average.
+    """
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif isinstance(model, ModelEma):
+            model = model.ema
+        elif "_orig_mod" in getattr(model, "_modules", ()):  # importing its class takes a second
+            model = model._orig_mod
+        else:
+            return model
+
+
+def find_inner(model: Any) -> Any:
+    """The model with the layers, out of wrappers and out of timm's feature extractor."""
+    found = unwrap(model)
+    return found.model if isinstance(found, FeatureGetterNet) else found
+
+
+def find_model(model: Any) -> Any:
+    """The model inside wrappers: a ConvMixer of this package or of timm, an optimized one, or an extractor around one.
+
+    Raises:
+        ArgumentError: Something else, or something else around a model; the text names it.
+    """
+    found = find_inner(model)
+    ours = all(hasattr(found, name) for name in ("num_classes", "num_features", "in_chans"))
+    if not ours and not isinstance(found, TimmConvMixer):
+        raise ArgumentError(f"{describe(found)} is not a ConvMixer: {ADVICE}")
+    return unwrap(model)
+
+
+def in_channels(model: Any) -> int:
+    """Channels of the images that a model takes; 3 where it does not say."""
+    found = find_inner(model)
+    if isinstance(found, TimmConvMixer):
+        return int(found.stem[0].in_channels)
+    return int(getattr(found, "in_chans", 3))
+
+
+def describe(model: Any) -> str:
+    """The class of an object, for messages."""
+    kind = type(model)
+    return f"a {kind.__module__}.{kind.__qualname__}"
+
+
+ADVICE = (
+    "give a model of convmixer.create_model. If something else is around one, give the model inside it; "
+    f"{KNOWN} are looked into"
+)

@@ -1,0 +1,149 @@
+"""Trainings that are stopped while they compile, in processes of their own."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from processes import started
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
+EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
+
+TRAIN = """
+import sys, convmixer
+from convmixer.errors import TrainingStopped
+from convmixer.training import get_recipe, loop, train
+def create(name, pretrained=False, **options):
+    model = convmixer.create_model(name, pretrained, **{**options, "depth": 1, "dim": 4})
+    model.pretrained_cfg["input_size"] = (3, 8, 8)
+    return model
+loop.create_model, loop.plot_history, loop.write_figure = create, lambda _: None, lambda _, path: path.touch()
+data, folder, epochs = sys.argv[1:]
+recipe = get_recipe("cifar10", epochs=int(epochs), batch_size=2, rand_augment=(0, 0), model="convmixer_128_8_ks7_p2")
+recipe = recipe.override(validation_fraction=0.0)
+try:
+    train(recipe, data, folder, device="cpu", precision="float32", compile=epochs != "1", resume=epochs != "1")
+except TrainingStopped as stop:
+    print(stop)
+    sys.exit(128 + stop.signal)
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    for name in ("a", "b"):
+        folder = tmp_path / "pictures" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            shutil.copy(EXAMPLES / "cat.png", folder / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def endless(tmp_path) -> Path:
+    """A C++ compiler that never comes to an end."""
+    script = tmp_path / "endless"
+    script.write_text('#!/bin/sh\ncase "$*" in *-version*) exec g++ "$@";; esac\ntouch "$0.called"\nsleep 600\n')
+    script.chmod(0o755)
+    return script
+
+
+def _wait_for(process: subprocess.Popen, file: Path) -> None:
+    deadline = time.monotonic() + 240
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _left(mark: str) -> list[str]:
+    psutil = pytest.importorskip("psutil")
+    found = []
+    for process in psutil.process_iter(["environ", "cmdline", "status"]):
+        if (process.info["environ"] or {}).get("STOPPED") == mark and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(" ".join(process.info["cmdline"]))
+    return found
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)],
+    ids=["SIGTERM to the group", "Ctrl-C", "SIGTERM"],
+)
+def test_stopped_while_compiling(tmp_path, pictures, endless, number, group):
+    command, mark = [sys.executable, "-c", TRAIN, pictures, tmp_path / "run"], uuid.uuid4().hex
+    env = os.environ | {"STOPPED": mark, "CXX": str(endless), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cold")}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
+    with started([*command, 1], **options) as process:  # an epoch without the compiler
+        assert process.wait(240) == 0, process.communicate()[0]
+    state = hashlib.sha256((tmp_path / "run" / "last.pt").read_bytes()).hexdigest()
+    with started([*command, 2], **options) as process:
+        _wait_for(process, Path(f"{endless}.called"))
+        begun = time.monotonic()
+        os.killpg(process.pid, number) if group else process.send_signal(number)
+        output = process.communicate(timeout=240)[0]
+        print(f"ended after {time.monotonic() - begun:.1f} s")
+        assert process.returncode == 128 + number, output
+        assert "stopped while compiling; what was saved before is kept: go on with --resume" in output
+        assert "Traceback" not in output
+        assert _left(mark) == []
+    assert hashlib.sha256((tmp_path / "run" / "last.pt").read_bytes()).hexdigest() == state
+
+
+STUCK = """
+import ctypes, time, torch
+from convmixer.training import signals
+signals.PATIENCE, signals.LIMIT = 0.3, 2.0
+class Deaf:
+    def __del__(self):  # exceptions raised here are lost
+        print("ready", flush=True)
+        time.sleep(600)
+try:
+    with signals.stop_signals():
+        for callback in torch._dynamo.callback_handler.start_callbacks:
+            callback()
+        if {inside}:
+            mutex = ctypes.create_string_buffer(64)
+            print("ready", flush=True)
+            while True:  # the second one never returns, as C++ code that does not look for signals
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        deaf = Deaf()
+        del deaf
+        time.sleep(600)
+except signals.StoppedWhileCompilingError as stop:
+    print("noticed", stop.number)
+"""
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in C++", "where exceptions are lost"])
+def test_a_compilation_that_does_not_notice(inside):
+    command = [sys.executable, "-W", "ignore", "-c", STUCK.replace("{inside}", str(inside))]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=240)
+    if inside:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "stopped while compiling, which could not be interrupted; what was saved before is whole" in errors
+    else:
+        assert (process.returncode, output) == (0, f"noticed {signal.SIGTERM}\n"), errors
+
+
+def test_other_handlers_come_back():
+    from convmixer.training.signals import stop_signals
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), signal.set_wakeup_fd(-1)
+    with stop_signals() as stopped:
+        assert stopped() == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped() == signal.SIGTERM
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), signal.set_wakeup_fd(-1))
