@@ -23,7 +23,7 @@ from convmixer.benchmark import device_name
 from convmixer.evaluation import calibration_error
 from convmixer.plots import class_probabilities
 from convmixer.training.data import load_images
-from convmixer.training.readers import open_split
+from convmixer.training.readers import FileSplit, open_split
 
 MISTAKES = 25
 
@@ -57,10 +57,9 @@ CHANGES = {
 
 def file_names(data: Path) -> list[str]:
     """Of the test images, in the order of `load_images`."""
-    opened = open_split(data, "test")
-    names = opened.dataset.reader.filenames()
-    opened.close()
-    return names
+    split = open_split(data, "test")
+    assert isinstance(split, FileSplit)
+    return [image.name for image in split.images]
 
 
 def scores(share: Tensor, labels: Tensor) -> dict[str, float]:
