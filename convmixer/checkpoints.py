@@ -87,7 +87,19 @@ def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any]
     """
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", **header}))
+    write_atomically(path, lambda temporary: _write_tensors(tensors, temporary, {"format": "pt", **header}))
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes follow from its content: the library puts metadata in a random order."""
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(length))  # the same characters in another order, so that the tensors stay in place
 
 
 @contextmanager

@@ -193,6 +193,9 @@ def info(name: str, as_json: bool) -> None:
             ("trained on", weights.training_data),
             ("recipe", weights.recipe),
         ]
+        if weights.machine:
+            rows += [("trained by", weights.machine), ("time", f"{weights.training_seconds:,.0f} s")]
+            rows += [("seed", weights.seed)]
         rows += [(m.name, f"{m.value:.2f} % {m.dataset} ({m.measured_by})") for m in weights.metrics]
     for title, value in rows:
         table.add_row(title, _plain(value))

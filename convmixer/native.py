@@ -390,8 +390,9 @@ class NativeInt8(Native):
         self._units = []
         for span, depthwise, block in zip(ranges.x, ranges.depthwise, folded.blocks, strict=False):
             residual = self._residual(block, self._values(depthwise)[0])
-            self._units.append(_unit_and_zero(span, residual.amax(1) < -residual.amin(1)))
-        self._units.append(_unit_and_zero(ranges.x[-1], torch.tensor(False)))
+            taken, added = -residual.amin(1), residual.amax(1)
+            self._units.append(_unit_and_zero(span, added < taken, torch.minimum(taken, added).clamp_min(0)))
+        self._units.append(_unit_and_zero(ranges.x[-1], torch.tensor(False), torch.tensor(0.0)))
         super().__init__(folded, torch.int8, threads)
         norm: Any = folded.blocks[0].norm
         stem: Any = folded.stem[0]
@@ -449,10 +450,13 @@ class NativeInt8(Native):
         return self._keep(values.round().clamp(0, 255).to(torch.uint8).roll(-128, 1))
 
 
-def _unit_and_zero(span: Span, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """What one step of a byte stands for, and which number stands for zero, (dim,) each."""
+def _unit_and_zero(span: Span, negative: Tensor, lift: Tensor) -> tuple[Tensor, Tensor]:
+    """What one step of a byte stands for, and which number stands for zero, (dim,) each.
+
+    A sum must fit into the byte before `lift`, the least that the residual takes from x, is subtracted from it.
+    """
     low, high = (MARGIN * value for value in (span[0].clamp(max=0), span[1].clamp(min=0)))
-    unit = (high - low).clamp_min(1e-6) / 255
+    unit = (high - low + lift).clamp_min(1e-6) / 255
     return torch.where(negative, -unit, unit), (torch.where(negative, high, -low) / unit).round().clamp(0, 255)
 
 

@@ -604,7 +604,7 @@ def _card(source: _Source, name: str, repo_id: str, folder: str, old: str) -> st
     if source.metrics:
         lines += ["## Evaluation", "", "| metric | value | test set | measured by |", "| --- | --: | --- | --- |"]
         for m in source.metrics:
-            unit = " %" if re.match(r"top|acc", m.name) else ""
+            unit = " %" if re.match(r"top|acc|calibration", m.name) else ""
             by = _plain(m.measured_by) or "not stated"
             lines.append(f"| {_plain(m.name)} | {m.value:.2f}{unit} | {_plain(m.dataset)} | {by} |")
         lines.append("")

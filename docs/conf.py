@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import inspect
 import json
@@ -14,11 +15,12 @@ from typing import Any
 
 import timm
 from docutils.nodes import Node
+from matplotlib.figure import Figure
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from convmixer import registry
-from convmixer.plots import plot_history, write_figure
+from convmixer.plots import plot_confusion, plot_history, write_figure
 from convmixer.training import RECIPES, Recipe, recipes
 from convmixer.training.history import read_history
 
@@ -92,12 +94,14 @@ def _weights() -> str:
             "the package" if w.path else f"`{w.hub_id}` on the Hub",
             w.licence,
             w.training_data,
-            f"`{w.recipe}`" if w.recipe.startswith("convmixer ") else w.recipe,
+            w.recipe,
+            f"{w.machine}; {w.training_seconds:,.0f} s, seed {w.seed}" if w.machine else "not published",
+            f"{w.size:,} bytes, sha256 `{w.sha256}`" if w.sha256 else "",
         )
         for v in registry.VARIANTS
         for w in v.weights
     ]
-    return _table(("weights", "file from", "licence", "training data", "recipe"), rows)
+    return _table(("weights", "file from", "licence", "training data", "recipe", "machine, time, seed", "file"), rows)
 
 
 def _timm_names(ours: bool) -> str:
@@ -125,13 +129,7 @@ _LOGS = Path(__file__).parent / "runs"
 _CURVES = Path(__file__).parent / "_curves"
 
 # The folders with the runs of recipes that were run to their end; the others are unverified.
-_RUNS = {
-    "cifar10-cpu": "convmixer_256_8.cifar10/first",
-    "cifar10-cpu-2": "convmixer_256_8.cifar10/third",
-    "finetune": "digits",
-}
-
-_BUSY = ("cifar10-cpu", "cifar10-cpu-2")  # their times are no measurement of speed
+_RUNS = {"finetune": "digits"}
 
 _DATA = {"imagenet1k": "data/imagenet --precision float16", "finetune": "data/flowers"}
 _FURTHER = {"cifar10-cpu-2": " --set checkpoint=runs/cifar10-cpu/model.safetensors"}
@@ -140,7 +138,7 @@ _FURTHER = {"cifar10-cpu-2": " --set checkpoint=runs/cifar10-cpu/model.safetenso
 def _reached(name: str) -> str:
     """What the runs of a recipe reached and on what, from their logs."""
     if name not in _RUNS:
-        return "Accuracy: unverified; it was not run to its end here."
+        return "Accuracy: unverified; no run to its end is recorded here."
     files = sorted((_LOGS / _RUNS[name]).rglob("result.json"))
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     first = results[0]
@@ -150,10 +148,9 @@ def _reached(name: str) -> str:
     )
     spread = "One run, no spread known" if len(results) == 1 else f"{len(results)} runs"
     minutes = statistics.mean(r["train_seconds"] for r in results) / 60
-    busy = ", beside other work" if name in _BUSY else ""
     return (
         f"Accuracy: top-1 {accuracy}. {spread}; {minutes:.1f} minutes on {first['device']}, "
-        f"{first['threads']} threads{busy}. [Its command, settings and curves](runs.md)."
+        f"{first['threads']} threads. [Its command, settings and curves](runs.md)."
     )
 
 
@@ -230,6 +227,110 @@ def _draw_curves(_app: Sphinx) -> None:
     for group in _runs():
         for name, _ in group:
             write_figure(plot_history(read_history(_LOGS / name / "metrics.csv")), _CURVES / f"{_anchor(name)}.png")
+    for name in registry.list_pretrained("*.cifar10"):
+        write_figure(_plot_losses(_losses(name)), _CURVES / f"{_anchor(name)}-losses.png")
+        found = _evaluation(name)
+        true, predicted = zip(*_counted(found["confusion"]), strict=True)
+        write_figure(plot_confusion(true, predicted, found["classes"]), _CURVES / f"{_anchor(name)}-confusion.png")
+
+
+# ---- the weights that ship ------------------------------------------------------------------------------------------
+# docs/runs/NAME holds their settings (job.json), losses.csv, and what benchmarks/accuracy.py found (evaluation.json).
+
+
+def _losses(name: str) -> list[dict[str, float]]:
+    with (_LOGS / name / "losses.csv").open(newline="", encoding="utf-8") as file:
+        return [{title: float(value) for title, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _evaluation(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((_LOGS / name / "evaluation.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _counted(confusion: list[list[int]]) -> list[tuple[int, int]]:
+    """The true and the predicted class of each image that a confusion matrix counts."""
+    cells = [(true, predicted, n) for true, row in enumerate(confusion) for predicted, n in enumerate(row)]
+    return [(true, predicted) for true, predicted, n in cells for _ in range(n)]
+
+
+def _plot_losses(rows: list[dict[str, float]]) -> Figure:
+    figure = Figure((9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    left.plot(epochs, [row["train_loss"] for row in rows], ".-", label="training, augmented")
+    left.plot(epochs, [row["loss_of_5000_training_images"] for row in rows], ".-", label="5,000 training images")
+    left.set(title="loss", xlabel="epoch", ylabel="cross entropy")
+    right.plot(epochs, [row["top1_of_5000_training_images"] for row in rows], ".-", color="tab:orange")
+    right.set(title="accuracy of 5,000 training images", xlabel="epoch", ylabel="top-1 (%)")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _shipped_accuracy() -> str:
+    rows = []
+    for name in registry.list_pretrained("*.cifar10"):
+        scores = _evaluation(name)["precisions"]
+        exact = scores["float32"]
+        rows.append(
+            (
+                f"[{name}](#{_anchor(name)})",
+                *(f"{exact[key]:.2f} %" for key in ("top1", "top5", "calibration_error")),
+                f"{exact['loss']:.4f}",
+                *(f"{scores[precision]['top1']:.2f} %" for precision in ("bfloat16", "int8")),
+            )
+        )
+    titles = ("weights", "top-1", "top-5", "calibration error", "loss", "top-1 in bfloat16", "top-1 in int8")
+    return _table(titles, rows)
+
+
+def _shipped_changed() -> str:
+    names = registry.list_pretrained("*.cifar10")
+    found = [_evaluation(name) for name in names]
+    rows = [("none", *(f"{f['precisions']['bfloat16']['top1']:.2f} %" for f in found))]
+    rows += [(change, *(f"{f['changed'][change]:.2f} %" for f in found)) for change in found[0]["changed"]]
+    return _table(("change", *names), rows)
+
+
+def _shipped_sections() -> str:
+    return "\n\n".join(_shipped_section(name) for name in registry.list_pretrained("*.cifar10"))
+
+
+def _shipped_section(name: str) -> str:
+    """Settings, losses, confusion and mistakes of one set of weights."""
+    job = json.loads((_LOGS / name / "job.json").read_text(encoding="utf-8"))
+    found, anchor = _evaluation(name), _anchor(name)
+    versions = ", ".join(f"{library} {version}" for library, version in job["versions"].items())
+    right = [
+        (label, f"{100 * row[i] / sum(row):.1f} %", f"{sum(row):,}")
+        for i, (label, row) in enumerate(zip(found["classes"], found["confusion"], strict=True))
+    ]
+    mistakes = [
+        (
+            int(Path(m["file"]).stem),
+            m["true"],
+            m["predicted"],
+            f"{100 * m['probability']:.1f} %",
+            f"{100 * m['probability_of_true']:.2f} %",
+        )
+        for m in found["mistakes"]
+    ]
+    settings = [(f"`{key}`", value) for key, value in job["settings"].items()]
+    losses = [tuple(f"{value:g}" for value in row.values()) for row in _losses(name)]
+    parts = [
+        f"({anchor})=\n### {name}",
+        f"Trained by {job['program']}. It took {job['seconds']:.0f} s on {job['machine']}; {versions}.",
+        _table(("setting", "value"), settings),
+        _table(("epoch", "training loss", "loss of 5,000 training images", "top-1 of them, %"), losses),
+        f"![Losses and accuracy of {name} by epoch](_curves/{anchor}-losses.png)",
+        f"![Confusion matrix of {name}](_curves/{anchor}-confusion.png)",
+        _table(("class", "top-1", "images"), right),
+        f"The {len(mistakes)} mistakes with the highest probabilities, by the number of the image in the test batch:",
+        _table(("image", "true", "predicted", "probability", "of the true class"), mistakes),
+    ]
+    return "\n\n".join(parts)
 
 
 def _requirements() -> str:
@@ -312,6 +413,9 @@ _RECORDS: dict[str, Callable[[], str]] = {
     "recipe-sections": _recipe_sections,
     "runs": _run_table,
     "run-sections": _run_sections,
+    "shipped-accuracy": _shipped_accuracy,
+    "shipped-changed": _shipped_changed,
+    "shipped-sections": _shipped_sections,
     "speed": _speed,
     "cold-start": _cold_start,
     "native-parts": _native_parts,

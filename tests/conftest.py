@@ -26,10 +26,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """A folder of photographs, each named after what it shows."""
+    return ROOT / "examples" / "images"
+
+
 @pytest.fixture
-def cat() -> Path:
+def cat(photographs: Path) -> Path:
     """A photograph of a cat."""
-    return ROOT / "examples" / "images" / "cat.png"
+    return photographs / "cat.png"
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +57,10 @@ def arrow() -> Image.Image:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """Real CIFAR-10 images, where this machine has them."""
+    """A folder with CIFAR-10's images in `cifar10-png`, where this machine has them."""
     folder = os.environ.get("CONVMIXER_TEST_DATA")
     if not folder:
-        pytest.skip("CONVMIXER_TEST_DATA does not name a folder with cifar10-jpeg/ and cifar10-png-subset/")
+        pytest.skip("CONVMIXER_TEST_DATA does not name a folder with cifar10-png/")
     return Path(folder)
 
 

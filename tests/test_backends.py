@@ -331,6 +331,22 @@ def test_native_int8(kernel_size, patch_size, act_layer, height, width):
     assert error(optimize(model, backend="native", dtype=torch.int8, calibration=x)(x), model(x)) < 0.03
 
 
+@torch.no_grad()
+@pytest.mark.skipif(not HAS_NATIVE_INT8, reason="needs AMX, AVX512-VBMI, a compiler")
+def test_native_int8_where_residuals_take_as_much_as_they_add():
+    """Small values make GELU half of a line: what it adds to x and what it takes from x is of one size."""
+    model = make()
+    for block in model.blocks:
+        convolution, _, norm = block[0].fn
+        convolution.weight.mul_(0.05)
+        convolution.bias.mul_(0.05)
+        norm.running_mean.mul_(0.02)
+        norm.running_var.mul_(5e-5)
+    x = torch.randn(16, 3, 32, 32)
+    fast = optimize(model, backend="native", dtype=torch.int8, calibration=x)
+    assert error(fast(x), model(x)) < 0.03
+
+
 @pytest.mark.skipif(not HAS_NATIVE_INT8, reason="needs AMX, AVX512-VBMI, a compiler")
 def test_int8_by_rule():
     assert "native" in available_backends("cpu", torch.int8)

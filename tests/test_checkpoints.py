@@ -5,12 +5,14 @@ import os
 import pickle
 import stat
 import struct
+import sys
 
 import numpy as np
 import pytest
 import safetensors
 import torch
 from conftest import shake
+from processes import finish
 from safetensors.torch import save_file
 
 import convmixer
@@ -86,6 +88,28 @@ def test_the_file_is_plain_safetensors(model, tmp_path):
     begin, end = header["stem.0.weight"]["data_offsets"]
     numbers = np.frombuffer(content[8 + length :][begin:end], "<f4").reshape(header["stem.0.weight"]["shape"])
     np.testing.assert_array_equal(numbers, model.stem[0].weight.detach().numpy())
+
+
+def test_equal_weights_make_equal_files(tmp_path):
+    """In processes of their own: hashes, and with them the order of sets and maps, differ from one to the next."""
+    torch.save({"state_dict": snapshot(convmixer.ConvMixer(256, 8, 5, 2, num_classes=3))}, tmp_path / "old.pth")
+    program = """
+import hashlib, sys, torch, convmixer
+from convmixer.checkpoints import save_weights
+torch.manual_seed(0)
+names = {f"é{i}": ["\\n", '"', "\x7f", i] for i in range(8)}
+save_weights(convmixer.ConvMixer(8, 1, 3, 2, num_classes=3), sys.argv[2] + "/saved.safetensors", names)
+convmixer.convert_checkpoint(sys.argv[2] + "/old.pth", sys.argv[2] + "/converted.safetensors")
+for name in ("saved", "converted"):
+    print(hashlib.sha256(open(f"{sys.argv[2]}/{name}.safetensors", "rb").read()).hexdigest())
+"""
+    printed = [
+        finish([sys.executable, "-c", program, seed, tmp_path], env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    assert printed[0].returncode == 0, printed[0].stderr
+    assert printed[0].stdout == printed[1].stdout
+    assert read_metadata(tmp_path / "saved.safetensors")["é7"] == json.dumps(["\n", '"', "\x7f", 7])
 
 
 def test_training_after_a_load_leaves_the_file_alone(model, file):

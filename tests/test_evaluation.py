@@ -362,15 +362,3 @@ def test_senseless_commands(tmp_path, monkeypatch, arguments, text):
     result = run(*arguments, status=2)
     assert text in result.stderr
     assert result.stdout == ""
-
-
-# ---- real data ------------------------------------------------------------------------------------------------------
-
-
-def test_shipped_weights_score_what_the_registry_says(data_folder):
-    name = "convmixer_256_8.cifar10"
-    recorded = next(m for m in convmixer.model_info(name).weights[0].metrics if "lossless" in m.dataset)
-    model = convmixer.create_model(name, pretrained=True, device="cpu")
-    result = validate(model, data_folder / "cifar10-png-subset")
-    assert result.top1 == pytest.approx(recorded.value, abs=0.1)
-    assert sum(c.count for c in result.classes) == result.count

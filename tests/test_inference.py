@@ -51,7 +51,7 @@ def tiles(photo):
 @torch.no_grad()
 def probabilities(model, tile):
     """Class probabilities of one tile by formula: normalised with CIFAR-10's figures, and softmax."""
-    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2471, 0.2435, 0.2616])
     x = ((torch.from_numpy(tile / 255).float() - mean) / std).permute(2, 0, 1)
     powers = model.eval()(x[None])[0].double().exp()
     return powers / powers.sum()

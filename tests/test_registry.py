@@ -14,6 +14,7 @@ from convmixer.errors import UnknownModelError
 from convmixer.registry import CIFAR10_CLASSES, VARIANTS, get_variant
 
 ALL = [v.name for v in VARIANTS]
+CIFAR10 = ["convmixer_256_8", "convmixer_128_8_ks7_p2", "convmixer_256_8_ks9_p1"]
 TIMM = ["convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14"]
 
 
@@ -88,8 +89,8 @@ def test_names_are_unique_and_patterns_filter():
     assert len(set(ALL)) == len(ALL)
     assert convmixer.list_models() == sorted(ALL)
     assert convmixer.list_models("*_256_8*") == ["convmixer_256_8", "convmixer_256_8_ks9_p1"]
-    assert convmixer.list_models(pretrained=True) == sorted([*TIMM, "convmixer_256_8"])
-    assert convmixer.list_pretrained("*cifar10") == ["convmixer_256_8.cifar10"]
+    assert convmixer.list_models(pretrained=True) == sorted([*TIMM, *CIFAR10])
+    assert convmixer.list_pretrained("*cifar10") == [f"{name}.cifar10" for name in sorted(CIFAR10)]
     assert convmixer.list_models("resnet*") == []
 
 

@@ -31,7 +31,7 @@ def images(name: str, channels: int = 3) -> torch.Tensor:
 
 def test_names():
     assert set(OURS) <= set(timm.list_models("convmixer*"))
-    assert timm.list_pretrained("convmixer_256_8*") == ["convmixer_256_8.cifar10"]
+    assert timm.list_pretrained("convmixer_256_8*") == ["convmixer_256_8.cifar10", "convmixer_256_8_ks9_p1.cifar10"]
     assert set(timm.list_models("convmixer*")) == {v.name for v in VARIANTS}
 
 

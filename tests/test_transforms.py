@@ -89,7 +89,7 @@ def test_training_is_random_and_inference_is_not(photo):
 def test_an_image_of_the_right_size_is_only_normalised(photo):
     """No resize, no crop: (value / 255 - mean) / std, with the figures of CIFAR-10."""
     image = photo.crop((200, 100, 232, 132))
-    mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
+    mean, std = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2471, 0.2435, 0.2616])
     expected = (np.asarray(image) / 255 - mean) / std
     result = convmixer.create_transform("convmixer_256_8.cifar10")(image)
     np.testing.assert_allclose(result.permute(1, 2, 0), expected, atol=1e-5)
@@ -109,7 +109,7 @@ def test_the_shorter_side_is_resized_and_the_centre_cropped(photo):
 def test_one_channel_takes_the_mean_of_the_statistics(photo):
     model = convmixer.create_model("convmixer_256_8", device="cpu", in_chans=1)
     image = photo.convert("L").crop((200, 100, 232, 132))
-    expected = (np.asarray(image) / 255 - (0.4914 + 0.4822 + 0.4465) / 3) / ((0.2470 + 0.2435 + 0.2616) / 3)
+    expected = (np.asarray(image) / 255 - (0.4914 + 0.4822 + 0.4465) / 3) / ((0.2471 + 0.2435 + 0.2616) / 3)
     result = convmixer.create_transform(model)(image)
     assert result.shape == (1, 32, 32)
     np.testing.assert_allclose(result[0], expected, atol=1e-5)
