@@ -31,10 +31,8 @@ def set_depthwise_kernels(enabled: bool) -> None:
     _enabled = enabled
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.lru_cache(maxsize=64)
-def _fits(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
-    """Whether the kernels take this device, type and size; the log says so once for each."""
+def _check(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
     try:
         dispatch.check(device, dtype, [kernel_size])
     except ConvMixerError as error:
@@ -42,6 +40,12 @@ def _fits(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
         return False
     _LOGGER.info("depthwise layers of kernel size %d in %s run on convmixer's Triton kernels", kernel_size, dtype)
     return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _fits(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
+    """Whether the kernels take this device, type and size; the log says so once for each."""
+    return _check(device, dtype, kernel_size)  # torch.compile warns of a cached function that it meets itself
 
 
 def prefers_channels_last(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
