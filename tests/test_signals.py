@@ -75,8 +75,11 @@ def _left(mark: str) -> list[str]:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
     ("number", "group"),
-    [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)],
-    ids=["SIGTERM to the group", "Ctrl-C", "SIGTERM"],
+    [
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow, id="SIGTERM to the group"),
+        pytest.param(signal.SIGINT, True, id="Ctrl-C"),
+        pytest.param(signal.SIGTERM, False, id="SIGTERM"),
+    ],
 )
 def test_stopped_while_compiling(tmp_path, pictures, endless, number, group):
     command, mark = [sys.executable, "-c", TRAIN, pictures, tmp_path / "run"], uuid.uuid4().hex

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch._dynamo
@@ -60,11 +60,13 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     try:
         with stop.watched():
             yield lambda: stop.number
+        if stop.compiled:
+            stop.end_compilers()
     except BaseException as error:
         if not stop.compiled or isinstance(error, ConvMixerError):
             raise
         stop.leaving = True
-        end_compilers(stop.others)
+        stop.end_compilers()
         if isinstance(error, (StoppedWhileCompilingError, KeyboardInterrupt)):
             raise
         raise StoppedWhileCompilingError(stop.number) from error  # compilers fail without their processes
@@ -86,6 +88,7 @@ class _Stop:
         self.leaving = False
         self.again = False  # the next signal is our own
         self.others: set[int] = set()  # processes from before the compilation
+        self.halted: dict[int, Any] = {}  # its processes when the signal came
 
     def note(self, number: int, _frame: Any = None) -> None:
         """The handler, in the main thread."""
@@ -109,7 +112,12 @@ class _Stop:
     def _obey(self) -> None:
         if self.running and not self.leaving:
             self.compiled = True
+            # The exception makes `subprocess.run` kill the compiler, whose own processes are then nobody's children.
+            self.halted |= _halt(self.halted, self.others)
             raise StoppedWhileCompilingError(self.number)
+
+    def end_compilers(self) -> None:
+        end_compilers(self.others, self.halted)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -146,7 +154,7 @@ class _Stop:
             if waited > PATIENCE and helpers:
                 helpers, self.compiled = False, True
                 self.number = self.number or number
-                end_compilers(self.others)
+                self.end_compilers()
                 if hasattr(signal, "pthread_kill"):  # an exception raised where none can go is lost: raise another
                     self.again = True
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
@@ -164,11 +172,12 @@ def _descendants() -> dict[int, Any]:
     return {process.pid: process for process in psutil.Process().children(recursive=True)}
 
 
-def end_compilers(others: set[int]) -> None:
+def end_compilers(others: Container[int], halted: Mapping[int, Any] | None = None) -> None:
     """End the processes and threads of `torch.compile`, within some seconds.
 
     Args:
         others: Numbers of processes that are none of its, but for helpers that it keeps.
+        halted: Those that are known and suspended.
     """
     import psutil
     from torch._inductor import async_compile
@@ -182,18 +191,18 @@ def end_compilers(others: set[int]) -> None:
     farewell = threading.Thread(target=async_compile.shutdown_compile_workers, daemon=True)
     farewell.start()
     begun = time.monotonic()
-    found: dict[int, Any] = {}  # also those whose parents have gone
+    found = dict(halted or {})  # also those whose parents have gone
     while time.monotonic() < begun + 4:
-        for number, process in _descendants().items():
-            with contextlib.suppress(psutil.Error):
-                if number not in others or "compile_worker" in " ".join(process.cmdline()):
-                    found[number] = process
+        if fresh := _halt(found, others):
+            found |= fresh
+            continue
         for number, process in list(found.items()):
             try:
                 if process.status() == psutil.STATUS_ZOMBIE:
                     del found[number]
                 elif time.monotonic() < begun + 0.5:
                     process.terminate()  # a compiler removes what it had half written
+                    process.resume()
                 else:
                     process.kill()
             except psutil.Error:
@@ -202,3 +211,17 @@ def end_compilers(others: set[int]) -> None:
         if not found and not working:
             return
         time.sleep(0.05)
+
+
+def _halt(found: Container[int], others: Container[int]) -> dict[int, Any]:
+    """Suspend processes that are not among those found: one that ends while it starts another leaves that behind."""
+    import psutil
+
+    fresh = {}
+    for number, process in _descendants().items():
+        with contextlib.suppress(psutil.Error):
+            if number not in found and (number not in others or "compile_worker" in " ".join(process.cmdline())):
+                process.suspend()
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    fresh[number] = process
+    return fresh
