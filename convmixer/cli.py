@@ -269,6 +269,7 @@ def predict(
         click.echo(json.dumps(results, indent=2))
     elif any("predictions" in result for result in results):
         table = Table("image", "label", "probability", box=None, header_style="bold")
+        table.columns[0].overflow = "fold"  # a path that is cut off names no image
         table.columns[2].justify = "right"
         for result in results:
             for i, guess in enumerate(result.get("predictions", ())):

@@ -180,14 +180,14 @@ def _check_labels(content: Mapping[str, Any], preprocessing: dict[str, Any], sou
     if not labels:
         return
     advice = "Before transformers saves a model, set model.config.label_names = list(model.config.id2label.values())"
-    if len(labels) != count:
+    if len(labels) != count and (len(labels), count) != (2, 1):  # one output tells two classes apart
         del preprocessing["label_names"]
         warnings.warn(
             f"{source} has {len(labels)} label_names for {count} classes: they are left out. {advice}", stacklevel=6
         )
         return
     others = content.get("id2label")
-    if not isinstance(others, dict) or len(others) != count or {str(i) for i in range(count)} != set(others):
+    if not isinstance(others, dict) or {str(i) for i in range(len(labels))} != set(others):
         return
     for i, label in enumerate(labels):
         if others[str(i)] != label:
