@@ -22,13 +22,14 @@ def _half_of_the_digits(monkeypatch):
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: half)
 
 
+@pytest.mark.slow
 def test_script(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["from_scratch.py", "--epochs", "1", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["from_scratch.py", "--epochs", "2", "--output", str(tmp_path)])
     runpy.run_path(str(EXAMPLES / "from_scratch.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     accuracy = {line.split(":")[0]: line for line in lines if "calibration" in line}
     assert accuracy.keys() == {"from scratch", "fine-tuned"}
-    assert float(accuracy["from scratch"].split("top-1 ")[1].split(" %")[0]) > 12  # of ten classes, after one epoch
+    assert all(float(line.split("top-1 ")[1].split(" %")[0]) > 80 for line in accuracy.values())
     label, probability = ast.literal_eval(lines[-1])[0]
     assert label.isdigit()
     assert 0 < probability <= 1

@@ -1,6 +1,5 @@
 """Predictions against the bare model, for one image, many, and streams of them."""
 
-import gc
 import io
 import itertools
 
@@ -159,7 +158,6 @@ def test_a_stream_keeps_no_images(model, tiles):
 
     most = 0
     for _ in convmixer.predict(model, stream(), batch_size=4):
-        gc.collect()
         most = max(most, len(alive))
     assert most <= 5
 

@@ -76,8 +76,8 @@ print("alive")
     [
         "a b -a -b",
         "a b -b -a",
-        "types a export -a b aside -b -c",
-        pytest.param("int8 a quantized -int8 export -a quantized", id="nncf"),
+        pytest.param("types a export -a b aside -b -c", marks=pytest.mark.slow),
+        pytest.param("int8 a quantized -int8 export -a quantized", marks=pytest.mark.slow, id="nncf"),
     ],
 )
 def test_signals_after_models_have_gone(steps):
