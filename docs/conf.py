@@ -172,6 +172,8 @@ def _runs() -> list[list[tuple[str, dict[str, Any]]]]:
     """The runs in `docs/runs`, (folder, result) each; those that differ in the seed alone are together."""
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for file in sorted(_LOGS.rglob("result.json")):
+        if file.parent.name in registry.list_pretrained():  # described among the weights that ship
+            continue
         result = json.loads(file.read_text(encoding="utf-8"))
         settings = {k: v for k, v in result["recipe"].items() if k != "seed"}
         key = f"{file.parent.parent} {json.dumps(settings, sort_keys=True)}"
@@ -228,14 +230,24 @@ def _draw_curves(_app: Sphinx) -> None:
         for name, _ in group:
             write_figure(plot_history(read_history(_LOGS / name / "metrics.csv")), _CURVES / f"{_anchor(name)}.png")
     for name in registry.list_pretrained("*.cifar10"):
-        write_figure(_plot_losses(_losses(name)), _CURVES / f"{_anchor(name)}-losses.png")
+        losses = (
+            _plot_losses(_losses(name))
+            if _by_script(name)
+            else plot_history(read_history(_LOGS / name / "metrics.csv"))
+        )
+        write_figure(losses, _CURVES / f"{_anchor(name)}-losses.png")
         found = _evaluation(name)
         true, predicted = zip(*_counted(found["confusion"]), strict=True)
         write_figure(plot_confusion(true, predicted, found["classes"]), _CURVES / f"{_anchor(name)}-confusion.png")
 
 
 # ---- the weights that ship ------------------------------------------------------------------------------------------
-# docs/runs/NAME holds their settings (job.json), losses.csv, and what benchmarks/accuracy.py found (evaluation.json).
+# docs/runs/NAME holds what benchmarks/accuracy.py found (evaluation.json), and what `convmixer train` writes; for those
+# that a script made, its settings (job.json) and losses.csv.
+
+
+def _by_script(name: str) -> bool:
+    return (_LOGS / name / "job.json").exists()
 
 
 def _losses(name: str) -> list[dict[str, float]]:
@@ -298,9 +310,39 @@ def _shipped_sections() -> str:
     return "\n\n".join(_shipped_section(name) for name in registry.list_pretrained("*.cifar10"))
 
 
+def _job(name: str) -> dict[str, Any]:
+    """What trained a set of weights: program, machine, versions, seconds and settings."""
+    if _by_script(name):
+        job: dict[str, Any] = json.loads((_LOGS / name / "job.json").read_text(encoding="utf-8"))
+        return job
+    result = json.loads((_LOGS / name / "result.json").read_text(encoding="utf-8"))
+    settings = {key: value for key, value in result["recipe"].items() if key != "note"}
+    return {
+        "program": f"`{result['command']}`",
+        "machine": f"one {result['device']}, {result['threads']} CPU threads",
+        "versions": result["versions"],
+        "seconds": result["train_seconds"],
+        "settings": settings,
+    }
+
+
+def _epochs(name: str) -> str:
+    """The losses by epoch; of a run of `convmixer train`, whose curves show all of them, of every eighth."""
+    if _by_script(name):
+        rows = [tuple(f"{value:g}" for value in row.values()) for row in _losses(name)]
+        return _table(("epoch", "training loss", "loss of 5,000 training images", "top-1 of them, %"), rows)
+    history = read_history(_LOGS / name / "metrics.csv")
+    rows = [
+        (row.epoch, f"{row.train_loss:.4f}", f"{row.train_accuracy:.2f}")
+        for row in history
+        if row.epoch % 8 == 0 or row.epoch == 1
+    ]
+    return _table(("epoch", "training loss", "top-1 of the augmented training images, %"), rows)
+
+
 def _shipped_section(name: str) -> str:
     """Settings, losses, confusion and mistakes of one set of weights."""
-    job = json.loads((_LOGS / name / "job.json").read_text(encoding="utf-8"))
+    job = _job(name)
     found, anchor = _evaluation(name), _anchor(name)
     versions = ", ".join(f"{library} {version}" for library, version in job["versions"].items())
     right = [
@@ -318,12 +360,11 @@ def _shipped_section(name: str) -> str:
         for m in found["mistakes"]
     ]
     settings = [(f"`{key}`", value) for key, value in job["settings"].items()]
-    losses = [tuple(f"{value:g}" for value in row.values()) for row in _losses(name)]
     parts = [
         f"({anchor})=\n### {name}",
         f"Trained by {job['program']}. It took {job['seconds']:.0f} s on {job['machine']}; {versions}.",
         _table(("setting", "value"), settings),
-        _table(("epoch", "training loss", "loss of 5,000 training images", "top-1 of them, %"), losses),
+        _epochs(name),
         f"![Losses and accuracy of {name} by epoch](_curves/{anchor}-losses.png)",
         f"![Confusion matrix of {name}](_curves/{anchor}-confusion.png)",
         _table(("class", "top-1", "images"), right),

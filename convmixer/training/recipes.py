@@ -330,7 +330,8 @@ RECIPES = {
         cutmix=0.0,
         random_erasing=0.1,
         note="The same for a model of 0.19 million parameters, which has less to spare: half the weight decay, and no "
-        "mixed images. The script reached 93.52 % after 110 epochs.",
+        "mixed images. 96 of its 200 epochs made the weights that ship: 93.83 % (`--set epochs=96`, 128 s of steps on "
+        "an NVIDIA H200, seed 0).",
     ),
     "cifar10-best-p1": dataclasses.replace(
         _BEST,
