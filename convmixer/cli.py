@@ -121,6 +121,7 @@ def _progress(items: Iterable[Any], description: str = "") -> Iterator[Any]:
 @click.version_option(package_name="convmixer")
 def main() -> None:
     """ConvMixer models: list them, classify images, train, measure, publish, convert, export, draw figures."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32; in Python the flag is the caller's
 
 
 # ---- the registry ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 _THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(_THREADS)
 os.environ["OMP_NUM_THREADS"] = str(_THREADS)
+torch.backends.cudnn.allow_tf32 = False  # what a GPU computes is compared with float64
 
 
 @pytest.fixture(autouse=True)

@@ -205,6 +205,12 @@ def test_batches_do_not_change_answers(pictures):
             assert (x["label"], x["probability"]) == (y["label"], pytest.approx(y["probability"], abs=1e-4))
 
 
+def test_float32_is_float32_on_gpus(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as PyTorch has it
+    run("list")
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_a_broken_image_among_good_ones(pictures, batch_size):
     broken = pictures / "broken.jpg"
