@@ -35,6 +35,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, DataError, Dependenc
 from convmixer.evaluation import validate
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.data import Images, Share, class_weights, hold_out, load_images
+from convmixer.training.history import Epoch
 from convmixer.training.loop import _diagnose, _no_denormals
 from convmixer.training.readers import has_split
 from convmixer.training.run import Run
@@ -951,3 +952,9 @@ def test_tiny_numbers_are_zero_while_training():
         seen.append(float(torch.full((1000,), 1e-30).mul(1e-10).max()))
     assert seen == [0]
     assert float(torch.full((1000,), 1e-30).mul(1e-10).max()) == pytest.approx(1e-40, rel=1e-3)
+
+
+def test_a_line_without_validation_images_says_nothing_of_them():
+    line = "epoch   3  train loss 0.5000 accuracy 80.00 %  2 s (50 images/s)"
+    assert str(Epoch(3, 0.1, 0.5, 80.0, math.nan, math.nan, 2.0, 50.0)) == line
+    assert "  validation loss 0.2500 accuracy 90.00 %  " in str(Epoch(3, 0.1, 0.5, 80.0, 0.25, 90.0, 2.0, 50.0))

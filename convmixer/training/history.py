@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +28,12 @@ class Epoch:
     images_per_second: float
 
     def __str__(self) -> str:
-        return (
-            f"epoch {self.epoch:3d}  train loss {self.train_loss:.4f} accuracy {self.train_accuracy:5.2f} %  "
-            f"validation loss {self.validation_loss:.4f} accuracy {self.validation_accuracy:5.2f} %  "
-            f"{self.seconds:.0f} s ({self.images_per_second:.0f} images/s)"
-        )
+        scores = [("train", self.train_loss, self.train_accuracy)]
+        if not math.isnan(self.validation_accuracy):  # there are validation images
+            scores.append(("validation", self.validation_loss, self.validation_accuracy))
+        shown = [f"{name} loss {loss:.4f} accuracy {top1:5.2f} %" for name, loss, top1 in scores]
+        speed = f"{self.seconds:.0f} s ({self.images_per_second:.0f} images/s)"
+        return "  ".join([f"epoch {self.epoch:3d}", *shown, speed])
 
 
 def write_history(path: Path, history: Sequence[Epoch]) -> None:
