@@ -21,27 +21,27 @@ TORCH = {
 # What depends on PyTorch most: a few minutes for each version.
 CORE = [f"tests/test_{name}.py" for name in ("model", "factory", "folding", "ops", "fused", "backends", "signals")]
 CORE += ["tests/test_training.py"]
-TOOLS = ["pytest", "hypothesis", "psutil", "scikit-image", "scikit-learn"]
+TOOLS = ["pytest", "pytest-xdist", "hypothesis", "psutil", "scikit-image", "scikit-learn"]
 
 
-@nox.session(python="3.12")
+@nox.session
 @nox.parametrize("torch", list(TORCH), ids=list(TORCH))
 def torch(session: nox.Session, torch: str) -> None:
     """The core of the tests with one minor version of torch."""
     session.install(f"torch=={torch}.*", f"torchvision=={TORCH[torch]}.*", "-e", ".[train]", *TOOLS)
     session.run("python", "-c", "import torch; print(torch.__version__)")
-    session.run("pytest", *CORE, *session.posargs)
+    session.run("pytest", "-n", "2", *CORE, *session.posargs)
 
 
 @nox.session(python="3.10")
 def lowest(session: nox.Session) -> None:
     """All tests with the lowest versions of everything."""
     session.install("--resolution", "lowest-direct", "-e", ".[dev]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "2", *session.posargs)
 
 
 @nox.session(python=["3.10", "3.12", "3.13"])
 def newest(session: nox.Session) -> None:
     """All tests with the newest versions of everything."""
     session.install("--upgrade", "-e", ".[dev]")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "2", *session.posargs)
