@@ -17,6 +17,7 @@ TORCH = {
     "2.12": "0.27",
     "2.13": "0.28",
     "2.14": "0.29",
+    "2.15": "0.29",
 }
 # What depends on PyTorch most: a few minutes for each version.
 CORE = [f"tests/test_{name}.py" for name in ("model", "factory", "folding", "ops", "fused", "backends", "signals")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import skimage.data
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
+
+import convmixer
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +66,33 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("CONVMIXER_TEST_DATA does not name a folder with cifar10-png/")
     return Path(folder)
+
+
+@pytest.fixture
+def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training builds models of 8x8 images and two blocks and draws no curves: an epoch takes less than a second."""
+    from convmixer.training import loop
+
+    def create(name: str, pretrained: bool = False, **options: Any) -> convmixer.ConvMixer:
+        model = convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
+        model.pretrained_cfg["input_size"] = (3, 8, 8)
+        return model
+
+    monkeypatch.setattr(loop, "create_model", create)
+    monkeypatch.setattr(loop, "write_figure", lambda _, path: path.touch())
+    monkeypatch.setattr(loop, "plot_history", lambda _: None)
+
+
+def small(**changes: Any) -> convmixer.ConvMixer:
+    """A ConvMixer of 8 channels and two blocks whose parameters are not the initial ones."""
+    sizes = {"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 2, "num_classes": 4}
+    return shake(convmixer.ConvMixer(**sizes | changes))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, size: int = 28) -> torch.Tensor:
+    """Of two images that are no noise, (2, 3, size, size)."""
+    return model(torch.linspace(-2, 2, 2 * 3 * size * size).view(2, 3, size, size))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

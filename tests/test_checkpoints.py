@@ -11,27 +11,17 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from conftest import shake
+from conftest import logits, small
 from processes import finish
 from safetensors.torch import save_file
 
 import convmixer
-from convmixer import ConvMixer
 from convmixer.checkpoints import read_metadata, save_weights, write_atomically
 from convmixer.errors import WeightsError
 
 
-def small(**changes):
-    return shake(ConvMixer(**{"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 2, "num_classes": 4, **changes}))
-
-
 def snapshot(model):
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-@torch.no_grad()
-def logits(model, size=28):
-    return model(torch.linspace(-2, 2, 2 * 3 * size * size).view(2, 3, size, size))
 
 
 @pytest.fixture

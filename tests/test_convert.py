@@ -11,27 +11,17 @@ import safetensors
 import timm
 import torch
 from command import run
-from conftest import shake
+from conftest import logits, shake, small
 from safetensors.torch import load_file, save_file
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils import CheckpointSaver
 from torch import nn
 
 import convmixer
-from convmixer import ConvMixer
 from convmixer.checkpoints import read_metadata
 from convmixer.errors import ArgumentError, WeightsError
 
 NAME = "convmixer_256_8"
-
-
-def small(**changes):
-    return shake(ConvMixer(**{"dim": 8, "depth": 2, "kernel_size": 3, "patch_size": 2, "num_classes": 4, **changes}))
-
-
-@torch.no_grad()
-def logits(model, size=28):
-    return model(torch.linspace(-2, 2, 2 * 3 * size * size).view(2, 3, size, size))
 
 
 @pytest.fixture

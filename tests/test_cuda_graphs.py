@@ -15,6 +15,7 @@ from convmixer.errors import ArgumentError
 from convmixer.training import get_recipe, loop
 from convmixer.training.data import Images
 
+pytestmark = pytest.mark.usefixtures("small_training")
 SMALL = {"epochs": 4, "batch_size": 16, "lr": 0.01, "model": "convmixer_128_8_ks7_p2", "rand_augment": (0, 0)}
 STEPS = 6  # an epoch
 
@@ -82,14 +83,6 @@ def test_what_cannot_be_captured_goes_on_without():
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def _small_model(monkeypatch):
-    def create(name, pretrained=False, **options):
-        return convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
-
-    monkeypatch.setattr(loop, "create_model", create)
 
 
 def _images() -> Images:

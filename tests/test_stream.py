@@ -27,6 +27,7 @@ from convmixer.training import evaluate, get_recipe, train
 from convmixer.training.data import Fit, Share, hold_out, load_images, seed_all
 from convmixer.training.stream import Change, default_workers, open_stream
 
+pytestmark = pytest.mark.usefixtures("small_training")
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
 SIZE = (3, 8, 8)
 CLASSES = ("digit 0", "digit 1", "digit 2", "digit 3")
@@ -66,21 +67,6 @@ def _write_shard(path: Path, files: list[Path], spoiled: tuple[str, ...] = ()) -
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-
-
-@pytest.fixture(autouse=True)
-def _small_model(monkeypatch):
-    """8x8 images, two blocks and no curves, so that an epoch takes less than a second."""
-    from convmixer.training import loop
-
-    def create(name, pretrained=False, **options):
-        model = convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
-        model.pretrained_cfg["input_size"] = SIZE
-        return model
-
-    monkeypatch.setattr(loop, "create_model", create)
-    monkeypatch.setattr(loop, "write_figure", lambda _, path: path.touch())
-    monkeypatch.setattr(loop, "plot_history", lambda _: None)
 
 
 def quiet(*_: object) -> None:

@@ -40,6 +40,7 @@ from convmixer.training.loop import _diagnose, _no_denormals
 from convmixer.training.readers import has_split
 from convmixer.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("small_training")
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
 
 
@@ -47,21 +48,6 @@ QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "mod
 def digits(tmp_path_factory) -> Path:
     """300 training and 60 test images of handwritten digits 0 to 3, as folders of PNG files."""
     return write_digits(tmp_path_factory.mktemp("digits"), 300, 60, [f"digit {i}" for i in range(4)])
-
-
-@pytest.fixture(autouse=True)
-def _small_model(monkeypatch):
-    """8x8 images, two blocks and no curves, so that an epoch takes less than a second."""
-    from convmixer.training import loop
-
-    def create(name, pretrained=False, **options):
-        model = convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
-        model.pretrained_cfg["input_size"] = (3, 8, 8)
-        return model
-
-    monkeypatch.setattr(loop, "create_model", create)
-    monkeypatch.setattr(loop, "write_figure", lambda _, path: path.touch())
-    monkeypatch.setattr(loop, "plot_history", lambda _: None)
 
 
 def quiet(*_: object) -> None:
