@@ -22,7 +22,7 @@ TORCH = {
 # What depends on PyTorch most: a few minutes for each version.
 CORE = [f"tests/test_{name}.py" for name in ("model", "factory", "folding", "ops", "fused", "backends", "signals")]
 CORE += ["tests/test_training.py"]
-TOOLS = ["pytest", "pytest-xdist", "hypothesis", "psutil", "scikit-image", "scikit-learn"]
+TOOLS = ["setuptools", "pytest", "pytest-xdist", "hypothesis", "psutil", "scikit-image", "scikit-learn"]
 
 
 @nox.session

@@ -422,7 +422,7 @@ def test_traced_scripted_and_exported_models_have_the_plain_layers(caplog):
         torch.jit.script(fused),
         torch.jit.trace(fused, x),
         torch.fx.symbolic_trace(fused),
-        torch.export.export(fused, (x,)).module(),
+        torch.export.export(fused, (x,), strict=False).module(),  # as newer versions do by themselves
     ]
     for model in made:
         assert torch.equal(model(x), plain(x))

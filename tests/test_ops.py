@@ -114,7 +114,7 @@ def test_plain_layers_run_on_kernels(on_kernels, kernel_size):
 def test_exports_hold_no_operators_of_this_package(on_kernels):
     model = ConvMixer(8, 2, 3, 2, num_classes=3).eval()
     x = torch.randn(4, 3, 8, 8)
-    program = torch.export.export(model, (x,))
+    program = torch.export.export(model, (x,), strict=False)  # as newer versions do by themselves
     torch.jit.trace(model, x, check_trace=False)
     torch.fx.symbolic_trace(model)(x)
     assert on_kernels["forward"] == 0

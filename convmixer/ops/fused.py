@@ -476,7 +476,7 @@ def _normalize(state: _State) -> Tensor:
     """The features themselves, (B, C, H, W)."""
     if state.scale is None:
         return state.u
-    result: Tensor = _Normalize.apply(*state[:4])
+    result: Tensor = _Normalize.apply(state.u, state.scale, state.shift, state.act)
     return result
 
 
@@ -507,8 +507,15 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
         depthwise: Class of the depthwise convolutions.
         residual: Class of the residuals.
     """
-    for reason in _obstacles(stem, blocks, block_drop, depthwise, residual):
-        raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
+    found = _obstacles(stem, blocks, block_drop, depthwise, residual)
+    if found:
+        _refuse(found[0])
+
+
+# Not compiled: PyTorch 2.8 and 2.9 run functions anew that raise, piece by piece, and then overlook hooks.
+@torch.compiler.disable
+def _refuse(reason: str) -> None:
+    raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
 
 
 def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> list[str]:
@@ -554,4 +561,4 @@ def _geometry(convolution: Any) -> tuple[Any, ...]:
 
 
 def _is_called_for_more(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module)
+    return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__
