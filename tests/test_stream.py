@@ -494,3 +494,22 @@ def test_accelerate_launch(digits, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["processes"] == 2
     assert "2 x cpu" in done.stdout
+
+
+DIVERGES = """
+import sys
+from convmixer.errors import ConvMixerError
+from convmixer.training import get_recipe, train
+recipe = get_recipe("cifar10", epochs=2, batch_size=8, lr=1e30, warmup=0.0, stream=True, rand_augment=(0, 0))
+recipe = recipe.override(model="convmixer_128_8_ks7_p2", image_sizes=((0.0, 8),))
+try:
+    train(recipe, sys.argv[1], sys.argv[2], device="cpu", precision="float32", workers=2)
+except ConvMixerError as error:
+    print(error)
+"""
+
+
+def test_a_stream_whose_training_fails_ends(digits, tmp_path):
+    """Its workers, made by fork, hold what their parent had open."""
+    done = finish([sys.executable, "-W", "ignore", "-c", DIVERGES, digits, tmp_path / "run"], timeout=300)
+    assert "became nan" in done.stdout, done.stderr

@@ -63,11 +63,11 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         if stop.compiled:
             stop.end_compilers()
     except BaseException as error:
-        if not stop.compiled or isinstance(error, ConvMixerError):
+        if not stop.compiled:
             raise
         stop.leaving = True
         stop.end_compilers()
-        if isinstance(error, (StoppedWhileCompilingError, KeyboardInterrupt)):
+        if isinstance(error, (StoppedWhileCompilingError, KeyboardInterrupt, ConvMixerError)):
             raise
         raise StoppedWhileCompilingError(stop.number) from error  # compilers fail without their processes
     finally:
@@ -86,13 +86,14 @@ class _Stop:
         self.running = 0  # compilations, which nest
         self.compiled = False  # when the signal came, or later
         self.leaving = False
+        self.halting = False
         self.again = False  # the next signal is our own
         self.others: set[int] = set()  # processes from before the compilation
         self.halted: dict[int, Any] = {}  # its processes when the signal came
 
     def note(self, number: int, _frame: Any = None) -> None:
         """The handler, in the main thread."""
-        if self.leaving:
+        if self.leaving or self.halting:  # processes that are found, and not kept, would be left behind
             return
         if self.number and number == signal.SIGINT and not self.again:
             raise KeyboardInterrupt
@@ -113,7 +114,11 @@ class _Stop:
         if self.running and not self.leaving:
             self.compiled = True
             # The exception makes `subprocess.run` kill the compiler, whose own processes are then nobody's children.
-            self.halted |= _halt(self.halted, self.others)
+            self.halting = True
+            try:
+                self.halted |= _halt(self.halted, self.others)
+            finally:
+                self.halting = False
             raise StoppedWhileCompilingError(self.number)
 
     def end_compilers(self) -> None:
@@ -123,7 +128,8 @@ class _Stop:
     def watched(self) -> Iterator[None]:
         """Another thread looks after a compilation that does not notice a signal."""
         read, write = os.pipe()
-        os.set_blocking(write, False)
+        if hasattr(os, "set_blocking"):  # on Windows from Python 3.12 on
+            os.set_blocking(write, False)
         former = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         left = threading.Event()
         thread = threading.Thread(target=self._watch, args=(read, former, left), daemon=True)
@@ -133,12 +139,14 @@ class _Stop:
         finally:
             left.set()
             signal.set_wakeup_fd(former)
-            os.close(write)  # ends the thread's reading
+            with contextlib.suppress(BlockingIOError):  # a full pipe wakes the thread, too
+                os.write(write, b"\0")  # closing would not, as children by fork hold this end open
             thread.join()
             os.close(read)
+            os.close(write)
 
     def _watch(self, read: int, former: int, left: threading.Event) -> None:
-        while numbers := os.read(read, 64):
+        while (numbers := os.read(read, 64)) and not left.is_set():
             if former != -1:
                 with contextlib.suppress(OSError):
                     os.write(former, numbers)
