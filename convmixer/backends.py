@@ -682,7 +682,7 @@ def optimize(
         backend: "eager"; "compile" (TorchInductor); on CPUs "openvino", "onnxruntime" and "native" (own kernels, for
             x86 with AVX-512); on CUDA devices "triton" (own kernels); or "auto": by rule the usually fastest of those
             that work here, or by measurement if there is an `example`.
-        chunk: Most images to compute at a time by one thread (by all of them together with "compile"); larger batches
+        chunk: Most images to compute at a time by one thread ("compile" on a CPU: times its threads); larger batches
             are cut up. None: on CPUs as many as fill a core's second-level cache. "native" takes single images.
         threads: Of "openvino", "onnxruntime" and "native"; None: as many as PyTorch uses.
         calibration: For int8: images as the model takes them (N, C, H, W), or a folder, a tar or a name such as
@@ -902,7 +902,7 @@ class _Maker:
         elif backend == "native":
             runtime = source
         else:
-            together = rule and _Together(rule)
+            together = _Together(rule) if rule and on_cpu else rule
             runtime = {"eager": Whole, "compile": Compiled, "triton": Triton}[backend](folded, together)
             if self.graphs and self.device.type == "cuda":
                 inner = find_inner(folded)
@@ -915,7 +915,8 @@ class _Maker:
             )
         kind = f"int8 and {_name(self.rest)}" if self.dtype == torch.int8 else _name(self.dtype)
         fitting = f"pieces that fill {l2_cache() // 1024:,} KiB of cache" if on_cpu else "whole batches"
-        cut = f"pieces of at most {chunk} images" if chunk else fitting
+        times = torch.get_num_threads() if on_cpu and backend in ("eager", "compile") else 1  # of `_Together`
+        cut = f"pieces of at most {chunk * times} images" if chunk else fitting
         if backend == "native":
             layout, cut = "contiguous" if source.planar else "channels_last", "single images"
         choice = Choice(

@@ -188,16 +188,24 @@ class Replayed:
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph of the caller's
         if self._failed or capturing or not self.worth(x):
             return self.run(x)
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            kind = (x.shape, x.stride(), x.dtype, x.device)
-            if kind not in self._captured:  # a first call compiles what is to be compiled
-                self._keep(kind, None)
-                return self.run(x)
-            found = self._captured[kind] or self._capture(x)
-            if found is None:
-                return self.run(x)
-            self._keep(kind, found)
-            return self._replay(x, *found)
+        kind = (x.shape, x.stride(), x.dtype, x.device)
+        with torch.inference_mode(False), torch.no_grad():
+            with self._lock:
+                known = kind in self._captured
+            if not known:  # it may compile, which waits for calls of other threads: not in the lock
+                outputs = self.run(x)
+                with self._lock:
+                    if kind not in self._captured:
+                        self._keep(kind, None)
+                return outputs
+            with self._lock:
+                if kind not in self._captured:  # dropped meanwhile
+                    return self.run(x)
+                found = self._captured[kind] or self._capture(x)
+                if found is None:
+                    return self.run(x)
+                self._keep(kind, found)
+                return self._replay(x, *found)
 
     def _keep(self, kind: Hashable, found: tuple[Captured, list[Tensor]] | None) -> None:
         self._captured[kind] = found
@@ -219,6 +227,8 @@ class Replayed:
             return Captured(self._graphs[x.device], compute, (x,)), outputs
         except RuntimeError as error:
             self._failed = True
+            self._captured.clear()  # their memory would serve nobody
+            self._graphs.clear()
             _LOGGER.warning("calls are not replayed as CUDA graphs: %s", error)
             return None
 

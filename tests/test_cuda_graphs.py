@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -310,6 +311,21 @@ def test_threads_share_graphs():
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(differing, range(8))) == 0
+
+
+@pytest.mark.skipif("compile" not in convmixer.backends.available_backends("cpu"), reason="no C++ compiler")
+def test_a_first_call_that_compiles_waits_for_no_other_thread():
+    fast = convmixer.optimize(convmixer.ConvMixer(8, 1, 3, 2, num_classes=3).eval(), backend="compile")
+    fast.runtime = Replayed(fast.runtime, lambda x: True, Tapes)
+    x, together = torch.rand(1, 3, 8, 8), threading.Barrier(3)
+
+    def call(_):
+        together.wait()
+        return [fast(x) for _ in range(4)]
+
+    with ThreadPoolExecutor(3) as pool:
+        answers = [answer for found in pool.map(call, range(3), timeout=120) for answer in found]
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
 @pytest.mark.parametrize(
