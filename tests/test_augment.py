@@ -504,3 +504,22 @@ def test_a_gpu_computes_the_same_and_is_not_waited_for():
     assert torch.equal(found.targets.cpu(), expected.targets)
     difference = (found.inputs.cpu() - expected.inputs).abs().amax((1, 2, 3))
     assert (difference < 1e-5).float().mean() > 0.9  # rounding apart may be more after the next operation
+
+
+def test_images_larger_than_the_input_are_erased():
+    recipe = get_recipe("cifar10", random_erasing=1.0, image_sizes=((0.0, 64),), rand_augment=(0, 0), batch_size=64)
+    changes = Augment(
+        recipe, {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}, 10, torch.device("cpu")
+    )
+
+    class Still:
+        at_once = 1
+
+        def parts(self, share):
+            for _ in range(8):
+                yield torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64)
+
+    share = Share(0, 0, 64, 1, range(1), range(8))
+    parts = list(changes.prepared(Still(), share, lambda step: 0.0))
+    assert [part.inputs.shape for part in parts] == [(64, 3, 64, 64)] * 8
+    assert all((part.inputs != -1).flatten(1).any(1).all() for part in parts)

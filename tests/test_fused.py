@@ -426,8 +426,9 @@ def test_traced_scripted_and_exported_models_have_the_plain_layers(caplog):
     ]
     for model in made:
         assert torch.equal(model(x), plain(x))
-    assert "batch_norm" in str(torch.export.export(fused, (x,)).graph)
-    assert "batch_norm" in str(torch.export.export(fused, (x,), strict=True).graph)
+    assert "batch_norm" in str(torch.export.export(fused, (x,), strict=False).graph)
+    if not cannot_compile():  # strict, it goes through the compiler
+        assert "batch_norm" in str(torch.export.export(fused, (x,), strict=True).graph)
     recorders = ("torch.jit.script", "torch.jit.trace", "torch.fx", "torch.export")
     said = [f"fused blocks: off in what {name} makes, which sees the plain layers" for name in recorders]
     assert [record.getMessage() for record in caplog.records if record.name == "convmixer.model"] == said

@@ -11,7 +11,7 @@ from torch import nn
 from convmixer import ConvMixer, accelerate
 from convmixer.errors import ArgumentError
 from convmixer.model import DepthwiseConv2d
-from convmixer.ops import depthwise_conv2d, prefers_channels_last, set_depthwise_kernels
+from convmixer.ops import depthwise_conv2d, prefers_channels_last, set_depthwise_kernels, tables
 
 
 @pytest.mark.parametrize("kernel_size", range(1, 12))
@@ -176,3 +176,66 @@ def test_layouts(monkeypatch):
     assert [prefers_channels_last(gpu, kind, size) for size in (5, 7, 9, 17)] == [True, True, True, False]
     monkeypatch.setattr("convmixer.ops.depthwise._enabled", False)  # cuDNN's
     assert [prefers_channels_last(gpu, kind, size) for size in (5, 7, 9, 17)] == [True, True, False, False]
+
+
+def _eager(layer, x):
+    try:
+        return layer(x).dtype
+    except RuntimeError:
+        return RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("layer_dtype", "shape", "dtype"),
+    [
+        (torch.float64, (2, 4, 8, 8), torch.float64),  # autocast leaves it alone
+        (torch.bfloat16, (2, 4, 8, 8), torch.float32),
+        (torch.float32, (4, 8, 8), torch.float32),
+    ],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_only_pytorch_takes_is_its_own(layer_dtype, shape, dtype, autocast):
+    torch._dynamo.reset()
+    layer, x = DepthwiseConv2d(4, 3, dtype=layer_dtype), torch.rand(shape, dtype=dtype)
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = _eager(layer, x)
+        if expected is RuntimeError:
+            with pytest.raises((RuntimeError, torch._dynamo.exc.TorchDynamoException)):
+                compiled(x)
+        else:
+            assert compiled(x).dtype == expected
+
+
+def test_transforms_of_torch_func_are_pytorchs(on_kernels):
+    layer, x = DepthwiseConv2d(4, 3), torch.rand(5, 2, 4, 8, 8)
+    parameters = dict(layer.named_parameters())
+
+    def total(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(total), (None, 0))(parameters, x)
+    assert gradients["weight"].shape == (5, *layer.weight.shape)
+    assert torch.func.jvp(layer, (x[0],), (x[0],))[1].shape == x[0].shape
+    assert on_kernels["forward"] == 0
+    layer(x[0])
+    assert on_kernels["forward"] == 1
+
+
+def test_no_home_means_nothing_tuned(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from convmixer.ops import tune
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tables.Path, "home", nowhere)
+    tables.forget_choices()
+    assert tables.tuned("some GPU") == []
+    (tmp_path / "file").touch()
+    for folder in (None, tmp_path / "file"):
+        if folder:
+            monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        with pytest.raises(ArgumentError, match=r"rows cannot be kept .*: set XDG_CACHE_HOME"):
+            tune._check_folder("some GPU")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from convmixer.errors import ConvMixerError
 from convmixer.ops import dispatch, reference
@@ -67,7 +67,15 @@ def _device_kind(x: Tensor) -> str:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type in which a convolution of x computes: autocast's where that is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone
+    return torch.get_autocast_dtype(kind) if casts else x.dtype
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is at work, for which the kernels have no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def runs_on_kernels(x: Tensor, weight: Tensor, training: bool) -> bool:
@@ -79,14 +87,11 @@ def runs_on_kernels(x: Tensor, weight: Tensor, training: bool) -> bool:
         training: The mode of the layer.
     """
     kind = _device_kind(x)
+    alike = weight.device == x.device and (weight.dtype == x.dtype or torch.is_autocast_enabled(kind))
+    if not alike or x.dim() != 4 or _is_transformed():
+        return False
     if kind == "cuda":
-        return (
-            _enabled
-            and x.dim() == 4
-            and weight.device == x.device
-            and (weight.dtype == x.dtype or torch.is_autocast_enabled(kind))
-            and _fits(x.device, compute_dtype(x), weight.shape[-1])
-        )
+        return _enabled and _fits(x.device, compute_dtype(x), weight.shape[-1])
     # On a CPU it is the weight gradient that is faster, and only compiled.
     return (
         kind == "cpu"

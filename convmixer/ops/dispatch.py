@@ -53,7 +53,7 @@ def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int])
             raise DependencyError(
                 f"fused blocks on a GPU need Triton ({error}): pip install triton, or {off}"
             ) from error
-        if not torch.compiler.is_compiling() and (lacking := unsupported(device)):
+        if not torch.compiler.is_dynamo_compiling() and (lacking := unsupported(device)):
             raise ConvMixerError(f"there are no fused blocks for {str(device)!r}, {lacking}: {off}")
         if dtype not in DTYPES:
             known = ", ".join(map(str, DTYPES))

@@ -513,7 +513,7 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
 
 
 # Not compiled: PyTorch 2.8 and 2.9 run functions anew that raise, piece by piece, and then overlook hooks.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse(reason: str) -> None:
     raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
 

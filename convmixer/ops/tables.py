@@ -167,16 +167,18 @@ def tuned_file(name: str) -> Path:
 def tuned(name: str) -> list[dict[str, Any]]:
     """The records that `tune` has written for a GPU of that name; none if there are none, or if they make no sense."""
     try:
-        records = json.loads(tuned_file(name).read_text())["rows"]
+        file = tuned_file(name)
+    except RuntimeError:  # no home, in which nothing can have been kept
+        return []
+    try:
+        records = json.loads(file.read_text())["rows"]
         for record in records:
             FORMS[record["form"]](*record["row"])
             assert {"operation", "key", "bytes", "channels", "positions"} <= record.keys()
     except FileNotFoundError:
         return []
     except Exception as error:
-        _LOGGER.warning(
-            "%s is left out (%s: %s): run convmixer.ops.tune again", tuned_file(name), type(error).__name__, error
-        )
+        _LOGGER.warning("%s is left out (%s: %s): run convmixer.ops.tune again", file, type(error).__name__, error)
         return []
     return list(records)
 

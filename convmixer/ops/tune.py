@@ -18,6 +18,7 @@ import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -303,11 +304,12 @@ def tune(
         The file: rows that it holds for other shapes or types stay in it.
 
     Raises:
-        ArgumentError: There is no CUDA device.
+        ArgumentError: There is no CUDA device, or no folder that keeps the rows.
     """
     if not torch.cuda.is_available():
         raise ArgumentError("no CUDA device: the Triton kernels are measured on the GPU that they will run on")
     name = torch.cuda.get_device_name()
+    _check_folder(name)
     workers = workers or len(os.sched_getaffinity(0))
     todo = tasks(blocks)
     begin = time.monotonic()
@@ -317,6 +319,18 @@ def tune(
     file = write_rows(name, found)
     report(f"{len(found)} rows written to {file}")
     return file
+
+
+def _check_folder(name: str) -> None:
+    """Raise ArgumentError before minutes of work whose rows could not be kept."""
+    try:
+        folder = tuned_file(name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:  # no place, or no home
+        advice = "set XDG_CACHE_HOME to a folder that takes files"
+        raise ArgumentError(f"rows cannot be kept ({error}): {advice}") from error
 
 
 def write_rows(name: str, found: list[dict[str, Any]]) -> Path:

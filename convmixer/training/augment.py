@@ -510,7 +510,8 @@ class Augment:
         recipe = self.recipe
         if recipe.random_erasing:
             rng = np.random.default_rng((share.seed, share.epoch, 0, 1))
-            length = NOISE + self.channels * math.prod(self.shape)
+            sizes = {self.shape, *(self.seen(size) for _, size in recipe.image_sizes)}
+            length = NOISE + self.channels * max(map(math.prod, sizes))
             self.noise = self._send(rng.standard_normal(length, dtype=np.float32))
 
         def phase(item: tuple[Batch, tuple[int, int]]) -> tuple[int | None, bool]:
