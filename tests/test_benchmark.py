@@ -51,8 +51,8 @@ def test_report(report):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak")
 def test_peak_memory_counts_what_was_freed_again():
     memory = benchmarks._Memory(torch.device("cpu"))
-    torch.ones(2**24)  # 64 MiB
-    assert memory.growth() > 60
+    torch.ones(2**26)  # 256 MiB, of which some may lie where others did
+    assert memory.growth() > 200
 
 
 def test_failures_are_reported(report):
