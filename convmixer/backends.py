@@ -464,9 +464,10 @@ class OpenVINO:
         self._graph = _Graphs(self._compile)
 
     def after_fork(self) -> None:
-        """Compile anew: OpenVINO's threads are gone, and without them what was compiled cannot even be released."""
-        _LEFT_BEHIND.append(self._graph)
-        self._graph = _Graphs(self._compile)
+        """OpenVINO's threads are gone: without them nothing can be compiled, nor what was compiled be released."""
+        if self._graph not in _LEFT_BEHIND:
+            _LEFT_BEHIND.append(self._graph)
+        openvino_core.refuse_forked()
 
     def __reduce__(self) -> tuple[Any, ...]:
         with tempfile.TemporaryDirectory() as folder:
@@ -573,7 +574,7 @@ class OptimizedConvMixer(nn.Module):
             device or of whole numbers.
         ImageError: Images that do not fit the model.
         DependencyError: From unpickling, where the runtime is not installed or the processor cannot compute it.
-        ConvMixerError: On a GPU, in a child by fork.
+        ConvMixerError: On a GPU or with OpenVINO, in a child by fork.
     """
 
     def __init__(self, folded: nn.Module, runtime: Callable[[Tensor], list[Tensor]], choice: Choice) -> None:

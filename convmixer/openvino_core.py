@@ -16,16 +16,26 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from convmixer.errors import optional
+from convmixer.errors import DependencyError, optional
 
 T = TypeVar("T")
 _FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP")
 _LOCK = threading.Lock()
-_KEPT: list[tuple[int, Any]] = []  # by process: a forked child needs its own, and must not release its parent's
+_KEPT: list[tuple[int, Any]] = []  # with the process that made it
+
+
+def refuse_forked() -> None:
+    """Raise DependencyError in a child by fork of a process that has used OpenVINO: it could wait for ever."""
+    if _KEPT and _KEPT[-1][0] != os.getpid():
+        raise DependencyError(
+            "OpenVINO cannot be used in a process that was forked from one that has used it: start it by spawn, as in "
+            "DataLoader(multiprocessing_context='spawn')"
+        )
 
 
 def aside(work: Callable[[], T]) -> T:
     """What `work` returns or raises, done in a thread of its own."""
+    refuse_forked()
     result: Future[T] = Future()
 
     def run() -> None:
@@ -50,8 +60,9 @@ def core() -> Any:
         made.get_property("CPU", "OPTIMIZATION_CAPABILITIES")  # loads the plugin
         return made
 
+    refuse_forked()
     with _LOCK:
-        if not _KEPT or _KEPT[-1][0] != os.getpid():
+        if not _KEPT:
             _KEPT.append((os.getpid(), aside(load)))
         return _KEPT[-1][1]
 

@@ -157,6 +157,8 @@ def test_spawned_process(made):
 def test_workers_of_a_data_loader(made, start):
     """By fork, the threads of each runtime stay behind in the parent, which has used them."""
     models, x = made
+    if start == "fork":  # the next test is about OpenVINO
+        models = {n: m for n, m in models.items() if not isinstance(getattr(m, "runtime", None), backends.OpenVINO)}
     for model in models.values():
         model(x)
     loader = DataLoader(_Answers(models, x), batch_size=None, num_workers=1, multiprocessing_context=start, timeout=240)
@@ -165,6 +167,20 @@ def test_workers_of_a_data_loader(made, start):
     for (name, model), (_, answer) in zip(models.items(), answers, strict=True):
         assert torch.allclose(answer, model(x), rtol=1e-5, atol=1e-6), name
         assert torch.equal(model(x), models[name](x))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # of Python 3.12
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_a_forked_process_has_no_openvino(made):
+    """Where compiling can wait for ever for threads of the parent."""
+    models, x = made
+    if "openvino" not in models:
+        pytest.skip("no OpenVINO")
+    models["openvino"](x)
+    answers = _Answers({"openvino": models["openvino"]}, x)
+    loader = DataLoader(answers, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
+    with pytest.raises(ConvMixerError, match=r"OpenVINO cannot be used in a process that was forked.*by spawn"):
+        list(loader)
 
 
 def test_a_forked_process_has_no_gpu(made):
