@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convmixer.ops import triton as kernels
-from convmixer.ops.tables import forget_choices, row
+from convmixer.ops.tables import forget_choices, pointwise_key, row
 
 BLOCKS = {"convmixer_256_8": (256, 5, 16), "convmixer_768_32": (768, 7, 32), "convmixer_1536_20": (1536, 9, 32)}
 BATCH = 64
@@ -52,7 +52,7 @@ def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
     def record(kernel: Any, grid: Any, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         recorded.append(
             {"kernel": kernel, "grid": grid, "arguments": arguments, "constants": constants}
-            | {"options": {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}}
+            | {"options": kernels.options(warps, stages)}
         )
 
     forget_choices()
@@ -69,7 +69,7 @@ def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
 def compile_launch(launch: dict[str, Any], capability: int) -> Any:
     """The compiled kernel, specialised as Triton does at a launch."""
     names = launch["kernel"].arg_names
-    values = dict(zip(names, launch["arguments"], strict=False)) | launch["constants"]
+    values = named(launch) | launch["constants"]
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(names):
         value = values[name]
@@ -146,8 +146,8 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
     infer = {"scale": vector, "shift": vector}
     normalize = functools.partial(kernels._normalize, x, "gelu", vector, vector)
     sums = lambda what, **given: kernels._sums(what, x, "gelu", **given)  # noqa: E731
-    formed = row("pointwise", 2 + (dim > 256), x)._replace(apart=False)
-    given = row("pointwise", int(dim > 1024), x)
+    formed = row("pointwise", pointwise_key(dim, True), x)._replace(apart=False)
+    given = row("pointwise", pointwise_key(dim, False), x)
     found: dict[str, tuple[Any, int, float, float]] = {
         "depthwise": (lambda: convolve(vector, "gelu", center=vector), 2, 0.0, taps),
         "depthwise_infer": (lambda: convolve(vector, "gelu", residual=x, **infer), 2, 0.0, taps),

@@ -273,25 +273,13 @@ def pointwise(
             z = tl.fma(gain, _activate(z.to(tl.float32), ACT, exact), a).to(c.dtype.element_ty)
         taps = tl.load(weight + n[None, :] * C + k[:, None], mask=used, other=0.0)
         acc = tl.dot(z, taps, acc, input_precision="tf32x3")
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < OUT, other=0.0)[None, :]
-    ok = (m < M)[:, None] & (n < OUT)[None, :]
-    offset = m[:, None] * OUT + n[None, :]
+    outputs, fits = n[None, :], (n < OUT)[None, :]
+    offset = m[:, None] * OUT + outputs
+    a = _finish(acc, offset, (m < M)[:, None] & fits, outputs, fits, bias, center, scale, shift, None, u, ACT)
     if center is not None:
-        r = acc.to(u.dtype.element_ty)
-        tl.store(u + offset, r, mask=ok)
-        a = _activate(r.to(tl.float32), ACT, exact) - tl.load(center + n, mask=n < OUT, other=0.0)[None, :]
-        a = tl.where(ok, a, 0.0)
         partial = sums + tile.to(tl.int64) * OUT + n
         tl.store(partial, tl.sum(a, 0), mask=n < OUT)
         tl.store(partial + (tl.num_programs(0) // across).to(tl.int64) * OUT, tl.sum(a * a, 0), mask=n < OUT)
-    else:
-        a = _activate(acc, ACT, exact)
-        if scale is not None:
-            a *= tl.load(scale + n, mask=n < OUT, other=0.0)[None, :]
-        if shift is not None:
-            a += tl.load(shift + n, mask=n < OUT, other=0.0)[None, :]
-        tl.store(u + offset, a.to(u.dtype.element_ty), mask=ok)
 
 
 @triton.jit

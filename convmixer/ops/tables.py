@@ -91,7 +91,7 @@ WEIGHT_GRADIENT: Table = {
     for size in KERNEL_SIZES
     for itemsize in (2, 4)
 }
-# What z is: given, for up to 1024 outputs (0) or more (1); made of c and x, for up to 256 outputs (2) or more (3).
+# By `pointwise_key`.
 POINTWISE: Table = {
     # 12.0 has the shared memory of 8.6, and 10.0 another product with an accumulator of its own.
     **{(capability, z, 2): Product(128, 128, 32, 8, 3, z > 1) for capability in (80, 120) for z in range(4)},
@@ -119,6 +119,13 @@ TABLES = {
     "normalize": NORMALIZE,
     "sums": SUMS,
 }
+
+
+def pointwise_key(outputs: int, formed: bool) -> int:
+    """What decides besides GPU and type: z is given, for up to 1024 outputs (0) or more (1), or formed of c and x, for
+    up to 256 outputs (2) or more (3).
+    """
+    return 2 + (outputs > 256) if formed else int(outputs > 1024)
 
 
 def row(operation: str, key: int, tensor: Tensor) -> Any:

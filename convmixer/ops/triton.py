@@ -33,7 +33,7 @@ except ImportError as error:
 
 from convmixer.ops import kernels
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES
-from convmixer.ops.tables import Direct, Elementwise, Gradient, Library, Product, Sums, row
+from convmixer.ops.tables import Direct, Elementwise, Gradient, Library, Product, Sums, pointwise_key, row
 
 INTERPRETED = not isinstance(kernels.normalize, triton.JITFunction)  # TRITON_INTERPRET=1 at the first import
 ACTIVATIONS = ("gelu", "relu", "identity")
@@ -117,6 +117,11 @@ def _floats(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
+def options(warps: int, stages: int) -> dict[str, Any]:
+    """Of Triton's compiler, for every kernel; `tune` and the benchmarks compile with the same."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
 _COMPILED: dict[tuple[Any, ...], Any] = {}
 
 
@@ -133,8 +138,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, sta
         if compiled is not None:
             compiled[(*grid, 1, 1)[:3]](*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
             return
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        compiled = kernel[grid](*arguments, **constants, **options)
+        compiled = kernel[grid](*arguments, **constants, **options(warps, stages))
         if not INTERPRETED:
             _COMPILED[key] = compiled
 
@@ -465,16 +469,15 @@ def _multiply(
             f"weight of shape {tuple(weight.shape)} on {weight.device}: (outputs, {channels}) on {c.device} is needed"
         )
     outputs = weight.shape[0]
-    for name, vector in {"bias": bias, "center": center, "scale": scale, "shift": shift}.items():
-        _vector(name, vector, outputs, c)
-    config = config or row("pointwise", int(outputs > 1024) if x is None else 2 + (outputs > 256), c)
+    named = {"bias": bias, "center": center, "scale": scale, "shift": shift}
+    after = [_vector(name, vector, outputs, c) for name, vector in named.items()]
+    config = config or row("pointwise", pointwise_key(outputs, x is not None), c)
     if x is not None and (isinstance(config, Library) or config.apart):
         c, x = _normalize(c, act, scale1, shift1, x=x), None
     product = weight.detach().to(c.dtype).contiguous()
     if isinstance(config, Library):
-        return _by_library(c, product, bias, act, center, scale, shift)
+        return _by_library(c, product, act, *after)
     before = [None, None] if x is None else [_vector("", vector, channels, c) for vector in (scale1, shift1)]
-    after = [_vector("", vector, outputs, c) for vector in (bias, center, scale, shift)]
     u, positions = _empty(c, outputs), batch * height * width
     tiles = -(-positions // config.rows)
     sums = None if center is None else _floats(c, 2, tiles, outputs)
@@ -497,8 +500,8 @@ def _multiply(
 def _by_library(
     z: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     act: str,
+    bias: Tensor | None,
     center: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from convmixer.errors import ArgumentError
 from convmixer.ops import tables, triton
-from convmixer.ops.tables import Direct, Elementwise, Gradient, Library, Product, Row, Sums, tuned_file
+from convmixer.ops.tables import Direct, Elementwise, Gradient, Library, Product, Row, Sums, pointwise_key, tuned_file
 
 SECONDS_TO_COMPILE, SECONDS_TO_MEASURE = 90, 75
 
@@ -123,7 +123,7 @@ def _sums(_block: Block) -> Iterator[Row]:
 CANDIDATES: dict[str, tuple[Callable[[Block], Iterator[Row]], Callable[[Block], Sequence[int]]]] = {
     "depthwise": (_depthwise, lambda block: (block.kernel_size,)),
     "weight_gradient": (_gradient, lambda block: (block.kernel_size,)),
-    "pointwise": (_product, lambda block: (int(block.channels > 1024), 2 + (block.channels > 256))),
+    "pointwise": (_product, lambda block: [pointwise_key(block.channels, formed) for formed in (False, True)]),
     "normalize": (_elementwise, lambda _: (0, 1)),
     "sums": (_sums, lambda _: (0, 1, 2)),
 }
@@ -175,8 +175,7 @@ def _compile(share: list[Task], dtype: torch.dtype, seconds: float) -> list[Task
 
     def warm(kernel: Any, grid: Any, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         kinds = [a.dtype if isinstance(a, Tensor) else a for a in arguments]
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        kernel.warmup(*kinds, grid=grid, **constants, **options)
+        kernel.warmup(*kinds, grid=grid, **constants, **triton.options(warps, stages))
 
     end, done = time.monotonic() + seconds, []
     with mock.patch.object(triton, "_launch", warm):
