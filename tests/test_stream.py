@@ -25,6 +25,7 @@ from convmixer.errors import ArgumentError, DataError, TrainingStopped
 from convmixer.evaluation import validate
 from convmixer.training import evaluate, get_recipe, train
 from convmixer.training.data import Fit, Share, hold_out, load_images, seed_all
+from convmixer.training.readers import has_split, open_split
 from convmixer.training.stream import Change, default_workers, open_stream
 
 pytestmark = pytest.mark.usefixtures("small_training")
@@ -513,3 +514,11 @@ def test_a_stream_whose_training_fails_ends(digits, tmp_path):
     """Its workers, made by fork, hold what their parent had open."""
     done = finish([sys.executable, "-W", "ignore", "-c", DIVERGES, digits, tmp_path / "run"], timeout=300)
     assert "became nan" in done.stdout, done.stderr
+
+
+def test_home(shards, monkeypatch):
+    monkeypatch.setenv("HOME", str(shards.parent))
+    source = f"wds/~/{shards.name}"
+    assert has_split(source, "test")
+    assert not has_split(source, "validation")
+    assert len(open_split(source, "train")) == len(open_split(f"wds/{shards}", "train")) > 0

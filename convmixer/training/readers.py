@@ -298,7 +298,7 @@ def has_split(
     source: str | Path, split: str, *, labels: str | Path | None = None, root: str | Path | None = None
 ) -> bool:
     """Whether a source has a split of its own, beside the training images."""
-    name = str(source)
+    name, root = str(source), root and os.path.expanduser(root)
     if name.startswith("torch/"):
         return split != "validation"
     if name.startswith("hfds/"):
@@ -421,10 +421,10 @@ def _open_hub(name: str, split: str, root: str | Path | None) -> Split:
 def _find_shards(name: str, split: str) -> str | None:
     """What the `_info.json` of a folder of shards calls a split; None if it has no such one."""
     webdataset = optional("webdataset", repr(name), "train")
-    problems = []
+    folder, problems = os.path.expanduser(name[len(SHARDS) :]), []
     for file in ("_info.json", "info.json"):  # as timm looks for them
         try:
-            with webdataset.gopen(os.path.join(name[len(SHARDS) :], file)) as stream:
+            with webdataset.gopen(os.path.join(folder, file)) as stream:
                 own = [key for key in json.load(stream)["splits"] if role(key) == split]
         except Exception as error:  # of webdataset, of the network, of JSON
             problems.append(f"{type(error).__name__}: {error}")
