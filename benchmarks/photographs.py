@@ -8,7 +8,6 @@ that the model finds in them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import platform
 import statistics
@@ -47,25 +46,25 @@ def synthetic(random: np.random.Generator) -> Image.Image:
 def compare(model: torch.nn.Module, data: str, megapixels: float, count: int | None) -> None:
     random = np.random.default_rng(0)
     right, same, change, images = {True: 0, False: 0}, 0, [], 0
-    with contextlib.closing(open_split(data, "test")) as split:
-        order = np.random.default_rng(1).permutation(len(split))[:count].tolist()
-        pictures: list[Image.Image] = []
+    split = open_split(data, "test")
+    order = np.random.default_rng(1).permutation(len(split))[:count].tolist()
+    pictures: list[Image.Image] = []
 
-        def keep(source: object) -> torch.Tensor:
-            pictures.append(convmixer.images.read_image(source))
-            return torch.empty(0)
+    def keep(source: object) -> torch.Tensor:
+        pictures.append(convmixer.images.read_image(source))
+        return torch.empty(0)
 
-        for number in order:
-            _, label = split.read(number, keep)
-            photograph = enlarge(pictures.pop(), round(megapixels * 1e6), random)
-            answers = {}
-            for draft in (True, False):
-                answers[draft] = convmixer.predict(model, photograph, topk=model.num_classes, draft=draft)
-                right[draft] += answers[draft][0][0] == split.classes[label]
-            same += answers[True][0][0] == answers[False][0][0]
-            exact = dict(answers[False])
-            change.append(max(abs(p - exact[name]) for name, p in answers[True]))
-            images += 1
+    for number in order:
+        _, label = split.read(number, keep)
+        photograph = enlarge(pictures.pop(), round(megapixels * 1e6), random)
+        answers = {}
+        for draft in (True, False):
+            answers[draft] = convmixer.predict(model, photograph, topk=model.num_classes, draft=draft)
+            right[draft] += answers[draft][0][0] == split.classes[label]
+        same += answers[True][0][0] == answers[False][0][0]
+        exact = dict(answers[False])
+        change.append(max(abs(p - exact[name]) for name, p in answers[True]))
+        images += 1
     print(f"{images} test images of {data}, enlarged to {megapixels:g} megapixels with noise:")
     print(f"  top-1 whole {100 * right[False] / images:.2f} %, reduced {100 * right[True] / images:.2f} %")
     print(f"  same class for {same} of {images}; largest change of a probability of an image: median")

@@ -1010,10 +1010,9 @@ def calibration_images(
     prepare = preparation(inner)
     opened = open_split(str(source), "train", labelled=False)
     report(f"calibration, {opened.taken}")
-    with contextlib.closing(opened):
-        if isinstance(opened, Split):  # spread over all classes, which may lie one after the other
-            step = max(len(opened) / CALIBRATION_IMAGES, 1)
-            samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))
-        else:
-            samples = opened.in_order(prepare)
-        return torch.stack([image for image, _ in itertools.islice(samples, CALIBRATION_IMAGES)])
+    if isinstance(opened, Split):  # spread over all classes, which may lie one after the other
+        step = max(len(opened) / CALIBRATION_IMAGES, 1)
+        samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))
+    else:
+        samples = opened.in_order(prepare)
+    return torch.stack([image for image, _ in itertools.islice(samples, CALIBRATION_IMAGES)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
@@ -133,19 +132,18 @@ def validate(
     opened = open_split(data, split, labels=labels, root=data_root, download=download)
     report(opened.taken)
     plain, mirrored, targets, seconds = [], [], [], 0.0
-    with contextlib.closing(opened):
-        names, index = _match(opened, names, count)
-        samples = opened.in_order(prepare)
-        for _ in progress(range(0, len(opened), batch_size)):
-            images = list(itertools.islice(samples, batch_size))
-            targets += [label for _, label in images]
-            batch = torch.stack([tensor for tensor, _ in images]).to(parameter.device, parameter.dtype)
-            begun = time.perf_counter()
-            plain.append(compute(batch))
-            seconds += time.perf_counter() - begun
-            if flip:
-                mirrored.append(compute(batch.flip(3)))
-        next(samples, None)  # shards say only at their end that they hold more than they should
+    names, index = _match(opened, names, count)
+    samples = opened.in_order(prepare)
+    for _ in progress(range(0, len(opened), batch_size)):
+        images = list(itertools.islice(samples, batch_size))
+        targets += [label for _, label in images]
+        batch = torch.stack([tensor for tensor, _ in images]).to(parameter.device, parameter.dtype)
+        begun = time.perf_counter()
+        plain.append(compute(batch))
+        seconds += time.perf_counter() - begun
+        if flip:
+            mirrored.append(compute(batch.flip(3)))
+    next(samples, None)  # shards say only at their end that they hold more than they should
     truth = index[targets]
     log_p = torch.cat(plain)
     return Evaluation(

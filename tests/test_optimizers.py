@@ -219,7 +219,7 @@ def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
     for epoch in range(recipe.epochs):
         trainer.epoch(epoch, loop._Place(), lambda: 0, loop._no_progress)
 
-    expected, average = _plain_loop(model, recipe, [(x, y) for x, y, _, _ in batches])
+    expected, average = _plain_loop(model, recipe, [(x, y) for x, y, _ in batches])
     assert len(found) == len(expected) == 300
     found, expected = (torch.tensor(losses).view(10, 30).mean(1) for losses in (found, expected))
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)

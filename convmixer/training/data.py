@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from convmixer.errors import ArgumentError, DataError
 from convmixer.images import enough, read_image
+from convmixer.training.layout import some
 from convmixer.training.readers import open_split
 from convmixer.training.recipes import Recipe
 
@@ -215,14 +216,13 @@ def load_images(
     pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
     targets = torch.empty(len(opened), dtype=torch.int64)
     errors: dict[int, str] = {}
-    with contextlib.closing(opened):
-        for i, sample in zip(progress(range(len(opened))), opened.each(fit), strict=True):
-            if not isinstance(sample, DataError):
-                pixels[i], targets[i] = sample
-            elif skip_unreadable:
-                errors[i] = str(sample)
-            else:
-                raise sample
+    for i, sample in zip(progress(range(len(opened))), opened.each(fit), strict=True):
+        if not isinstance(sample, DataError):
+            pixels[i], targets[i] = sample
+        elif skip_unreadable:
+            errors[i] = str(sample)
+        else:
+            raise sample
     if errors:
         shown = shorten(errors.values())
         report(f"{len(errors)} of {len(opened)} images are left out: {shown}")
@@ -235,8 +235,7 @@ def load_images(
 
 def shorten(errors: Iterable[str]) -> str:
     """The first five."""
-    lines = list(errors)
-    return "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
+    return some(list(errors), "; ")
 
 
 def _check_memory(name: str, count: int, size: tuple[int, int, int]) -> None:
@@ -279,14 +278,15 @@ def digest(labels: Tensor) -> str:
     return hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def _class_counts(images: Source) -> Tensor:
+def _class_counts(targets: Tensor, classes: int) -> Tensor:
     """How many images each class has, at least 1 (C,)."""
-    return images.targets().bincount(minlength=len(images.classes)).clamp(min=1)
+    return targets.bincount(minlength=classes).clamp(min=1)
 
 
 def balancing_odds(images: Source) -> Tensor:
     """For each image the inverse of the number of those of its class (N,)."""
-    return (1 / _class_counts(images).double())[images.targets()]
+    targets = images.targets()
+    return (1 / _class_counts(targets, len(images.classes)).double())[targets]
 
 
 def class_weights(recipe: Recipe, images: Source) -> Tensor | None:
@@ -298,7 +298,8 @@ def class_weights(recipe: Recipe, images: Source) -> Tensor | None:
         ArgumentError: Not one weight for each class.
     """
     if recipe.class_weights == "balanced":
-        return len(images) / (len(images.classes) * _class_counts(images).float())
+        classes = len(images.classes)
+        return len(images) / (classes * _class_counts(images.targets(), classes).float())
     if not recipe.class_weights:
         return None
     if len(recipe.class_weights) != len(images.classes):

@@ -13,7 +13,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -105,7 +105,7 @@ class _DiskFolder(Folder):
 
     def __init__(self, path: str, name: str, above: tuple[str, ...] = ()) -> None:
         super().__init__(name)
-        self.path, self.above = path, (*above, os.path.realpath(path))
+        self.path, self.above = path, (*above, path)
 
     @functools.cached_property
     def content(self) -> tuple[dict[str, Folder], dict[str, File]]:
@@ -117,7 +117,7 @@ class _DiskFolder(Folder):
                     continue
                 if not entry.is_dir():
                     files[entry.name] = File(entry.name, entry.path)
-                elif entry.is_symlink() and os.path.realpath(entry.path) in self.above:
+                elif entry.is_symlink() and os.path.realpath(entry.path) in map(os.path.realpath, self.above):
                     self.links += 1  # to a folder that holds this one
                 else:
                     folders[entry.name] = _DiskFolder(entry.path, f"{self.name}{entry.name}/", self.above)
@@ -314,8 +314,9 @@ def count_images(count: int) -> str:
     return f"{count:,} image{'' if count == 1 else 's'}"
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """The first five."""
+    return separator.join(names[:5]) + (f"{separator}..." if len(names) > 5 else "")
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ class Listing:
     images: list[File]
     labels: list[int]
     classes: tuple[str, ...]
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str]
 
 
 def list_classes(place: Folder) -> Listing:
@@ -348,10 +349,15 @@ def list_classes(place: Folder) -> Listing:
         found += [(file, _without_tar(name)) for file in _take_images(files, left_out)]
     left_out["image beside the class folders"] += len(_take_images(place.files.values(), left_out))
     left_out["link that leads nowhere"] += place.count_links()
-    found.sort(key=lambda pair: natural(pair[0].name))
-    classes = tuple(sorted({label for _, label in found}, key=natural))
+    return list_labelled(found, left_out)
+
+
+def list_labelled(found: Iterable[tuple[File, str]], left_out: Counter[str]) -> Listing:
+    """Images of which each has the name of its class."""
+    pairs = sorted(found, key=lambda pair: natural(pair[0].name))
+    classes = tuple(sorted({label for _, label in pairs}, key=natural))
     index = {name: i for i, name in enumerate(classes)}
-    return Listing([file for file, _ in found], [index[label] for _, label in found], classes, +left_out)
+    return Listing([file for file, _ in pairs], [index[label] for _, label in pairs], classes, +left_out)
 
 
 def list_folder(path: str | Path) -> Listing:

@@ -369,17 +369,13 @@ class _Trainer:
         torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
         return int(highest)
 
-    def _part(self, parts: Iterator[Part], epoch: int, step: int, i: int) -> tuple[Tensor, Tensor, Tensor, float]:
-        """The next part of a step, the i-th of this process.
-
-        Returns:
-            Inputs (B, C, S, S), targets (B,) or (B, classes), labels (B,), and by how much to smooth the targets.
-        """
-        inputs, targets, labels = next(parts)
+    def _part(self, parts: Iterator[Part], epoch: int, step: int, i: int) -> Part:
+        """The next part of a step, the i-th of this process."""
+        part = next(parts)
         # For dropout and stochastic depth.
         seed_all(self.recipe.seed, epoch, step, self.accelerator.process_index * self.recipe.accumulate + i)
         # Augmentation may leave other strides, which would be compiled anew.
-        return inputs.contiguous(), targets, labels, self.recipe.label_smoothing
+        return part._replace(inputs=part.inputs.contiguous())
 
     def step(self, parts: Iterator[Part], epoch: int, step: int) -> Tensor:
         """One step on the next of these parts; its losses and correct images are added to `sums`.
@@ -396,15 +392,16 @@ class _Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(epoch, step) * group.get("lr_scale", 1.0)
         for i in range(self.recipe.accumulate):
-            inputs, targets, labels, smoothing = self._part(parts, epoch, step, i)
-            self.compute(inputs, targets, labels, smoothing=smoothing, last=i == self.recipe.accumulate - 1)
-        return inputs
+            part = self._part(parts, epoch, step, i)
+            self.compute(*part, last=i == self.recipe.accumulate - 1)
+        return part.inputs
 
-    def _compute(self, inputs: Tensor, targets: Tensor, labels: Tensor, *, smoothing: float, last: bool) -> None:
+    def _compute(self, inputs: Tensor, targets: Tensor, labels: Tensor, *, last: bool) -> None:
         """Gradients of a part of a step, and after the last part the update."""
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.compiled):
             with self.accelerator.autocast():
                 logits: Tensor = self.compiled(inputs)
+                smoothing = self.recipe.label_smoothing
                 loss = F.cross_entropy(logits.float(), targets, self.class_weights, label_smoothing=smoothing)
             self.accelerator.backward(loss / self.recipe.accumulate)
         self.sums += torch.stack([loss.detach() / self.parts, (logits.detach().argmax(1) == labels).sum()])

@@ -21,9 +21,8 @@ from torch.optim import Optimizer
 
 from convmixer.errors import ArgumentError
 from convmixer.model import ConvMixer
-from convmixer.training.recipes import Recipe
+from convmixer.training.recipes import LOOKAHEAD, Recipe
 
-LOOKAHEAD = "lookahead_"  # in front of the name of any optimizer of timm
 MUON = {  # the rest is timm's default
     "momentum": 0.95,
     "nesterov": True,
@@ -89,7 +88,7 @@ def create_optimizer(recipe: Recipe, model: ConvMixer, where: torch.device) -> O
     Raises:
         ArgumentError: It needs a package, or a device, that is not here.
     """
-    name = recipe.opt.lower()
+    name = recipe.opt
     betas: dict[str, Any] = {"betas": recipe.betas} if recipe.betas else {}
     if name.removeprefix(LOOKAHEAD) == "muon":
         muon = _create_muon(recipe, model, where, betas)

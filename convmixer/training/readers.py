@@ -114,9 +114,6 @@ class Split(_Labelled):
             except DataError as error:
                 yield error
 
-    def close(self) -> None:
-        """Nothing stays open."""
-
 
 @dataclass(frozen=True)
 class FileSplit(Split):
@@ -249,9 +246,6 @@ class ShardSplit(_Labelled):
                 yield self.decode(sample, prepare)
             except DataError as error:
                 yield error
-
-    def close(self) -> None:
-        """Nothing stays open."""
 
 
 # ---- which split ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from convmixer.errors import ArgumentError, nearest
 
+LOOKAHEAD = "lookahead_"  # in front of the name of any optimizer of timm
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -150,7 +152,7 @@ class Recipe:
         )
         fine = fine and (isinstance(weights, str) or any(weights))
         self._check("class_weights", fine, '"balanced", or a number of at least 0 for each class, not all of them 0')
-        known = self.opt.removeprefix("lookahead_") in list_optimizers()
+        known = self.opt.removeprefix(LOOKAHEAD) in list_optimizers()
         self._check("opt", known, "an optimizer of timm.optim.list_optimizers()")
         count = _count_betas(self.opt)
         fine = isinstance(self.betas, tuple) and all(isinstance(b, int | float) and 0 <= b < 1 for b in self.betas)
@@ -240,7 +242,7 @@ class Recipe:
 
 def _count_betas(opt: str) -> int:
     """The number of betas of an optimizer of timm."""
-    info = get_optimizer_info(opt.lower().removeprefix("lookahead_"))
+    info = get_optimizer_info(opt.removeprefix(LOOKAHEAD))
     if not info.has_betas:
         return 0
     if isinstance(info.opt_class, str):  # of a package that may be missing

@@ -133,9 +133,6 @@ class _Workers:
         """Half of what the workers hold ready, so that they go on while the model learns from it."""
         return max(1, self.workers)
 
-    def close(self) -> None:
-        """Close what decoding in this process has opened."""
-
     def record(self) -> dict[str, Any]:
         return {"images": len(self), "classes": list(self.classes)}  # type: ignore[arg-type]
 
@@ -169,8 +166,6 @@ class _Workers:
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(f"a process that reads {self.name!r} ended: {error}. Give fewer workers") from error
-        finally:
-            self.close()
 
 
 @dataclass(frozen=True)
@@ -224,9 +219,6 @@ class Stream(_Workers):
     def record(self) -> dict[str, Any]:
         files = isinstance(self.split, FileSplit)  # other labels take long to read
         return super().record() | ({"labels": digest(self.targets())} if files else {})
-
-    def close(self) -> None:
-        self.split.close()
 
     def parts(self, share: Share) -> Iterator[Batch]:
         """Training images part after part; with `skip_unreadable` others take the place of unreadable ones."""

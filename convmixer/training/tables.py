@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import posixpath
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from convmixer.errors import DataError, brief, optional
 from convmixer.images import image_suffixes
-from convmixer.training.layout import File, Folder, Layout, Listing, list_images, natural, role, some
+from convmixer.training.layout import File, Folder, Layout, Listing, list_images, list_labelled, role, some
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -114,13 +114,9 @@ def list_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> tu
         file = files.get((found.path, found.start))
         if file is not None and labels.setdefault(file, row.label) != row.label:
             raise DataError(f"{table!r} gives {file.name} the labels {labels[file]!r} and {row.label!r}")
-    chosen = sorted(labels, key=lambda file: natural(file.name))
-    classes = tuple(sorted(set(labels.values()), key=natural))
-    index = {name: i for i, name in enumerate(classes)}
     listed = list_images(place)
-    left_out = Counter(listed.left_out)
-    left_out["image without a row in the table"] += len(listed.images) - len(chosen)
-    return place, Listing(chosen, [index[labels[file]] for file in chosen], classes, +left_out)
+    listed.left_out["image without a row in the table"] += len(listed.images) - len(labels)
+    return place, list_labelled(labels.items(), listed.left_out)
 
 
 def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
