@@ -248,7 +248,8 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, UnicodeError, SafetensorError) as error:
         raise ConvMixerError(
-            f"cannot write {str(folder)!r}: {error}. What it held before is whole: make room, or choose another folder"
+            f"cannot write {str(folder)!r}: {error.__cause__ or error}. What it held before is whole: make room, or "
+            "choose another folder"
         ) from error
 
 
@@ -319,7 +320,7 @@ def _labels(model: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:
     count = _num_classes(model)
     if given is None:
         return known_labels(model) if count and count == model.num_classes else None
-    if not all(isinstance(label, str) for label in given) or len(given) not in {count, max(count, 2)}:
+    if not all(isinstance(label, str) for label in given) or len(given) not in ((1, 2) if count == 1 else (count,)):
         raise ArgumentError(
             f"label_names has {len(given)} entries, the model {count} classes: give one string for each"
             + ("; with one output, names of both classes will do, too" if count == 1 else "")

@@ -452,6 +452,11 @@ class Other(nn.ReLU):
         (lambda m: convmixer.ConvMixer(8, 1), {}, "says nothing about its preprocessing"),
         (lambda m: make(dim=8, depth=1, act_layer=Other), {}, "the activation Other has no name"),
         (lambda m: m, {"label_names": ["a"]}, "label_names has 1 entries, the model 3 classes"),
+        (
+            lambda m: m.reset_classifier(0) or m,
+            {"label_names": ["a", "b"]},
+            "label_names has 2 entries, the model 0 classes",
+        ),
         (lambda m: m, {"label_names": "abc"}, "give lists of strings"),
         (lambda m: m, {"metrics": {"top-1": "good"}}, "metric 'top-1' is 'good': give a number"),
         (lambda m: m, {"metrics": [88.2]}, "give a mapping such as {'top-1': 88.2}"),

@@ -75,8 +75,9 @@ class Run:
             (self.folder / name).parent.mkdir(exist_ok=True)
             yield self.folder / name
         except (OSError, SafetensorError) as error:
+            reason = error.__cause__ or error  # a WriteError names the file, too
             raise ConvMixerError(
-                f"cannot write {str(self.folder / name)!r}: {error}. What was saved before is whole: "
+                f"cannot write {str(self.folder / name)!r}: {reason}. What was saved before is whole: "
                 "make room and go on with --resume"
             ) from error
 
