@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from convmixer import native, openvino_core
 from convmixer.compiled_code import settle
 from convmixer.cuda_graphs import Replayed
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, missing, optional
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, first_line, missing, optional
 from convmixer.folding import FoldedConvMixer, find_convmixer, fold
 from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache
 from convmixer.inference import preparation
@@ -237,7 +237,7 @@ def _join(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return list(parts[0]) if len(parts) == 1 else [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
 
-def _as_list(outputs: Any) -> list[Tensor]:
+def as_list(outputs: Any) -> list[Tensor]:
     return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
 
@@ -344,7 +344,7 @@ class Whole:
         """In a child by fork, nothing of this package's own is missing."""
 
     def _run(self, x: Tensor) -> list[Tensor]:
-        return _as_list(self.module(x))
+        return as_list(self.module(x))
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -393,7 +393,7 @@ class Compiled(Whole):
             try:
                 compiled: Any = _inductor.compile(program, [example])
             except Exception as error:  # of the compiler at hand
-                reason = next(iter(str(error).strip().splitlines()), "")
+                reason = first_line(error)
                 raise DependencyError(
                     f"TorchInductor cannot compile here ({type(error).__name__}: {reason}): choose another backend"
                 ) from error
@@ -403,7 +403,7 @@ class Compiled(Whole):
         if x.is_inference():
             with torch.inference_mode(False):
                 x = x.clone()  # graphs are for ordinary tensors
-        return _as_list(self._graph(tuple(x.shape), x.stride(), x.dtype, x.device)(x))
+        return as_list(self._graph(tuple(x.shape), x.stride(), x.dtype, x.device)(x))
 
 
 class Triton(Whole):
@@ -635,7 +635,7 @@ class OptimizedConvMixer(nn.Module):
                 f"images of {x.dtype} on {x.device}: this model takes floating point images on {own.device}"
             )
         inputs = x.to(own.dtype)
-        outputs = self.runtime(inputs) if len(x) else _as_list(self.folded(inputs))
+        outputs = self.runtime(inputs) if len(x) else as_list(self.folded(inputs))
         outputs = [output.to(x.dtype) for output in outputs]
         return outputs if self._several else outputs[0]
 
@@ -726,10 +726,6 @@ def optimize(
     if (kind == torch.int8) != (calibration is not None):
         what = "dtype=torch.int8 needs images" if calibration is None else "calibration is for dtype=torch.int8 alone"
         raise ArgumentError(f"{what}: give both, calibration being training images or a folder of them")
-    if backend == "eager":
-        if chunk is not None or threads is not None or example is not None:
-            raise ArgumentError("chunk, threads and example need a backend other than 'eager', such as 'auto'")
-        return fold(model, normalization, kind)
     if not (isinstance(graphs, bool) or graphs == "auto"):
         raise ArgumentError(f"graphs={graphs!r}; valid: True, False, 'auto'")
     if graphs is True and (weight.device.type != "cuda" or backend == "eager"):
@@ -737,6 +733,10 @@ def optimize(
             f"graphs=True is for CUDA devices and backends other than 'eager', not for {backend!r} on {weight.device}: "
             "leave it out"
         )
+    if backend == "eager":
+        if chunk is not None or threads is not None or example is not None:
+            raise ArgumentError("chunk, threads and example need a backend other than 'eager', such as 'auto'")
+        return fold(model, normalization, kind)
     if backend == "native" and chunk is not None:
         raise ArgumentError(f"chunk={chunk}: native computes single images; leave it out")
     maker = _Maker(model, normalization, kind, threads or torch.get_num_threads(), calibration, graphs)
@@ -803,7 +803,7 @@ class _Maker:
         dtype: torch.dtype,
         threads: int,
         calibration: Tensor | str | Path | None,
-        graphs: bool | Literal["auto"] = False,
+        graphs: bool | Literal["auto"],
     ) -> None:
         self.graphs = graphs
         self.model, self.normalization, self.dtype, self.threads = model, normalization, dtype, threads
@@ -911,9 +911,7 @@ class _Maker:
                 runtime = Replayed(runtime, _Small(inner.num_features, inner.patch_size, most))
         layout = "channels_last" if backend == "triton" else "own"
         if backend in ("eager", "compile"):
-            layout = (
-                "channels_last" if prefers_channels_last(self.device, self.dtype, self.kernel_size) else "contiguous"
-            )
+            layout = "channels_last" if find_inner(folded).channels_last else "contiguous"
         kind = f"int8 and {_name(self.rest)}" if self.dtype == torch.int8 else _name(self.dtype)
         fitting = f"pieces that fill {l2_cache() // 1024:,} KiB of cache" if on_cpu else "whole batches"
         times = torch.get_num_threads() if on_cpu and backend in ("eager", "compile") else 1  # of `_Together`
@@ -982,7 +980,7 @@ def quantize(model: Any, images: Tensor) -> Any:
 def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, images: Tensor) -> None:
     """Raise a ConvMixerError where eight bits do not hold what the model computes of calibration images."""
     with computing():
-        pairs = list(zip(runtime(images), _as_list(folded(images)), strict=True))
+        pairs = list(zip(runtime(images), as_list(folded(images)), strict=True))
     for output, expected in pairs:
         lost = float((output.float() - expected).norm() / expected.norm())
         if not lost <= MOST_LOST:

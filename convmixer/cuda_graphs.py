@@ -169,20 +169,13 @@ class Replayed:
         make: Callable[[torch.device], Graphs] | None = None,
     ) -> None:
         self.run, self.worth, self.make = run, worth, make
-        self._start()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.run, self.worth, self.make)
-
-    def _start(self) -> None:
         self._lock, self._graphs = threading.Lock(), dict[torch.device, Graphs]()
         self._captured: OrderedDict[Hashable, tuple[Captured, list[Tensor]] | None] = OrderedDict()
         self._used: dict[torch.device, Any] = {}  # an event after the last use of the graphs of a device
         self._failed = False
 
-    def after_fork(self) -> None:
-        """A child by fork has no graphs, and its lock may be held by a thread that it does not have."""
-        self._start()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.run, self.worth, self.make)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph of the caller's

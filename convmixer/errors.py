@@ -78,6 +78,11 @@ def missing(what: str, modules: Sequence[str], extra: str) -> str:
     return f"{what} needs {' and '.join(modules)}, which is missing: pip install 'convmixer[{extra}]'"
 
 
+def first_line(error: BaseException) -> str:
+    """Of what a library says; "" where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def optional(module: str, what: str, extra: str) -> Any:
     """A module of an optional library, imported; a DependencyError says what needs it and which extra brings it."""
     try:

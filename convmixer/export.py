@@ -26,8 +26,9 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer import folding, openvino_core
+from convmixer.backends import as_list
 from convmixer.checkpoints import check_writable, read_tensors, save_weights, write_atomically
-from convmixer.errors import ArgumentError, ConvMixerError, ExportError, nearest, optional
+from convmixer.errors import ArgumentError, ConvMixerError, ExportError, first_line, nearest, optional
 from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype
@@ -76,12 +77,8 @@ class _Float32(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        outputs = tuple(output.float() for output in _outputs(self.model(images.to(self.dtype))))
+        outputs = tuple(output.float() for output in as_list(self.model(images.to(self.dtype))))
         return outputs if len(outputs) > 1 else outputs[0]
-
-
-def _outputs(result: Any) -> list[Tensor]:
-    return list(result) if isinstance(result, list | tuple) else [result]
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ def _openvino(job: _Job, path: Path) -> Run:
 def _torch_export(job: _Job, path: Path) -> Run:
     torch.export.save(job.program(job.dtype), path, extra_files={"metadata.json": json.dumps(job.metadata)})
     program = torch.export.load(path).module()
-    return lambda images: _outputs(program(images))
+    return lambda images: as_list(program(images))
 
 
 def _safetensors(job: _Job, path: Path) -> Run:
@@ -162,7 +159,7 @@ def _safetensors(job: _Job, path: Path) -> Run:
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # nothing may be left of the model itself
     find_inner(model).load_state_dict(read_tensors(path))
-    return lambda images: _outputs(model(images))
+    return lambda images: as_list(model(images))
 
 
 def _executorch(job: _Job, path: Path) -> Run:
@@ -344,7 +341,7 @@ def export_model(
         except ConvMixerError:
             raise
         except Exception as error:  # each exporter and runtime has its own
-            reason = next(iter(str(error).strip().splitlines()), "")
+            reason = first_line(error)
             raise ExportError(f"the export to {format} failed: {type(error).__name__}: {reason}") from error
         if run is not None and not difference <= TOLERANCE[kind]:
             raise ExportError(
@@ -451,7 +448,7 @@ def _difference(run: Run, model: Any, size: Sequence[int], normalization: bool, 
             mean, std = (images.new_tensor(config[name])[:, None, None] for name in ("mean", "std"))
             normalized = (images - mean) / std
         answers = run(images if normalization else normalized)
-        for found, expected in zip(answers, _outputs(model(normalized)), strict=True):
+        for found, expected in zip(answers, as_list(model(normalized)), strict=True):
             if found.shape != expected.shape:
                 shapes = f"{tuple(found.shape)} where the model returns {tuple(expected.shape)}"
                 raise ExportError(f"the file returns {shapes}")

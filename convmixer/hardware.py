@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import re
 from pathlib import Path
@@ -43,6 +44,7 @@ def has_int8_tiles() -> bool:
     return {"amx_int8", "avx512vbmi"} <= set(cpu_field("flags").split())
 
 
+@functools.lru_cache
 def l2_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """Bytes of a core's second-level cache, as Linux tells it; elsewhere 1 MiB, which is common."""
     try:

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from convmixer import ops
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError, WeightsError, nearest
 from convmixer.ops import dispatch, fused
+from convmixer.wrappers import describe
 
 _LOGGER = logging.getLogger(__name__)
 GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
@@ -214,10 +215,9 @@ def _mirror(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     twin.__dict__.pop("_compiled_call_impl", None)
     replaced = "forward" in vars(twin) and getattr(twin.forward, "__self__", None) is not twin
     if isinstance(module, torch.jit.ScriptModule) or replaced:
-        kind = type(module)
         raise ArgumentError(
-            f"a {kind.__module__}.{kind.__qualname__} whose computation cannot be put in evaluation mode for this call "
-            "alone: call eval() on the model first"
+            f"{describe(module)} whose computation cannot be put in evaluation mode for this call alone: call eval() "
+            "on the model first"
         )
     twin._modules = {name: None if child is None else _mirror(child, made) for name, child in module._modules.items()}
     return twin

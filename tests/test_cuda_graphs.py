@@ -333,6 +333,7 @@ def test_a_first_call_that_compiles_waits_for_no_other_thread():
     [
         ({"graphs": True, "backend": "compile"}, "graphs=True is for CUDA devices .*, not for 'compile' on cpu"),
         ({"graphs": "yes", "backend": "compile"}, "graphs='yes'; valid: True, False, 'auto'"),
+        ({"graphs": True}, "graphs=True is for CUDA devices and backends other than 'eager', not for 'eager' on cpu"),
     ],
 )
 def test_graphs_that_were_asked_for_and_cannot_be(arguments, text):
