@@ -11,6 +11,7 @@ runs in the native backend, which needs a CPU with AMX for int8.
 import argparse
 import json
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 
 import convmixer
 from convmixer.benchmark import device_name
-from convmixer.evaluation import calibration_error
+from convmixer.evaluation import _scores
 from convmixer.plots import class_probabilities
 from convmixer.training.data import load_images
 from convmixer.training.readers import FileSplit, open_split
@@ -64,14 +65,7 @@ def file_names(data: Path) -> list[str]:
 
 def scores(share: Tensor, labels: Tensor) -> dict[str, float]:
     """As `validate` gives them, of class probabilities (N, C) and labels (N,)."""
-    right = share.topk(5).indices == labels[:, None]
-    found = {
-        "top1": 100 * right[:, 0].double().mean().item(),
-        "top5": 100 * right.any(1).double().mean().item(),
-        "loss": -share.gather(1, labels[:, None]).double().log().mean().item(),
-        "calibration_error": 100 * calibration_error(share.amax(1), right[:, 0]),
-    }
-    return {name: round(value, 4) for name, value in found.items()}
+    return {name: round(value, 4) for name, value in asdict(_scores(share.double().log(), labels)).items()}
 
 
 def evaluate(name: str, data: Path) -> dict[str, object]:

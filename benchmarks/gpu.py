@@ -166,11 +166,9 @@ def infer(
     return {"images_per_second": batch / time_of_one, "batch": batch, "peak_mib": peak()}
 
 
-def train(
-    name: str, model: nn.Module, run: Callable[[Tensor], Tensor], layout: torch.memory_format, batch: int | None = None
-) -> dict[str, Any]:
+def train(name: str, model: nn.Module, run: Callable[[Tensor], Tensor], layout: torch.memory_format) -> dict[str, Any]:
     """A training step, launched one kernel after the other and as a graph; peak memory is the former's."""
-    batch = batch or MODELS[name].batch
+    batch = MODELS[name].batch
     x = images(name, batch, layout, torch.float32)
     labels = torch.zeros(batch, dtype=torch.long, device=DEVICE)
     fast: dict[str, Any] = {} if DRY else {"fused": True, "capturable": True}
@@ -193,7 +191,7 @@ def train(
 
 
 def largest(name: str, make: Callable[[], nn.Module]) -> int:
-    """The largest power of two of images in a training step that the memory holds."""
+    """The largest power of two of images whose forward and backward pass the memory holds, without an optimizer."""
     batch = 0
     for power in range(2 if DRY else 16):
         try:
@@ -225,32 +223,23 @@ def model_jobs(name: str) -> Iterator[Job]:
     def ours(section: str, what: str, measure: Callable[[], Any], compiles: bool = True) -> Job:
         return Job(f"{section} of {name}", what, compiles, measure)
 
-    def layers(compile: bool) -> Any:
-        model = build(name, True)
-        return train(name, model, compiled(model) if compile else model, last)
-
-    def fused_step(compile: bool) -> Any:
-        model = fused(name)
-        return train(name, model, compiled(model) if compile else model, last)
-
-    def timm_step(layout: torch.memory_format, compile: bool, moves: bool = True) -> Any:
-        model = build(name, False, layout)
+    def step(model: nn.Module, compile: bool, layout: torch.memory_format = last, moves: bool = True) -> Any:
         return train(name, model, compiled(model, moves) if compile else model, layout)
 
-    def accelerated() -> Any:
-        model = convmixer.accelerate(build(name, False))
-        return train(name, model, compiled(model), last)
+    def accelerated() -> nn.Module:
+        return convmixer.accelerate(build(name, False))
 
-    yield ours("training", "ours, fused", lambda: fused_step(False))
-    yield ours("training", "ours, fused, compiled", lambda: fused_step(True))
-    yield ours("training", "ours, layers, compiled", lambda: layers(True))
-    yield ours("training", "ours, layers", lambda: layers(False))
-    yield ours("training", "timm's class after accelerate, compiled", accelerated)
-    best = torch.contiguous_format if MODELS[name].kernel_size == 9 else last
-    yield ours("training", "timm compiled, default", lambda: timm_step(torch.contiguous_format, True))
-    yield ours("training", "timm compiled, layout kept", lambda: timm_step(best, True, False))
+    yield ours("training", "ours, fused", lambda: step(fused(name), False))
+    yield ours("training", "ours, fused, compiled", lambda: step(fused(name), True))
+    yield ours("training", "ours, layers, compiled", lambda: step(build(name, True), True))
+    yield ours("training", "ours, layers", lambda: step(build(name, True), False))
+    yield ours("training", "timm's class after accelerate, compiled", lambda: step(accelerated(), True))
+    plain = torch.contiguous_format
+    best = plain if MODELS[name].kernel_size == 9 else last
+    yield ours("training", "timm compiled, default", lambda: step(build(name, False, plain), True, plain))
+    yield ours("training", "timm compiled, layout kept", lambda: step(build(name, False, best), True, best, False))
     for what, layout in LAYOUTS.items():
-        yield ours("training", f"timm {what}", functools.partial(timm_step, layout, False), False)
+        yield ours("training", f"timm {what}", lambda o=layout: step(build(name, False, o), False, o), False)
     for backend in ("triton", "eager") if DRY else ("triton", "compile", "eager"):
         yield ours("inference", f"ours, {backend}", lambda b=backend: infer(name, lambda: optimized(name, b), last))
     yield ours(

@@ -128,23 +128,21 @@ def main() -> None:
             model.set_fused()
         return Way(model, layout, compile, arguments.precision, **options)
 
+    kinds: dict[str, dict[str, bool]] = {
+        "convmixer eager": {"compile": False},
+        "convmixer compiled": {"compile": True},
+        "convmixer fused": {"compile": False, "fused": True},
+        "convmixer fused, compiled": {"compile": True, "fused": True},
+    }
     ways = {
         "timm eager NCHW": way(False, PLAIN, False),
         "timm eager channels_last": way(False, LAST, False),
         "timm compiled NCHW": way(False, PLAIN, True),
         "timm compiled channels_last": way(False, LAST, True),
-        "convmixer eager": way(True, LAST, False),
-        "convmixer compiled": way(True, LAST, True),
-        "convmixer fused": way(True, LAST, False, fused=True),
-        "convmixer fused, compiled": way(True, LAST, True, fused=True),
+        **{name: way(True, LAST, **options) for name, options in kinds.items()},
     }
     if arguments.device.type == "cuda" or arguments.dry_run:
-        for name, options in {
-            "convmixer eager": {"compile": False},
-            "convmixer compiled": {"compile": True},
-            "convmixer fused": {"compile": False, "fused": True},
-            "convmixer fused, compiled": {"compile": True, "fused": True},
-        }.items():
+        for name, options in kinds.items():
             for opt in ("adamw", "muon"):
                 ways[f"{name}, {opt}, graph"] = way(True, LAST, graph=True, opt=opt, **options)
     seconds: dict[str, list[float]] = {name: [] for name in ways}

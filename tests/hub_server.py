@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
 from processes import finish
@@ -273,23 +274,29 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
+def serving(handler: Any) -> Iterator[ThreadingHTTPServer]:
+    """A server of such requests on this machine while the block lasts."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+
+
+@contextmanager
 def serve() -> Iterator[Hub]:
     """A server on this machine while the block lasts."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.handle_error = lambda *_: None  # type: ignore[method-assign] - clients hang up
-    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-    hub.content = f"http://localhost:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield hub
-    finally:
-        hub.released.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(handler) as server:
+        server.handle_error = lambda *_: None  # type: ignore[method-assign] - clients hang up
+        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+        hub.content = f"http://localhost:{server.server_port}"
+        try:
+            yield hub
+        finally:
+            hub.released.set()
 
 
 def run_client(code: str, home: Path, endpoint: str, **environment: str) -> list[str]:

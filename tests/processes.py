@@ -3,8 +3,10 @@
 import contextlib
 import os
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -17,14 +19,30 @@ def started(command: Sequence[object], *, env: Mapping[str, str] = os.environ, *
     mark = uuid.uuid4().hex
     words = [str(word) for word in command]
     with subprocess.Popen(words, env={**env, _MARK: mark}, text=True, **options) as process:
+        process.mark = mark
         try:
             yield process
         finally:
-            # Launchers give each of their processes a session of its own, so that the group would not hold them.
-            for one in psutil.process_iter(["environ"]):
-                if (one.info["environ"] or {}).get(_MARK) == mark:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        one.kill()
+            for one in alive(process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+
+
+def alive(process: subprocess.Popen) -> Iterator[psutil.Process]:
+    """A program of `started` and all that it has started, as far as they have not ended."""
+    # Launchers give each of their processes a session of its own, so that the group would not hold them.
+    for one in psutil.process_iter(["environ", "cmdline", "status"]):
+        if (one.info["environ"] or {}).get(_MARK) == process.mark and one.info["status"] != psutil.STATUS_ZOMBIE:
+            yield one
+
+
+def wait_for(process: subprocess.Popen, file: Path, rows: int = -1, seconds: float = 240) -> None:
+    """Until a running program has written a file of more than so many lines."""
+    deadline = time.monotonic() + seconds
+    while not file.exists() or len(file.read_text().splitlines()) <= rows:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def finish(command: Sequence[object], *, timeout: float = 300, **options) -> subprocess.CompletedProcess:

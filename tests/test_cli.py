@@ -9,13 +9,13 @@ import re
 import runpy
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command import run
+from hub_server import serving
 from PIL import Image
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
@@ -243,15 +243,11 @@ def test_predict_an_address(cat):
             pass
 
     make = functools.partial(Handler, directory=str(cat.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}/{cat.name}"
-            by_url, by_path, missing = records(
-                "predict", url, cat, url.replace("cat", "mouse"), "--json", "--device", "cpu", status=1
-            )
-        finally:
-            server.shutdown()
+    with serving(make) as server:
+        url = f"http://127.0.0.1:{server.server_port}/{cat.name}"
+        by_url, by_path, missing = records(
+            "predict", url, cat, url.replace("cat", "mouse"), "--json", "--device", "cpu", status=1
+        )
     assert by_url == {"image": url, "predictions": by_path["predictions"]}
     assert missing["error"].endswith("mouse.png: the server answers 404 File not found")
 

@@ -103,14 +103,6 @@ def test_compiled():
         assert torch.equal(twin(x), expected)
 
 
-@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="Triton's interpreter is chosen when Python starts")
-@torch.no_grad()
-def test_triton():
-    fast, x = convmixer.optimize(make(depth=1), backend="triton"), torch.randn(1, 3, 8, 8)
-    for twin in (copy.deepcopy(fast), pickled(fast)):
-        assert torch.equal(twin(x), fast(x))
-
-
 @torch.no_grad()
 def test_feature_extractors():
     x = torch.randn(2, 3, 8, 8)

@@ -91,15 +91,13 @@ def _images() -> Images:
     return Images(pixels, pixels.float().mean((1, 2, 3)).mul(0.7).long() % 3, ("a", "b", "c"))
 
 
-def _trainer(tmp_path, graphs=None, device="cpu", precision="float32", images=None, **fields):
+def _trainer(tmp_path, graphs=None, device="cpu", precision="float32", **fields):
     options = {name: fields.pop(name, False) for name in ("compile", "fused")}
     recipe = get_recipe("cifar10", **{**SMALL, **fields})
     where = torch.device(device)
     accelerator = loop._accelerator(where, (), tmp_path, loop.PRECISIONS[precision])
     torch.manual_seed(7)
-    trainer = loop._Trainer(
-        recipe, images or _images(), where, accelerator, graphs=graphs, not_captured=_never, **options
-    )
+    trainer = loop._Trainer(recipe, _images(), where, accelerator, graphs=graphs, not_captured=_never, **options)
     assert trainer.steps == STEPS
     return trainer
 
@@ -226,9 +224,8 @@ def test_why_a_step_is_not_a_graph(fields, precision, processes, text):
     assert loop._no_graph(recipe, torch.device("cuda"), precision, processes) == text
 
 
-def test_a_step_that_cannot_be_captured_still_runs(tmp_path, monkeypatch):
-    expected = _train(_trainer(tmp_path, ema_decay=0.9))
-    trainer = _trainer(tmp_path, Tapes(), ema_decay=0.9)
+def _read_in_each_step(trainer, monkeypatch) -> list[str]:
+    """Let the host read a number, so that no step can be captured; what is told of it."""
     told: list[str] = []
     trainer.not_captured = lambda error: told.append(str(error))
     update = trainer._update
@@ -238,6 +235,13 @@ def test_a_step_that_cannot_be_captured_still_runs(tmp_path, monkeypatch):
         update()
 
     monkeypatch.setattr(trainer, "_update", reads)
+    return told
+
+
+def test_a_step_that_cannot_be_captured_still_runs(tmp_path, monkeypatch):
+    expected = _train(_trainer(tmp_path, ema_decay=0.9))
+    trainer = _trainer(tmp_path, Tapes(), ema_decay=0.9)
+    told = _read_in_each_step(trainer, monkeypatch)
     _assert_equal(_train(trainer), expected)
     assert told == ["the host reads a number during a capture"]
 
@@ -246,13 +250,8 @@ def test_a_step_that_cannot_be_captured_still_runs(tmp_path, monkeypatch):
 
 
 def _replayed(run, worth=lambda x: True):
-    tapes = []
-
-    def make(device):
-        tapes.append(Tapes())
-        return tapes[0]
-
-    return Replayed(run, worth, make), lambda: len(tapes[0].tapes) if tapes else 0
+    tapes = Tapes()
+    return Replayed(run, worth, lambda _: tapes), lambda: len(tapes.tapes)
 
 
 def _pooled(x):
@@ -406,15 +405,7 @@ def test_a_cuda_step_that_cannot_be_captured_still_runs(tmp_path, monkeypatch):
     fields = {"ema_decay": 0.9, "drop_rate": 0.2, "device": "cuda"}
     expected = _train(_trainer(tmp_path, **fields))
     trainer = _trainer(tmp_path, CudaGraphs(torch.device("cuda")), **fields)
-    told: list[str] = []
-    trainer.not_captured = lambda error: told.append(str(error))
-    update = trainer._update
-
-    def reads() -> None:
-        trainer.sums[0].item()
-        update()
-
-    monkeypatch.setattr(trainer, "_update", reads)
+    told = _read_in_each_step(trainer, monkeypatch)
     found = _train(trainer)
     assert len(told) == 1
     torch.testing.assert_close(found["losses"], expected["losses"], atol=0.05, rtol=0.02)

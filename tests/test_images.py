@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from hub_server import serving
 from PIL import Image, features
 
 from convmixer import images
@@ -517,14 +518,12 @@ def server(photo):
     buffer = io.BytesIO()
     Image.fromarray(photo[:64, :96]).save(buffer, "PNG")
     handler = type("Handler", (_Handler,), {"content": buffer.getvalue()})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
-        serving.stop = threading.Event()
-        threading.Thread(target=serving.serve_forever, args=(0.01,)).start()
+    with serving(handler) as listening:
+        listening.stop = threading.Event()
         try:
-            yield f"http://127.0.0.1:{serving.server_port}"
+            yield f"http://127.0.0.1:{listening.server_port}"
         finally:
-            serving.stop.set()
-            serving.shutdown()
+            listening.stop.set()
 
 
 @pytest.mark.parametrize("path", ["photo.png", "moved", "a photo of a c\u00e4t.png?size=1&x=%20"])

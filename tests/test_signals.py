@@ -7,16 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from processes import started
+from processes import alive, started, wait_for
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
 TORCH = tuple(map(int, version("torch").split(".")[:2]))
-EXAMPLES = Path(__file__).parent.parent / "examples" / "images"
 
 TRAIN = """
 import sys, convmixer
@@ -39,12 +37,12 @@ except TrainingStopped as stop:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
+def pictures(cat, tmp_path) -> Path:
     for name in ("a", "b"):
         folder = tmp_path / "pictures" / "train" / name
         folder.mkdir(parents=True)
         for i in range(4):
-            shutil.copy(EXAMPLES / "cat.png", folder / f"{i}.png")
+            shutil.copy(cat, folder / f"{i}.png")
     return tmp_path / "pictures"
 
 
@@ -57,23 +55,6 @@ def endless(tmp_path) -> Path:
     return script
 
 
-def _wait_for(process: subprocess.Popen, file: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not file.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def _left(mark: str) -> list[str]:
-    psutil = pytest.importorskip("psutil")
-    found = []
-    for process in psutil.process_iter(["environ", "cmdline", "status"]):
-        if (process.info["environ"] or {}).get("STOPPED") == mark and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(" ".join(process.info["cmdline"]))
-    return found
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
     ("number", "group"),
@@ -84,14 +65,14 @@ def _left(mark: str) -> list[str]:
     ],
 )
 def test_stopped_while_compiling(tmp_path, pictures, endless, number, group):
-    command, mark = [sys.executable, "-c", TRAIN, pictures, tmp_path / "run"], uuid.uuid4().hex
-    env = os.environ | {"STOPPED": mark, "CXX": str(endless), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cold")}
+    command = [sys.executable, "-c", TRAIN, pictures, tmp_path / "run"]
+    env = os.environ | {"CXX": str(endless), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cold")}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
     with started([*command, 1], **options) as process:  # an epoch without the compiler
         assert process.wait(240) == 0, process.communicate()[0]
     state = hashlib.sha256((tmp_path / "run" / "last.pt").read_bytes()).hexdigest()
     with started([*command, 2], **options) as process:
-        _wait_for(process, Path(f"{endless}.called"))
+        wait_for(process, Path(f"{endless}.called"))
         begun = time.monotonic()
         os.killpg(process.pid, number) if group else process.send_signal(number)
         output = process.communicate(timeout=240)[0]
@@ -100,7 +81,7 @@ def test_stopped_while_compiling(tmp_path, pictures, endless, number, group):
         assert "stopped while compiling; what was saved before is kept: go on with --resume" in output
         if number == signal.SIGTERM or TORCH >= (2, 8):  # a helper of 2.7 prints that it was interrupted
             assert "Traceback" not in output
-        assert _left(mark) == []
+        assert [" ".join(one.info["cmdline"]) for one in alive(process)] == []
     assert hashlib.sha256((tmp_path / "run" / "last.pt").read_bytes()).hexdigest() == state
 
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from conftest import write_digits
 from PIL import Image
-from processes import finish, started
+from processes import finish, started, wait_for
 from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.datasets import CIFAR10
@@ -720,14 +720,6 @@ def _command(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...
     return [sys.executable, *launcher, "-m", "convmixer", *COMMAND, "--data", digits, "--output", folder, *options]
 
 
-def _wait_for(process: subprocess.Popen, file: Path, rows: int) -> None:
-    deadline = time.monotonic() + 120
-    while not file.exists() or len(file.read_text().splitlines()) <= rows:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_no_process_of_a_program_outlives_its_test(tmp_path):
     """Nor one that has left its group, as those of a launcher do."""
     code = "import subprocess, sys; child = subprocess.Popen(['sleep', '99'], start_new_session=True)\n"
@@ -762,7 +754,7 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
         (folder / "metrics.csv").unlink(missing_ok=True)  # it may be an epoch ahead of last.pt
         command = _command(digits, folder, "--set", "epochs=8", *resume)
         with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            _wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2))
+            wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2), seconds=120)
             time.sleep(random.random() / 5)
             process.send_signal(number)
             output = process.communicate(timeout=60)[0]
@@ -914,7 +906,7 @@ def test_compile_looks_for_its_compiler_before_data_are_read(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(native.inductor_lacks(torch.device("cpu")) is not None, reason="no C++ compiler")
 def test_compiled_training_is_the_same(digits, tmp_path):
     losses = []
     for compile in (False, True):

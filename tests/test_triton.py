@@ -3,9 +3,11 @@
 Tests marked `gpu` run on a GPU, and without one in a process of their own in Triton's interpreter, on small shapes.
 """
 
+import copy
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import defaultdict
@@ -13,7 +15,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, vary_norms
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
@@ -483,6 +485,19 @@ def test_optimize(kernels, monkeypatch, act):
     assert fast.choice.backend == "triton"
     close(fast(images), expected.detach(), factor=20)
     close(fast(images.to(torch.float16)), expected.detach(), torch.float16, factor=2)
+
+
+@gpu
+@torch.no_grad()
+def test_copies_of_an_optimized_model(monkeypatch):
+    from convmixer import ConvMixer, optimize
+
+    choose(monkeypatch, "depthwise", DIRECT[0])
+    model = ConvMixer(12, 1, 3, 2, num_classes=5).to(DEVICE).eval()
+    vary_norms(model)
+    fast, x = optimize(model, backend="triton"), values(1, 3, 8, 8)
+    for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert torch.equal(twin(x), fast(x))
 
 
 def test_optimize_refuses_what_it_cannot_run(monkeypatch):
