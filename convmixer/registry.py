@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from convmixer.errors import UnknownModelError, nearest
 
@@ -151,6 +152,14 @@ def _imagenet(name: str, top1: float, real: float, v2: float, recipe: str) -> tu
     )
 
 
+_CIFAR10_IMAGES: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "crop_pct": 1.0,
+    "crop_mode": "squash",
+    "mean": CIFAR10_MEAN,
+    "std": CIFAR10_STD,
+}
 _CARD = "one NVIDIA H200"
 
 
@@ -254,12 +263,7 @@ VARIANTS: tuple[Variant, ...] = (
         depth=8,
         kernel_size=5,
         patch_size=2,
-        num_classes=10,
-        input_size=(3, 32, 32),
-        crop_pct=1.0,
-        crop_mode="squash",
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
+        **_CIFAR10_IMAGES,
         weights=_cifar10(
             "convmixer_256_8",
             recipe=_MIXED.format(150),
@@ -276,12 +280,7 @@ VARIANTS: tuple[Variant, ...] = (
         depth=8,
         kernel_size=9,
         patch_size=1,
-        num_classes=10,
-        input_size=(3, 32, 32),
-        crop_pct=1.0,
-        crop_mode="squash",
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
+        **_CIFAR10_IMAGES,
         note="The paper reports 96.03 % CIFAR-10 top-1 after 200 epochs.",
         weights=_cifar10(
             "convmixer_256_8_ks9_p1",
@@ -299,12 +298,7 @@ VARIANTS: tuple[Variant, ...] = (
         depth=8,
         kernel_size=7,
         patch_size=2,
-        num_classes=10,
-        input_size=(3, 32, 32),
-        crop_pct=1.0,
-        crop_mode="squash",
-        mean=CIFAR10_MEAN,
-        std=CIFAR10_STD,
+        **_CIFAR10_IMAGES,
         note="From a post that trains it with Flux in Julia.",
         weights=_cifar10(
             "convmixer_128_8_ks7_p2",
