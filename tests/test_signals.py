@@ -60,7 +60,7 @@ def endless(tmp_path) -> Path:
     ("number", "group"),
     [
         pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow, id="SIGTERM to the group"),
-        pytest.param(signal.SIGINT, True, id="Ctrl-C"),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow, id="Ctrl-C"),
         pytest.param(signal.SIGTERM, False, id="SIGTERM"),
     ],
 )

@@ -483,6 +483,7 @@ def test_mixed_precision_on_a_gpu(digits, tmp_path, precision):
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accelerate_launch(digits, tmp_path):
     """Two processes on a CPU, which read a stream with a worker each."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

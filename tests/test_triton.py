@@ -41,6 +41,7 @@ def interpreted():
     return "TRITON_INTERPRET" in os.environ
 
 
+@pytest.mark.slow
 def test_in_the_interpreter():
     """All tests below that are for a GPU."""
     if torch.cuda.is_available():
