@@ -1,0 +1,726 @@
+// Forward and backward pass of a whole ConvMixer, from the images to the last block's output, in one call each.
+//
+// With l counting layers (the stem, then depthwise and pointwise of each block) and a BatchNorm's output written as
+// scale * act(u) + shift, a block is  c = depthwise(x) + bias,  z = x + scale * act(c) + shift,  u = W z + bias.
+// Kept for the backward pass are u and c of each block; x and z are computed anew. A phase is one pass over its maps, and
+// what it leaves for BatchNorm are sums per channel. Threads share the tasks of a phase in equal runs, and meet at its end:
+//
+//   phase      task            reads               writes     computes
+//   embed      image, part     images              u          patch embedding
+//   spatial    images, channel u before            c          x, depthwise
+//   mix        image, part     c, u before         u          z, product with W
+//   finish     image, channel  u                   features
+//
+//   begin      image, channel  u, their gradient   gradient
+//   unmix      image, part     u, c, u before, gradient  gradient   gradients of u, W (by z), z
+//   unspatial  images, channel c, u before, gradient     gradient   gradients of c, its kernel (by x), x
+//   unembed    image, part     images, u, gradient            gradients of u, the embedding
+//
+// That is 5 maps read or written forward and 9 backward, for each block and image; with c computed anew 2 more. The one
+// gradient map is overwritten in place. Each thread adds up its own sums and weight gradients; they are added in the
+// order of the threads, so that the same number of threads gives the same bits.
+
+#include <sys/syscall.h>
+
+#include "train_amx.h"
+#include "train_fma.h"
+
+namespace {
+
+// Cuts memory into arrays; from address 0 it counts how much they need.
+struct Carver {
+    uintptr_t start, at;
+    explicit Carver(char *memory) : start(reinterpret_cast<uintptr_t>(memory)), at(start) {}
+    template <typename V>
+    V *take(long count) {
+        V *array = reinterpret_cast<V *>(at);
+        at += (count * sizeof(V) + 63) / 64 * 64;
+        return array;
+    }
+    long bytes() const { return at - start; }
+};
+
+// Of a layer, a value for each channel.
+struct Vectors {
+    float *center;          // about the mean of act(u), which sums are relative to
+    float *offset;          // from there to the mean
+    float *deviation;       // 1 / sqrt(var + eps)
+    float *scale, *shift;
+    Vectors(Carver &carver, int channels) {
+        for (float **vector : {&center, &offset, &deviation, &scale, &shift}) *vector = carver.take<float>(channels);
+    }
+};
+
+// What is kept from the forward to the backward pass.
+template <typename T>
+struct Kept {
+    std::vector<Vectors> vectors;
+    std::vector<T *> u, c;  // of each layer that has it: u of the stem and the blocks, c of the blocks
+    long bytes;
+
+    Kept(const Step &step, const Grid &grid, char *memory) {
+        Carver carver(memory);
+        for (int l = 0; l < 2 * step.depth + 1; l++) vectors.emplace_back(carver, grid.channels);
+        auto maps = [&](std::vector<T *> &of, int count, int distinct) {
+            for (int i = 0; i < count; i++)
+                of.push_back(i < distinct ? carver.take<T>(grid.values(step.batch)) : of[i - distinct]);
+        };
+        maps(u, step.depth + 1, step.keep ? step.depth + 1 : 2);
+        maps(c, step.depth, step.keep == 2 ? step.depth : 1);
+        bytes = carver.bytes();
+    }
+};
+
+// Memory of one thread.
+template <class Compute>
+struct Scratch {
+    using Value = typename Compute::Value;
+    Lane *first, *second, *bias;  // (channels) sums: of the gradient or act(u), of their product or its square
+    Lane *taps;                   // (channels, k) of the gradient of depthwise kernels
+    float *products;              // of the gradient of a pointwise convolution, or the stem: blocks
+    char *panel, *transposed;
+    Value *rows;
+    Value *x, *grad;  // (group) planes
+    float *acts;      // act of what x is made of
+    long bytes;
+
+    Scratch(const Grid &grid, int k, int inputs, long plane, char *memory) {
+        Carver carver(memory);
+        const int n = grid.channels, most = std::max(n, inputs);
+        first = carver.take<Lane>(n), second = carver.take<Lane>(n), bias = carver.take<Lane>(n);
+        taps = carver.take<Lane>((long)n * k);
+        products = carver.take<float>((long)n * most);
+        sums_end = carver.bytes();
+        panel = carver.take<char>(grid.tile / SIDE * Compute::bundle(most));
+        transposed = carver.take<char>(most / SIDE * Compute::bundle(grid.tile));
+        rows = carver.take<Value>(n * Compute::stride(grid.tile));
+        planes_start = carver.bytes();
+        x = carver.take<Value>(grid.group * plane), grad = carver.take<Value>(grid.group * plane);
+        planes_end = carver.bytes();
+        acts = carver.take<float>((long)grid.group * grid.height * grid.columns);
+        bytes = carver.bytes();
+    }
+    // All sums, and what surrounds an image in its plane.
+    void clear(char *memory) const {
+        std::memset(memory, 0, sums_end);
+        std::memset(memory + planes_start, 0, planes_end - planes_start);
+    }
+
+  private:
+    long sums_end, planes_start, planes_end;
+};
+
+inline bool enabled() {  // Linux wants to be asked once per process
+#ifdef CONVMIXER_TILES
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return false;
+#endif
+}
+
+template <typename T, class Compute, bool RELU>
+class Trainer {
+    using Value = typename Compute::Value;
+    using Kernel = typename Compute::Kernel;
+
+    const Step &step;
+    const Grid grid;
+    const Kept<T> kept;
+    const int k, before, dim, channels, inputs;  // of the stem, filled up
+    const long plane_row, plane;                 // values of a plane
+    const double count;                          // values per channel
+    T *const gradient;
+
+    Value *weights;                   // of the layer that comes next, packed
+    float *grad_scale, *grad_shift, *grad_value;  // gradient of act(u): scale * gradient + value * act(u) + shift
+    std::vector<Scratch<Compute>> scratch;        // of each thread
+
+  public:
+    explicit Trainer(const Step &s)
+        : step(s), grid(s, sizeof(Value)), kept(s, grid, s.kept), k(s.kernel_size), before((k - 1) / 2), dim(s.dim),
+          channels(grid.channels), inputs(rounded_up(s.in_chans * s.patch_size * s.patch_size, BLOCK)),
+          plane_row(rounded_up(grid.columns + SIDE, BLOCK)), plane((grid.bands * SIDE + k - 1) * plane_row),
+          count((double)s.batch * grid.height * grid.width), gradient(reinterpret_cast<T *>(s.gradient)) {}
+
+    // False: there was no memory.
+    bool forward() {
+        return run([this](Scratch<Compute> &own) {
+            prepare();
+            pack(0, false);
+            parts(own, [&](int image, int first, int length) { embed(image, first, length, own); });
+            settle_statistics(0);
+            for (int i = 0; i < step.depth; i++) {
+                pack(2 * i + 2, false);
+                groups([&](int image, int images, int n) { spatial(i, image, images, n, own); });
+                settle_statistics(2 * i + 1);
+                parts(own, [&](int image, int first, int length) { mix(i, image, first, length, own); });
+                settle_statistics(2 * i + 2);
+            }
+            maps([&](int image, int n) { finish(image, n); });
+        });
+    }
+
+    bool backward() {
+        return run([this](Scratch<Compute> &own) {
+            maps([&](int image, int n) { begin(image, n, own); });
+            settle_gradients(2 * step.depth);
+            for (int i = step.depth - 1; i >= 0; i--) {
+                pack(2 * i + 2, true);
+                if (step.keep == 1) {
+                    groups([&](int image, int images, int n) { spatial(i, image, images, n, own); });
+                    clear_sums();
+                }
+                parts(own, [&](int image, int first, int length) { unmix(i, image, first, length, own); });
+                settle_weights(2 * i + 2, channels, dim);
+                settle_gradients(2 * i + 1);
+                groups([&](int image, int images, int n) { unspatial(i, image, images, n, own); });
+                settle_kernels(2 * i + 1);
+                settle_gradients(2 * i);
+            }
+            parts(own, [&](int image, int first, int length) { unembed(image, first, length, own); });
+            settle_weights(0, inputs, step.in_chans * step.patch_size * step.patch_size);
+        });
+    }
+
+  private:
+    // ---- threads and their tasks ------------------------------------------------------------------------------------
+
+    template <class Work>
+    bool run(Work work) {
+        thread_local Buffer shared;
+        const int threads = step.threads;
+        const auto lay_out = [&](Carver carver) {
+            weights = carver.take<Value>((long)channels * std::max(channels, inputs));
+            for (float **vector : {&grad_scale, &grad_shift, &grad_value}) *vector = carver.take<float>(channels);
+            return carver.bytes();
+        };
+        char *memory = shared.take(lay_out(Carver(nullptr)));
+        if (memory == nullptr) return false;
+        lay_out(Carver(memory));
+        const long bytes = Scratch<Compute>(grid, k, inputs, plane, nullptr).bytes;
+        scratch.assign(threads, Scratch<Compute>(grid, k, inputs, plane, nullptr));
+        bool failed = false;
+#pragma omp parallel num_threads(threads)
+        {
+            thread_local Buffer buffer;
+            char *own = buffer.take(bytes);
+            if (own == nullptr || omp_get_num_threads() != threads) {
+#pragma omp atomic write
+                failed = true;
+            } else {
+                Scratch<Compute> &mine = scratch[omp_get_thread_num()];
+                mine = Scratch<Compute>(grid, k, inputs, plane, own);
+                mine.clear(own);
+            }
+#pragma omp barrier
+            if (!failed) {
+                Compute::begin();
+                work(scratch[omp_get_thread_num()]);
+                Compute::end();
+            }
+        }
+        return !failed;
+    }
+
+    // The same run of tasks for the same thread, always; threads meet afterwards.
+    template <class Task>
+    static void each(long tasks, Task task) {
+        const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        for (long i = tasks * thread / threads; i < tasks * (thread + 1) / threads; i++) task(i);
+#pragma omp barrier
+    }
+    template <class Task>
+    void parts(Scratch<Compute> &, Task task) const {
+        each((long)step.batch * grid.tiles, [&](long i) {
+            const int first = i % grid.tiles * grid.tile;
+            task(i / grid.tiles, first, std::min(grid.tile, grid.positions - first));
+        });
+    }
+    template <class Task>
+    void groups(Task task) const {
+        each((long)grid.groups * channels, [&](long i) {
+            const int image = i / channels * grid.group;
+            task(image, std::min(grid.group, step.batch - image), i % channels);
+        });
+    }
+    template <class Task>
+    void maps(Task task) const {
+        each((long)step.batch * channels, [&](long i) { task(i / channels, i % channels); });
+    }
+
+    // ---- between the phases -----------------------------------------------------------------------------------------
+
+    // About the mean of act(u) of a layer, from parameters alone, as reference.py has it.
+    double expected(int l, int n) const {
+        const Layer &layer = step.layers[l];
+        double mean = layer.bias[n];
+        if (l % 2) {  // depthwise, of the output of the layer before
+            double sum = 0;
+            for (int i = 0; i < k * k; i++) sum += layer.weight[(long)n * k * k + i];
+            mean += sum * step.layers[l - 1].norm_bias[n];
+        } else if (l) {  // pointwise, of the sum of the outputs of both layers before
+            const float *spatial = step.layers[l - 1].norm_bias, *carried = step.layers[l - 2].norm_bias;
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int i = 0; i < dim; i++)
+                sum += (double)layer.weight[(long)n * dim + i] * ((double)spatial[i] + carried[i]);
+            mean += sum;
+        }
+        return RELU ? std::max(mean, 0.0) : mean * 0.5 * std::erfc(-mean * 0.70710678118654752);
+    }
+
+    void prepare() const {
+        each((2l * step.depth + 1) * channels, [&](long i) {
+            const int l = i / channels, n = i % channels;
+            const Layer &layer = step.layers[l];
+            const Vectors &vectors = kept.vectors[l];
+            const bool real = n < dim;
+            vectors.offset[n] = vectors.deviation[n] = vectors.scale[n] = vectors.shift[n] = 0;
+            vectors.center[n] = !real ? 0 : layer.batch ? expected(l, n) : layer.mean[n];
+            if (real && !layer.batch) normalize(l, n, layer.mean[n], layer.var[n]);
+        });
+    }
+
+    void normalize(int l, int n, double mean, double var) const {
+        const Layer &layer = step.layers[l];
+        const Vectors &vectors = kept.vectors[l];
+        const double deviation = 1 / std::sqrt(var + layer.eps);
+        vectors.deviation[n] = deviation;
+        vectors.scale[n] = layer.norm_weight[n] * deviation;
+        vectors.shift[n] = layer.norm_bias[n] - mean * layer.norm_weight[n] * deviation;
+    }
+
+    double gather(Lane *Scratch<Compute>::*sums, long n) {  // of all threads; they begin anew
+        double sum = 0;
+        for (Scratch<Compute> &each : scratch) {
+            sum += total((each.*sums)[n]);
+            std::memset((each.*sums)[n], 0, sizeof(Lane));
+        }
+        return sum;
+    }
+
+    void clear_sums() {
+        each(channels, [&](long n) { gather(&Scratch<Compute>::first, n), gather(&Scratch<Compute>::second, n); });
+    }
+
+    // Mean, variance, scale and shift, of the sums of act(u) about the center and of its square.
+    void settle_statistics(int l) {
+        each(channels, [&](long n) {
+            const double sum = gather(&Scratch<Compute>::first, n), squares = gather(&Scratch<Compute>::second, n);
+            const Layer &layer = step.layers[l];
+            if (n >= dim || !layer.batch) return;
+            const double offset = sum / count, var = std::max(squares / count - offset * offset, 0.0);
+            const double mean = kept.vectors[l].center[n] + offset;
+            kept.vectors[l].offset[n] = offset;
+            normalize(l, n, mean, var);
+            layer.moments[n] = mean;
+            layer.moments[dim + n] = var;
+            layer.moments[2l * dim + n] = var * (count / (count - 1));
+        });
+    }
+
+    // Gradients of the BatchNorm, and how that of act(u) is made, of the sums of the gradient and of its product with act(u).
+    void settle_gradients(int l) {
+        each(channels, [&](long n) {
+            const double sum = gather(&Scratch<Compute>::first, n), product = gather(&Scratch<Compute>::second, n);
+            const Layer &layer = step.layers[l];
+            const Vectors &vectors = kept.vectors[l];
+            const double deviation = vectors.deviation[n], scale = vectors.scale[n];
+            const double of_weight = deviation * (product - vectors.offset[n] * sum);
+            grad_scale[n] = scale, grad_shift[n] = grad_value[n] = 0;
+            if (n >= dim) return;
+            layer.grad_norm_weight[n] = of_weight, layer.grad_norm_bias[n] = sum;
+            if (!layer.batch) return;
+            const double value = -scale * deviation * of_weight / count;
+            grad_value[n] = value;
+            grad_shift[n] = -scale * sum / count - value * ((double)vectors.center[n] + vectors.offset[n]);
+        });
+    }
+
+    // Gradients of weight and bias of the stem or a pointwise convolution, which has `columns` inputs, `real` without filling.
+    void settle_weights(int l, int columns, int real) {
+        each(channels, [&](long n) {
+            const double sum = gather(&Scratch<Compute>::bias, n);
+            const Layer &layer = step.layers[l];
+            if (n < dim) layer.grad_bias[n] = sum;
+            for (int m = 0; m < columns; m += BLOCK) {
+                const long place = (n / BLOCK * (columns / BLOCK) + m / BLOCK) * BLOCK * BLOCK + n % BLOCK * BLOCK;
+                float line[BLOCK] = {};
+                for (Scratch<Compute> &each : scratch) {
+                    for (int i = 0; i < BLOCK; i++) line[i] += each.products[place + i], each.products[place + i] = 0;
+                }
+                if (n < dim && m < real)
+                    std::memcpy(layer.grad_weight + n * real + m, line, std::min(BLOCK, real - m) * sizeof(float));
+            }
+        });
+    }
+
+    void settle_kernels(int l) {
+        each(channels, [&](long n) {
+            const double sum = gather(&Scratch<Compute>::bias, n);
+            const Layer &layer = step.layers[l];
+            if (n < dim) layer.grad_bias[n] = sum;
+            for (int y = 0; y < k; y++) {
+                Lane line = {};
+                for (Scratch<Compute> &each : scratch) {
+                    Lane &part = each.taps[n * k + y];
+                    for (int i = 0; i < TAPS; i++) line[i] += part[i], part[i] = 0;
+                }
+                if (n < dim) std::memcpy(layer.grad_weight + (n * k + y) * k, line, k * sizeof(float));
+            }
+        });
+    }
+
+    // The weights of the stem or a pointwise convolution as a left operand; its transpose for gradients.
+    void pack(int l, bool transposed) const {
+        const float *weight = step.layers[l].weight;
+        const int real = l ? dim : step.in_chans * step.patch_size * step.patch_size, columns = l ? channels : inputs;
+        each(channels / LANES, [&](long i) {
+            Compute::pack(weights, columns, i * LANES, (i + 1) * LANES, [&](int n, int m) {
+                const bool inside = n < dim && m < real;
+                return !inside ? 0.0f : transposed ? weight[(long)m * dim + n] : weight[(long)n * real + m];
+            });
+        });
+    }
+
+    // ---- parts of a phase -------------------------------------------------------------------------------------------
+
+    const T *at(const T *map, int image, int n) const { return map + ((long)image * channels + n) * grid.positions; }
+    T *at(T *map, int image, int n) const { return map + ((long)image * channels + n) * grid.positions; }
+
+    static __m512 act(__m512 v) { return activate<T>(v, RELU); }
+    static __m512 stored(__m512 v) { return kept_as(v, static_cast<const T *>(nullptr)); }
+    static __m512 all(float v) { return _mm512_set1_ps(v); }
+
+    // z of one channel, from c and u of the layer before.
+    struct Mixed {
+        const T *c, *u;
+        __m512 scale, scale_before, shift;
+        __m512 operator()(int p, __mmask16 real) const {
+            const __m512 x = _mm512_fmadd_ps(scale_before, act(load_row(u + p)), shift);
+            return _mm512_maskz_fmadd_ps(real, scale, act(load_row(c + p)), x);
+        }
+    };
+    Mixed mixed(int i, int image, int n) const {
+        const Vectors &own = kept.vectors[2 * i + 1], &carried = kept.vectors[2 * i];
+        return {at(kept.c[i], image, n), at(kept.u[i], image, n), all(own.scale[n]), all(carried.scale[n]),
+                all(own.shift[n] + carried.shift[n])};
+    }
+
+    // Input i of the patches at 16 positions.
+    struct Patch {
+        const float *pixels;  // the input's pixel of the first patch
+        const Grid &grid;
+        int patch, width;
+        bool exists;
+        __m512 operator()(int p, __mmask16 real) const {
+            if (!exists) return _mm512_setzero_ps();
+            const int y = p / grid.columns, x = p % grid.columns;
+            const __m512i place = _mm512_mullo_epi32(
+                _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(patch));
+            const float *from = pixels + ((long)y * width + x) * patch;
+            return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, place, from, 4);
+        }
+    };
+    Patch patch(int image, int i) const {
+        const int p = step.patch_size, c = i / (p * p), y = i / p % p, x = i % p;
+        const long place = (((long)image * step.in_chans + c) * step.height + y) * step.width + x;
+        return {step.images + place, grid, p, step.width, c < step.in_chans};
+    }
+
+    // The panel of `sources(i)`, one for each input.
+    template <class Sources>
+    void fill(int count, int first, int length, char *panel, Sources sources) const {
+        const long bundle = Compute::bundle(count);
+        for (int i = 0; i < count; i += 2) {
+            const auto one = sources(i), two = sources(i + 1);
+            for (int p = 0; p < length; p += BLOCK) {
+                const __mmask32 real = grid.masks[(first + p) / BLOCK];
+                const __m512 a[2] = {one(first + p, real), one(first + p + LANES, real >> LANES)};
+                const __m512 b[2] = {two(first + p, real), two(first + p + LANES, real >> LANES)};
+                Compute::put(panel, bundle, i, p, a, b);
+            }
+        }
+    }
+    // Its transpose, whose columns are the inputs.
+    template <class Sources>
+    void fill_transposed(int count, int first, int length, char *panel, Sources sources) const {
+        alignas(64) Value columns[SIDE][BLOCK];
+        for (int i = 0; i < count; i += SIDE, panel += Compute::bundle(length))
+            for (int p = 0; p < length; p += BLOCK) {
+                const __mmask32 real = grid.masks[(first + p) / BLOCK];
+                for (int j = 0; j < SIDE; j++) {
+                    const auto source = sources(i + j);
+                    const __m512 v[2] = {source(first + p, real), source(first + p + LANES, real >> LANES)};
+                    Compute::put_row(columns[j], v);
+                }
+                Compute::put_transposed(panel, p, columns);
+            }
+    }
+
+    // u of a layer: the packed weights times the panel, and the sums of act(u).
+    void multiply(int l, T *map, int image, int first, int length, int count, Scratch<Compute> &own) const {
+        const float *bias = step.layers[l].bias, *center = kept.vectors[l].center;
+        Compute::product(
+            Compute::packed(weights, count), own.panel, count, channels, length, [&](int n, int p, __m512 v, __m512 w) {
+                const __m512 add = all(n < dim ? bias[n] : 0), middle = all(center[n]);
+                const __mmask32 real = grid.masks[(first + p) / BLOCK];
+                T *to = at(map, image, n) + first + p;
+                v = stored(_mm512_add_ps(v, add)), w = stored(_mm512_add_ps(w, add));
+                store_row(to, v), store_row(to + LANES, w);
+                v = _mm512_maskz_sub_ps(real, act(v), middle), w = _mm512_maskz_sub_ps(real >> LANES, act(w), middle);
+                add_to(own.first[n], _mm512_add_ps(v, w));
+                add_to(own.second[n], _mm512_fmadd_ps(v, v, _mm512_mul_ps(w, w)));
+            });
+    }
+
+    // The gradient of u of a layer as rows and, for a block, as a panel; its sums.
+    template <bool PANEL>
+    void activation_gradient(int l, int image, int first, int length, Scratch<Compute> &own) const {
+        const long bundle = Compute::bundle(channels), row = Compute::stride(length);
+        for (int n = 0; n < channels; n += 2)
+            for (int p = 0; p < length; p += BLOCK) {
+                const __mmask32 real = grid.masks[(first + p) / BLOCK];
+                __m512 grads[2][2];
+                for (int j = 0; j < 2; j++) {
+                    const T *u = at(kept.u[l / 2], image, n + j) + first + p, *g = at(gradient, image, n + j) + first + p;
+                    const __m512 scale = all(grad_scale[n + j]), value = all(grad_value[n + j]), shift = all(grad_shift[n + j]);
+                    for (int half = 0; half < 2; half++) {
+                        const Activated a = with_slope<T, RELU>(load_row(u + half * LANES));
+                        const __m512 of_act =
+                            _mm512_fmadd_ps(scale, load_row(g + half * LANES), _mm512_fmadd_ps(value, a.value, shift));
+                        grads[j][half] = _mm512_maskz_mul_ps(real >> half * LANES, a.slope, of_act);
+                    }
+                    Compute::put_row(own.rows + (n + j) * row + p, grads[j]);
+                    add_to(own.bias[n + j], _mm512_add_ps(grads[j][0], grads[j][1]));
+                }
+                if (PANEL) Compute::put(own.panel, bundle, n, p, grads[0], grads[1]);
+            }
+    }
+
+    // ---- forward ----------------------------------------------------------------------------------------------------
+
+    void embed(int image, int first, int length, Scratch<Compute> &own) const {
+        fill(inputs, first, length, own.panel, [&](int i) { return patch(image, i); });
+        multiply(0, kept.u[0], image, first, length, inputs, own);
+    }
+
+    void mix(int i, int image, int first, int length, Scratch<Compute> &own) const {
+        fill(channels, first, length, own.panel, [&](int n) { return mixed(i, image, n); });
+        multiply(2 * i + 2, kept.u[i + 1], image, first, length, channels, own);
+    }
+
+    // x of a channel of some images, as planes whose border is `before` wide; and, where wanted, act(u).
+    template <bool ACTS>
+    void set_planes(int i, int image, int images, int n, Scratch<Compute> &own) const {
+        const Vectors &carried = kept.vectors[2 * i];
+        const __m512 scale = all(carried.scale[n]), shift = all(carried.shift[n]);
+        float *acts = own.acts;
+        for (int j = 0; j < images; j++) {
+            const T *u = at(kept.u[i], image + j, n);
+            Value *to = own.x + j * plane + before * (plane_row + 1);
+            for (int y = 0; y < grid.height; y++, to += plane_row)
+                for (int strip = 0; strip < grid.strips; strip++, u += SIDE, acts += SIDE) {
+                    const __m512 a = act(load_row(u));
+                    if (ACTS) _mm512_store_ps(acts, a);
+                    store_row(to + strip * SIDE, grid.row_mask(strip), _mm512_fmadd_ps(a, scale, shift));
+                }
+        }
+    }
+
+    // Calls `work(corners, count, image, row, strip)` for four tiles at a time; of arrays, the first `count` are meant.
+    struct Place {
+        int image, top, strip;
+    };
+    template <class Work>
+    void tiles(int images, Work work) const {
+        const int of_image = grid.bands * grid.strips, all = images * of_image;
+        for (int first = 0; first < all; first += 4) {
+            Place places[4];
+            const int count = std::min(4, all - first);
+            for (int t = 0; t < 4; t++) {
+                const int tile = t < count ? first + t : first;
+                places[t] = {tile / of_image, tile % of_image / grid.strips * SIDE, tile % grid.strips};
+            }
+            work(places, count);
+        }
+    }
+    long corner(const Place &place) const { return place.image * plane + place.top * plane_row + place.strip * SIDE; }
+
+    // Convolves planes, and calls `take(place of each row of outputs in the map, image, mask, sums)`.
+    template <class Take>
+    void convolve(const Value *planes, const Kernel &kernel, const Place (&places)[4], int count, Take take) const {
+        alignas(64) float sums[4][SIDE * SIDE];
+        const Value *corners[4];
+        for (int t = 0; t < 4; t++) corners[t] = planes + corner(places[t]);
+        Compute::convolve(corners, plane_row, kernel, k, sums);
+        for (int t = 0; t < count; t++) {
+            const __mmask16 real = grid.row_mask(places[t].strip);
+            for (int r = 0; r < std::min(SIDE, grid.height - places[t].top); r++) {
+                const int p = (places[t].top + r) * grid.columns + places[t].strip * SIDE;
+                take(places[t].image, p, real, _mm512_load_ps(sums[t] + r * SIDE));
+            }
+        }
+    }
+
+    void spatial(int i, int image, int images, int n, Scratch<Compute> &own) const {
+        const Layer &layer = step.layers[2 * i + 1];
+        Kernel kernel;
+        if (n < dim) kernel.set(layer.weight + (long)n * k * k, k, false);
+        const __m512 bias = all(n < dim ? layer.bias[n] : 0), center = all(kept.vectors[2 * i + 1].center[n]);
+        __m512 sum = _mm512_setzero_ps(), squares = sum;
+        set_planes<false>(i, image, images, n, own);
+        tiles(images, [&](const Place(&places)[4], int count) {
+            convolve(own.x, kernel, places, count, [&](int j, int p, __mmask16 real, __m512 v) {
+                v = stored(_mm512_add_ps(v, bias));
+                store_row(at(kept.c[i], image + j, n) + p, v);
+                v = _mm512_maskz_sub_ps(real, act(v), center);
+                sum = _mm512_add_ps(sum, v), squares = _mm512_fmadd_ps(v, v, squares);
+            });
+        });
+        add_to(own.first[n], sum), add_to(own.second[n], squares);
+    }
+
+    // The last block's output.
+    void finish(int image, int n) const {
+        if (n >= dim) return;
+        const Vectors &vectors = kept.vectors[2 * step.depth];
+        const __m512 scale = all(vectors.scale[n]), shift = all(vectors.shift[n]);
+        const T *u = at(kept.u[step.depth], image, n);
+        T *to = static_cast<T *>(step.features) + ((long)image * dim + n) * grid.height * grid.width;
+        for (int y = 0; y < grid.height; y++, to += grid.width)
+            for (int strip = 0; strip < grid.strips; strip++, u += SIDE)
+                store_row(to + strip * SIDE, grid.row_mask(strip), _mm512_fmadd_ps(act(load_row(u)), scale, shift));
+    }
+
+    // ---- backward ---------------------------------------------------------------------------------------------------
+
+    // Takes over the gradient of the features.
+    void begin(int image, int n, Scratch<Compute> &own) const {
+        const T *u = at(kept.u[step.depth], image, n);
+        T *to = at(gradient, image, n);
+        if (n >= dim) {
+            std::memset(static_cast<void *>(to), 0, grid.positions * sizeof(T));
+            return;
+        }
+        const T *from = static_cast<const T *>(step.features) + ((long)image * dim + n) * grid.height * grid.width;
+        const __m512 center = all(kept.vectors[2 * step.depth].center[n]);
+        __m512 sum = _mm512_setzero_ps(), product = sum;
+        for (int y = 0; y < grid.height; y++, from += grid.width)
+            for (int strip = 0; strip < grid.strips; strip++, u += SIDE, to += SIDE) {
+                const __m512 g = load_some(from + strip * SIDE, grid.row_mask(strip));
+                store_row(to, g);
+                sum = _mm512_add_ps(sum, g);
+                product = _mm512_fmadd_ps(g, _mm512_sub_ps(act(load_row(u)), center), product);
+            }
+        for (const T *end = at(gradient, image, n) + grid.positions; to < end; to += SIDE) store_row(to, _mm512_setzero_ps());
+        add_to(own.first[n], sum), add_to(own.second[n], product);
+    }
+    static __m512 load_some(const float *p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
+    static __m512 load_some(const uint16_t *p, __mmask16 m) { return widened(_mm256_maskz_loadu_epi16(m, p)); }
+
+    void unmix(int i, int image, int first, int length, Scratch<Compute> &own) const {
+        const float *center = kept.vectors[2 * i + 1].center;
+        activation_gradient<true>(2 * i + 2, image, first, length, own);
+        fill_transposed(channels, first, length, own.transposed, [&](int n) { return mixed(i, image, n); });
+        Compute::accumulate(Compute::rows(own.rows, length), own.transposed, length, channels, channels, own.products);
+        // Gradients are zero where positions are not real.
+        Compute::product(
+            Compute::packed(weights, channels), own.panel, channels, channels, length,
+            [&](int n, int p, __m512 v, __m512 w) {
+                const T *c = at(kept.c[i], image, n) + first + p;
+                T *to = at(gradient, image, n) + first + p;
+                const __m512 middle = all(center[n]);
+                store_row(to, v), store_row(to + LANES, w);
+                add_to(own.first[n], _mm512_add_ps(v, w));
+                v = _mm512_mul_ps(v, _mm512_sub_ps(act(load_row(c)), middle));
+                add_to(own.second[n], _mm512_fmadd_ps(w, _mm512_sub_ps(act(load_row(c + LANES)), middle), v));
+            });
+    }
+
+    void unspatial(int i, int image, int images, int n, Scratch<Compute> &own) const {
+        const int l = 2 * i + 1, after = k / 2;
+        const __m512 scale = all(grad_scale[n]), value = all(grad_value[n]), shift = all(grad_shift[n]);
+        const __m512 center = all(kept.vectors[2 * i].center[n]);
+        __m512 bias = _mm512_setzero_ps(), sum = bias, product = bias;
+        for (int j = 0; j < images; j++) {
+            const T *c = at(kept.c[i], image + j, n), *g = at(gradient, image + j, n);
+            Value *to = own.grad + j * plane + after * (plane_row + 1);
+            for (int y = 0; y < grid.height; y++, to += plane_row)
+                for (int strip = 0; strip < grid.strips; strip++, c += SIDE, g += SIDE) {
+                    const Activated a = with_slope<T, RELU>(load_row(c));
+                    const __m512 of_act = _mm512_fmadd_ps(scale, load_row(g), _mm512_fmadd_ps(value, a.value, shift));
+                    const __m512 v = _mm512_maskz_mul_ps(grid.row_mask(strip), a.slope, of_act);
+                    store_row(to + strip * SIDE, grid.row_mask(strip), v);
+                    bias = _mm512_add_ps(bias, v);
+                }
+        }
+        set_planes<true>(i, image, images, n, own);
+        Kernel kernel;
+        if (n < dim) kernel.set(step.layers[l].weight + (long)n * k * k, k, true);
+        tiles(images, [&](const Place(&places)[4], int count) {
+            const Value *corners[4], *grads[4];
+            for (int t = 0; t < 4; t++) {
+                corners[t] = own.x + corner(places[t]);
+                grads[t] = own.grad + corner(places[t]) + after * (plane_row + 1);
+            }
+            Compute::correlate(corners, grads, count, plane_row, k, own.taps + (long)n * k);
+            convolve(own.grad, kernel, places, count, [&](int j, int p, __mmask16 real, __m512 v) {
+                T *to = at(gradient, image + j, n) + p;
+                v = _mm512_maskz_add_ps(real, load_row(to), v);
+                store_row(to, v);
+                const __m512 a = _mm512_load_ps(own.acts + (long)j * grid.height * grid.columns + p);
+                sum = _mm512_add_ps(sum, v), product = _mm512_fmadd_ps(v, _mm512_sub_ps(a, center), product);
+            });
+        });
+        add_to(own.bias[n], bias), add_to(own.first[n], sum), add_to(own.second[n], product);
+    }
+
+    void unembed(int image, int first, int length, Scratch<Compute> &own) const {
+        activation_gradient<false>(0, image, first, length, own);
+        fill_transposed(inputs, first, length, own.transposed, [&](int i) { return patch(image, i); });
+        Compute::accumulate(Compute::rows(own.rows, length), own.transposed, length, channels, inputs, own.products);
+    }
+};
+
+template <class Run>
+int dispatch(const Step &step, bool half, Run run) {
+    auto chosen = [&](auto type, auto compute) {
+        using T = decltype(type);
+        using Compute = decltype(compute);
+        if (step.relu) return run(Trainer<T, Compute, true>(step));
+        return run(Trainer<T, Compute, false>(step));
+    };
+#ifdef CONVMIXER_TILES
+    if (half && enabled()) return chosen(uint16_t(), Amx());
+#endif
+    return half ? chosen(uint16_t(), Fma()) : chosen(float(), Fma());
+}
+
+}  // namespace
+
+extern "C" {
+
+int convmixer_sizes(int *sizes) {  // of the records
+    sizes[0] = sizeof(Layer), sizes[1] = sizeof(Step);
+    return 0;
+}
+
+int convmixer_tiles() { return enabled(); }
+
+// Bytes of `kept`, and of `gradient`.
+void convmixer_bytes(const Step *step, int half, int64_t *kept, int64_t *gradient) {
+    const Grid grid(*step, half ? 2 : 4);
+    *kept = half ? Kept<uint16_t>(*step, grid, nullptr).bytes : Kept<float>(*step, grid, nullptr).bytes;
+    *gradient = grid.values(step->batch) * (half ? 2 : 4);
+}
+
+// Each returns 0 where there was too little memory, else 1. Maps are bfloat16 where `half`, else float32.
+int convmixer_forward(const Step *step, int half) {
+    return dispatch(*step, half, [](auto trainer) { return (int)trainer.forward(); });
+}
+int convmixer_backward(const Step *step, int half) {
+    return dispatch(*step, half, [](auto trainer) { return (int)trainer.backward(); });
+}
+}
