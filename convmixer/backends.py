@@ -1003,7 +1003,7 @@ def calibration_images(
             raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
         check_input(source, inner.in_chans, inner.patch_size)
         return source[:CALIBRATION_IMAGES]
-    from convmixer.training.readers import Split, open_split  # not needed for anything else here
+    from convmixer.data.readers import Split, open_split  # not needed for anything else here
 
     prepare = preparation(inner)
     opened = open_split(str(source), "train", labelled=False)
