@@ -12,7 +12,7 @@ import convmixer
 PACKAGE = Path(convmixer.__file__).parent
 # By the longest name that a module's begins with: a room has one floor, or each of its modules has its own.
 FLOORS = {"errors": 0, "hardware": 0, "registry": 0, "wrappers": 0, "tracing": 0, "cuda_graphs": 0, "ops": 0}
-FLOORS |= {"compiled_code": 1, "foreign": 1, "data.images": 1, "model": 1, "openvino_core": 1, "transforms": 1}
+FLOORS |= {"foreign": 1, "data.images": 1, "model": 1, "openvino_core": 1, "transforms": 1}
 FLOORS |= {"untrusted": 1}
 FLOORS |= {"checkpoints": 2, "config": 2, "data": 2, "folding": 2, "hub": 2, "factory": 3, "native": 3}
 FLOORS |= {"backends": 4, "export": 4, "inference": 4, "plots": 4, "training": 4}

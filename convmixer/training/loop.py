@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer import native
 from convmixer.checkpoints import read_tensors, save_weights
 from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
 from convmixer.data.memory import (
@@ -41,6 +40,7 @@ from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
 from convmixer.inference import class_logits
 from convmixer.model import ConvMixer, evaluation_view, mirror
+from convmixer.native import library as native
 from convmixer.ops.fused import cannot_compile
 from convmixer.plots import plot_history, write_figure
 from convmixer.tracing import computing
