@@ -33,14 +33,15 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from convmixer import native, openvino_core
-from convmixer.compiled_code import settle
+from convmixer import openvino_core
 from convmixer.cuda_graphs import Replayed
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, first_line, missing, optional
 from convmixer.folding import FoldedConvMixer, find_convmixer, fold
 from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache
 from convmixer.inference import preparation
 from convmixer.model import DepthwiseConv2d, as_dtype, check_dtype, check_input
+from convmixer.native import library as native
+from convmixer.native.compiled_code import settle
 from convmixer.ops import prefers_channels_last
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
@@ -1003,7 +1004,7 @@ def calibration_images(
             raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
         check_input(source, inner.in_chans, inner.patch_size)
         return source[:CALIBRATION_IMAGES]
-    from convmixer.training.readers import Split, open_split  # not needed for anything else here
+    from convmixer.data.readers import Split, open_split  # not needed for anything else here
 
     prepare = preparation(inner)
     opened = open_split(str(source), "train", labelled=False)

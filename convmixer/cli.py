@@ -27,21 +27,21 @@ from convmixer.backends import BACKENDS, calibration_images, optimize
 from convmixer.benchmark import DTYPES, Report, benchmark
 from convmixer.checkpoints import check_writable, write_atomically
 from convmixer.convert import convert_checkpoint
+from convmixer.data.images import read_image
+from convmixer.data.layout import count_images, describe_left_out, list_folder
+from convmixer.data.memory import fitting, load_images
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
 from convmixer.export import FORMATS, OPSET, export_model
 from convmixer.factory import create_model, extractor, open_model
-from convmixer.images import read_image
 from convmixer.inference import label_names, least_size
 from convmixer.inference import predict as predict_images
 from convmixer.publishing import push_to_hub, save_pretrained
 from convmixer.registry import Variant, list_models, model_info
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
-from convmixer.training.data import fitting, load_images
 from convmixer.training.history import read_history
-from convmixer.training.layout import count_images, describe_left_out, list_folder
 from convmixer.training.loop import PRECISIONS, choose_precision
 from convmixer.transforms import preprocessing
 

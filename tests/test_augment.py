@@ -12,11 +12,11 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
+from convmixer.data.memory import Images, Share
 from convmixer.errors import ArgumentError
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import augment as aug
 from convmixer.training.augment import Augment, Draws, Op, Operations, RandomNumbers, draw
-from convmixer.training.data import Images, Share
 
 # With images as small as these, threads only wait for each other.
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,11 +14,12 @@ from command import run
 from conftest import vary_norms
 
 import convmixer
-from convmixer import backends, native, optimize
+from convmixer import backends, optimize
 from convmixer.backends import OptimizedConvMixer, available_backends, fitting_chunk, pieces
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError
 from convmixer.folding import FoldedConvMixer
 from convmixer.hardware import bf16_is_faster, l2_cache
+from convmixer.native import library as native
 
 SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 RUNTIMES = [

@@ -12,9 +12,9 @@ from PIL import Image
 
 import convmixer
 from convmixer.cuda_graphs import KEPT, WARM_UP, CudaGraphs, Graphed, Replayed
+from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
 from convmixer.training import get_recipe, loop
-from convmixer.training.data import Images
 
 pytestmark = pytest.mark.usefixtures("small_training")
 SMALL = {"epochs": 4, "batch_size": 16, "lr": 0.01, "model": "convmixer_128_8_ks7_p2", "rand_augment": (0, 0)}

@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 import convmixer
+from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError, DataError
 from convmixer.evaluation import calibration_error, validate
 from convmixer.training import evaluate, get_recipe, train
-from convmixer.training.data import load_images
 
 LABELS = ("gamma", "beta", "zeta", "alpha", "epsilon", "delta", "nobody")
 PRESENT = sorted(LABELS[:-1])

@@ -12,9 +12,9 @@ import torch
 from hub_server import serving
 from PIL import Image, features
 
-from convmixer import images
+from convmixer.data import images
+from convmixer.data.images import enough, image_suffixes, is_one_image, read_image
 from convmixer.errors import ArgumentError, ImageError
-from convmixer.images import enough, image_suffixes, is_one_image, read_image
 
 
 def values(image):

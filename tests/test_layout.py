@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 
+from convmixer.data.layout import role
+from convmixer.data.memory import load_images
+from convmixer.data.readers import has_split, open_split
 from convmixer.errors import DataError
-from convmixer.training.data import load_images
-from convmixer.training.layout import role
-from convmixer.training.readers import has_split, open_split
 
 SIZE = (3, 4, 4)
 

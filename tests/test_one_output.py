@@ -10,10 +10,10 @@ from PIL import Image
 
 import convmixer
 from convmixer import plots
+from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
 from convmixer.inference import label_names
-from convmixer.training.data import load_images
 from convmixer.training.loop import evaluate
 
 

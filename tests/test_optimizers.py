@@ -9,9 +9,9 @@ from sklearn.datasets import load_digits
 from timm.optim import Lookahead
 
 import convmixer
+from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
 from convmixer.training import get_recipe, loop
-from convmixer.training.data import Images
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 
 CPU = torch.device("cpu")

@@ -21,12 +21,12 @@ from timm.data.auto_augment import rand_augment_transform
 
 import convmixer
 from convmixer.backends import calibration_images
+from convmixer.data.memory import Fit, Share, hold_out, load_images, seed_all
+from convmixer.data.readers import has_split, open_split
+from convmixer.data.stream import Change, default_workers, open_stream
 from convmixer.errors import ArgumentError, DataError, TrainingStopped
 from convmixer.evaluation import validate
 from convmixer.training import evaluate, get_recipe, train
-from convmixer.training.data import Fit, Share, hold_out, load_images, seed_all
-from convmixer.training.readers import has_split, open_split
-from convmixer.training.stream import Change, default_workers, open_stream
 
 pytestmark = pytest.mark.usefixtures("small_training")
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
@@ -130,7 +130,7 @@ def test_augmentation_follows_from_the_image_and_the_epoch_alone(digits):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_policy_is_timms(channels):
-    from convmixer.training.recipes import policy
+    from convmixer.data.stream import policy
 
     image = Image.effect_noise((24, 16), 80).convert("RGB" if channels == 3 else "L")
     hparams = {"translate_const": 7, "img_mean": (128,) * 3 if channels == 3 else 128, "magnitude_max": 9.99}

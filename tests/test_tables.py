@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from convmixer.data.memory import load_images
+from convmixer.data.readers import has_split, open_split
 from convmixer.errors import DataError, DependencyError
-from convmixer.training.data import load_images
-from convmixer.training.readers import has_split, open_split
 
 pandas = pytest.importorskip("pandas", reason="the train extra is not installed")
 

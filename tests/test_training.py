@@ -30,14 +30,15 @@ from sklearn.utils.class_weight import compute_class_weight
 from torchvision.datasets import CIFAR10
 
 import convmixer
-from convmixer import native, plots
+from convmixer import plots
+from convmixer.data.memory import Images, Share, class_weights, hold_out, load_images
+from convmixer.data.readers import has_split
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
+from convmixer.native import library as native
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
-from convmixer.training.data import Images, Share, class_weights, hold_out, load_images
 from convmixer.training.history import Epoch
 from convmixer.training.loop import _diagnose, _no_denormals
-from convmixer.training.readers import has_split
 from convmixer.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("small_training")

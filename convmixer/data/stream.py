@@ -14,25 +14,38 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
+from convmixer.data.images import enough, read_image
+from convmixer.data.memory import Batch, Fit, Share, balancing_odds, digest, seed_all, shorten
+from convmixer.data.readers import FileSplit, Prepare, ShardSplit, Split, open_split
 from convmixer.errors import DataError
-from convmixer.images import enough, read_image
-from convmixer.training.data import Batch, Fit, Share, balancing_odds, digest, seed_all, shorten
-from convmixer.training.readers import FileSplit, Prepare, ShardSplit, Split, open_split
-from convmixer.training.recipes import Recipe, policy
+
+if TYPE_CHECKING:
+    from convmixer.training.recipes import Recipe
 
 Decoded = tuple[Tensor | None, int, list[str]]  # pixels, or none if unreadable; label; what could not be read
 S = TypeVar("S", bound="_Workers")
+
+
+@lru_cache
+def policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Any:
+    """timm's augmentation of that name for PIL images of a size (height, width); gaps get the mean, in [0, 1]."""
+    fill = tuple(min(255, round(255 * value)) for value in mean)
+    hparams: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
+    hparams["magnitude_max"] = 9.99  # at 10, posterize keeps 0 bits, which newer versions of Pillow refuse
+    make = rand_augment_transform if name.startswith("rand") else auto_augment_transform
+    return make(name, hparams)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from timm.utils.misc import natural_key
 
+from convmixer.data.images import image_suffixes
 from convmixer.errors import DataError
-from convmixer.images import image_suffixes
 
 ROLES = ("train", "validation", "test")
 LAYOUTS = (

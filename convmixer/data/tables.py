@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convmixer.data.images import image_suffixes
+from convmixer.data.layout import File, Folder, Layout, Listing, list_images, list_labelled, role, some
 from convmixer.errors import DataError, brief, optional
-from convmixer.images import image_suffixes
-from convmixer.training.layout import File, Folder, Layout, Listing, list_images, list_labelled, role, some
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 

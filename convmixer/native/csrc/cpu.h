@@ -1,4 +1,4 @@
-// What the kernels for x86 CPUs share: the model as native.py packs it, memory, bfloat16, activations.
+// What the kernels for x86 CPUs share: the model as library.py packs it, memory, bfloat16, activations.
 
 #pragma once
 
@@ -29,7 +29,7 @@ struct Block {
     const uint8_t *tables[2], *zeros, *lifts;
 };
 
-// The layout of these records, and how what they point to is packed, is known to native.py.
+// The layout of these records, and how what they point to is packed, is known to library.py.
 struct Model {
     int32_t dim, depth, kernel_size, patch_size, in_chans, relu, stem_inputs, amx;
     const void *stem;

@@ -17,9 +17,8 @@ from timm.data import create_dataset
 from timm.data.readers import create_reader
 from torch import Tensor
 
-from convmixer.errors import DataError, optional
-from convmixer.images import SUFFIXES, image_suffixes
-from convmixer.training.layout import (
+from convmixer.data.images import SUFFIXES, image_suffixes
+from convmixer.data.layout import (
     LAYOUTS,
     ROLES,
     File,
@@ -33,7 +32,8 @@ from convmixer.training.layout import (
     role,
     some,
 )
-from convmixer.training.tables import has_rows, is_table, list_rows, read_table
+from convmixer.data.tables import has_rows, is_table, list_rows, read_table
+from convmixer.errors import DataError, optional
 
 READERS = ("torch/", "hfds/")
 SHARDS = "wds/"

@@ -11,18 +11,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from convmixer.data.images import enough, read_image
+from convmixer.data.layout import some
+from convmixer.data.readers import open_split
 from convmixer.errors import ArgumentError, DataError
-from convmixer.images import enough, read_image
-from convmixer.training.layout import some
-from convmixer.training.readers import open_split
-from convmixer.training.recipes import Recipe
+
+if TYPE_CHECKING:
+    from convmixer.training.recipes import Recipe
 
 Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
 T = TypeVar("T", bound="Source")

@@ -1,4 +1,4 @@
-"""This package's own kernels for x86 CPUs: `ops/cpu*`, compiled once for the machine, and a model packed for them.
+"""This package's own kernels for x86 CPUs: `csrc/`, compiled once for the machine, and a model packed for them.
 
 The library is compiled with the C++ compiler at hand, when it is first needed, and kept in `$XDG_CACHE_HOME/convmixer`
 (`~/.cache/convmixer`) under a name made of source, compiler and processor, with a checksum. One that is damaged is
@@ -19,18 +19,20 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from convmixer.checkpoints import write_atomically
-from convmixer.compiled_code import instead_of, unusable
 from convmixer.errors import DependencyError
-from convmixer.folding import FoldedConvMixer
 from convmixer.hardware import cpu_field, cpu_name
+from convmixer.native.compiled_code import instead_of, unusable
 
-SOURCES = [Path(__file__).parent / "ops" / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h", "cpu_bytes.h")]
+if TYPE_CHECKING:
+    from convmixer.folding import FoldedConvMixer
+
+SOURCES = [Path(__file__).parent / "csrc" / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h", "cpu_bytes.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PANEL = 64  # output channels that are packed together; PANEL in cpu.cpp
 LARGEST = 15  # kernel size on tiles; LARGEST in cpu_tiles.h
