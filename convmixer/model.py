@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convmixer import ops
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError, WeightsError, nearest
+from convmixer.native import training as native
 from convmixer.ops import dispatch, fused
 from convmixer.wrappers import describe
 
@@ -571,9 +572,10 @@ class ConvMixer(nn.Module):
         self.fused, self.sync_batchnorm = True, sync_batchnorm
 
     def _fused_features(self, x: Tensor, blocks: nn.Sequential, taken: list[int]) -> list[Tensor]:
-        options = {"checkpointing": self.grad_checkpointing, "sync_batchnorm": self.sync_batchnorm}
-        options["channels_last"] = self.channels_last
-        return fused.features(self.stem, blocks, x, taken, **options)
+        options = {"checkpointing": self.grad_checkpointing, "channels_last": self.channels_last}
+        if native.takes(self.stem, blocks, x, taken, self.sync_batchnorm):
+            return [native.features(self.stem, blocks, x, **options)]
+        return fused.features(self.stem, blocks, x, taken, sync_batchnorm=self.sync_batchnorm, **options)
 
     def _check_fused(self) -> None:
         fused.check(self.stem, self.blocks, self.block_drop, depthwise=DepthwiseConv2d, residual=Residual)

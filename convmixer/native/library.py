@@ -32,7 +32,8 @@ from convmixer.native.compiled_code import instead_of, unusable
 if TYPE_CHECKING:
     from convmixer.folding import FoldedConvMixer
 
-SOURCES = [Path(__file__).parent / "csrc" / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h", "cpu_bytes.h")]
+_FOLDER = Path(__file__).parent / "csrc"
+SOURCES = [_FOLDER / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h", "cpu_bytes.h")]  # the first one is compiled
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 PANEL = 64  # output channels that are packed together; PANEL in cpu.cpp
 LARGEST = 15  # kernel size on tiles; LARGEST in cpu_tiles.h
@@ -79,8 +80,7 @@ def refusal(model: Any, dtype: torch.dtype) -> str | None:
 @functools.lru_cache(maxsize=1)
 def library() -> Any:
     """The compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
-    with _COMPILING:
-        loaded = _find()
+    loaded = load(SOURCES)
     pointer, number = ctypes.c_void_p, ctypes.c_int
     for name in ("float32", "bfloat16", "int8"):
         function = getattr(loaded, f"convmixer_{name}", None)
@@ -91,14 +91,20 @@ def library() -> Any:
     return loaded
 
 
-def _find() -> Any:
-    """The library from the cache, else compiled and put there, else compiled for this process alone."""
+def load(sources: Sequence[Path]) -> Any:
+    """The library of a C++ file and those that it includes; a DependencyError if it can be compiled or kept nowhere."""
+    with _COMPILING:
+        return _find(sources)
+
+
+def _find(sources: Sequence[Path]) -> Any:
+    """A library from the cache, else compiled and put there, else compiled for this process alone."""
     path = compiler()
     if path is None:
         raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")
     if not torch.cpu._is_avx512_supported():
         raise DependencyError("native needs a CPU with AVX-512: choose another backend, such as openvino")
-    texts = [source.read_text(encoding="utf-8") for source in SOURCES]
+    texts = [source.read_text(encoding="utf-8") for source in sources]
     content = "\n".join([*texts, _run(path, "--version").stdout, cpu_name(), cpu_field("flags"), *FLAGS])
     name = f"native-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
     binary = None
@@ -109,11 +115,11 @@ def _find() -> Any:
             return ctypes.CDLL(str(file))
         reason = unusable(file.parent)
         if reason is None:
-            binary = _compile(path)
+            binary = _compile(path, sources[0])
             return _put(binary, file)
     except (OSError, RuntimeError) as error:  # nothing can be read, written or run there; no home
         reason = str(error)
-    return _put(binary or _compile(path), instead_of(reason, "native kernels", "XDG_CACHE_HOME") / name)
+    return _put(binary or _compile(path, sources[0]), instead_of(reason, "native kernels", "XDG_CACHE_HOME") / name)
 
 
 def _put(binary: bytes, file: Path) -> Any:
@@ -141,11 +147,11 @@ def _sum(binary: bytes) -> bytes:
     return hashlib.sha256(binary).digest()
 
 
-def _compile(path: str) -> bytes:
+def _compile(path: str, source: Path) -> bytes:
     """The library as `_read` takes it."""
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "native.so"
-        run = _run(path, *FLAGS, "-o", str(made), str(SOURCES[0]))
+        run = _run(path, *FLAGS, "-o", str(made), str(source))
         if run.returncode or not made.exists():
             lines = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
             raise DependencyError(

@@ -49,7 +49,9 @@ class _NoSecondDerivative(Function):
         )
 
 
-def _first_derivative(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+def first_derivative(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward pass whose results have no gradient: asked for one, they say so."""
+
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -89,7 +91,7 @@ class _Depthwise(Function):
         ctx.save_for_backward(u, scale, shift, weight, center, output[1])
 
     @staticmethod
-    @_first_derivative
+    @first_derivative
     def backward(ctx: Any, grad_x: Tensor, grad_c: Tensor, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         u, scale, shift, weight, center, c = ctx.saved_tensors
         kernels = dispatch.kernels(u)
@@ -138,7 +140,7 @@ class _Pointwise(Function):
         ctx.save_for_backward(c, scale, shift, weight, *before, center, output[0])
 
     @staticmethod
-    @_first_derivative
+    @first_derivative
     def backward(ctx: Any, grad_u: Tensor, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         c, scale, shift, weight, u_before, scale_before, shift_before, center, u = ctx.saved_tensors
         kernels = dispatch.kernels(c)
@@ -180,7 +182,7 @@ class _Normalize(Function):
         ctx.save_for_backward(u, scale)
 
     @staticmethod
-    @_first_derivative
+    @first_derivative
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         u, scale = ctx.saved_tensors
         return *dispatch.kernels(u).normalize_act_grad(grad, u, scale, ctx.act), None
@@ -200,7 +202,7 @@ class _Stats(Function):
         ctx.save_for_backward(u, center)
 
     @staticmethod
-    @_first_derivative
+    @first_derivative
     def backward(ctx: Any, grad_s: Tensor, grad_q: Tensor) -> tuple[Any, ...]:
         u, center = ctx.saved_tensors
         grad, _ = dispatch.kernels(u).stats_grad(torch.zeros_like(u), u, ctx.act, center, grad_s, grad_q)
@@ -228,7 +230,7 @@ class _AllReduce(Function):
 # ---- BatchNorm of sums ----------------------------------------------------------------------------------------------
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """Mean, variance, and variance without bias, per channel (C,)."""
 
     mean: Tensor
@@ -239,6 +241,21 @@ class _Moments(NamedTuple):
 def _processes(group: Any) -> int:
     distributed = torch.distributed
     return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def is_synchronised(module: Any, asked: bool) -> bool:
+    """Whether a BatchNorm sees the images of other processes, because of its class or because that is asked for."""
+    wanted = module.training and (asked or type(module) is nn.SyncBatchNorm)
+    return wanted and _processes(getattr(module, "process_group", None)) > 1
+
+
+def check_count(shape: Sequence[int]) -> None:
+    """Raise ArgumentError for features (B, C, H, W) whose variance BatchNorm cannot take."""
+    if shape[0] * shape[2] * shape[3] == 1:
+        raise ArgumentError(
+            "BatchNorm in training mode needs more than 1 value per channel, and features of shape "
+            f"{tuple(shape)} have 1: give more images, or larger ones"
+        )
 
 
 def _expected(convolution: Any, act: str, features: Tensor | None, wide: torch.dtype) -> Tensor:
@@ -278,7 +295,7 @@ class _Norm:
         else:
             mean, var = (kept.detach().to(wide, copy=True) for kept in (module.running_mean, module.running_var))
         group = getattr(module, "process_group", None)
-        synchronised = module.training and (synchronised or type(module) is nn.SyncBatchNorm) and _processes(group) > 1
+        synchronised = is_synchronised(module, synchronised)
         weight, bias = (None if p is None else p.to(wide) for p in (module.weight, module.bias))
         return _Norm(weight, bias, mean, var, module.eps, batch, synchronised, group)
 
@@ -287,26 +304,23 @@ class _Norm:
         """The mean of what this makes, (C,)."""
         return torch.zeros_like(self.mean) if self.bias is None else self.bias.detach()
 
-    def moments(self, u: Tensor, sums: Sequence[Tensor]) -> _Moments:
+    def moments(self, u: Tensor, sums: Sequence[Tensor]) -> Moments:
         """Of activations that have u's shape and these sums; without `batch`, those that are kept."""
         if self.var is not None:
-            return _Moments(self.mean, self.var, self.var)
+            return Moments(self.mean, self.var, self.var)
         s, q = sums
         count: Any = u.shape[0] * u.shape[2] * u.shape[3]
         if self.synchronised:
             # The parameters of all processes are the same, so their sums are relative to the same.
             total = _AllReduce.apply(torch.cat([s, q, s.new_full((1,), count)]), self.group)
             (s, q), count = total[:-1].chunk(2), total[-1].detach()
-        elif count == 1:
-            raise ArgumentError(
-                "BatchNorm in training mode needs more than 1 value per channel, and features of shape "
-                f"{tuple(u.shape)} have 1: give more images, or larger ones"
-            )
+        else:
+            check_count(u.shape)
         offset = s / count
         var = (q / count - offset.square()).clamp(min=0)
-        return _Moments(self.mean + offset, var, var * (count / (count - 1)))
+        return Moments(self.mean + offset, var, var * (count / (count - 1)))
 
-    def affine(self, moments: _Moments) -> tuple[Tensor, Tensor]:
+    def affine(self, moments: Moments) -> tuple[Tensor, Tensor]:
         """Scale and shift per channel (C,)."""
         scale = torch.rsqrt(moments.var + self.eps)
         scale = scale if self.weight is None else scale * self.weight
@@ -335,12 +349,12 @@ class _Track(Function):
 
 
 @torch.no_grad()
-def _track(module: Any, moments: _Moments) -> None:
+def track(module: Any, moments: Moments) -> None:
     """Move running statistics as nn.BatchNorm2d does in training."""
     if module.training and module.running_mean is not None:
         running = module.running_mean, module.running_var, module.num_batches_tracked, module.momentum
-        track = _Track.forward if torch.compiler.is_compiling() else _Track.apply
-        track(moments.mean, moments.unbiased, *running)
+        move = _Track.forward if torch.compiler.is_compiling() else _Track.apply
+        move(moments.mean, moments.unbiased, *running)
 
 
 # ---- stem and blocks ------------------------------------------------------------------------------------------------
@@ -381,7 +395,7 @@ def features(
         Feature maps (B, C, h, w), in the order of the blocks.
     """
 
-    def compute(images: Tensor) -> tuple[list[Tensor], list[_Moments]]:
+    def compute(images: Tensor) -> tuple[list[Tensor], list[Moments]]:
         state, *moments = _embed(stem, images, kernel_sizes(blocks), sync_batchnorm, channels_last)
         found: list[Tensor] = []
         for i, block in enumerate(blocks):
@@ -401,7 +415,7 @@ def features(
     found, moments = run(images)
     modules = [stem[2], *(module for block in blocks for module in (block[0].fn[2], block[3]))]
     for module, its in zip(modules, moments, strict=True):
-        _track(module, its)  # here and not where a checkpoint would do it twice
+        track(module, its)  # here and not where a checkpoint would do it twice
     return found
 
 
@@ -419,7 +433,7 @@ def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, 
 
 def _embed(
     stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool, channels_last: bool
-) -> tuple[_State, _Moments]:
+) -> tuple[_State, Moments]:
     convolution, act, module = stem
     u = convolution(images)
     dispatch.check(u.device, u.dtype, sizes)  # autocast chooses the type, and models move
@@ -431,7 +445,7 @@ def _embed(
     return _State(u, *norm.affine(moments), act, norm.features), moments
 
 
-def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, _Moments, _Moments]:
+def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, Moments, Moments]:
     """A block after the features before it."""
     (depthwise, act, module1), (_, pointwise, _, module2) = block[0].fn, block
     u, act = state.u, ACTIVATIONS[type(act)]
@@ -457,12 +471,12 @@ def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -
     parameters = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
     u, s, q, *moments1 = run(u, scale, shift, *parameters)
     moments2 = norm2.moments(u, (s, q))
-    return _State(u, *norm2.affine(moments2), act, norm2.features), _Moments(*moments1), moments2
+    return _State(u, *norm2.affine(moments2), act, norm2.features), Moments(*moments1), moments2
 
 
 def _infer(
     depthwise: Any, pointwise: Any, norm1: _Norm, norm2: _Norm, x: Tensor, act: str
-) -> tuple[_State, _Moments, _Moments]:
+) -> tuple[_State, Moments, Moments]:
     kernels, wide = dispatch.kernels(x), norm1.mean.dtype
     moments1, moments2 = norm1.moments(x, ()), norm2.moments(x, ())
     weights = depthwise.weight.to(x.dtype), depthwise.bias.to(wide), act
