@@ -1,10 +1,12 @@
-"""A training step of convmixer_256_8 at 32 pixels: images per second and activation memory, against timm's model.
+"""A training step, by default of convmixer_256_8: images per second and activation memory, against timm's model.
 
-    python benchmarks/train_step.py [--device cpu] [--batch-size 64] [--precision bfloat16] [--rounds 9] [--json FILE]
+    python benchmarks/train_step.py [--model NAME] [--device cpu] [--batch-size 64] [--precision bfloat16] [--rounds 9]
+                                    [--only WORD ...] [--json FILE]
     python benchmarks/train_step.py --dry-run
 
 The same weights in timm's class and in ours (eager, and compiled as `convmixer train --compile` runs it; with and
-without fused blocks), by AdamW. All ways take turns in one process; ratios are medians over rounds, against timm's
+without fused blocks, these on a CPU by PyTorch and by native kernels), by AdamW. `--only` takes the ways whose names
+hold one of the words. All ways take turns in one process; ratios are medians over rounds, against timm's
 best. Memory is what autograd keeps between forward and backward, and its ratio is against timm's eager step. On Linux
 with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
 
@@ -13,6 +15,7 @@ makes two steps of a tiny model on four images, on a CPU with calls in place of 
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -29,6 +32,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import convmixer
 from convmixer.cuda_graphs import WARM_UP, CudaGraphs, Graphed
+from convmixer.native.training import set_native_training
 from convmixer.training import Recipe
 from convmixer.training.loop import autocast
 from convmixer.training.optimizers import create_optimizer
@@ -47,7 +51,9 @@ class Way:
         precision: str,
         opt: str = "adamw",
         graph: bool = False,
+        native: bool = True,
     ) -> None:
+        self.native = native  # fused blocks on a CPU
         self.model = model.to(memory_format=layout)
         self.forward: Callable = torch.compile(self.model, dynamic=False) if compile else self.model
         self.layout, self.precision = layout, precision
@@ -65,6 +71,7 @@ class Way:
         raise error
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        set_native_training(self.native)
         with autocast(self.device, self.precision):
             logits = self.forward(images.contiguous(memory_format=self.layout))
         return F.cross_entropy(logits.float(), labels)
@@ -102,6 +109,8 @@ class Way:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="convmixer_256_8", help="a variant; images of its size")
+    parser.add_argument("--only", nargs="+", default=[""], help="of the ways, those whose names hold one of these words")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
@@ -112,9 +121,13 @@ def main() -> None:
     if arguments.dry_run:
         arguments.batch_size, arguments.rounds = 4, 1
     torch.manual_seed(0)
-    images = torch.randn(arguments.batch_size, 3, 32, 32, device=arguments.device)
+    model = convmixer.create_model(arguments.model, device="cpu", num_classes=10)
+    size = model.pretrained_cfg["input_size"]
+    images = torch.randn(arguments.batch_size, *size, device=arguments.device)
     labels = torch.randint(10, (arguments.batch_size,), device=arguments.device)
-    shape = {"dim": 256, "depth": 8, "kernel_size": 5, "patch_size": 2, "num_classes": 10}  # convmixer_256_8
+    kernel_size = model.blocks[0][0].fn[0].kernel_size[0]
+    shape = {"dim": model.dim, "depth": len(model.blocks), "kernel_size": kernel_size, "patch_size": model.patch_size}
+    shape["num_classes"] = 10
     if arguments.dry_run:
         shape |= {"dim": 16, "depth": 1}
     state = convmixer.ConvMixer(**shape).state_dict()
@@ -131,20 +144,25 @@ def main() -> None:
     kinds: dict[str, dict[str, bool]] = {
         "convmixer eager": {"compile": False},
         "convmixer compiled": {"compile": True},
-        "convmixer fused": {"compile": False, "fused": True},
-        "convmixer fused, compiled": {"compile": True, "fused": True},
+        "convmixer fused": {"compile": False, "fused": True, "native": False},
+        "convmixer fused, compiled": {"compile": True, "fused": True, "native": False},
+        "convmixer native": {"compile": False, "fused": True},
+        "convmixer native, compiled": {"compile": True, "fused": True},
     }
-    ways = {
-        "timm eager NCHW": way(False, PLAIN, False),
-        "timm eager channels_last": way(False, LAST, False),
-        "timm compiled NCHW": way(False, PLAIN, True),
-        "timm compiled channels_last": way(False, LAST, True),
-        **{name: way(True, LAST, **options) for name, options in kinds.items()},
+    if arguments.device.type != "cpu":  # fused blocks run on Triton
+        del kinds["convmixer native"], kinds["convmixer native, compiled"]
+    makers: dict[str, Callable[[], Way]] = {
+        "timm eager NCHW": lambda: way(False, PLAIN, False),
+        "timm eager channels_last": lambda: way(False, LAST, False),
+        "timm compiled NCHW": lambda: way(False, PLAIN, True),
+        "timm compiled channels_last": lambda: way(False, LAST, True),
+        **{name: functools.partial(way, True, LAST, **options) for name, options in kinds.items()},
     }
     if arguments.device.type == "cuda" or arguments.dry_run:
         for name, options in kinds.items():
             for opt in ("adamw", "muon"):
-                ways[f"{name}, {opt}, graph"] = way(True, LAST, graph=True, opt=opt, **options)
+                makers[f"{name}, {opt}, graph"] = functools.partial(way, True, LAST, graph=True, opt=opt, **options)
+    ways = {name: make() for name, make in makers.items() if any(word in name for word in arguments.only)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     untimed = 1 if arguments.dry_run else WARM_UP + 1  # they compile, warm up and capture
     for round_ in range(arguments.rounds + untimed):
@@ -154,12 +172,12 @@ def main() -> None:
                 seconds[name].append(duration)
     rates = {name: arguments.batch_size / statistics.median(times) for name, times in seconds.items()}
     memory = {name: it.kept(images, labels) / arguments.batch_size / 2**20 for name, it in ways.items()}
-    best = max((name for name in ways if name.startswith("timm")), key=rates.__getitem__)
+    best = max((name for name in ways if name.startswith("timm")), key=rates.__getitem__, default=next(iter(ways)))
     ratios = {
         name: statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds[name], strict=True))
         for name in ways
     }
-    least = min(memory[name] for name in ways if name.startswith("timm eager"))
+    least = min((memory[name] for name in ways if name.startswith("timm eager")), default=memory[best])
     for name in ways:
         print(
             f"{name:40} {rates[name]:6.1f} images/s, {ratios[name]:.2f} of {best}; "
@@ -175,7 +193,7 @@ def main() -> None:
             "activation_mib_per_image": memory,
             "best_of_timm": best,
             "ratios": ratios,
-            "ratio": ratios["convmixer compiled"],
+            "model": arguments.model,
         }
         arguments.json.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
 

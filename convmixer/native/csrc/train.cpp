@@ -79,8 +79,8 @@ struct Scratch {
     Lane *taps;                   // (channels, k) of the gradient of depthwise kernels
     float *products;              // of the gradient of a pointwise convolution, or the stem: blocks
     char *panel, *transposed;
-    Value *rows;
-    Value *x, *grad;  // (group) planes
+    Value *rows, *columns;
+    Value *x, *grad;  // (2, group) and (group) planes
     float *acts;      // act of what x is made of
     long bytes;
 
@@ -94,8 +94,9 @@ struct Scratch {
         panel = carver.take<char>(grid.tile / SIDE * Compute::bundle(most));
         transposed = carver.take<char>(most / SIDE * Compute::bundle(grid.tile));
         rows = carver.take<Value>(n * Compute::stride(grid.tile));
+        columns = carver.take<Value>(SIDE * Compute::stride(grid.tile));
         planes_start = carver.bytes();
-        x = carver.take<Value>(grid.group * plane), grad = carver.take<Value>(grid.group * plane);
+        x = carver.take<Value>(2 * grid.group * plane), grad = carver.take<Value>(grid.group * plane);
         planes_end = carver.bytes();
         acts = carver.take<float>((long)grid.group * grid.height * grid.columns);
         bytes = carver.bytes();
@@ -152,7 +153,7 @@ class Trainer {
             settle_statistics(0);
             for (int i = 0; i < step.depth; i++) {
                 pack(2 * i + 2, false);
-                groups([&](int image, int images, int n) { spatial(i, image, images, n, own); });
+                groups(2, [&](int image, int images, int n) { spatial(i, image, images, n, own); });
                 settle_statistics(2 * i + 1);
                 parts(own, [&](int image, int first, int length) { mix(i, image, first, length, own); });
                 settle_statistics(2 * i + 2);
@@ -168,13 +169,13 @@ class Trainer {
             for (int i = step.depth - 1; i >= 0; i--) {
                 pack(2 * i + 2, true);
                 if (step.keep == 1) {
-                    groups([&](int image, int images, int n) { spatial(i, image, images, n, own); });
+                    groups(2, [&](int image, int images, int n) { spatial(i, image, images, n, own); });
                     clear_sums();
                 }
                 parts(own, [&](int image, int first, int length) { unmix(i, image, first, length, own); });
                 settle_weights(2 * i + 2, channels, dim);
                 settle_gradients(2 * i + 1);
-                groups([&](int image, int images, int n) { unspatial(i, image, images, n, own); });
+                groups(1, [&](int image, int images, int n) { unspatial(i, image, images, n, own); });
                 settle_kernels(2 * i + 1);
                 settle_gradients(2 * i);
             }
@@ -238,10 +239,11 @@ class Trainer {
         });
     }
     template <class Task>
-    void groups(Task task) const {
-        each((long)grid.groups * channels, [&](long i) {
-            const int image = i / channels * grid.group;
-            task(image, std::min(grid.group, step.batch - image), i % channels);
+    void groups(int each_channels, Task task) const {  // of groups of images, and of so many channels at a time
+        const int runs = channels / each_channels;
+        each((long)grid.groups * runs, [&](long i) {
+            const int image = i / runs * grid.group;
+            task(image, std::min(grid.group, step.batch - image), i % runs * each_channels);
         });
     }
     template <class Task>
@@ -445,18 +447,20 @@ class Trainer {
     }
     // Its transpose, whose columns are the inputs.
     template <class Sources>
-    void fill_transposed(int count, int first, int length, char *panel, Sources sources) const {
-        alignas(64) Value columns[SIDE][BLOCK];
-        for (int i = 0; i < count; i += SIDE, panel += Compute::bundle(length))
-            for (int p = 0; p < length; p += BLOCK) {
-                const __mmask32 real = grid.masks[(first + p) / BLOCK];
-                for (int j = 0; j < SIDE; j++) {
-                    const auto source = sources(i + j);
+    void fill_transposed(int count, int first, int length, Scratch<Compute> &own, Sources sources) const {
+        const long row = Compute::stride(length);
+        char *panel = own.transposed;
+        for (int i = 0; i < count; i += SIDE, panel += Compute::bundle(length)) {
+            for (int j = 0; j < SIDE; j++) {
+                const auto source = sources(i + j);
+                for (int p = 0; p < length; p += BLOCK) {
+                    const __mmask32 real = grid.masks[(first + p) / BLOCK];
                     const __m512 v[2] = {source(first + p, real), source(first + p + LANES, real >> LANES)};
-                    Compute::put_row(columns[j], v);
+                    Compute::put_row(own.columns + j * row + p, v);
                 }
-                Compute::put_transposed(panel, p, columns);
             }
+            for (int p = 0; p < length; p += BLOCK) Compute::put_transposed(panel, p, own.columns + p, row);
+        }
     }
 
     // u of a layer: the packed weights times the panel, and the sums of act(u).
@@ -513,13 +517,13 @@ class Trainer {
 
     // x of a channel of some images, as planes whose border is `before` wide; and, where wanted, act(u).
     template <bool ACTS>
-    void set_planes(int i, int image, int images, int n, Scratch<Compute> &own) const {
+    void set_planes(int i, int image, int images, int n, Value *planes, Scratch<Compute> &own) const {
         const Vectors &carried = kept.vectors[2 * i];
         const __m512 scale = all(carried.scale[n]), shift = all(carried.shift[n]);
         float *acts = own.acts;
         for (int j = 0; j < images; j++) {
             const T *u = at(kept.u[i], image + j, n);
-            Value *to = own.x + j * plane + before * (plane_row + 1);
+            Value *to = planes + j * plane + before * (plane_row + 1);
             for (int y = 0; y < grid.height; y++, to += plane_row)
                 for (int strip = 0; strip < grid.strips; strip++, u += SIDE, acts += SIDE) {
                     const __m512 a = act(load_row(u));
@@ -548,38 +552,49 @@ class Trainer {
     }
     long corner(const Place &place) const { return place.image * plane + place.top * plane_row + place.strip * SIDE; }
 
-    // Convolves planes, and calls `take(place of each row of outputs in the map, image, mask, sums)`.
-    template <class Take>
-    void convolve(const Value *planes, const Kernel &kernel, const Place (&places)[4], int count, Take take) const {
-        alignas(64) float sums[4][SIDE * SIDE];
+    using Sums = float[4][SIDE * SIDE];
+    void convolve(const Value *planes, const Kernel &kernel, const Place (&places)[4], Sums &sums) const {
         const Value *corners[4];
         for (int t = 0; t < 4; t++) corners[t] = planes + corner(places[t]);
         Compute::convolve(corners, plane_row, kernel, k, sums);
+    }
+    // Calls `take(image, place in the map, mask, sums)` for each row of outputs.
+    template <class Take>
+    void take_rows(const Place (&places)[4], int count, const Sums &sums, Take take) const {
         for (int t = 0; t < count; t++) {
             const __mmask16 real = grid.row_mask(places[t].strip);
-            for (int r = 0; r < std::min(SIDE, grid.height - places[t].top); r++) {
-                const int p = (places[t].top + r) * grid.columns + places[t].strip * SIDE;
+            const int rows = std::min(SIDE, grid.height - places[t].top);
+            int p = places[t].top * grid.columns + places[t].strip * SIDE;
+            for (int r = 0; r < rows; r++, p += grid.columns)
                 take(places[t].image, p, real, _mm512_load_ps(sums[t] + r * SIDE));
-            }
         }
     }
 
+    // Channels n and n + 1: tiles must wait until what they load has left the store buffer, and there is more to do.
     void spatial(int i, int image, int images, int n, Scratch<Compute> &own) const {
         const Layer &layer = step.layers[2 * i + 1];
-        Kernel kernel;
-        if (n < dim) kernel.set(layer.weight + (long)n * k * k, k, false);
-        const __m512 bias = all(n < dim ? layer.bias[n] : 0), center = all(kept.vectors[2 * i + 1].center[n]);
-        __m512 sum = _mm512_setzero_ps(), squares = sum;
-        set_planes<false>(i, image, images, n, own);
+        Kernel kernels[2];
+        Value *const planes[2] = {own.x, own.x + grid.group * plane};
+        for (int j = 0; j < 2; j++) {
+            if (n + j < dim) kernels[j].set(layer.weight + (n + j) * (long)k * k, k, false);
+            set_planes<false>(i, image, images, n + j, planes[j], own);
+        }
+        alignas(64) Sums sums[2];
+        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, squares[2] = {sum[0], sum[0]};
         tiles(images, [&](const Place(&places)[4], int count) {
-            convolve(own.x, kernel, places, count, [&](int j, int p, __mmask16 real, __m512 v) {
-                v = stored(_mm512_add_ps(v, bias));
-                store_row(at(kept.c[i], image + j, n) + p, v);
-                v = _mm512_maskz_sub_ps(real, act(v), center);
-                sum = _mm512_add_ps(sum, v), squares = _mm512_fmadd_ps(v, v, squares);
-            });
+            for (int j = 0; j < 2; j++) convolve(planes[j], kernels[j], places, sums[j]);
+            for (int j = 0; j < 2; j++) {
+                const __m512 bias = all(n + j < dim ? layer.bias[n + j] : 0);
+                const __m512 center = all(kept.vectors[2 * i + 1].center[n + j]);
+                take_rows(places, count, sums[j], [&](int of, int p, __mmask16 real, __m512 v) {
+                    v = stored(_mm512_add_ps(v, bias));
+                    store_row(at(kept.c[i], image + of, n + j) + p, v);
+                    v = _mm512_maskz_sub_ps(real, act(v), center);
+                    sum[j] = _mm512_add_ps(sum[j], v), squares[j] = _mm512_fmadd_ps(v, v, squares[j]);
+                });
+            }
         });
-        add_to(own.first[n], sum), add_to(own.second[n], squares);
+        for (int j = 0; j < 2; j++) add_to(own.first[n + j], sum[j]), add_to(own.second[n + j], squares[j]);
     }
 
     // The last block's output.
@@ -623,7 +638,7 @@ class Trainer {
     void unmix(int i, int image, int first, int length, Scratch<Compute> &own) const {
         const float *center = kept.vectors[2 * i + 1].center;
         activation_gradient<true>(2 * i + 2, image, first, length, own);
-        fill_transposed(channels, first, length, own.transposed, [&](int n) { return mixed(i, image, n); });
+        fill_transposed(channels, first, length, own, [&](int n) { return mixed(i, image, n); });
         Compute::accumulate(Compute::rows(own.rows, length), own.transposed, length, channels, channels, own.products);
         // Gradients are zero where positions are not real.
         Compute::product(
@@ -656,21 +671,26 @@ class Trainer {
                     bias = _mm512_add_ps(bias, v);
                 }
         }
-        set_planes<true>(i, image, images, n, own);
+        set_planes<true>(i, image, images, n, own.x, own);
         Kernel kernel;
         if (n < dim) kernel.set(step.layers[l].weight + (long)n * k * k, k, true);
+        alignas(64) Sums sums;
+        typename Compute::Operands operands;
         tiles(images, [&](const Place(&places)[4], int count) {
             const Value *corners[4], *grads[4];
             for (int t = 0; t < 4; t++) {
                 corners[t] = own.x + corner(places[t]);
                 grads[t] = own.grad + corner(places[t]) + after * (plane_row + 1);
             }
-            Compute::correlate(corners, grads, count, plane_row, k, own.taps + (long)n * k);
-            convolve(own.grad, kernel, places, count, [&](int j, int p, __mmask16 real, __m512 v) {
-                T *to = at(gradient, image + j, n) + p;
+            // In this order since tiles must wait until what they load has left the store buffer.
+            Compute::arrange(corners, grads, count, plane_row, k, operands);
+            convolve(own.grad, kernel, places, sums);
+            Compute::correlate(operands, k, own.taps + (long)n * k);
+            take_rows(places, count, sums, [&](int of, int p, __mmask16 real, __m512 v) {
+                T *to = at(gradient, image + of, n) + p;
                 v = _mm512_maskz_add_ps(real, load_row(to), v);
                 store_row(to, v);
-                const __m512 a = _mm512_load_ps(own.acts + (long)j * grid.height * grid.columns + p);
+                const __m512 a = _mm512_load_ps(own.acts + (long)of * grid.height * grid.columns + p);
                 sum = _mm512_add_ps(sum, v), product = _mm512_fmadd_ps(v, _mm512_sub_ps(a, center), product);
             });
         });
@@ -679,7 +699,7 @@ class Trainer {
 
     void unembed(int image, int first, int length, Scratch<Compute> &own) const {
         activation_gradient<false>(0, image, first, length, own);
-        fill_transposed(inputs, first, length, own.transposed, [&](int i) { return patch(image, i); });
+        fill_transposed(inputs, first, length, own, [&](int i) { return patch(image, i); });
         Compute::accumulate(Compute::rows(own.rows, length), own.transposed, length, channels, inputs, own.products);
     }
 };

@@ -67,10 +67,10 @@ struct Amx {
     static void put_row(Value *to, const __m512 (&v)[2]) {
         _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
     }
-    // The rows of 16 columns, (16, 32 inputs), as inputs [i, i + 32) of their bundle.
-    static void put_transposed(char *bundle, int i, const Value (&columns)[SIDE][BLOCK]) {
+    // 32 inputs of 16 rows, `row` values apart, as inputs [i, i + 32) of a bundle whose columns the rows are.
+    static void put_transposed(char *bundle, int i, const Value *from, long row) {
         __m512i lines[16];
-        for (int n = 0; n < 16; n++) lines[n] = _mm512_load_si512(columns[n]);
+        for (int n = 0; n < 16; n++) lines[n] = _mm512_load_si512(from + n * row);
         transpose(lines);
         for (int n = 0; n < 16; n++) _mm512_store_si512(bundle + (i / 2 + n) * 64L, lines[n]);
     }
@@ -178,20 +178,22 @@ struct Amx {
         settle();
     }
 
-    // The weight gradient of up to four tiles: adds to a lane for each row of the kernel. `grads` are corners, too.
-    static void correlate(const Value *const (&corners)[4], const Value *const (&grads)[4], int count, long stride,
-                          int k, Lane *sums) {
-        constexpr int ROWS = SIDE + LARGEST - 1, STARTS = ROWS / 2;  // of x; of pairs of rows that begin at even ones
-        constexpr int DIAGONAL = 31;
-        alignas(64) uint32_t left[2][SIDE][SIDE];             // (pairs of tiles, columns, pairs of rows of both in turn)
+    // What the weight gradient of up to four tiles multiplies.
+    struct Operands {
+        static constexpr int ROWS = SIDE + LARGEST - 1, STARTS = ROWS / 2;  // of x; of pairs of rows from even ones on
+        alignas(64) uint32_t left[2][SIDE][SIDE];              // (pairs of tiles, columns, pairs of rows of both in turn)
         alignas(64) uint32_t right[2][2][STARTS][2][2][SIDE];  // (pairs of tiles, odd start, start, tile, half, column)
-        alignas(64) float products[2][SIDE * BLOCK];
+        int pairs;
+    };
+    // `corners` are those of x, `grads` those of the gradient.
+    static void arrange(const Value *const (&corners)[4], const Value *const (&grads)[4], int count, long stride, int k,
+                        Operands &operands) {
         const __m512i low = _mm512_add_epi16(  // 0 32 1 33 ...
             _mm512_srli_epi32(_mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0), 1),
             _mm512_slli_epi32(_mm512_set_epi32(47, 46, 45, 44, 43, 42, 41, 40, 39, 38, 37, 36, 35, 34, 33, 32), 16));
         const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-        const int pairs = (count + 1) / 2;
-        for (int pair = 0; pair < pairs; pair++) {
+        operands.pairs = (count + 1) / 2;
+        for (int pair = 0; pair < operands.pairs; pair++) {
             __m512i lines[16];
             for (int tile = 0; tile < 2; tile++) {
                 const bool real = 2 * pair + tile < count;
@@ -205,20 +207,27 @@ struct Amx {
                 __m512i a = _mm512_loadu_si512(x);
                 for (int start = 0; start < SIDE + k - 2; start++) {
                     const __m512i b = _mm512_loadu_si512(x + (start + 1) * stride);
-                    uint32_t(&to)[2][SIDE] = right[pair][start % 2][start / 2][tile];
+                    uint32_t(&to)[2][SIDE] = operands.right[pair][start % 2][start / 2][tile];
                     _mm512_store_si512(to[0], _mm512_permutex2var_epi16(a, low, b));
                     _mm512_store_si512(to[1], _mm512_permutex2var_epi16(a, high, b));
                     a = b;
                 }
             }
             transpose(lines);
-            for (int n = 0; n < SIDE; n++) _mm512_store_si512(left[pair][n], lines[n]);
+            for (int n = 0; n < SIDE; n++) _mm512_store_si512(operands.left[pair][n], lines[n]);
         }
+    }
+    // Adds to a lane for each row of the kernel.
+    static void correlate(const Operands &operands, int k, Lane *sums) {
+        constexpr int DIAGONAL = 31;
+        alignas(64) float products[2][SIDE * BLOCK];
+        const auto &left = operands.left;
+        const auto &right = operands.right;
         settle();
         for (int i = 0; i < k; i += 2) {
             const bool two = i + 1 < k;
             clear();
-            for (int pair = 0; pair < pairs; pair++) {
+            for (int pair = 0; pair < operands.pairs; pair++) {
                 _tile_loadd(4, left[pair], 64);
                 _tile_loadd(6, right[pair][0][i / 2], 128);
                 _tile_dpbf16ps(0, 4, 6);

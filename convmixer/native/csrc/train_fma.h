@@ -45,10 +45,10 @@ struct Fma {
         _mm512_store_ps(to, v[0]);
         _mm512_store_ps(to + LANES, v[1]);
     }
-    static void put_transposed(char *bundle, int i, const Value (&columns)[SIDE][BLOCK]) {
+    static void put_transposed(char *bundle, int i, const Value *from, long row) {
         for (int half = 0; half < 2; half++) {
             __m512i lines[16];
-            for (int n = 0; n < 16; n++) lines[n] = _mm512_load_si512(columns[n] + half * LANES);
+            for (int n = 0; n < 16; n++) lines[n] = _mm512_load_si512(from + n * row + half * LANES);
             transpose(lines);
             for (int n = 0; n < 16; n++) _mm512_store_si512(bundle + (i + half * LANES + n) * 64L, lines[n]);
         }
@@ -131,17 +131,27 @@ struct Fma {
             }
     }
 
-    static void correlate(const Value *const (&corners)[4], const Value *const (&grads)[4], int count, long stride,
-                          int k, Lane *sums) {
+    struct Operands {
+        const Value *corners[4], *grads[4];
+        int count;
+        long stride;
+    };
+    static void arrange(const Value *const (&corners)[4], const Value *const (&grads)[4], int count, long stride, int,
+                        Operands &operands) {
+        std::copy(corners, corners + 4, operands.corners), std::copy(grads, grads + 4, operands.grads);
+        operands.count = count, operands.stride = stride;
+    }
+    static void correlate(const Operands &operands, int k, Lane *sums) {
+        const long stride = operands.stride;
         for (int y = 0; y < k; y++)
             for (int first = 0; first < k; first += ROWS) {  // taps; those beyond k are computed and not used
                 __m512 sum[ROWS];
 #pragma GCC unroll 8
                 for (int j = 0; j < ROWS; j++) sum[j] = _mm512_setzero_ps();
-                for (int tile = 0; tile < count; tile++)
+                for (int tile = 0; tile < operands.count; tile++)
                     for (int r = 0; r < SIDE; r++) {
-                        const __m512 grad = _mm512_loadu_ps(grads[tile] + r * stride);
-                        const float *from = corners[tile] + (r + y) * stride + first;
+                        const __m512 grad = _mm512_loadu_ps(operands.grads[tile] + r * stride);
+                        const float *from = operands.corners[tile] + (r + y) * stride + first;
 #pragma GCC unroll 8
                         for (int j = 0; j < ROWS; j++)
                             sum[j] = _mm512_fmadd_ps(grad, _mm512_loadu_ps(from + j), sum[j]);
