@@ -158,6 +158,7 @@ def test_which_optimizers_take_tensors():
     [
         ({"opt": "sgd", "betas": (0.9, 0.99)}, r"betas=\(0.9, 0.99\): give none: 'sgd' has no betas"),
         ({"opt": "adan", "betas": (0.9, 0.99)}, r"betas=\(0.9, 0.99\): give 3 numbers in \[0, 1\), or none"),
+        ({"opt": "bnbademamix", "betas": (0.9, 0.99)}, r"betas=\(0.9, 0.99\): give 3 numbers in \[0, 1\), or none"),
         ({"opt": "muon", "betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): give 2 numbers in \[0, 1\), or none"),
         ({"opt": "muun"}, r"opt='muun': give an optimizer of timm"),
     ],

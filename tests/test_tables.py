@@ -107,6 +107,9 @@ def test_a_column_says_the_split(pictures, tmp_path):
     assert read(pictures, labels=table) == {"a.png": "dog", "b.png": "cat"}
     assert read(pictures, "validation", labels=table) == {"c.png": "dog"}
     assert read(pictures, "test", labels=table) == {"d.png": "cat"}
+    assert open_split(pictures, "train", labels=table).taken == (
+        "train: 2 images in 2 classes from images/ by labels.csv; left out: 2 images without a row of the train split"
+    )
     assert all(has_split(pictures, split, labels=table) for split in ("validation", "test"))
 
 
