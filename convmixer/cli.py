@@ -23,8 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from convmixer import plots
-from convmixer.backends import BACKENDS, calibration_images, optimize
-from convmixer.benchmark import DTYPES, Report, benchmark
 from convmixer.checkpoints import check_writable, write_atomically
 from convmixer.convert import convert_checkpoint
 from convmixer.data.images import read_image
@@ -33,12 +31,14 @@ from convmixer.data.memory import fitting, load_images
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, TrainingStopped, UnknownModelError
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
-from convmixer.export import FORMATS, OPSET, export_model
 from convmixer.factory import create_model, extractor, open_model
 from convmixer.inference import label_names, least_size
 from convmixer.inference import predict as predict_images
 from convmixer.publishing import push_to_hub, save_pretrained
 from convmixer.registry import Variant, list_models, model_info
+from convmixer.runtime.backends import BACKENDS, calibration_images, optimize
+from convmixer.runtime.benchmark import DTYPES, Report, benchmark
+from convmixer.runtime.export import FORMATS, OPSET, export_model
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.history import read_history

@@ -14,12 +14,13 @@ from command import run
 from conftest import vary_norms
 
 import convmixer
-from convmixer import backends, optimize
-from convmixer.backends import OptimizedConvMixer, available_backends, fitting_chunk, pieces
+from convmixer import optimize
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError
-from convmixer.folding import FoldedConvMixer
 from convmixer.hardware import bf16_is_faster, l2_cache
 from convmixer.native import library as native
+from convmixer.runtime import backends
+from convmixer.runtime.backends import OptimizedConvMixer, available_backends, fitting_chunk, pieces
+from convmixer.runtime.folding import FoldedConvMixer
 
 SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 RUNTIMES = [
@@ -404,7 +405,7 @@ def test_eager_is_the_default():
 
 
 def test_auto_says_what_it_took(caplog):
-    with caplog.at_level(logging.INFO, "convmixer.backends"):
+    with caplog.at_level(logging.INFO, "convmixer.runtime.backends"):
         fast = optimize(make(), backend="auto", dtype="auto")
     dtype = torch.bfloat16 if bf16_is_faster(torch.device("cpu")) else torch.float32
     found = available_backends("cpu", dtype)

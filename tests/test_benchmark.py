@@ -10,10 +10,10 @@ from command import run
 from torch.utils.flop_counter import FlopCounterMode
 
 import convmixer
-from convmixer import benchmark as benchmarks
-from convmixer.benchmark import benchmark, device_name, macs, timms
 from convmixer.errors import ArgumentError
 from convmixer.plots import plot_benchmark
+from convmixer.runtime import benchmark as benchmarks
+from convmixer.runtime.benchmark import benchmark, device_name, macs, timms
 
 QUICK = {"rounds": 2, "seconds": 0.001, "report": lambda line: None, "device": "cpu"}
 

@@ -13,11 +13,11 @@ import torch
 from processes import finish
 
 import convmixer
-from convmixer import backends
-from convmixer.backends import available_backends
 from convmixer.errors import DependencyError
 from convmixer.native import compiled_code
 from convmixer.native import library as native
+from convmixer.runtime import backends
+from convmixer.runtime.backends import available_backends
 
 HAS_NATIVE = "native" in available_backends("cpu")
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="no C++ compiler, or no AVX-512")
@@ -27,7 +27,7 @@ PROGRAM = """
 import sys
 import torch
 import convmixer
-from convmixer import backends
+from convmixer.runtime import backends
 from convmixer.native import library as native
 
 torch.manual_seed(0)

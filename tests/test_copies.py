@@ -14,9 +14,9 @@ from conftest import vary_norms
 from torch.utils.data import DataLoader, Dataset
 
 import convmixer
-from convmixer import backends
-from convmixer.backends import OptimizedConvMixer, available_backends
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
+from convmixer.runtime import backends
+from convmixer.runtime.backends import OptimizedConvMixer, available_backends
 
 CPU = [name for name in available_backends("cpu") if name != "compile"]
 INT8 = available_backends("cpu", torch.int8)

@@ -11,9 +11,9 @@ from capture import Tapes
 from PIL import Image
 
 import convmixer
-from convmixer.cuda_graphs import KEPT, WARM_UP, CudaGraphs, Graphed, Replayed
 from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
+from convmixer.runtime.cuda_graphs import KEPT, WARM_UP, CudaGraphs, Graphed, Replayed
 from convmixer.training import get_recipe, loop
 
 pytestmark = pytest.mark.usefixtures("small_training")
@@ -312,7 +312,7 @@ def test_threads_share_graphs():
         assert sum(pool.map(differing, range(8))) == 0
 
 
-@pytest.mark.skipif("compile" not in convmixer.backends.available_backends("cpu"), reason="no C++ compiler")
+@pytest.mark.skipif("compile" not in convmixer.runtime.backends.available_backends("cpu"), reason="no C++ compiler")
 def test_a_first_call_that_compiles_waits_for_no_other_thread():
     fast = convmixer.optimize(convmixer.ConvMixer(8, 1, 3, 2, num_classes=3).eval(), backend="compile")
     fast.runtime = Replayed(fast.runtime, lambda x: True, Tapes)

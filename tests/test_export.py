@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import nn
 
 import convmixer
-from convmixer import export, openvino_core
 from convmixer.checkpoints import save_weights
 from convmixer.errors import ArgumentError, DependencyError, ExportError
-from convmixer.export import FORMATS, export_model
+from convmixer.runtime import export, openvino_core
+from convmixer.runtime.export import FORMATS, export_model
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 LABELS = ("cat", "dog \x1b[2J", "[red]")

@@ -13,8 +13,8 @@ from torch import nn
 import convmixer
 from convmixer import ConvMixer, optimize
 from convmixer.errors import ArgumentError, ImageError
-from convmixer.folding import FoldedConvMixer
 from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
+from convmixer.runtime.folding import FoldedConvMixer
 
 SMALL = {"dim": 12, "depth": 3, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 # Scales of BatchNorm: none, too small for float32 to divide by, small, negative, large.
@@ -333,7 +333,9 @@ def test_onnx(tmp_path):
 def test_what_cannot_be_optimized():
     with pytest.raises(ArgumentError, match=r"cannot optimize a torch\.nn\.modules\.linear\.Linear, which is not a"):
         optimize(nn.Linear(2, 2))
-    with pytest.raises(ArgumentError, match=r"convmixer\.folding\.FoldedConvMixer, .* give a model of convmixer"):
+    with pytest.raises(
+        ArgumentError, match=r"\.runtime\.folding\.FoldedConvMixer, .* give a model of convmixer"
+    ):
         optimize(optimize(make()))
     with pytest.raises(ArgumentError, match=r"cannot optimize a builtins\.str"):
         optimize("convmixer_256_8")

@@ -6,7 +6,7 @@ import sys
 import pytest
 from processes import finish
 
-from convmixer import openvino_core
+from convmixer.runtime import openvino_core
 
 pytest.importorskip("openvino")
 
@@ -14,7 +14,8 @@ PROGRAM = """
 import ctypes, gc, os, pathlib, signal, sys, tempfile, threading
 import torch
 import convmixer
-from convmixer import backends, openvino_core
+from convmixer.runtime import backends
+from convmixer.runtime import openvino_core
 
 
 class Stack(ctypes.Structure):

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from timm.data.auto_augment import rand_augment_transform
 
 import convmixer
-from convmixer.backends import calibration_images
 from convmixer.data.memory import Fit, Share, hold_out, load_images, seed_all
 from convmixer.data.readers import has_split, open_split
 from convmixer.data.stream import Change, default_workers, open_stream
 from convmixer.errors import ArgumentError, DataError, TrainingStopped
 from convmixer.evaluation import validate
+from convmixer.runtime.backends import calibration_images
 from convmixer.training import evaluate, get_recipe, train
 
 pytestmark = pytest.mark.usefixtures("small_training")

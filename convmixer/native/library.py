@@ -30,7 +30,7 @@ from convmixer.hardware import cpu_field, cpu_name
 from convmixer.native.compiled_code import instead_of, unusable
 
 if TYPE_CHECKING:
-    from convmixer.folding import FoldedConvMixer
+    from convmixer.runtime.folding import FoldedConvMixer
 
 SOURCES = [Path(__file__).parent / "csrc" / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h", "cpu_bytes.h")]
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
 from convmixer.data.memory import (
     Fit,
     Share,
@@ -43,6 +42,7 @@ from convmixer.model import ConvMixer, evaluation_view, mirror
 from convmixer.native import library as native
 from convmixer.ops.fused import cannot_compile
 from convmixer.plots import plot_history, write_figure
+from convmixer.runtime.cuda_graphs import CudaGraphs, Graphed, Graphs
 from convmixer.tracing import computing
 from convmixer.training.augment import Augment, Part
 from convmixer.training.history import Epoch, write_history

@@ -24,7 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer.backends import (
+from convmixer.errors import ArgumentError, ConvMixerError
+from convmixer.factory import create_model, open_model, resolve_device
+from convmixer.hardware import cpu_field, cpu_name
+from convmixer.registry import get_variant
+from convmixer.runtime.backends import (
     BACKENDS,
     Compiled,
     OnnxRuntime,
@@ -35,11 +39,7 @@ from convmixer.backends import (
     to_onnx,
     to_openvino,
 )
-from convmixer.errors import ArgumentError, ConvMixerError
-from convmixer.factory import create_model, open_model, resolve_device
-from convmixer.folding import find_convmixer
-from convmixer.hardware import cpu_field, cpu_name
-from convmixer.registry import get_variant
+from convmixer.runtime.folding import find_convmixer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 GEMM_SIDE = 2048  # of the matrices on a CPU; four times that on other devices

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from convmixer import folding, openvino_core
-from convmixer.backends import as_list
 from convmixer.checkpoints import check_writable, read_tensors, save_weights, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, ExportError, first_line, nearest, optional
-from convmixer.folding import FoldedConvMixer
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype
+from convmixer.runtime import folding, openvino_core
+from convmixer.runtime.backends import as_list
+from convmixer.runtime.folding import FoldedConvMixer
 from convmixer.tracing import quietly, tracing
 from convmixer.transforms import preprocessing
 from convmixer.wrappers import ADVICE, describe, find_inner, unwrap

@@ -33,10 +33,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from convmixer import openvino_core
-from convmixer.cuda_graphs import Replayed
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, first_line, missing, optional
-from convmixer.folding import FoldedConvMixer, find_convmixer, fold
 from convmixer.hardware import bf16_is_faster, has_int8_tiles, has_tiles, l2_cache
 from convmixer.inference import preparation
 from convmixer.model import DepthwiseConv2d, as_dtype, check_dtype, check_input
@@ -45,6 +42,9 @@ from convmixer.native.compiled_code import settle
 from convmixer.ops import prefers_channels_last
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
 from convmixer.ops.fused import ACTIVATIONS
+from convmixer.runtime import openvino_core
+from convmixer.runtime.cuda_graphs import Replayed
+from convmixer.runtime.folding import FoldedConvMixer, find_convmixer, fold
 from convmixer.tracing import computing, quietly, tracing
 from convmixer.wrappers import find_inner, unwrap
 
@@ -669,7 +669,7 @@ def optimize(
 
     With `backend="eager"` the copy is a plain PyTorch module, which `torch.export`, `torch.compile` and the ONNX
     exporter take. The other backends run it in a compiled form; what they chose is in the attribute `choice` and in the
-    log of `convmixer.backends`.
+    log of `convmixer.runtime.backends`.
 
     Args:
         model: A `ConvMixer`, whole or truncated, or what `create_model(features_only=True)` returns; also inside
