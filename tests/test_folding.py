@@ -333,9 +333,7 @@ def test_onnx(tmp_path):
 def test_what_cannot_be_optimized():
     with pytest.raises(ArgumentError, match=r"cannot optimize a torch\.nn\.modules\.linear\.Linear, which is not a"):
         optimize(nn.Linear(2, 2))
-    with pytest.raises(
-        ArgumentError, match=r"\.runtime\.folding\.FoldedConvMixer, .* give a model of convmixer"
-    ):
+    with pytest.raises(ArgumentError, match=r"\.runtime\.folding\.FoldedConvMixer, .* give a model of convmixer"):
         optimize(optimize(make()))
     with pytest.raises(ArgumentError, match=r"cannot optimize a builtins\.str"):
         optimize("convmixer_256_8")

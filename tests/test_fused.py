@@ -558,7 +558,7 @@ def test_one_value_per_channel():
 @pytest.fixture
 def gpu(monkeypatch):
     """What `set_fused` sees on a GPU, for new models: parameters there, Triton, a compute capability."""
-    monkeypatch.setitem(sys.modules, "convmixer.ops.triton", reference)
+    monkeypatch.setitem(sys.modules, "convmixer.ops.triton.launch", reference)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     monkeypatch.setattr(nn.Parameter, "device", torch.device("cuda"), raising=False)
 
@@ -566,7 +566,7 @@ def gpu(monkeypatch):
 def test_devices_and_types_without_kernels(monkeypatch):
     with pytest.raises(ConvMixerError, match="no fused blocks for 'mps' devices, only for cpu and cuda"):
         dispatch.check(torch.device("mps"), torch.float32, [5])
-    monkeypatch.setitem(sys.modules, "convmixer.ops.triton", None)
+    monkeypatch.setitem(sys.modules, "convmixer.ops.triton.launch", None)
     with pytest.raises(DependencyError, match=r"fused blocks on a GPU need Triton .*pip install triton"):
         dispatch.check(torch.device("cuda"), torch.float32, [5])
 

@@ -11,7 +11,8 @@ from torch import nn
 from convmixer import ConvMixer, accelerate
 from convmixer.errors import ArgumentError
 from convmixer.model import DepthwiseConv2d
-from convmixer.ops import depthwise_conv2d, prefers_channels_last, set_depthwise_kernels, tables
+from convmixer.ops import depthwise_conv2d, prefers_channels_last, set_depthwise_kernels
+from convmixer.ops.triton import tables
 
 
 @pytest.mark.parametrize("kernel_size", range(1, 12))
@@ -224,7 +225,7 @@ def test_transforms_of_torch_func_are_pytorchs(on_kernels):
 
 def test_no_home_means_nothing_tuned(monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    from convmixer.ops import tune
+    from convmixer.ops.triton import tune
 
     def nowhere():
         raise RuntimeError("Could not determine home directory.")

@@ -20,8 +20,8 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from convmixer.errors import ArgumentError, DependencyError
-from convmixer.ops import tables
-from convmixer.ops.tables import Direct, Gradient, Library, Product
+from convmixer.ops.triton import tables
+from convmixer.ops.triton.tables import Direct, Gradient, Library, Product
 
 pytest.importorskip("triton")
 gpu = pytest.mark.gpu
@@ -34,7 +34,7 @@ SHAPES = [(2, 5, 6, 5), (1, 3, 17, 4), (2, 19, 2, 3), (1, 70, 1, 2)]
 
 @pytest.fixture
 def kernels():
-    return importlib.import_module("convmixer.ops.triton")
+    return importlib.import_module("convmixer.ops.triton.launch")
 
 
 def interpreted():
@@ -278,7 +278,7 @@ def test_tuning(kernels, static, monkeypatch, tmp_path):
     """What is measured without a GPU to measure it; the fastest rows are written, found again and used."""
     if interpreted() or torch.cuda.is_available():
         pytest.skip("a GPU is replaced here")
-    from convmixer.ops import tune
+    from convmixer.ops.triton import tune
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     times = {}
@@ -430,10 +430,10 @@ def test_tensors_elsewhere_are_refused(kernels):
 
 
 def test_triton_is_missing(monkeypatch):
-    monkeypatch.delitem(sys.modules, "convmixer.ops.triton", raising=False)
+    monkeypatch.delitem(sys.modules, "convmixer.ops.triton.launch", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(DependencyError, match="pip install triton"):
-        importlib.import_module("convmixer.ops.triton")
+        importlib.import_module("convmixer.ops.triton.launch")
 
 
 @gpu

@@ -417,9 +417,9 @@ class Triton(Whole):
         super().__init__(module, rule)
         home = os.environ.get("TRITON_HOME")
         settle("TRITON_CACHE_DIR", lambda: str(Path(home or Path.home(), ".triton", "cache")), "Triton's kernels")
-        from convmixer.ops import triton  # imports triton
+        from convmixer.ops.triton import launch  # imports triton
 
-        self._depthwise, self._pointwise = triton.depthwise_infer, triton.pointwise_infer
+        self._depthwise, self._pointwise = launch.depthwise_infer, launch.pointwise_infer
         self._blocks: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
         blocks = list(module.blocks)
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):

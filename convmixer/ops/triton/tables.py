@@ -1,8 +1,8 @@
 """Which tile each Triton kernel computes with: rows that were measured or guessed, and those that `tune` has found.
 
 A row is chosen by the operation, the GPU, what else decides (the kernel size of a depthwise convolution, say) and the
-bytes of an element. `convmixer.ops.tune` measures candidates on the GPU at hand and writes the fastest to a file in the
-user's cache; where that file has a row for a shape of about the size, it goes before the tables of this module.
+bytes of an element. `convmixer.ops.triton.tune` measures candidates on the GPU at hand and writes the fastest to a file
+in the user's cache; where that file has a row for a shape of about the size, it goes before the tables of this module.
 """
 
 from __future__ import annotations
@@ -185,7 +185,9 @@ def tuned(name: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except Exception as error:
-        _LOGGER.warning("%s is left out (%s: %s): run convmixer.ops.tune again", file, type(error).__name__, error)
+        _LOGGER.warning(
+            "%s is left out (%s: %s): run convmixer.ops.triton.tune again", file, type(error).__name__, error
+        )
         return []
     return list(records)
 

@@ -12,7 +12,7 @@ banded matrices, was 1.8 to 3.2 times slower on an H200, and is gone.)
 GELU of float32 is `max(u, 0) - |u| Q(|u|)` with the normal distribution's tail Q by Abramowitz & Stegun 26.2.17, whose
 error of 7.5e-8 is below float32's resolution of the result. GELU of 16-bit types is a polynomial within 9e-5.
 
-`convmixer.ops.tables` says which tile each kernel computes with.
+`convmixer.ops.triton.tables` says which tile each kernel computes with.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ try:
 except ImportError as error:
     raise DependencyError("the fused kernels need triton, which is missing: pip install triton") from error
 
-from convmixer.ops import kernels
 from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES
-from convmixer.ops.tables import Direct, Elementwise, Gradient, Library, Product, Sums, pointwise_key, row
+from convmixer.ops.triton import kernels
+from convmixer.ops.triton.tables import Direct, Elementwise, Gradient, Library, Product, Sums, pointwise_key, row
 
 INTERPRETED = not isinstance(kernels.normalize, triton.JITFunction)  # TRITON_INTERPRET=1 at the first import
 ACTIVATIONS = ("gelu", "relu", "identity")

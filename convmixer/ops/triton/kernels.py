@@ -1,4 +1,4 @@
-"""The Triton kernels that `convmixer.ops.triton` launches; that module says what they compute and how.
+"""The Triton kernels that `launch.py` launches; that module says what they compute and how.
 
 Tuples of blocks are registers of a thread, indexed by loops that the compiler unrolls. An argument may be None, and
 what needs it is then compiled away. Pointers are named after what they point to.

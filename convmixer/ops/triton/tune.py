@@ -1,7 +1,7 @@
 """Measure the tiles of the Triton kernels on the GPU at hand, and keep the fastest.
 
-    python -m convmixer.ops.tune                        # the blocks of the registry's variants, in under three minutes
-    python -m convmixer.ops.tune 64x1536x32x32k9 --dtype float16
+    python -m convmixer.ops.triton.tune                 # the blocks of the registry's variants, in under three minutes
+    python -m convmixer.ops.triton.tune 64x1536x32x32k9 --dtype float16
 
 Processes compile candidates first, the promising ones before others, until their time is up. Then one process measures
 what was compiled, alone on the GPU, several calls to a CUDA graph. The fastest rows go to `tables.tuned_file`, where
@@ -30,8 +30,18 @@ import torch
 from torch import Tensor
 
 from convmixer.errors import ArgumentError
-from convmixer.ops import tables, triton
-from convmixer.ops.tables import Direct, Elementwise, Gradient, Library, Product, Row, Sums, pointwise_key, tuned_file
+from convmixer.ops.triton import launch, tables
+from convmixer.ops.triton.tables import (
+    Direct,
+    Elementwise,
+    Gradient,
+    Library,
+    Product,
+    Row,
+    Sums,
+    pointwise_key,
+    tuned_file,
+)
 
 SECONDS_TO_COMPILE, SECONDS_TO_MEASURE = 90, 75
 
@@ -147,19 +157,19 @@ def call(task: Task, dtype: torch.dtype) -> Callable[[], Any]:
     row: Any = task.row
     if task.operation == "depthwise":
         weight = torch.randn(channels, 1, size, size, device="cuda", dtype=dtype) / size
-        return lambda: triton._convolve(x, weight, vector, "gelu", center=vector, config=row)
+        return lambda: launch._convolve(x, weight, vector, "gelu", center=vector, config=row)
     if task.operation == "weight_gradient":
-        return lambda: triton._correlate(x, x, size, row)
+        return lambda: launch._correlate(x, x, size, row)
     if task.operation == "pointwise":
         weight = torch.randn(channels, channels, device="cuda", dtype=dtype) / channels**0.5
         if task.key < 2:
-            return lambda: triton._multiply(x, weight, vector, "gelu", scale=vector, shift=vector, config=row)
-        return lambda: triton._multiply(x, weight, vector, "gelu", (vector, vector, x), vector, config=row)
+            return lambda: launch._multiply(x, weight, vector, "gelu", scale=vector, shift=vector, config=row)
+        return lambda: launch._multiply(x, weight, vector, "gelu", (vector, vector, x), vector, config=row)
     if task.operation == "normalize":
         second: dict[str, Any] = {"x": x, "scale_x": vector, "shift_x": vector, "act_x": "gelu"} if task.key else {}
-        return lambda: triton._normalize(x, "gelu", vector, vector, config=row, **second)
+        return lambda: launch._normalize(x, "gelu", vector, vector, config=row, **second)
     vectors = [{"scale": vector}, {"center": vector, "grad_s": vector, "grad_q": vector}, {"center": vector}][task.key]
-    return lambda: triton._sums(task.key, x, "gelu", None if task.key == 2 else x, config=row, **vectors)
+    return lambda: launch._sums(task.key, x, "gelu", None if task.key == 2 else x, config=row, **vectors)
 
 
 # ---- compilation ----------------------------------------------------------------------------------------------------
@@ -175,10 +185,10 @@ def _compile(share: list[Task], dtype: torch.dtype, seconds: float) -> list[Task
 
     def warm(kernel: Any, grid: Any, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
         kinds = [a.dtype if isinstance(a, Tensor) else a for a in arguments]
-        kernel.warmup(*kinds, grid=grid, **constants, **triton.options(warps, stages))
+        kernel.warmup(*kinds, grid=grid, **constants, **launch.options(warps, stages))
 
     end, done = time.monotonic() + seconds, []
-    with mock.patch.object(triton, "_launch", warm):
+    with mock.patch.object(launch, "_launch", warm):
         for task in share:
             if time.monotonic() > end:
                 break
