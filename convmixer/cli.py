@@ -23,8 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from convmixer import plots
-from convmixer.checkpoints import check_writable, write_atomically
-from convmixer.convert import convert_checkpoint
 from convmixer.data.images import read_image
 from convmixer.data.layout import count_images, describe_left_out, list_folder
 from convmixer.data.memory import fitting, load_images
@@ -32,9 +30,11 @@ from convmixer.errors import ArgumentError, ConvMixerError, ImageError, Training
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
 from convmixer.factory import create_model, extractor, open_model
+from convmixer.hub.checkpoints import check_writable, write_atomically
+from convmixer.hub.convert import convert_checkpoint
+from convmixer.hub.publish import push_to_hub, save_pretrained
 from convmixer.inference import label_names, least_size
 from convmixer.inference import predict as predict_images
-from convmixer.publishing import push_to_hub, save_pretrained
 from convmixer.registry import Variant, list_models, model_info
 from convmixer.runtime.backends import BACKENDS, calibration_images, optimize
 from convmixer.runtime.benchmark import DTYPES, Report, benchmark

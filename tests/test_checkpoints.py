@@ -16,8 +16,8 @@ from processes import finish
 from safetensors.torch import save_file
 
 import convmixer
-from convmixer.checkpoints import read_metadata, save_weights, write_atomically
 from convmixer.errors import WeightsError
+from convmixer.hub.checkpoints import read_metadata, save_weights, write_atomically
 
 
 def snapshot(model):
@@ -85,7 +85,7 @@ def test_equal_weights_make_equal_files(tmp_path):
     torch.save({"state_dict": snapshot(convmixer.ConvMixer(256, 8, 5, 2, num_classes=3))}, tmp_path / "old.pth")
     program = """
 import hashlib, sys, torch, convmixer
-from convmixer.checkpoints import save_weights
+from convmixer.hub.checkpoints import save_weights
 torch.manual_seed(0)
 names = {f"é{i}": ["\\n", '"', "\x7f", i] for i in range(8)}
 save_weights(convmixer.ConvMixer(8, 1, 3, 2, num_classes=3), sys.argv[2] + "/saved.safetensors", names)

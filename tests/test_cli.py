@@ -20,8 +20,8 @@ from PIL import Image
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import convmixer
-from convmixer.checkpoints import save_weights
 from convmixer.cli import main
+from convmixer.hub.checkpoints import save_weights
 
 CIFAR10 = {"airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"}
 

@@ -18,8 +18,8 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 import convmixer
-from convmixer.checkpoints import read_metadata
 from convmixer.errors import ArgumentError, WeightsError
+from convmixer.hub.checkpoints import read_metadata
 
 NAME = "convmixer_256_8"
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import nn
 
 import convmixer
-from convmixer.checkpoints import save_weights
 from convmixer.errors import ArgumentError, DependencyError, ExportError
+from convmixer.hub.checkpoints import save_weights
 from convmixer.runtime import export, openvino_core
 from convmixer.runtime.export import FORMATS, export_model
 

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from processes import finish
 
 import convmixer
-from convmixer.checkpoints import save_weights
 from convmixer.errors import ConvMixerError, WeightsError
+from convmixer.hub.checkpoints import save_weights
+from convmixer.hub.untrusted import json_excess
 from convmixer.inference import known_labels
-from convmixer.untrusted import json_excess
 
 resource = pytest.importorskip("resource", reason="memory cannot be limited here")
 if not Path("/proc/self/statm").exists():

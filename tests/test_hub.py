@@ -231,8 +231,8 @@ attempt("second_try", "hf-hub:me/cached")
 os.environ["http_proxy"] = "http://127.0.0.1:9"
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = ""
 socket.getaddrinfo = fail
-from convmixer import hub
-print(json.dumps({"asked": [hub._unresolved_host()], "case": "proxy"}))
+from convmixer.hub import client
+print(json.dumps({"asked": [client._unresolved_host()], "case": "proxy"}))
 """
         )
         records = [json.loads(line) for line in run_client(code, tmp_path, hub.endpoint)]

@@ -21,8 +21,8 @@ from torch import nn
 from wrapping import WRAPPERS
 
 import convmixer
-from convmixer import publishing
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsError
+from convmixer.hub import publish
 from convmixer.registry import Metric
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +195,7 @@ def test_stock_shapes_open_without_convmixer(name, tmp_path):
 @pytest.mark.parametrize("name", convmixer.list_models())
 def test_registered_shapes_keep_their_names(name):
     model = convmixer.create_model(name, device="meta")
-    assert publishing.architecture(publishing._shape(model)) == (name, {})
+    assert publish.architecture(publish._shape(model)) == (name, {})
 
 
 def test_timms_class_and_a_head_put_in_by_hand(tmp_path):
@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_the_old_folder(small, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publishing.hub, "write_card", full)  # the weights are written before
+    monkeypatch.setattr(publish.client, "write_card", full)  # the weights are written before
     for place in folder, tmp_path / "new" / "folder":
         with pytest.raises(
             ConvMixerError, match=r"cannot write .*No space left on device.*What it held before is whole"
@@ -389,12 +389,12 @@ PLACES = {
 
 @pytest.mark.parametrize("name", PLACES)
 def test_names_without_their_place(name):
-    assert publishing._without_place(name) == PLACES[name]
+    assert publish._without_place(name) == PLACES[name]
 
 
 def test_nothing_of_this_computer_is_published(finished_run, tmp_path, monkeypatch):
     """Neither of the place where it was made, nor who made it."""
-    monkeypatch.setattr(publishing.hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(publish.client.constants, "HF_HUB_OFFLINE", True)
     home = tmp_path / "home" / "somebody"
     base = convmixer.save_pretrained(NAME, home / "base")
     recipe = json.loads((finished_run / "recipe.json").read_text())
@@ -497,12 +497,12 @@ def test_other_heads_and_places(small, tmp_path, finished_run):
 
 def test_other_logits_are_not_published(small, tmp_path, monkeypatch):
     def wrong(folder, x):
-        return publishing._with_timm(folder, x)[0] + 1, None
+        return publish._with_timm(folder, x)[0] + 1, None
 
-    monkeypatch.setitem(publishing._LIBRARIES, "timm", wrong)
+    monkeypatch.setitem(publish._LIBRARIES, "timm", wrong)
     with pytest.raises(WeightsError, match="timm opens what would be published, but its logits differ by 1 from"):
         convmixer.push_to_hub(small, "me/x", dry_run=True)
-    monkeypatch.setitem(publishing._LIBRARIES, "timm", lambda folder, x: 1 / 0)
+    monkeypatch.setitem(publish._LIBRARIES, "timm", lambda folder, x: 1 / 0)
     with pytest.raises(WeightsError, match=r"timm cannot open what would be published. ZeroDivisionError"):
         convmixer.push_to_hub(small, "me/x", dry_run=True)
 
@@ -515,7 +515,7 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import convmixer, torch
 from command import run as cli
-from convmixer import hub
+from convmixer.hub import client
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
 def show(case, **record):
@@ -548,10 +548,10 @@ show("loaded", sums=[
     convmixer.create_model(name, pretrained=True, device="cpu").head.weight.sum().item()
     for name in ("hf-hub:me/flowers", "hf-hub:me/flowers@v2")
 ], expected=model.head.weight.sum().item())
-place = hub.look("me/flowers")
+place = client.look("me/flowers")
 api.upload_file(repo_id="me/flowers", path_in_repo="notes.txt", path_or_fileobj=b"x")
 try:
-    hub.commit(place, {{"config.json": Path(os.environ["RUN"]) / "recipe.json"}}, "Late", create_pr=False)
+    client.commit(place, {{"config.json": Path(os.environ["RUN"]) / "recipe.json"}}, "Late", create_pr=False)
 except convmixer.ConvMixerError as error:
     show("late", error=f"{{type(error).__name__}}: {{error}}")
 push("reader", model, "me/flowers", token={READER!r} + "\\n", **card)
@@ -660,5 +660,5 @@ def test_command(hub):
 
 
 def test_publication_has_what_the_documentation_names():
-    names = [field.name for field in dataclasses.fields(publishing.Publication)]
+    names = [field.name for field in dataclasses.fields(publish.Publication)]
     assert names == ["repo_id", "files", "card", "differences", "url"]

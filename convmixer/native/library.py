@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from convmixer.checkpoints import write_atomically
 from convmixer.errors import DependencyError
 from convmixer.hardware import cpu_field, cpu_name
+from convmixer.hub.checkpoints import write_atomically
 from convmixer.native.compiled_code import instead_of, unusable
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer.checkpoints import read_tensors, save_weights
 from convmixer.data.memory import (
     Fit,
     Share,
@@ -37,6 +36,7 @@ from convmixer.data.stream import open_stream
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
+from convmixer.hub.checkpoints import read_tensors, save_weights
 from convmixer.inference import class_logits
 from convmixer.model import ConvMixer, evaluation_view, mirror
 from convmixer.native import library as native

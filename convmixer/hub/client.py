@@ -36,8 +36,8 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from safetensors import SafetensorError, safe_open
 
 from convmixer.errors import ArgumentError, HubError, WeightsError
+from convmixer.hub.untrusted import header_excess
 from convmixer.registry import Metric
-from convmixer.untrusted import header_excess
 
 Result = TypeVar("Result")
 

@@ -17,9 +17,9 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 from convmixer.errors import UnknownModelError, WeightsError, brief, nearest
+from convmixer.hub.untrusted import MAX_BYTES, json_excess
 from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
 from convmixer.registry import VARIANTS, Variant
-from convmixer.untrusted import MAX_BYTES, json_excess
 
 MAX_PARAMETERS = 10**9  # 20 times the largest variant
 MAX_SIDE = 4096  # pixels

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convmixer.checkpoints import (
+from convmixer.errors import ArgumentError, WeightsError
+from convmixer.factory import create_model
+from convmixer.hub.checkpoints import (
     PICKLES,
     check_finite,
     check_keys,
@@ -27,11 +29,9 @@ from convmixer.checkpoints import (
     save_weights,
     write_atomically,
 )
-from convmixer.errors import ArgumentError, WeightsError
-from convmixer.factory import create_model
-from convmixer.foreign import find_tensors
+from convmixer.hub.foreign import find_tensors
+from convmixer.hub.publish import architecture, save_pretrained
 from convmixer.model import ConvMixer
-from convmixer.publishing import architecture, save_pretrained
 from convmixer.registry import SHAPE, get_variant
 from convmixer.tracing import computing
 

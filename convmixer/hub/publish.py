@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import Tensor, nn
 
-from convmixer import hub
-from convmixer.checkpoints import check_keys, read_tensors, save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsError
 from convmixer.factory import create_model, open_model, open_run, read_recipe
+from convmixer.hub import client
+from convmixer.hub.checkpoints import check_keys, read_tensors, save_weights
 from convmixer.inference import known_labels
 from convmixer.model import ACTIVATIONS, ConvMixer, activation
 from convmixer.registry import VARIANTS, Metric, Variant, get_variant
@@ -224,16 +224,16 @@ def push_to_hub(
         with _writing(folder):
             files = [*_write(source, folder), "README.md"]
         differences = _open_everywhere(source, folder)
-        place = hub.look(repo_id, revision=revision, token=token)
+        place = client.look(repo_id, revision=revision, token=token)
         if not dry_run:
-            place = hub.prepare(place, private=private, create_pr=create_pr)
+            place = client.prepare(place, private=private, create_pr=create_pr)
         card = _card(source, name, repo_id, "", place.card)
         with _writing(folder):
             (folder / "README.md").write_text(card, encoding="utf-8")
         paths = {path: folder / path for path in files}
         sizes = {path: file.stat().st_size for path, file in sorted(paths.items())}
         subject = message or f"{name}, written by convmixer"
-        url = None if dry_run else hub.commit(place, paths, subject, create_pr=create_pr)
+        url = None if dry_run else client.commit(place, paths, subject, create_pr=create_pr)
     return Publication(repo_id, sizes, card, differences, url)
 
 
@@ -616,7 +616,7 @@ def _card(source: _Source, name: str, repo_id: str, folder: str, old: str) -> st
     if "plots/history.png" in source.extra:
         lines += ["![Loss, accuracy and learning rate by epoch](plots/history.png)", ""]
     lines += ["## Licence", "", source.licence or "Not stated.", "", END]
-    return hub.write_card("\n".join(lines), header, name, source.metrics, old)
+    return client.write_card("\n".join(lines), header, name, source.metrics, old)
 
 
 def _usage(source: _Source, name: str, place: str) -> list[str]:

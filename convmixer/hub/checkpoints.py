@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, ConvMixerError, WeightsError, WriteError, brief
-from convmixer.foreign import first, our_names
+from convmixer.hub.foreign import first, our_names
+from convmixer.hub.untrusted import header_excess
 from convmixer.registry import SHAPE, VARIANTS, Variant
-from convmixer.untrusted import header_excess
 from convmixer.wrappers import unwrap
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
