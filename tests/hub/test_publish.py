@@ -25,7 +25,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsEr
 from convmixer.hub import publish
 from convmixer.registry import Metric
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAME = "convmixer_256_8"
 SHAPES = {
     "another head": {"num_classes": 5},
@@ -512,7 +512,7 @@ def test_other_logits_are_not_published(small, tmp_path, monkeypatch):
 CLIENT = f"""
 import dataclasses, json, os, sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import convmixer, torch
 from command import run as cli
 from convmixer.hub import client

@@ -463,7 +463,7 @@ PROCESS = """
 import sys, torch
 import torch.distributed as dist
 from torch import nn
-sys.path.insert(0, sys.argv[4])
+sys.path[:0] = sys.argv[4:]
 from test_fused import gradients, pair
 rank, world = int(sys.argv[2]), 2
 torch.set_num_threads(1)
@@ -494,7 +494,7 @@ dist.destroy_process_group()
 def test_synchronised_batchnorm_in_two_processes(tmp_path, how):
     """Two processes compute what one does with all images, on CPUs too."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path)]
-    rest = [how, str(Path(__file__).parent)]
+    rest = [how, *map(str, Path(__file__).parents[:2])]
     with contextlib.ExitStack() as stack:
         both = [stack.enter_context(started([*command, rank, *rest], stderr=subprocess.PIPE)) for rank in (0, 1)]
         for process in both:
