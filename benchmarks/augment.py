@@ -22,9 +22,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
-from convmixer.benchmark import device_name
 from convmixer.data.memory import Images, Share
 from convmixer.factory import resolve_device
+from convmixer.runtime.benchmark import device_name
 from convmixer.training import Recipe, get_recipe
 from convmixer.training.augment import Augment
 

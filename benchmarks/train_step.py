@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import convmixer
-from convmixer.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.native.training import set_native_training
+from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe
 from convmixer.training.loop import autocast
 from convmixer.training.optimizers import create_optimizer

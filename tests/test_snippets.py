@@ -10,7 +10,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import convmixer
-from convmixer.checkpoints import save_weights
+from convmixer.hub.checkpoints import save_weights
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(

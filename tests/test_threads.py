@@ -15,11 +15,12 @@ from PIL import Image
 from torch.nn.utils import parametrizations, prune
 
 import convmixer
-from convmixer import backends, plots
+from convmixer import plots
 from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
 from convmixer.model import evaluation_view
+from convmixer.runtime import backends
 from convmixer.tracing import computing, quietly, tracing
 from convmixer.training.loop import evaluate
 

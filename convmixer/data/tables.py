@@ -103,9 +103,9 @@ def list_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> tu
     Raises:
         DataError: Rows without a file, with several that could be meant, or of one file with two labels.
     """
-    place = layout.top
+    place, unlisted = layout.top, "image without a row in the table"
     if any(row.split for row in rows):
-        rows = [row for row in rows if row.split == split]
+        rows, unlisted = [row for row in rows if row.split == split], f"image without a row of the {split} split"
     else:
         place = layout.place(split)
     files = {(file.path, file.start): file for file in place.walk()}
@@ -115,7 +115,7 @@ def list_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> tu
         if file is not None and labels.setdefault(file, row.label) != row.label:
             raise DataError(f"{table!r} gives {file.name} the labels {labels[file]!r} and {row.label!r}")
     listed = list_images(place)
-    listed.left_out["image without a row in the table"] += len(listed.images) - len(labels)
+    listed.left_out[unlisted] += len(listed.images) - len(labels)
     return place, list_labelled(labels.items(), listed.left_out)
 
 

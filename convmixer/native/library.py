@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from convmixer.checkpoints import write_atomically
 from convmixer.errors import DependencyError
 from convmixer.hardware import cpu_field, cpu_name
+from convmixer.hub.checkpoints import write_atomically
 from convmixer.native.compiled_code import instead_of, unusable
 
 if TYPE_CHECKING:
-    from convmixer.folding import FoldedConvMixer
+    from convmixer.runtime.folding import FoldedConvMixer
 
 _FOLDER = Path(__file__).parent / "csrc"
 SOURCES = [_FOLDER / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h", "cpu_bytes.h")]  # the first one is compiled

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
 from convmixer.data.memory import (
     Fit,
     Share,
@@ -38,11 +36,13 @@ from convmixer.data.stream import open_stream
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped, optional
 from convmixer.factory import create_model, resolve_device
 from convmixer.hardware import bf16_is_faster, cpu_name
+from convmixer.hub.checkpoints import read_tensors, save_weights
 from convmixer.inference import class_logits
 from convmixer.model import ConvMixer, evaluation_view, mirror
 from convmixer.native import library as native
 from convmixer.ops.fused import cannot_compile
 from convmixer.plots import plot_history, write_figure
+from convmixer.runtime.cuda_graphs import CudaGraphs, Graphed, Graphs
 from convmixer.tracing import computing
 from convmixer.training.augment import Augment, Part
 from convmixer.training.history import Epoch, write_history

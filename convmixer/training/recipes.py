@@ -245,7 +245,7 @@ def _count_betas(opt: str) -> int:
     if not info.has_betas:
         return 0
     if isinstance(info.opt_class, str):  # of a package that may be missing
-        return 2
+        return int(info.num_betas)
     return len(inspect.signature(info.opt_class).parameters["betas"].default or ())
 
 
