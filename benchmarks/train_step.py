@@ -110,7 +110,9 @@ class Way:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="convmixer_256_8", help="a variant; images of its size")
-    parser.add_argument("--only", nargs="+", default=[""], help="of the ways, those whose names hold one of these words")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="of the ways, those whose names hold one of these words"
+    )
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])

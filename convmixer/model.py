@@ -534,8 +534,9 @@ class ConvMixer(nn.Module):
         the plain layers, and the log says so. First derivatives only.
 
         Args:
-            enable: False goes back to the layers. "auto" is True where that is possible for a model on a GPU, and False
-                elsewhere, since on CPUs it saves memory but not time; the choice is written to the log.
+            enable: False goes back to the layers. "auto" is True where this package has kernels for the model's device,
+                type and layers, Triton's on a GPU and native ones on a CPU, and False elsewhere, since fused blocks by
+                PyTorch save memory but not time; the choice is written to the log.
             sync_batchnorm: In training, BatchNorm sees the images of all processes of the default group, on CPUs too,
                 as layers of `nn.SyncBatchNorm` do. The parameters must be the same in each, as
                 DistributedDataParallel makes them.
@@ -565,9 +566,14 @@ class ConvMixer(nn.Module):
             _LOGGER.info("fused='auto': off, %s", error)
             return
         if enable == "auto" and weight.device.type != "cuda":
-            _LOGGER.info("fused='auto': off, as on %s it saves memory but not time", weight.device.type)
-            return
-        if enable == "auto":
+            lacking = "it saves memory but not time"
+            if weight.device.type == "cpu":
+                lacking = native.refusal(self.stem, self.blocks, weight.dtype)
+            if lacking:
+                _LOGGER.info("fused='auto': off, on %s: %s", weight.device.type, lacking)
+                return
+            _LOGGER.info("fused='auto': on, by native kernels")
+        elif enable == "auto":
             _LOGGER.info("fused='auto': on, by Triton")
         self.fused, self.sync_batchnorm = True, sync_batchnorm
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from convmixer.data.images import read_image
 from convmixer.errors import ArgumentError, optional
-from convmixer.hub.checkpoints import write_atomically
+from convmixer.files import write_atomically
 from convmixer.inference import class_logits, label_names
 from convmixer.model import evaluation_view, mirror
 from convmixer.tracing import computing

@@ -14,7 +14,8 @@ from processes import finish
 
 import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, WriteError
-from convmixer.hub.checkpoints import check_writable, save_weights, write_atomically
+from convmixer.files import check_writable, write_atomically
+from convmixer.hub.checkpoints import save_weights
 
 NAMES = ["кошка", "猫", "Löwe"]
 

@@ -30,7 +30,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, ImageError, Training
 from convmixer.evaluation import ClassAccuracy, Evaluation
 from convmixer.evaluation import validate as validate_model
 from convmixer.factory import create_model, extractor, open_model
-from convmixer.hub.checkpoints import check_writable, write_atomically
+from convmixer.files import check_writable, write_atomically
 from convmixer.hub.convert import convert_checkpoint
 from convmixer.hub.publish import push_to_hub, save_pretrained
 from convmixer.inference import label_names, least_size
@@ -319,7 +319,11 @@ def _recipe_value(text: str) -> tuple[str, Any]:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True)
 @click.option("--compile", is_flag=True, help="Use torch.compile; it needs a C++ compiler on a CPU, Triton on a GPU.")
-@click.option("--fused", is_flag=True, help="Use fused blocks, which keep less than half of the activations.")
+@click.option(
+    "--fused/--no-fused",
+    default=None,
+    help="Use fused blocks, which keep less than half of the activations, or not.  [default: on a CPU with kernels]",
+)
 @click.option(
     "--graph/--no-graph", default=None, help="Run steps as CUDA graphs, or not.  [default: where they can be]"
 )
@@ -332,6 +336,7 @@ def train(
     data: str,
     output: Path | None,
     settings: tuple[str, ...],
+    fused: bool | None,
     graph: bool | None,
     **options: Any,
 ) -> None:
@@ -341,7 +346,7 @@ def train(
     once, and what was saved before is kept.
     """
     chosen = get_recipe(recipe, **dict(_recipe_value(text) for text in settings))
-    options["graph"] = "auto" if graph is None else graph
+    options |= {"fused": "auto" if fused is None else fused, "graph": "auto" if graph is None else graph}
     try:
         run_training(chosen, data, output or Path("runs") / recipe, progress=_progress, report=_say, **options)
     except TrainingStopped as stop:

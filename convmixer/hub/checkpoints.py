@@ -7,8 +7,7 @@ import math
 import os
 import re
 import shlex
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,64 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, ConvMixerError, WeightsError, WriteError, brief
+from convmixer.errors import WeightsError, brief
+from convmixer.files import write_atomically
 from convmixer.hub.foreign import first, our_names
 from convmixer.hub.untrusted import header_excess
 from convmixer.registry import SHAPE, VARIANTS, Variant
 from convmixer.wrappers import unwrap
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise what `write_atomically` would: before the work that makes the file's content.
-
-    Raises:
-        ArgumentError: It is a folder, or its folder does not exist.
-        WriteError: Its folder takes no files.
-    """
-    _temporary(Path(os.path.expanduser(path))).unlink()
-
-
-def _temporary(path: Path) -> Path:
-    """An empty file beside the one that is to be written."""
-    if os.path.isdir(path):
-        raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
-    if not os.path.isdir(path.parent):
-        raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise WriteError(
-            f"cannot write {path.name!r} in the folder {str(path.parent)!r}: {error.strerror}. Choose another"
-        ) from error
-    os.close(handle)
-    return Path(name)
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one.
-
-    Raises:
-        ArgumentError: It is a folder, or its folder does not exist.
-        WriteError: The folder takes no files, or the disk is full.
-    """
-    path = Path(os.path.expanduser(path))
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
-        temporary.replace(path)
-    except ConvMixerError:
-        raise
-    except OSError as error:
-        raise WriteError(f"cannot write {str(path)!r}: {error.strerror or error}. What was there is whole") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:

@@ -16,18 +16,17 @@ from torch import Tensor
 
 from convmixer.errors import ArgumentError, WeightsError
 from convmixer.factory import create_model
+from convmixer.files import check_writable, write_atomically
 from convmixer.hub.checkpoints import (
     PICKLES,
     check_finite,
     check_keys,
-    check_writable,
     is_pickle,
     matching_variant,
     read_metadata,
     read_tensors,
     recognise,
     save_weights,
-    write_atomically,
 )
 from convmixer.hub.foreign import find_tensors
 from convmixer.hub.publish import architecture, save_pretrained

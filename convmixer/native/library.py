@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from convmixer.errors import DependencyError
+from convmixer.files import write_atomically
 from convmixer.hardware import cpu_field, cpu_name
-from convmixer.hub.checkpoints import write_atomically
 from convmixer.native.compiled_code import instead_of, unusable
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ that maps its activations anew spends much of its time in page faults.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -26,12 +27,10 @@ from convmixer.ops.depthwise import compute_dtype
 
 _LOGGER = logging.getLogger(__name__)
 _FOLDER = library.SOURCES[0].parent
-SOURCES = [
-    _FOLDER / name for name in ("train.cpp", "train.h", "train_amx.h", "train_fma.h", "cpu.h", "cpu_tiles.h")
-]
+SOURCES = [_FOLDER / name for name in ("train.cpp", "train.h", "train_amx.h", "train_fma.h", "cpu.h", "cpu_tiles.h")]
 KERNEL_SIZES = range(1, 16)
 DTYPES = (torch.float32, torch.bfloat16)
-_forked = False
+_forked = False  # a child by fork, where OpenMP would wait for threads of its parent
 
 
 class _Layer(ctypes.Structure):
@@ -43,7 +42,19 @@ class _Layer(ctypes.Structure):
     ]
 
 
-_NUMBERS = ("batch", "dim", "depth", "kernel_size", "patch_size", "in_chans", "height", "width", "relu", "threads", "keep")
+_NUMBERS = (
+    "batch",
+    "dim",
+    "depth",
+    "kernel_size",
+    "patch_size",
+    "in_chans",
+    "height",
+    "width",
+    "relu",
+    "threads",
+    "keep",
+)
 
 
 class _Step(ctypes.Structure):
@@ -96,10 +107,8 @@ def _memory(size: int) -> Tensor:
         _free.clear()  # of what is too small nothing stays
         region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with contextlib.suppress(OSError):  # a system without large pages
                 region.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a system without large pages
     array = (ctypes.c_char * size).from_buffer(region)
     weakref.finalize(array, _free.append, region).atexit = False
     return torch.frombuffer(array, dtype=torch.uint8)
@@ -111,7 +120,8 @@ def _after_fork() -> None:
     _free.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
@@ -184,7 +194,9 @@ def _record(
         height=height,
         width=width,
         relu=network.relu,
-        threads=1 if _forked else torch.get_num_threads(),  # in a child by fork OpenMP would wait for threads of its parent
+        threads=1
+        if _forked
+        else torch.get_num_threads(),  # in a child by fork OpenMP would wait for threads of its parent
         keep=network.keep,
         images=images.data_ptr(),
         layers=layers,
@@ -223,8 +235,8 @@ def _forward(
 
     Args:
         images: (B, in_chans, H, W), contiguous float32, as all tensors here.
-        parameters: Of each layer (the stem, then depthwise and pointwise of each block) weight and bias, and those of its
-            BatchNorm.
+        parameters: Of each layer (the stem, then depthwise and pointwise of each block) weight and bias, and those of
+            its BatchNorm.
         running: Mean and variance for each BatchNorm, (layers, 2, dim); those of the batch are used in place of some.
         settings: The fields of `Network`.
 
@@ -275,7 +287,9 @@ def _backward(
     return grads
 
 
-def _fake_backward(grad: Tensor, kept: Tensor, images: Tensor, parameters: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+def _fake_backward(
+    grad: Tensor, kept: Tensor, images: Tensor, parameters: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
     return [torch.empty_like(parameter) for parameter in parameters]
 
 

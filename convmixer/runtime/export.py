@@ -26,7 +26,8 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, ConvMixerError, ExportError, first_line, nearest, optional
-from convmixer.hub.checkpoints import check_writable, read_tensors, save_weights, write_atomically
+from convmixer.files import check_writable, write_atomically
+from convmixer.hub.checkpoints import read_tensors, save_weights
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype
 from convmixer.runtime import folding, openvino_core

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convmixer.errors import DataError
-from convmixer.hub.checkpoints import write_atomically
+from convmixer.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ from convmixer.hub.checkpoints import read_tensors, save_weights
 from convmixer.inference import class_logits
 from convmixer.model import ConvMixer, evaluation_view, mirror
 from convmixer.native import library as native
+from convmixer.native import training as native_training
 from convmixer.ops.fused import cannot_compile
 from convmixer.plots import plot_history, write_figure
 from convmixer.runtime.cuda_graphs import CudaGraphs, Graphed, Graphs
@@ -164,6 +165,19 @@ def _new_model(recipe: Recipe, classes: tuple[str, ...], device: torch.device, *
     return model
 
 
+def _fuse(model: ConvMixer, where: torch.device, dtype: torch.dtype, compile: bool) -> str:
+    """Give a model on a CPU fused blocks if native kernels compute them in a type; the reason where they do not."""
+    if where.type != "cpu":
+        return f"the model is on {where.type!r}"
+    try:
+        model.set_fused()
+    except ConvMixerError as error:
+        return str(error)
+    reason = (cannot_compile() if compile else None) or native_training.refusal(model.stem, model.blocks, dtype)
+    model.set_fused(reason is None)
+    return reason or ""
+
+
 def _synchronised(model: ConvMixer) -> ConvMixer:
     """A model of the same tensors whose BatchNorm sees the images of all processes."""
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
@@ -227,16 +241,18 @@ class _Trainer:
         accelerator: Accelerator,
         *,
         compile: bool,
-        fused: bool,
+        fused: bool | Literal["auto"],
+        dtype: torch.dtype = torch.float32,
         graphs: Graphs | None = None,
         not_captured: Callable[[RuntimeError], None] = lambda error: None,
     ) -> None:
         self.recipe, self.where, self.accelerator, self.compile = recipe, where, accelerator, compile
         self.graphs, self.not_captured = graphs, not_captured
         self.images = images.to(where)
-        self.model = _new_model(recipe, images.classes, where, fused=fused)
+        self.model = _new_model(recipe, images.classes, where, fused=fused is True)
+        self.unfused = "" if fused != "auto" else _fuse(self.model, where, dtype, compile)  # why "auto" left layers
         self.learner = self.model
-        if recipe.sync_batchnorm and fused:
+        if recipe.sync_batchnorm and fused is True:
             self.model.set_fused(sync_batchnorm=True)
         elif recipe.sync_batchnorm:
             self.learner = _synchronised(self.model)
@@ -433,7 +449,7 @@ def train(
     device: str | torch.device = "auto",
     precision: str = "auto",
     compile: bool = False,
-    fused: bool = False,
+    fused: bool | Literal["auto"] = "auto",
     graph: bool | Literal["auto"] = "auto",
     trackers: Sequence[str] = (),
     progress: Progress = _no_progress,
@@ -465,7 +481,8 @@ def train(
         precision: "float32", "bfloat16" or "float16" (mixed precision; float16 on a GPU, with scaled gradients), or
             "auto": bfloat16 where the hardware has products for it, else float32.
         compile: Use `torch.compile`; on a CPU it needs a C++ compiler, on a GPU Triton.
-        fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`.
+        fused: Use fused blocks, which keep less than half of the activations; see `ConvMixer.set_fused`. "auto" does so
+            on a CPU where native kernels compute them, and reports why where they do not.
         graph: On a CUDA device, capture a step as one CUDA graph and replay it, so that the host need not launch each
             kernel. "auto" does so where it is possible, and reports why where it is not.
         trackers: Names of trackers that accelerate knows, such as "tensorboard"; they write into `output`.
@@ -484,9 +501,11 @@ def train(
     where = resolve_device(device)
     if compile and (lacking := native.inductor_lacks(where)):
         raise DependencyError(f"compile {lacking}; or train without compile (--compile)")
-    if compile and fused and (lacking := cannot_compile()):
+    if not (isinstance(fused, bool) or fused == "auto"):
+        raise ArgumentError(f"fused={fused!r}; valid: True, False, 'auto'")
+    if compile and fused is True and (lacking := cannot_compile()):
         raise DependencyError(lacking)
-    _check_together(recipe, data, val, tests, where, workers, fused)
+    _check_together(recipe, data, val, tests, where, workers, fused is True)
     numbers = choose_precision(where, precision)
     accelerator = _accelerator(where, trackers, run.folder, PRECISIONS[numbers])
     from accelerate.utils import broadcast_object_list
@@ -564,6 +583,7 @@ def train(
             accelerator,
             compile=compile,
             fused=fused,
+            dtype=getattr(torch, numbers),
             graphs=CudaGraphs(where) if graph and not obstacle else None,
             not_captured=not_captured,
         )
@@ -593,6 +613,10 @@ def train(
             f"{len(validation)} validation images, "
             f"{', '.join(f'{len(s)} test images ({n})' for n, s in test_sets.items()) or 'no test images'}"
         )
+        if fused == "auto" and where.type == "cpu":
+            say(
+                f"blocks are not fused: {trainer.unfused}" if trainer.unfused else "blocks are fused, by native kernels"
+            )
         if graph and where.type == "cuda":
             say(f"steps are not CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
         tell_unreadable = _teller(say)

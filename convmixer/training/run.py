@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from convmixer.errors import ArgumentError, ConvMixerError
-from convmixer.hub.checkpoints import write_atomically
+from convmixer.files import write_atomically
 from convmixer.training.recipes import Recipe
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 import convmixer
 from convmixer.errors import WeightsError
-from convmixer.hub.checkpoints import read_metadata, save_weights, write_atomically
+from convmixer.files import write_atomically
+from convmixer.hub.checkpoints import read_metadata, save_weights
 
 
 def snapshot(model):

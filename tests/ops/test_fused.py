@@ -22,6 +22,7 @@ import convmixer
 from convmixer import ConvMixer
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
 from convmixer.model import _say_plain
+from convmixer.native import training as native
 from convmixer.ops import dispatch, reference
 from convmixer.ops.fused import cannot_compile
 
@@ -603,8 +604,9 @@ def test_what_the_kernels_take(gpu):
         assert model.fused
 
 
-def test_auto_says_once_what_it_chose(caplog, request):
-    caplog.set_level(logging.INFO, "convmixer")
+def test_auto_says_once_what_it_chose(caplog, request, monkeypatch):
+    caplog.set_level(logging.INFO, "convmixer.model")
+    monkeypatch.setattr(native, "_enabled", False)
     for changes in ({}, {"drop_path_rate": 0.1}):
         model = ConvMixer(**SHAPE, **changes)
         model.set_fused("auto")
@@ -615,7 +617,7 @@ def test_auto_says_once_what_it_chose(caplog, request):
     model.set_fused("auto")
     assert model.fused
     assert [record.getMessage() for record in caplog.records] == [
-        "fused='auto': off, as on cpu it saves memory but not time",
+        "fused='auto': off, on cpu: set_native_training(False) was called",
         "fused='auto': off, this model cannot be fused: drop_path_rate is above 0, and fused blocks have no stochastic "
         "depth. set_fused(False) runs its layers one by one",
         "fused='auto': on, by Triton",

@@ -216,9 +216,12 @@ class Trainer {
             }
 #pragma omp barrier
             if (!failed) {
+                const unsigned modes = _mm_getcsr();
+                _mm_setcsr(modes | 0x8040);  // denormals count as zero, as AMX has it: with them all takes far longer
                 Compute::begin();
                 work(scratch[omp_get_thread_num()]);
                 Compute::end();
+                _mm_setcsr(modes);
             }
         }
         return !failed;
@@ -640,17 +643,18 @@ class Trainer {
         activation_gradient<true>(2 * i + 2, image, first, length, own);
         fill_transposed(channels, first, length, own, [&](int n) { return mixed(i, image, n); });
         Compute::accumulate(Compute::rows(own.rows, length), own.transposed, length, channels, channels, own.products);
-        // Gradients are zero where positions are not real.
         Compute::product(
             Compute::packed(weights, channels), own.panel, channels, channels, length,
-            [&](int n, int p, __m512 v, __m512 w) {
+            [&](int n, int p, __m512 v, __m512 w) {  // zeros where positions are not real, and c may be anything
                 const T *c = at(kept.c[i], image, n) + first + p;
                 T *to = at(gradient, image, n) + first + p;
                 const __m512 middle = all(center[n]);
+                const __mmask32 real = grid.masks[(first + p) / BLOCK];
                 store_row(to, v), store_row(to + LANES, w);
                 add_to(own.first[n], _mm512_add_ps(v, w));
-                v = _mm512_mul_ps(v, _mm512_sub_ps(act(load_row(c)), middle));
-                add_to(own.second[n], _mm512_fmadd_ps(w, _mm512_sub_ps(act(load_row(c + LANES)), middle), v));
+                v = _mm512_mul_ps(v, _mm512_maskz_sub_ps(real, act(load_row(c)), middle));
+                w = _mm512_mul_ps(w, _mm512_maskz_sub_ps(real >> LANES, act(load_row(c + LANES)), middle));
+                add_to(own.second[n], _mm512_add_ps(v, w));
             });
     }
 

@@ -105,7 +105,7 @@ struct Fma {
     // ---- depthwise --------------------------------------------------------------------------------------------------
 
     struct Kernel {
-        float taps[LARGEST * LARGEST];
+        float taps[LARGEST * LARGEST] = {};
         void set(const float *weight, int k, bool flipped) {
             for (int i = 0; i < k * k; i++) taps[i] = weight[flipped ? k * k - 1 - i : i];
         }
