@@ -159,9 +159,9 @@ def speed_against_timm(colours: dict[str, str]) -> Figure:
     for i, (_, ours, peer, ratio) in enumerate(rows):
         axes.text(ratio + 0.06, i, f"{ratio:.1f}x", va="center", fontweight="bold")
         axes.text(
-            ratio + 0.5, i, f"{ours:,.0f} : {peer:,.0f} images/s", va="center", fontsize=10, color=colours["timm"]
+            ratio + 0.85, i, f"{ours:,.0f} : {peer:,.0f} images/s", va="center", fontsize=10, color=colours["timm"]
         )
-    axes.set_xlim(0, max(row[3] for row in rows) * 1.45)
+    axes.set_xlim(0, max(row[3] for row in rows) * 1.6)
     axes.set_xlabel("speed relative to timm's fastest setting (dashed line), bfloat16")
     axes.tick_params(axis="y", length=0)
     return figure

@@ -25,6 +25,12 @@ def figure(name: str, *description: str) -> str:
     return f"````{{container}} {kind}\n{images}\n````"
 
 
+@record("model-pages")
+def model_pages() -> str:
+    names = "\n".join(f"models/{variant.name}" for variant in registry.VARIANTS)
+    return f"```{{toctree}}\n:maxdepth: 1\n:hidden:\n\n{names}\n```"
+
+
 def _facts(v: Variant) -> str:
     rows, columns = v.input_size[1] // v.patch_size, v.input_size[2] // v.patch_size
     facts = [
@@ -42,11 +48,13 @@ def _facts(v: Variant) -> str:
 def _accuracy(v: Variant) -> str:
     if not v.weights:
         return "No public weights are known, so no accuracy was measured."
-    parts = []
     measured = [m for w in v.weights for m in w.metrics]
-    for dataset, by in dict.fromkeys((m.dataset, m.measured_by) for m in measured):
-        rows = [(m.name, f"{m.value:.2f} %") for m in measured if (m.dataset, m.measured_by) == (dataset, by)]
-        parts.append(f"On {dataset}, measured by {by}:\n\n{table(('', ''), rows)}")
+    if len({(m.dataset, m.measured_by) for m in measured}) == 1:
+        figures = table(("", ""), [(m.name, f"{m.value:.2f} %") for m in measured])
+        parts = [f"On {measured[0].dataset}, measured by {measured[0].measured_by}:", figures]
+    else:
+        titles = ("test set", "", "", "measured by")
+        parts = [table(titles, [(m.dataset, m.name, f"{m.value:.2f} %", m.measured_by) for m in measured])]
     for w in v.weights:
         if w.path:
             link = f"[Training runs](../runs.md#{anchor(f'{v.name}.{w.tag}')})"
@@ -55,13 +63,12 @@ def _accuracy(v: Variant) -> str:
 
 
 def _speed(v: Variant) -> str:
-    rows = of_variant(v.name)
-    if not rows:
-        return f"Not measured yet. `convmixer bench {v.name}` measures it on your machine."
+    own = f"`convmixer bench {v.name}` measures your machine."
+    measured = of_variant(v.name)
+    if not measured:
+        return f"Not measured yet. {own}"
     return (
-        f"{table(('', 'images/s', 'peak memory', 'on'), rows)}\n\n"
-        "[Speed](../speed.md) and [GPU kernels](../kernels.md) say how each figure was measured. "
-        f"`convmixer bench {v.name}` measures your machine."
+        f"{measured}\n\n[Speed](../speed.md) and [GPU kernels](../kernels.md) say how each figure was measured. {own}"
     )
 
 
@@ -165,17 +172,16 @@ def _mistakes(v: Variant, w: Weights) -> str:
 def _weights(v: Variant) -> str:
     parts = []
     for w in v.weights:
-        file = f"{w.size:,} bytes, sha256 `{w.sha256}`" if w.sha256 else "size and checksum are the Hub's"
         rows = [
             ("name", f"`{v.name}.{w.tag}`"),
             ("file from", place(w)),
-            ("file", file),
             ("licence", w.licence),
             ("training data", w.training_data),
             ("recipe", w.recipe),
             ("machine, time, seed", training_of(w)),
         ]
-        parts.append(table(("", ""), rows))
+        checksum = f"The file has {w.size:,} bytes and the sha256\n`{w.sha256}`." if w.sha256 else ""
+        parts += [table(("", ""), rows), checksum]
     return "\n\n".join(parts) or v.note
 
 

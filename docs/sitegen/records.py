@@ -32,7 +32,8 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]], numbers: int 
 
 
 def _cell(text: str) -> str:
-    """Keeps a number and its unit on one line."""
+    """Keeps a number with its unit, and a negative exponent, on one line."""
+    text = re.sub(r"(?<=\de)-(?=\d)", "\N{NON-BREAKING HYPHEN}", text)
     return re.sub(r"(?<=\d) (?=(?:%|[MG]|px|s|ms|min|[KM]iB)(?!\w))", "\N{NO-BREAK SPACE}", text.replace("|", r"\|"))
 
 

@@ -184,7 +184,12 @@ def _shipped_changed() -> str:
     found = [evaluation(name) for name in names]
     rows = [("none", *(f"{f['precisions']['bfloat16']['top1']:.2f} %" for f in found))]
     rows += [(change, *(f"{f['changed'][change]:.2f} %" for f in found)) for change in found[0]["changed"]]
-    return table(("change", *names), rows)
+    return table(("change", *(name.removeprefix("convmixer_").partition(".")[0] for name in names)), rows)
+
+
+def _folded(title: str, text: str) -> str:
+    """Text that shows when the reader opens it."""
+    return f"::::{{dropdown}} {title}\n{text}\n::::"
 
 
 @record("shipped-sections")
@@ -245,12 +250,14 @@ def _shipped_section(name: str) -> str:
     parts = [
         f"({here})=\n### {name}",
         f"Trained by {job['program']}. It took {job['seconds']:.0f} s on {job['machine']}; {versions}.",
-        table(("setting", "value"), settings),
-        _epochs(name),
+        _folded("Settings", table(("setting", "value"), settings)),
+        _folded("Losses by epoch", _epochs(name)),
         f"![Losses and accuracy of {name} by epoch](_figures/{here}-losses.png)",
         f"![Confusion matrix of {name}](_figures/{here}-confusion.png)",
-        table(("class", "top-1", "images"), right),
-        f"The {len(mistakes)} mistakes with the highest probabilities, by the number of the image in the test batch:",
-        table(("image", "true", "predicted", "probability", "of the true class"), mistakes),
+        _folded("Accuracy by class", table(("class", "top-1", "images"), right)),
+        _folded(
+            f"The {len(mistakes)} most confident mistakes, by the number of the image in the test batch",
+            table(("image", "true", "predicted", "probability", "of the true class"), mistakes),
+        ),
     ]
     return "\n\n".join(parts)

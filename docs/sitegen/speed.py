@@ -277,45 +277,43 @@ def kernels_static() -> str:
 # ---- one variant ----------------------------------------------------------------------------------------------------
 
 
-def of_variant(name: str) -> list[tuple[str, ...]]:
-    """(what, images per second, memory, on what) of a variant: our fastest by precision, timm's fastest in the same."""
+def _on_cpu(report: dict[str, Any]) -> str:
+    """Our fastest setting and timm's in each precision."""
     rows = []
-    for report in benches():
-        if report["model"] != name:
-            continue
-        device = (
-            f"{report['machine']['device'].partition(' with ')[0]} with AMX, {report['machine']['threads']} threads"
-        )
-        for case in report["cases"]:
-            done = [r for r in case["results"] if r["images_per_second"]]
-            for library, dtype in (
-                ("convmixer", "int8"),
-                ("convmixer", "bfloat16"),
-                ("timm", "bfloat16"),
-                ("convmixer", "float32"),
-                ("timm", "float32"),
-            ):
-                among = [r for r in done if r["name"].startswith(library) and r["dtype"] == dtype]
-                if not among:
-                    continue
-                best = max(among, key=lambda r: r["images_per_second"])
-                what = f"inference, batch {case['batch_size']}: {best['name']}, {dtype}"
-                rows.append((what, f"{best['images_per_second']:,.0f}", "", device))
-    for kind, words, key in (
-        ("inference of ", "inference", "images_per_second"),
-        ("inference of one image of ", "inference", "images_per_second"),
-        ("training of ", "training step", "graph_images_per_second"),
+    for case in report["cases"]:
+        for dtype in ("int8", "bfloat16", "float32"):
+            for library in ("convmixer", "timm"):
+                speeds = {
+                    r["name"]: r["images_per_second"]
+                    for r in case["results"]
+                    if r["images_per_second"] and r["dtype"] == dtype and r["name"].startswith(library)
+                }
+                if speeds:
+                    best = max(speeds, key=speeds.__getitem__)
+                    rows.append((case["batch_size"], dtype, best, f"{speeds[best]:,.0f}"))
+    titles = ("batch", "precision", "fastest setting", "images/s")
+    return f"Inference on {machine(report)}:\n\n{table(titles, rows, numbers=1)}"
+
+
+def _on_gpu(name: str) -> str:
+    rows = []
+    for words, kind, key in (
+        ("inference", "inference of ", "images_per_second"),
+        ("inference", "inference of one image of ", "images_per_second"),
+        ("training", "training of ", "graph_images_per_second"),
     ):
-        for ours, row in gpu_sections(kind).get(name, {}).items():
-            rows.append(
-                (
-                    f"{words}, batch {row['batch']:,}: {ours}",
-                    f"{row[key]:,.0f}",
-                    f"{row['peak_mib']:,.0f} MiB",
-                    "NVIDIA H200",
-                )
-            )
-    return rows
+        for setting, row in gpu_sections(kind).get(name, {}).items():
+            shown = setting.replace("ours,", "convmixer").partition(", layout")[0].partition(", default")[0]
+            rows.append((words, f"{row['batch']:,}", shown, f"{row[key]:,.0f}", f"{row['peak_mib']:,.0f}"))
+    titles = ("", "batch", "setting", "images/s", "peak MiB")
+    text = f"{gpu_machine()}; a training step is replayed as a CUDA graph:\n\n{table(titles, rows, numbers=2)}"
+    return text if rows else ""
+
+
+def of_variant(name: str) -> str:
+    """What was measured of a variant; empty if nothing was."""
+    parts = [_on_cpu(report) for report in benches() if report["model"] == name]
+    return "\n\n".join(part for part in (*parts, _on_gpu(name)) if part)
 
 
 def kept_for_backward(name: str) -> str:
