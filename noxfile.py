@@ -20,8 +20,8 @@ TORCH = {
     "2.15": "0.29",
 }
 # What depends on PyTorch most: a few minutes for each version.
-CORE = [f"tests/test_{name}.py" for name in ("model", "factory", "folding", "ops", "fused", "backends", "signals")]
-CORE += ["tests/test_training.py"]
+CORE = ["test_model", "test_factory", "runtime/test_folding", "runtime/test_backends", "ops/test_ops", "ops/test_fused"]
+CORE += ["training/test_signals", "training/test_training"]
 TOOLS = ["setuptools", "pytest", "pytest-xdist", "hypothesis", "psutil", "scikit-image", "scikit-learn"]
 
 
@@ -31,7 +31,7 @@ def torch(session: nox.Session, torch: str) -> None:
     """The core of the tests with one minor version of torch."""
     session.install(f"torch=={torch}.*", f"torchvision=={TORCH[torch]}.*", "-e", ".[train]", *TOOLS)
     session.run("python", "-c", "import torch; print(torch.__version__)")
-    session.run("pytest", "-n", "2", *CORE, *session.posargs)
+    session.run("pytest", "-n", "2", *(f"tests/{name}.py" for name in CORE), *session.posargs)
 
 
 @nox.session(python="3.10")

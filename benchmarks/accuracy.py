@@ -20,11 +20,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 import convmixer
-from convmixer.benchmark import device_name
+from convmixer.data.memory import load_images
+from convmixer.data.readers import FileSplit, open_split
 from convmixer.evaluation import _scores
 from convmixer.plots import class_probabilities
-from convmixer.training.data import load_images
-from convmixer.training.readers import FileSplit, open_split
+from convmixer.runtime.benchmark import device_name
 
 MISTAKES = 25
 

@@ -22,11 +22,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
-from convmixer.benchmark import device_name
+from convmixer.data.memory import Images, Share
 from convmixer.factory import resolve_device
+from convmixer.runtime.benchmark import device_name
 from convmixer.training import Recipe, get_recipe
 from convmixer.training.augment import Augment
-from convmixer.training.data import Images, Share
 
 STEP = 128  # images
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)

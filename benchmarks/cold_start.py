@@ -18,7 +18,7 @@ from pathlib import Path
 import timm
 import torch
 
-from convmixer.benchmark import device_name
+from convmixer.runtime.benchmark import device_name
 
 IMAGE = Path(__file__).parent.parent / "examples" / "images" / "cat.png"
 STEPS = {

@@ -43,7 +43,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import Tensor, nn
 
 import convmixer
-from convmixer.ops import triton as ops
+from convmixer.ops.triton import launch as ops
 
 DEVICE = "cpu" if DRY else "cuda"
 DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter has no products of bfloat16

@@ -33,8 +33,8 @@ from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from convmixer.ops import triton as kernels
-from convmixer.ops.tables import forget_choices, pointwise_key, row
+from convmixer.ops.triton import launch as kernels
+from convmixer.ops.triton.tables import forget_choices, pointwise_key, row
 
 BLOCKS = {"convmixer_256_8": (256, 5, 16), "convmixer_768_32": (768, 7, 32), "convmixer_1536_20": (1536, 9, 32)}
 BATCH = 64
@@ -46,7 +46,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @contextlib.contextmanager
 def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
-    """What the functions of `convmixer.ops.triton` would launch on a GPU, recorded in place of running it."""
+    """What the functions of `convmixer.ops.triton.launch` would launch on a GPU, recorded in place of running it."""
     recorded: list[dict[str, Any]] = []
 
     def record(kernel: Any, grid: Any, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:

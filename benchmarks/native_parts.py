@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import convmixer
-from convmixer.benchmark import device_name
 from convmixer.registry import get_variant
+from convmixer.runtime.benchmark import device_name
 
 
 def seconds(call: Callable[[], Any], least: float = 0.2) -> float:

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 import convmixer
+from convmixer.data.readers import open_split
 from convmixer.hardware import cpu_name
-from convmixer.training.readers import open_split
 
 
 def enlarge(image: Image.Image, pixels: int, random: np.random.Generator) -> bytes:
@@ -51,7 +51,7 @@ def compare(model: torch.nn.Module, data: str, megapixels: float, count: int | N
     pictures: list[Image.Image] = []
 
     def keep(source: object) -> torch.Tensor:
-        pictures.append(convmixer.images.read_image(source))
+        pictures.append(convmixer.data.images.read_image(source))
         return torch.empty(0)
 
     for number in order:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import convmixer
-from convmixer.benchmark import device_name
-from convmixer.cuda_graphs import WARM_UP, CudaGraphs, Graphed
+from convmixer.runtime.benchmark import device_name
+from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe, get_recipe, train
 from convmixer.training.loop import _no_denormals, autocast
 from convmixer.training.optimizers import create_optimizer

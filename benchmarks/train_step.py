@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 import convmixer
-from convmixer.cuda_graphs import WARM_UP, CudaGraphs, Graphed
+from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe
 from convmixer.training.loop import autocast
 from convmixer.training.optimizers import create_optimizer

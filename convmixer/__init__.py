@@ -1,15 +1,15 @@
 """A model zoo for ConvMixer ("Patches Are All You Need?")."""
 
-from convmixer.backends import optimize
-from convmixer.checkpoints import load_checkpoint
-from convmixer.convert import convert_checkpoint
 from convmixer.errors import ConvMixerError
-from convmixer.export import export_model
 from convmixer.factory import create_model
+from convmixer.hub.checkpoints import load_checkpoint
+from convmixer.hub.convert import convert_checkpoint
+from convmixer.hub.publish import push_to_hub, save_pretrained
 from convmixer.inference import predict
 from convmixer.model import ConvMixer, accelerate
-from convmixer.publishing import push_to_hub, save_pretrained
 from convmixer.registry import list_models, list_pretrained, model_info
+from convmixer.runtime.backends import optimize
+from convmixer.runtime.export import export_model
 from convmixer.transforms import create_transform
 
 __all__ = [

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from convmixer.data.readers import ShardSplit, Split, open_split
 from convmixer.errors import ArgumentError, DataError
 from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, preparation
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.training.loop import autocast
-from convmixer.training.readers import ShardSplit, Split, open_split
 from convmixer.wrappers import find_model
 
 
@@ -91,7 +91,7 @@ def validate(
     Args:
         model: As `predict` takes it.
         data: A folder, a tar, WebDataset shards, or a name such as `torch/cifar10`; see
-            `convmixer.training.data.load_images`.
+            `convmixer.data.memory.load_images`.
         split: "train", "validation" or "test"; of an `hfds/` data set any split that it has. Validation images stand in
             for missing test images.
         labels: A table with the columns image and label, in place of class folders; see `load_images`.

@@ -18,14 +18,14 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from convmixer import hub
-from convmixer.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise, variant_of
-from convmixer.config import MAX_SIDE, read_config
 from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
+from convmixer.hub import client
+from convmixer.hub.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise, variant_of
+from convmixer.hub.config import MAX_SIDE, read_config
+from convmixer.hub.untrusted import json_excess
 from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
 from convmixer.ops import prefers_channels_last
 from convmixer.registry import VARIANTS, Variant, Weights, get_variant
-from convmixer.untrusted import json_excess
 from convmixer.wrappers import find_inner
 
 __all__ = ["create_model", "extractor", "open_model", "open_run", "read_recipe", "resolve_device"]
@@ -100,9 +100,9 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
         if at and revision and at != revision:
             raise ArgumentError(f"{name!r} names one revision and revision={revision!r} another: give one of them")
         options = {"revision": at or revision, **hub_options}
-        config = hub.fetch(repo_id, "config.json", **options)
+        config = client.fetch(repo_id, "config.json", **options)
         options["revision"] = config.parent.name  # the same commit, whatever is pushed meanwhile
-        return _from_config(config, hub.fetch(repo_id, "model.safetensors", **options) if pretrained else None, name)
+        return _from_config(config, client.fetch(repo_id, "model.safetensors", **options) if pretrained else None, name)
     if rest:
         raise ArgumentError(f"{name!r}: unknown scheme {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:")
     variant, weights = get_variant(name)
@@ -119,7 +119,7 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
         options = {"revision": revision or weights.revision, **hub_options}
         if not revision:  # another one holds another file
             options |= {"size": weights.size, "sha256": weights.sha256}
-        source.weights = path or hub.fetch(weights.hub_id, weights.file, prefer_cache=True, **options)
+        source.weights = path or client.fetch(weights.hub_id, weights.file, prefer_cache=True, **options)
     return source
 
 

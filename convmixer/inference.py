@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from convmixer.data.images import Size, enough, is_one_image, read_image
 from convmixer.errors import ArgumentError
-from convmixer.images import Size, enough, is_one_image, read_image
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, preprocessing

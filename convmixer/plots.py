@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from convmixer.checkpoints import write_atomically
+from convmixer.data.images import read_image
 from convmixer.errors import ArgumentError, optional
-from convmixer.images import read_image
+from convmixer.hub.checkpoints import write_atomically
 from convmixer.inference import class_logits, label_names
 from convmixer.model import evaluation_view, mirror
 from convmixer.tracing import computing

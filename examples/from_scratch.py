@@ -13,9 +13,9 @@ from sklearn.datasets import load_digits
 
 import convmixer
 from convmixer import plots
+from convmixer.data.memory import fitting, load_images
 from convmixer.evaluation import validate
 from convmixer.training import get_recipe, train
-from convmixer.training.data import fitting, load_images
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--epochs", type=int, default=6)

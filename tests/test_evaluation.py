@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_accuracy_score
 
 import convmixer
+from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError, DataError
 from convmixer.evaluation import calibration_error, validate
 from convmixer.training import evaluate, get_recipe, train
-from convmixer.training.data import load_images
 
 LABELS = ("gamma", "beta", "zeta", "alpha", "epsilon", "delta", "nobody")
 PRESENT = sorted(LABELS[:-1])
@@ -339,7 +339,7 @@ def test_of_many_classes_the_worst_are_shown(tmp_path):
         noise(random).save(tmp_path / "test" / f"class {i:02}" / "a.png")
     weights = tmp_path / "model.safetensors"
     model = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=21)
-    convmixer.checkpoints.save_weights(model, weights)
+    convmixer.hub.checkpoints.save_weights(model, weights)
     text = run("convmixer_256_8", "--checkpoint", weights, "--data", tmp_path).stdout
     rows = re.findall(r"class \d\d +(\S+) % +1 *$", text, re.MULTILINE)
     assert rows == ["0.00"] * 10

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import convmixer
-from convmixer.checkpoints import save_weights
 from convmixer.errors import ArgumentError, ConvMixerError, UnknownModelError, WeightsError
+from convmixer.hub.checkpoints import save_weights
 
 NAME = "convmixer_256_8"
 X = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)

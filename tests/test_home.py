@@ -9,9 +9,9 @@ from command import run
 from PIL import Image
 
 import convmixer
+from convmixer.data.memory import load_images
 from convmixer.evaluation import validate
 from convmixer.plots import plot_patch_embedding, write_figure
-from convmixer.training.data import load_images
 from convmixer.training.history import read_history, write_history
 from convmixer.training.recipes import get_recipe
 from convmixer.training.run import Run

@@ -10,10 +10,10 @@ from PIL import Image
 
 import convmixer
 from convmixer import plots
+from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
 from convmixer.inference import label_names
-from convmixer.training.data import load_images
 from convmixer.training.loop import evaluate
 
 
@@ -120,7 +120,7 @@ def test_published(model, cat, tmp_path, given):
 
 def test_opened_everywhere(model, tmp_path):
     """As `push_to_hub` opens a folder in timm and transformers, where one output has one name."""
-    from convmixer.publishing import _describe, _open_everywhere, _write
+    from convmixer.hub.publish import _describe, _open_everywhere, _write
 
     source = _describe(model, {}, "", "mit", "", "", "", (), ["dog", "cat"])
     _write(source, tmp_path)

@@ -13,8 +13,8 @@ from PIL import Image
 from processes import finish
 
 import convmixer
-from convmixer.checkpoints import check_writable, save_weights, write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError, WriteError
+from convmixer.hub.checkpoints import check_writable, save_weights, write_atomically
 
 NAMES = ["кошка", "猫", "Löwe"]
 

@@ -21,8 +21,8 @@ from torch import nn
 
 import convmixer
 from convmixer import plots
-from convmixer.checkpoints import save_weights
 from convmixer.errors import ArgumentError, DataError, DependencyError, ImageError
+from convmixer.hub.checkpoints import save_weights
 from convmixer.training.history import Epoch, read_history, write_history
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import convmixer
 from convmixer import registry
-from convmixer.checkpoints import save_weights
+from convmixer.hub.checkpoints import save_weights
 from sitegen.pages import page as page_of
 
 ROOT = Path(__file__).parent.parent

@@ -15,12 +15,13 @@ from PIL import Image
 from torch.nn.utils import parametrizations, prune
 
 import convmixer
-from convmixer import backends, plots
+from convmixer import plots
+from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
 from convmixer.model import evaluation_view
+from convmixer.runtime import backends
 from convmixer.tracing import computing, quietly, tracing
-from convmixer.training.data import load_images
 from convmixer.training.loop import evaluate
 
 SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7, "device": "cpu"}

@@ -12,9 +12,9 @@ from wrapping import WRAPPERS
 
 import convmixer
 from convmixer import plots
-from convmixer.checkpoints import save_weights
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
+from convmixer.hub.checkpoints import save_weights
 from convmixer.wrappers import find_inner, find_model, unwrap
 
 NAME = "convmixer_256_8"

@@ -1,6 +1,6 @@
 """The depthwise convolution of layers, forward and backward by the fastest kernels of its device.
 
-On CUDA devices these are the Triton kernels of `triton.py`, in eager mode and compiled. On CPUs only the weight
+On CUDA devices these are the Triton kernels of `triton/launch.py`, in eager mode and compiled. On CPUs only the weight
 gradient differs from PyTorch's: that of `reference.py`, which only a compiler makes faster. The layer,
 `convmixer.model.DepthwiseConv2d`, asks `runs_on_kernels`, and computes by PyTorch where the answer is no.
 """

@@ -1,7 +1,7 @@
 """The tensor functions of fused blocks, each by the kernels of the device that its tensors are on.
 
 On CPUs they are those of `reference.py`, which a compiler can look into. On CUDA devices they are the Triton kernels of
-`triton.py`, custom operators that a compiler takes whole.
+`triton/launch.py`, custom operators that a compiler takes whole.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int])
     off = "switch them off by set_fused(False)"
     if device.type == "cuda":
         try:
-            importlib.import_module("convmixer.ops.triton")
+            importlib.import_module("convmixer.ops.triton.launch")
         except ImportError as error:
             raise DependencyError(
                 f"fused blocks on a GPU need Triton ({error}): pip install triton, or {off}"
@@ -71,7 +71,7 @@ def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int])
 def kernels(x: Tensor) -> Any:
     """The module whose functions, those of `reference.py`, compute on the device of x."""
     if x.device.type == "cuda":
-        from convmixer.ops import triton
+        from convmixer.ops.triton import launch
 
-        return triton
+        return launch
     return reference

@@ -1,4 +1,4 @@
-"""Training from scratch: recipes, data in memory, the loop, the history of a run."""
+"""Training from scratch: recipes, augmentation, the loop, the history of a run."""
 
 from convmixer.training.loop import TrainingResult, evaluate, train
 from convmixer.training.recipes import RECIPES, Recipe, get_recipe

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
+from convmixer.data.memory import Batch, Share, Source
 from convmixer.errors import ArgumentError
-from convmixer.training.data import Batch, Share, Source
 from convmixer.training.recipes import Recipe
 
 LEVELS = 31  # of the magnitude of RandAugment and TrivialAugment

@@ -10,8 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from convmixer.checkpoints import write_atomically
 from convmixer.errors import DataError
+from convmixer.hub.checkpoints import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

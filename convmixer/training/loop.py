@@ -20,19 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer import native
-from convmixer.checkpoints import read_tensors, save_weights
-from convmixer.cuda_graphs import CudaGraphs, Graphed, Graphs
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped, optional
-from convmixer.factory import create_model, resolve_device
-from convmixer.hardware import bf16_is_faster, cpu_name
-from convmixer.inference import class_logits
-from convmixer.model import ConvMixer, evaluation_view, mirror
-from convmixer.ops.fused import cannot_compile
-from convmixer.plots import plot_history, write_figure
-from convmixer.tracing import computing
-from convmixer.training.augment import Augment, Part
-from convmixer.training.data import (
+from convmixer.data.memory import (
     Fit,
     Share,
     Source,
@@ -43,13 +31,25 @@ from convmixer.training.data import (
     seed_all,
     shorten,
 )
+from convmixer.data.readers import READERS, SHARDS, has_split
+from convmixer.data.stream import open_stream
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, TrainingStopped, optional
+from convmixer.factory import create_model, resolve_device
+from convmixer.hardware import bf16_is_faster, cpu_name
+from convmixer.hub.checkpoints import read_tensors, save_weights
+from convmixer.inference import class_logits
+from convmixer.model import ConvMixer, evaluation_view, mirror
+from convmixer.native import library as native
+from convmixer.ops.fused import cannot_compile
+from convmixer.plots import plot_history, write_figure
+from convmixer.runtime.cuda_graphs import CudaGraphs, Graphed, Graphs
+from convmixer.tracing import computing
+from convmixer.training.augment import Augment, Part
 from convmixer.training.history import Epoch, write_history
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
-from convmixer.training.readers import READERS, SHARDS, has_split
 from convmixer.training.recipes import Recipe
 from convmixer.training.run import Run
 from convmixer.training.signals import StoppedWhileCompilingError, stop_signals
-from convmixer.training.stream import open_stream
 from convmixer.transforms import normalization, preprocessing
 from convmixer.wrappers import find_model
 

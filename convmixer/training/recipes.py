@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import itertools
 import math
 from typing import Any
 
-from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.optim import get_optimizer_info, list_optimizers
 
+from convmixer.data.stream import policy
 from convmixer.errors import ArgumentError, nearest
 
 LOOKAHEAD = "lookahead_"  # in front of the name of any optimizer of timm
@@ -246,18 +245,8 @@ def _count_betas(opt: str) -> int:
     if not info.has_betas:
         return 0
     if isinstance(info.opt_class, str):  # of a package that may be missing
-        return 2
+        return int(info.num_betas)
     return len(inspect.signature(info.opt_class).parameters["betas"].default or ())
-
-
-@functools.lru_cache
-def policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Any:
-    """timm's augmentation of that name for PIL images of a size (height, width); gaps get the mean, in [0, 1]."""
-    fill = tuple(min(255, round(255 * value)) for value in mean)
-    hparams: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
-    hparams["magnitude_max"] = 9.99  # at 10, posterize keeps 0 bits, which newer versions of Pillow refuse
-    make = rand_augment_transform if name.startswith("rand") else auto_augment_transform
-    return make(name, hparams)
 
 
 def _is_policy(name: Any) -> bool:

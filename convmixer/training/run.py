@@ -24,8 +24,8 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from convmixer.checkpoints import write_atomically
 from convmixer.errors import ArgumentError, ConvMixerError
+from convmixer.hub.checkpoints import write_atomically
 from convmixer.training.recipes import Recipe
 
 

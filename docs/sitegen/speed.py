@@ -213,7 +213,7 @@ _OPERATIONS = {
     ("sums", 0): "its gradient",
     ("sums", 1): "`stats_grad`",
 }
-_TUNED = (  # batch, channels, side and kernel of the shapes that `convmixer.ops.tune` measures
+_TUNED = (  # batch, channels, side and kernel of the shapes that `convmixer.ops.triton.tune` measures
     (64, 1536, 32, 9),
     (128, 768, 32, 7),
     (256, 256, 16, 5),
@@ -223,7 +223,7 @@ _TUNED = (  # batch, channels, side and kernel of the shapes that `convmixer.ops
 
 @record("kernel-times")
 def kernel_times() -> str:
-    """Microseconds of each kernel with its fastest tile, from what `convmixer.ops.tune` wrote."""
+    """Microseconds of each kernel with its fastest tile, from what `convmixer.ops.triton.tune` wrote."""
     rows = []
     measured = result("tune_h200")["rows"]
     for batch, channels, side, kernel in _TUNED:

@@ -1,0 +1,399 @@
+"""What a folder or a tar of labelled images holds: which splits, which classes, which images, and what is left out.
+
+Every command that reads such a source asks here, so that all of them take the same images for the same thing.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import posixpath
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from timm.utils.misc import natural_key
+
+from convmixer.data.images import image_suffixes
+from convmixer.errors import DataError
+
+ROLES = ("train", "validation", "test")
+LAYOUTS = (
+    "These layouts are read: FOLDER/train/CLASS/image.jpg, with val and test beside train; FOLDER/CLASS/image.jpg; the "
+    "same in .tar files; and images in any folder with a table of the columns image and label (--labels FILE.csv)"
+)
+
+# Compared without case and what separates words: train, Training, train_set, seg_train, val2017, test-images, ...
+_SPLIT = re.compile(
+    "(?:seg|img|images?|data)?"
+    "(?:(?P<train>train(?:ing)?)|(?P<validation>val|valid|validation|dev)|(?P<test>test(?:ing)?))"
+    r"(?:sets?|data|dataset|split|imgs?|images?)?(?:\d{4})?"
+)
+
+
+def role(name: str) -> str | None:
+    """ "train", "validation" or "test" by the name of a split in any usual spelling; None for other names."""
+    found = _SPLIT.fullmatch(re.sub(r"[\W_]+", "", name.lower()))
+    return found.lastgroup if found else None
+
+
+class File(NamedTuple):
+    """A file: all of what lies at a path, or `size` bytes of it, from `start` on, as in a tar."""
+
+    name: str  # below the place where its split lies
+    path: str
+    start: int = 0
+    size: int | None = None
+
+
+class Folder:
+    """A folder, on a disk or in a tar: what is in it by name, hidden names left out.
+
+    Attributes:
+        name: The path from the source on, with a slash at its end; a tar that stands for a folder keeps its suffix.
+        links: How many links in it lead nowhere that could be read.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.links = name, 0
+
+    @functools.cached_property
+    def content(self) -> tuple[dict[str, Folder], dict[str, File]]:
+        return {}, {}
+
+    @property
+    def folders(self) -> dict[str, Folder]:
+        return self.content[0]
+
+    @property
+    def files(self) -> dict[str, File]:
+        return self.content[1]
+
+    def __str__(self) -> str:
+        return self.name[:-1] if self.name.endswith(".tar/") else self.name
+
+    def walk(self, above: str = "") -> Iterator[File]:
+        """All files, named by their paths below this folder."""
+        for name, file in self.files.items():
+            yield file._replace(name=above + name)
+        for name, folder in self.folders.items():
+            yield from folder.walk(f"{above}{name}/")
+
+    def count_links(self) -> int:
+        return self.links + sum(folder.count_links() for folder in self.folders.values())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
+def _without_tar(name: str) -> str:
+    return name[:-4] if _is_tar(name) else name
+
+
+class _DiskFolder(Folder):
+    """A folder on a disk, listed when it is asked for what it holds."""
+
+    def __init__(self, path: str, name: str, above: tuple[str, ...] = ()) -> None:
+        super().__init__(name)
+        self.path, self.above = path, (*above, path)
+
+    @functools.cached_property
+    def content(self) -> tuple[dict[str, Folder], dict[str, File]]:
+        folders: dict[str, Folder] = {}
+        files: dict[str, File] = {}
+        try:
+            for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
+                if _is_hidden(entry.name):
+                    continue
+                if not entry.is_dir():
+                    files[entry.name] = File(entry.name, entry.path)
+                elif entry.is_symlink() and os.path.realpath(entry.path) in map(os.path.realpath, self.above):
+                    self.links += 1  # to a folder that holds this one
+                else:
+                    folders[entry.name] = _DiskFolder(entry.path, f"{self.name}{entry.name}/", self.above)
+        except OSError as error:
+            raise DataError(f"cannot list the folder {self.path!r}: {error.strerror or error}") from error
+        return folders, files
+
+
+class _Source(_DiskFolder):
+    """The top of a source, where tars stand for folders: for splits, or for classes where there are no folders."""
+
+    @functools.cached_property
+    def content(self) -> tuple[dict[str, Folder], dict[str, File]]:
+        folders, files = super().content
+        classes = not folders
+        for name in [name for name in files if _is_tar(name)]:
+            if classes or role(_without_tar(name)):
+                folders[name] = _open_tar(files.pop(name).path, f"{self.name}{name}/")
+        return folders, files
+
+
+def _open_tar(path: str, name: str) -> Folder:
+    try:
+        status = os.stat(path)
+        return _read_tar(path, name, status.st_size, status.st_mtime_ns)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"cannot read {path!r} as a tar without compression: {error}") from error
+
+
+@functools.lru_cache(maxsize=2)  # the splits of one tar are opened one after the other
+def _read_tar(path: str, name: str, _size: int, _changed: int) -> Folder:
+    """The folder that a tar stands for; tars in it are folders, too."""
+    top = Folder(name)
+    with tarfile.open(path, "r:") as archive:
+        _add_members(archive, top, path, 0)
+    return top
+
+
+def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) -> None:
+    """Enter into `top` what an archive holds that begins at byte `base` of the file at `path`."""
+    found: dict[str, File] = {}
+    links: list[tuple[str, str]] = []
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # else a million of them stay in memory
+        name = posixpath.normpath(member.name).lstrip("/")
+        parts = PurePosixPath(name).parts
+        if any(_is_hidden(part) for part in parts) or member.isdir():
+            continue
+        if member.islnk() or member.issym():
+            target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
+            links.append((name, posixpath.normpath(target)))
+        elif not member.isreg() or member.issparse():
+            top.links += 1
+        elif _is_tar(name):
+            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                _add_members(inner, _below(top, (*parts[:-1], parts[-1][:-4])), path, base + member.offset_data)
+        else:
+            found[name] = File(name, path, base + member.offset_data, member.size)
+    for name, target in links:
+        if target in found:
+            found[name] = found[target]._replace(name=name)
+        else:
+            top.links += 1
+    for name, file in found.items():
+        *above, last = PurePosixPath(name).parts
+        _below(top, above).files[last] = file
+
+
+def _below(top: Folder, parts: Iterable[str]) -> Folder:
+    folder = top
+    for part in parts:
+        if part not in folder.folders:
+            folder.folders[part] = Folder(f"{folder.name}{part}/")
+        folder = folder.folders[part]
+    return folder
+
+
+# ---- splits ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which part of a source is which split.
+
+    Attributes:
+        source: Its name, for messages.
+        top: All of it.
+        splits: For each of `ROLES` that has a folder or a tar of its own the places that could be meant; none where the
+            source is one set of classes.
+        other: Names of what lies beside splits and is none.
+    """
+
+    source: str
+    top: Folder
+    splits: dict[str, list[Folder]]
+    other: tuple[str, ...] = ()
+
+    def place(self, split: str) -> Folder:
+        """Where a split lies; a source without splits is all of any.
+
+        A DataError if it has others, or several for this one. Validation images stand in for missing test images.
+        """
+        if not self.splits:
+            return self.top
+        if split == "test" and "test" not in self.splits and "validation" in self.splits:
+            split = "validation"
+        found = self.splits.get(split)
+        names = ", ".join(str(place) for places in self.splits.values() for place in places)
+        if not found:
+            beside = f" beside {some(self.other)}" if self.other else ""
+            spellings = {"train": "train, training, train_set", "validation": "val, valid, validation, dev"}
+            raise DataError(
+                f"no {split} split in {self.source!r}, which holds {names}{beside}: call it one of "
+                f"{spellings.get(split, 'test, testing, test_set')}, in a folder or .tar of that name"
+            )
+        if len(found) > 1:
+            raise DataError(
+                f"several {split} splits in {self.source!r}: {', '.join(map(str, found))}. Leave one of "
+                "them there, or give the folder that is meant"
+            )
+        return found[0]
+
+    def check_classes(self) -> None:
+        """A DataError if top folders hold only folders, and mostly of the same names: splits, or classes in parts?"""
+        tops = self.top.folders
+        if self.splits or len(tops) < 2 or any(not f.folders or _images(f.files) for f in tops.values()):
+            return
+        names = Counter(itertools.chain.from_iterable(folder.folders for folder in tops.values()))
+        shared = [name for name, count in names.items() if count > 1]
+        if len(names) > 1 and 2 * len(shared) >= len(names):
+            raise DataError(
+                f"the folders {some(list(tops))} of {self.source!r} hold folders of the same names, {some(shared)}. "
+                "Where they are splits, call them train, val and test; where they are classes, put them into a folder "
+                "called train"
+            )
+
+
+def find_layout(source: str | Path) -> Layout:
+    """What a folder or a tar holds.
+
+    Raises:
+        DataError: Nothing there, or no folder and no tar.
+    """
+    path = os.path.expanduser(str(source))
+    if os.path.isfile(path) and _is_tar(path):
+        return _layout(str(source), _open_tar(path, f"{os.path.basename(path)}/"))
+    if os.path.isdir(path):
+        return _layout(str(source), _Source(path, f"{Path(path).resolve().name}/"))
+    if os.path.isfile(path):
+        raise DataError(f"{str(source)!r} is neither a folder nor a .tar: unpack it. {LAYOUTS}")
+    raise DataError(
+        f"no data at {str(source)!r}: give a folder, a .tar of class folders, or a name that starts with torch/ or "
+        "hfds/ such as torch/cifar10 with --download"
+    )
+
+
+def _layout(source: str, top: Folder) -> Layout:
+    stems = {name: _without_tar(name) for name in top.folders}
+    roles = {name: found for name, stem in stems.items() if (found := role(stem))}
+    if not roles and len(stems) == 1 and not _images(top.files):
+        ((name, only),) = top.folders.items()
+        inner = _layout(source, only)
+        same = stems[name].lower() == _without_tar(Path(source).resolve().name).lower()
+        return inner if inner.splits or same else Layout(source, top, {})
+    others = [folder for name, folder in top.folders.items() if name not in roles]
+    if len(others) > 1 and set(roles.values()) == {"train"} and all(_images(f.files) for f in top.folders.values()):
+        roles = {}  # the class of trains, among other vehicles
+    if not roles:
+        return Layout(source, top, {})
+    splits: dict[str, list[Folder]] = {}
+    for name, found in roles.items():
+        if f"{name}.tar" in roles:  # the folder was unpacked from it
+            others.append(top.folders[name])
+        else:
+            splits.setdefault(found, []).append(_nested(top.folders[name], found))
+    loose = [count_images(len(_images(top.files)))] if _images(top.files) else []
+    return Layout(source, top, splits, (*map(str, others), *loose))
+
+
+def _nested(folder: Folder, split: str) -> Folder:
+    """What a folder of a split holds one level deeper under the same name, as in train/train; else itself."""
+    if len(folder.folders) == 1 and not _images(folder.files):
+        ((name, inner),) = folder.folders.items()
+        return inner if role(name) == split else folder
+    return folder
+
+
+def _images(files: Iterable[str]) -> list[str]:
+    return [name for name in files if os.path.splitext(name)[1].lower() in image_suffixes()]
+
+
+def count_images(count: int) -> str:
+    """ "1 image", "3,068 images"."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """The first five."""
+    return separator.join(names[:5]) + (f"{separator}..." if len(names) > 5 else "")
+
+
+# ---- classes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a place.
+
+    Attributes:
+        images: Their files, in natural order.
+        labels: Index of each one's class.
+        classes: Names of the classes, in natural order.
+        left_out: What is no image of a class, by kind, and how many.
+    """
+
+    images: list[File]
+    labels: list[int]
+    classes: tuple[str, ...]
+    left_out: Counter[str]
+
+
+def list_classes(place: Folder) -> Listing:
+    """The images of class folders, however deep: the top folder is the class."""
+    left_out: Counter[str] = Counter()
+    found: list[tuple[File, str]] = []
+    for name, folder in place.folders.items():
+        files = [file._replace(name=f"{name}/{file.name}") for file in folder.walk()]
+        left_out["folder without files"] += not files
+        found += [(file, _without_tar(name)) for file in _take_images(files, left_out)]
+    left_out["image beside the class folders"] += len(_take_images(place.files.values(), left_out))
+    left_out["link that leads nowhere"] += place.count_links()
+    return list_labelled(found, left_out)
+
+
+def list_labelled(found: Iterable[tuple[File, str]], left_out: Counter[str]) -> Listing:
+    """Images of which each has the name of its class."""
+    pairs = sorted(found, key=lambda pair: natural(pair[0].name))
+    classes = tuple(sorted({label for _, label in pairs}, key=natural))
+    index = {name: i for i, name in enumerate(classes)}
+    return Listing([file for file, _ in pairs], [index[label] for _, label in pairs], classes, +left_out)
+
+
+def list_folder(path: str | Path) -> Listing:
+    """All images in a folder on a disk, without labels."""
+    return list_images(_DiskFolder(str(path), ""))
+
+
+def list_images(place: Folder) -> Listing:
+    """All images of a place, without labels."""
+    left_out: Counter[str] = Counter()
+    images = sorted(_take_images(place.walk(), left_out), key=lambda file: natural(file.name))
+    left_out["link that leads nowhere"] += place.count_links()
+    return Listing(images, [0] * len(images), (), +left_out)
+
+
+def natural(name: str) -> tuple[object, str]:
+    """The key of an order in which 2 comes before 10, which is timm's, too."""
+    return natural_key(name), name
+
+
+def _take_images(files: Iterable[File], left_out: Counter[str]) -> list[File]:
+    """The files that are images; the others are counted by suffix."""
+    suffixes = image_suffixes()
+    images = []
+    for file in files:
+        suffix = os.path.splitext(file.name)[1].lower()
+        if suffix in suffixes:
+            images.append(file)
+        else:
+            left_out[suffix if len(suffix) > 1 else "file without a suffix"] += 1
+    return images
+
+
+def describe_left_out(left_out: Counter[str]) -> str:
+    """ "12 .txt, 3 images beside the class folders"."""
+    return ", ".join(
+        f"{count:,} {kind if kind.startswith('.') or count == 1 else re.sub(' |$', 's ', kind, count=1).strip()}"
+        for kind, count in sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))
+    )

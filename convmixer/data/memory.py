@@ -1,0 +1,324 @@
+"""Sources of images, and those that are decoded once into memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from convmixer.data.images import enough, read_image
+from convmixer.data.layout import some
+from convmixer.data.readers import open_split
+from convmixer.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from convmixer.training.recipes import Recipe
+
+Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
+T = TypeVar("T", bound="Source")
+
+
+def seed_all(*numbers: int) -> None:
+    """Let all randomness follow from these numbers, however many processes share the work."""
+    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=6).digest(), "big")
+    torch.manual_seed(seed)
+    random.seed(seed)  # timm's augmentation
+    np.random.seed(seed % 2**32)  # the same
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process takes of an epoch.
+
+    Attributes:
+        seed: Of the run.
+        epoch: Number of the epoch.
+        batch_size: Images of a step, over all processes.
+        parts: Equal parts of a step, over all processes.
+        mine: The parts of this process.
+        steps: Those that the epoch has yet to do.
+    """
+
+    seed: int
+    epoch: int
+    batch_size: int
+    parts: int
+    mine: range
+    steps: range
+
+    def index(self, count: int, device: torch.device | str = "cpu", odds: Tensor | None = None) -> Iterator[Tensor]:
+        """The parts of this process, one after the other, of an epoch over `count` images in an order of its own.
+
+        With odds (`count`,) each image of a step is drawn by them, with replacement.
+        """
+        seed_all(self.seed, self.epoch)
+        order = torch.randperm(count) if odds is None else odds.multinomial(count, replacement=True)
+        order = order.to(device)
+        for step in self.steps:
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size].view(self.parts, -1)
+            yield from batch[self.mine.start : self.mine.stop]
+
+
+class Source(Protocol):
+    """Labelled images for training and validation: in memory, or decoded when they are needed.
+
+    Attributes:
+        classes: Class names by label.
+        unreadable: What was said of each image that could not be read.
+    """
+
+    classes: tuple[str, ...]
+
+    @property
+    def unreadable(self) -> set[str]: ...
+
+    @property
+    def at_once(self) -> int:
+        """Parts of an epoch that can be had together without waiting long."""
+
+    def __len__(self) -> int: ...
+
+    def to(self: T, device: torch.device) -> T:
+        """The same with batches on a device."""
+
+    def subset(self: T, index: Tensor) -> T:
+        """The images with these numbers."""
+
+    def targets(self) -> Tensor:
+        """The label of each image (N,), which is read without decoding any."""
+
+    def balanced(self: T) -> T:
+        """The same, drawn for training with replacement so that all classes are as frequent."""
+
+    def record(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+
+    def parts(self, share: Share) -> Iterator[Batch]:
+        """Training images of an epoch, part after part."""
+
+    def in_order(self, batch_size: int) -> Iterable[Batch]:
+        """All images as they are for validation; the last batch may be smaller."""
+
+
+@dataclass
+class Images:
+    """A split in memory.
+
+    Attributes:
+        pixels: uint8 (N, C, H, W).
+        labels: int64 (N,).
+        classes: Class names by label.
+        odds: By which each image is drawn for training (N,); none takes each once in an epoch.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    odds: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def unreadable(self) -> set[str]:
+        """None: `load_images` has said it already."""
+        return set()
+
+    @property
+    def at_once(self) -> int:
+        return sys.maxsize
+
+    def to(self, device: torch.device) -> Images:
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def subset(self, index: Tensor) -> Images:
+        return Images(self.pixels[index], self.labels[index], self.classes)
+
+    def targets(self) -> Tensor:
+        return self.labels.cpu()
+
+    def balanced(self) -> Images:
+        return replace(self, odds=balancing_odds(self))
+
+    def record(self) -> dict[str, Any]:
+        return {"images": len(self), "classes": list(self.classes), "labels": digest(self.labels)}
+
+    def parts(self, share: Share) -> Iterator[Batch]:
+        for index in share.index(len(self), self.pixels.device, self.odds):
+            yield self.pixels[index], self.labels[index]
+
+    def in_order(self, batch_size: int) -> Iterable[Batch]:
+        return list(zip(self.pixels.split(batch_size), self.labels.split(batch_size), strict=True))
+
+
+def load_images(
+    source: str | Path,
+    split: str,
+    size: tuple[int, int, int],
+    *,
+    classes: tuple[str, ...] | None = None,
+    labels: str | Path | None = None,
+    interpolation: str = "bilinear",
+    crop_mode: str = "center",
+    crop_pct: float = 1.0,
+    skip_unreadable: bool = False,
+    draft: bool = True,
+    root: str | Path | None = None,
+    download: bool = False,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    report: Callable[[str], None] = print,
+) -> Images:
+    """Decode a split into memory.
+
+    Args:
+        source: A folder with `train`, `val` and `test`, in any usual spelling, as folders or tars of class folders; one
+            such folder or tar; a table with the columns image and label, with the images beside it; or a name for
+            timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
+        split: "train", "validation" or "test". A source without splits is all of any; without test images, those for
+            validation stand in for them.
+        size: (C, H, W): images of another size are resized.
+        interpolation: "bilinear", "bicubic" or another of torchvision's modes.
+        crop_mode: "center" resizes the shorter side and crops to the centre, "squash" resizes both sides.
+        crop_pct: Part of the resized shorter side that the crop keeps.
+        classes: Class names that the labels must follow, as when a test set must agree with a training set; the source
+            may lack some of them. Without them, training images must be of two classes at least.
+        labels: A table, as CSV, TSV or Parquet, with the columns image and label, and if need be split, in place of
+            class folders. Images are named by their paths from `source`, or by the end of these.
+        skip_unreadable: Leave out images that cannot be read, and report how many and which.
+        draft: Decode large JPEG photographs at a reduced scale; see `predict`.
+        root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
+        download: Let `torch/` data sets download what is missing.
+        progress: Wraps the iteration, for a progress bar.
+        report: Takes a line about what was taken for the split, and one about unreadable images.
+
+    Raises:
+        DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
+    """
+    if size[0] not in (1, 3):
+        raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
+    opened = open_split(source, split, labels=labels, root=root, download=download)
+    report(opened.taken)
+    if classes is None and split == "train":
+        opened.check_classes()
+    index = opened.labels_in(classes or opened.classes)
+    fit = Fit(size, interpolation, crop_mode, crop_pct, draft)
+    _check_memory(opened.name, len(opened), size)
+    pixels = torch.empty(len(opened), *size, dtype=torch.uint8)
+    targets = torch.empty(len(opened), dtype=torch.int64)
+    errors: dict[int, str] = {}
+    for i, sample in zip(progress(range(len(opened))), opened.each(fit), strict=True):
+        if not isinstance(sample, DataError):
+            pixels[i], targets[i] = sample
+        elif skip_unreadable:
+            errors[i] = str(sample)
+        else:
+            raise sample
+    if errors:
+        shown = shorten(errors.values())
+        report(f"{len(errors)} of {len(opened)} images are left out: {shown}")
+        if len(errors) == len(opened):
+            raise DataError(f"no image of {opened.name!r} can be read: {shown}")
+        kept = torch.tensor([i for i in range(len(opened)) if i not in errors])
+        pixels, targets = pixels[kept], targets[kept]
+    return Images(pixels, index[targets], classes or opened.classes)
+
+
+def shorten(errors: Iterable[str]) -> str:
+    """The first five."""
+    return some(list(errors), "; ")
+
+
+def _check_memory(name: str, count: int, size: tuple[int, int, int]) -> None:
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system tells
+        memory, needed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), count * math.prod(size)
+        if needed > 0.8 * memory:
+            raise DataError(
+                f"the {count} images of {name!r} take {needed / 2**30:.1f} GiB, this machine has "
+                f"{memory / 2**30:.1f} GiB of memory: train with --set stream=true, which reads them anew in each epoch"
+            )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An image of any kind -> uint8 (C, H, W) as a model takes it; the arguments are those of `load_images`."""
+
+    size: tuple[int, int, int]
+    interpolation: str = "bilinear"
+    crop_mode: str = "center"
+    crop_pct: float = 1.0
+    draft: bool = True
+
+    def __call__(self, source: Any) -> Tensor:
+        channels, height, width = self.size
+        least = enough(height, width, self.crop_pct) if self.draft else None
+        image: Tensor = v2.functional.pil_to_tensor(read_image(source, channels, least=least))
+        if image.shape == self.size:
+            return image
+        sides = targets = [math.floor(side / self.crop_pct) for side in self.size[1:]]
+        if self.crop_mode != "squash":  # the smallest of this shape that covers both targets
+            target, side = max(zip(targets, image.shape[-2:], strict=True), key=lambda pair: pair[0] / pair[1])
+            sides = [max(t, int(target * n / side)) for t, n in zip(targets, image.shape[-2:], strict=True)]
+        image = v2.functional.resize(image, sides, v2.InterpolationMode(self.interpolation), antialias=True)
+        result: Tensor = v2.functional.center_crop(image, list(self.size[1:]))
+        return result
+
+
+def digest(labels: Tensor) -> str:
+    """A few letters that stand for labels in their order."""
+    return hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def _class_counts(targets: Tensor, classes: int) -> Tensor:
+    """How many images each class has, at least 1 (C,)."""
+    return targets.bincount(minlength=classes).clamp(min=1)
+
+
+def balancing_odds(images: Source) -> Tensor:
+    """For each image the inverse of the number of those of its class (N,)."""
+    targets = images.targets()
+    return (1 / _class_counts(targets, len(images.classes)).double())[targets]
+
+
+def class_weights(recipe: Recipe, images: Source) -> Tensor | None:
+    """What the loss of each class is multiplied by, as a recipe says (C,); None where all classes are alike.
+
+    "balanced" is the number of images over that of classes times that of the images of the class.
+
+    Raises:
+        ArgumentError: Not one weight for each class.
+    """
+    if recipe.class_weights == "balanced":
+        classes = len(images.classes)
+        return len(images) / (classes * _class_counts(images.targets(), classes).float())
+    if not recipe.class_weights:
+        return None
+    if len(recipe.class_weights) != len(images.classes):
+        raise ArgumentError(
+            f"class_weights={recipe.class_weights!r} has {len(recipe.class_weights)} weights: give one for each of the "
+            f"{len(images.classes)} classes {', '.join(images.classes)}"
+        )
+    return torch.tensor([float(weight) for weight in recipe.class_weights])
+
+
+def fitting(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_images` and `Fit` by which images are fitted as a model's configuration says."""
+    return {name: config[name] for name in ("interpolation", "crop_mode", "crop_pct")}
+
+
+def hold_out(images: T, fraction: float, seed: int) -> tuple[T, T]:
+    """Split into (training, validation) at random, the same way for one seed."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    count = round(len(images) * fraction)
+    return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)

@@ -1,0 +1,458 @@
+"""Where labelled images lie, and how they are decoded one by one: folders, tars, tables, timm's readers, shards."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset
+from timm.data.readers import create_reader
+from torch import Tensor
+
+from convmixer.data.images import SUFFIXES, image_suffixes
+from convmixer.data.layout import (
+    LAYOUTS,
+    ROLES,
+    File,
+    Layout,
+    Listing,
+    count_images,
+    describe_left_out,
+    find_layout,
+    list_classes,
+    list_images,
+    role,
+    some,
+)
+from convmixer.data.tables import has_rows, is_table, list_rows, read_table
+from convmixer.errors import DataError, optional
+
+READERS = ("torch/", "hfds/")
+SHARDS = "wds/"
+_SHARDS_WANTED = (
+    "Give a folder with an _info.json, or a pattern with its number of samples such as "
+    "wds/FOLDER/train-{0000..0012}.tar|12345"
+)
+SHUFFLE = 1000  # samples of shards from which the next one is drawn
+
+Prepare = Callable[[Any], Tensor]  # of whatever `read_image` takes
+Sample = tuple[Tensor, int] | DataError
+
+
+@dataclass(frozen=True)
+class _Labelled(abc.ABC):
+    """An open split of a data set, whose images are decoded one at a time.
+
+    Attributes:
+        name: Of the data set.
+        classes: Class names by label; none where labels were not asked for.
+        taken: A line that says what was taken for the split, with counts, and what was left out.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    taken: str
+
+    @abc.abstractmethod
+    def each(self, prepare: Prepare) -> Iterator[Sample]:
+        """Every image, prepared, and its label; in the place of an unreadable one the error that names it."""
+
+    def in_order(self, prepare: Prepare) -> Iterator[tuple[Tensor, int]]:
+        """Every image, prepared, and its label. A DataError if an image cannot be read."""
+        for sample in self.each(prepare):
+            if isinstance(sample, DataError):
+                raise sample
+            yield sample
+
+    def labels_in(self, classes: Sequence[str]) -> Tensor:
+        """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
+        foreign = [label for label in self.classes if label not in classes]
+        if foreign:
+            hint = ". A folder of images that nobody has labelled is no class: give a table of labels"
+            raise DataError(
+                f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}"
+                + (hint if len(self.classes) == 1 else "")
+            )
+        return torch.tensor([classes.index(label) for label in self.classes])
+
+    def check_classes(self) -> None:
+        """A DataError if these are too few classes to train on."""
+        if len(self.classes) < 2:
+            raise DataError(
+                f"{self.name!r} has {len(self.classes)} class, {', '.join(self.classes)}, and training needs at least "
+                f"two ({self.taken}). {LAYOUTS}"
+            )
+
+
+@dataclass(frozen=True)
+class Split(_Labelled):
+    """A split any image of which can be read at any time."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
+        """What `prepare` makes of an image, and its label. A DataError if the image cannot be read."""
+
+    @abc.abstractmethod
+    def targets(self) -> Tensor:
+        """The label of each image (N,)."""
+
+    def each(self, prepare: Prepare) -> Iterator[Sample]:
+        for index in range(len(self)):
+            try:
+                yield self.read(index, prepare)
+            except DataError as error:
+                yield error
+
+
+@dataclass(frozen=True)
+class FileSplit(Split):
+    """A split in a folder or a tar.
+
+    Attributes:
+        images: Its files.
+        labels: The label of each.
+    """
+
+    images: list[File]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def targets(self) -> Tensor:
+        return torch.tensor(self.labels)
+
+    def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
+        file = self.images[index]
+        try:
+            if file.size is None:
+                return prepare(Path(file.path)), self.labels[index]
+            with open(file.path, "rb") as archive:
+                archive.seek(file.start)
+                return prepare(archive.read(file.size)), self.labels[index]
+        except Exception as error:  # of the image, or of the disk
+            raise DataError(f"cannot read image {index} of {self.name!r} ({file.name}): {error}") from error
+
+
+@dataclass(frozen=True)
+class NamedSplit(Split):
+    """A split of a data set of torchvision or of the Hub, which timm opens."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def _check(self, label: Any) -> int:
+        """The label; a DataError where there is none, which the Hub's data sets write as -1."""
+        if label is None or not 0 <= label < len(self.classes):
+            raise DataError(f"its label is {label}, so it shows none of the {len(self.classes)} classes: not labelled")
+        return int(label)
+
+    def targets(self) -> Tensor:
+        if hasattr(self.dataset, "reader"):
+            return torch.tensor(list(self.dataset.reader.iter_targets()))
+        for name in ("targets", "labels"):
+            if hasattr(self.dataset, name):
+                return torch.as_tensor(getattr(self.dataset, name))
+        return torch.tensor([self.dataset[index][1] for index in range(len(self))])
+
+    def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
+        try:
+            if not hasattr(self.dataset, "reader"):  # torchvision
+                image, label = self.dataset[index]
+                return prepare(image), self._check(label)
+            # Not through timm's data set, which puts the next image in the place of one that it cannot read.
+            file, label = self.dataset.reader[index][:2]
+            with file:
+                return prepare(file), self._check(label)
+        except Exception as error:
+            raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ShardSplit(_Labelled):
+    """A split in WebDataset tars, which are read from their start to their end.
+
+    Attributes:
+        urls: The tars: paths, or whatever webdataset opens.
+        count: Number of samples in all of them.
+    """
+
+    urls: tuple[str, ...]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def samples(self, urls: Iterable[str], rng: random.Random | None = None) -> Iterator[dict[str, Any]]:
+        """What tars hold, as bytes by ending; with a generator of random numbers shuffled."""
+        import webdataset
+        from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+        def read() -> Iterator[dict[str, Any]]:
+            for url in urls:
+                with contextlib.closing(webdataset.gopen(url)) as file:
+                    yield from group_by_keys({**member, "__url__": url} for member in tar_file_iterator(file))
+
+        yield from webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=rng)(read()) if rng else read()
+
+    def decode(self, sample: dict[str, Any], prepare: Prepare) -> tuple[Tensor, int]:
+        """What `prepare` makes of a sample's image, and its label. A DataError if it cannot be read."""
+        try:
+            keys = [suffix[1:] for suffix in SUFFIXES if suffix in image_suffixes()]
+            content = next((sample[key] for key in keys if key in sample), None)
+            if content is None:
+                raise DataError(f"none of its parts ends in {', '.join(keys)}")
+            label = int(sample["cls"])
+            if not 0 <= label < len(self.classes):
+                raise DataError(f"class {label}, of {len(self.classes)} in classes.txt")
+            return prepare(content), label
+        except Exception as error:
+            what = f"{sample.get('__key__')} in {sample.get('__url__')!r}"
+            raise DataError(f"cannot read {what}: {type(error).__name__}: {error}") from error
+
+    def each(self, prepare: Prepare) -> Iterator[Sample]:
+        """As of any split.
+
+        Raises:
+            DataError: A tar that cannot be read, or another number of samples than `count`.
+        """
+        found = 0
+        samples = self.samples(self.urls)
+        while True:
+            try:
+                sample = next(samples, None)
+            except Exception as error:  # of the tar, or of the network
+                raise DataError(f"cannot read {self.name!r}: {type(error).__name__}: {error}") from error
+            found += sample is not None
+            if found > self.count or (sample is None and found < self.count):
+                other = "more" if sample else str(found)
+                raise DataError(f"{self.name!r} should have {self.count} samples and has {other}: correct the number")
+            if sample is None:
+                return
+            try:
+                yield self.decode(sample, prepare)
+            except DataError as error:
+                yield error
+
+
+# ---- which split ----------------------------------------------------------------------------------------------------
+
+
+def open_split(
+    source: str | Path,
+    split: str,
+    *,
+    labels: str | Path | None = None,
+    labelled: bool = True,
+    root: str | Path | None = None,
+    download: bool = False,
+) -> Split | ShardSplit:
+    """Open a split of folders, tars, tables, data sets that timm opens by name, or WebDataset shards.
+
+    Args:
+        source: As for `load_images`.
+        split: "train", "validation" or "test"; of an `hfds/` data set any split that it has.
+        labels: A table of labels.
+        labelled: Whether labels are needed; without them, all images of a folder or tar are taken.
+        root: Where downloaded data sets lie.
+        download: Let `torch/` data sets download what is missing.
+
+    Raises:
+        DataError: Nothing there, no images, nothing that says what they show, or splits that cannot be told apart.
+    """
+    name, root = os.path.expanduser(str(source)), root and os.path.expanduser(root)
+    if labels is not None and name.startswith((*READERS, SHARDS)):
+        raise DataError(f"labels={str(labels)!r} is for images in folders and tars: {name!r} has labels of its own")
+    if name.startswith("hfds/"):
+        return _open_hub(name, split, root)
+    wanted = role(split)
+    if wanted is None:
+        raise DataError(f"unknown split {split!r} of {name!r}; valid: {', '.join(ROLES)}")
+    if name.startswith(SHARDS):
+        return _open_shards(name, wanted)
+    if name.startswith("torch/"):
+        return _open_torchvision(name, wanted, root, download)
+    return _open_files(source, wanted, labels, labelled)
+
+
+def has_split(
+    source: str | Path, split: str, *, labels: str | Path | None = None, root: str | Path | None = None
+) -> bool:
+    """Whether a source has a split of its own, beside the training images."""
+    name, root = str(source), root and os.path.expanduser(root)
+    if name.startswith("torch/"):
+        return split != "validation"
+    if name.startswith("hfds/"):
+        return any(role(own) == split for own in _load_hub(name, root))
+    if name.startswith(SHARDS):
+        return ".tar" not in name and _find_shards(name, split) is not None  # those of a pattern are one split alone
+    layout, labels = _lay_out(source, labels)
+    if labels is None:
+        return split in layout.splits
+    return has_rows(layout, read_table(labels), split, str(labels))
+
+
+def _describe(split: str, count: int, classes: Sequence[str], place: str) -> str:
+    """ "test: 372 images in 10 classes from clothing/test.tar"."""
+    kinds = f" in {len(classes)} class{'' if len(classes) == 1 else 'es'}" if classes else ""
+    return f"{split}: {count_images(count)}{kinds} from {place}"
+
+
+def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str | Path | None]:
+    """What a source holds, and its table of labels, which may be the source: images then lie beside it."""
+    if labels is None and is_table(source):
+        source, labels = Path(source).parent, source
+    return find_layout(source), labels
+
+
+def _open_files(source: str | Path, split: str, labels: str | Path | None, labelled: bool) -> Split:
+    layout, table = _lay_out(source, labels)
+    if table is not None:
+        place, listing = list_rows(layout, read_table(table), split, str(table))
+    else:
+        place = layout.place(split)
+        if labelled:
+            layout.check_classes()
+        listing = list_classes(place) if labelled else list_images(place)
+    shown = str(place)
+    if not listing.images:
+        raise DataError(_nothing(str(source), split, shown, listing, table))
+    taken = _describe(split, len(listing.images), listing.classes, shown)
+    if table is not None:
+        taken += f" by {Path(table).name}"
+    if split == "test" and "validation" in layout.splits and "test" not in layout.splits and table is None:
+        taken += ", as there is no test split"
+    if listing.left_out:
+        taken += f"; left out: {describe_left_out(listing.left_out)}"
+    if layout.other:
+        taken += f"; no split: {some(layout.other)}"
+    return FileSplit(str(source), listing.classes, taken, listing.images, listing.labels)
+
+
+def _nothing(source: str, split: str, place: str, listing: Listing, table: str | Path | None) -> str:
+    """What to say where no image was found that has a label."""
+    loose = listing.left_out["image beside the class folders"]
+    if loose:
+        without = "" if split == "train" else ". To train without them, give the folder of the training images as data"
+        return (
+            f"the {split} images of {source!r}, {loose:,} in {place}, lie in no class folders, so nothing says what "
+            f"they show{without}. {LAYOUTS}. `convmixer predict` classifies images without labels"
+        )
+    if table is not None:
+        return f"no row of {str(table)!r} is of the {split} images of {source!r}, in {place}"
+    left_out = f" It holds {describe_left_out(listing.left_out)}." if listing.left_out else ""
+    return f"no images in the {split} split of {source!r}, {place}.{left_out} {LAYOUTS}"
+
+
+# ---- data sets by name ----------------------------------------------------------------------------------------------
+
+
+def _open_torchvision(name: str, split: str, root: str | Path | None, download: bool) -> Split:
+    if split == "validation":
+        raise DataError(f"no validation split in {name!r}: data sets of torchvision are read as train and test")
+    if name.lower() in ("torch/image_folder", "torch/folder"):
+        raise DataError(f"{name!r} is no data set: give the folder itself")
+    try:
+        dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
+        count, classes = len(dataset), tuple(map(str, dataset.classes))
+    except Exception as error:  # each data set has its own; the message must name the source
+        hint = ". Add --download to fetch it" if isinstance(error, RuntimeError) and not download else ""
+        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}{hint}") from error
+    return NamedSplit(name, classes, _describe(split, count, classes, name), dataset)
+
+
+def _load_hub(name: str, root: str | Path | None) -> Any:
+    """All splits of a Hugging Face data set, by name."""
+    datasets = optional("datasets", repr(name), "train")
+    try:
+        return datasets.load_dataset(name.removeprefix("hfds/"), cache_dir=root and str(root))
+    except Exception as error:  # it has many
+        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}") from error
+
+
+def _open_hub(name: str, split: str, root: str | Path | None) -> Split:
+    splits = _load_hub(name, root)
+    meant = [split] if split in splits else [own for own in splits if role(own) and role(own) == role(split)]
+    if not meant and role(split) == "test":  # as in a folder
+        meant = [own for own in splits if role(own) == "validation"]
+    if len(meant) != 1:
+        raise DataError(f"no split {split!r} in {name!r}; valid: {', '.join(splits)}")
+    features = splits[meant[0]].features
+    datasets = optional("datasets", repr(name), "train")
+    kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}  # timm expects "image" and "label"
+    columns = {key: [c for c, f in features.items() if isinstance(f, kind)] for key, kind in kinds.items()}
+    if not all(columns.values()):
+        raise DataError(f"{name!r} has no column of images or none of class labels: {features}")
+    chosen = {key: names[0] for key, names in columns.items()}
+    try:
+        dataset = create_dataset(name, root=root and str(root), split=meant[0], **chosen)
+    except Exception as error:
+        raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}") from error
+    if not len(dataset):
+        raise DataError(f"no images in the {meant[0]} split of {name!r}")
+    table = dataset.reader.class_to_idx
+    classes = tuple(map(str, sorted(table, key=table.__getitem__)))
+    taken = _describe(role(split) or split, len(dataset), classes, f"{name}, split {meant[0]}")
+    return NamedSplit(name, classes, taken, dataset)
+
+
+# ---- WebDataset -----------------------------------------------------------------------------------------------------
+
+
+def _find_shards(name: str, split: str) -> str | None:
+    """What the `_info.json` of a folder of shards calls a split; None if it has no such one."""
+    webdataset = optional("webdataset", repr(name), "train")
+    folder, problems = os.path.expanduser(name[len(SHARDS) :]), []
+    for file in ("_info.json", "info.json"):  # as timm looks for them
+        try:
+            with webdataset.gopen(os.path.join(folder, file)) as stream:
+                own = [key for key in json.load(stream)["splits"] if role(key) == split]
+        except Exception as error:  # of webdataset, of the network, of JSON
+            problems.append(f"{type(error).__name__}: {error}")
+            continue
+        if len(own) > 1:
+            raise DataError(f"several {split} splits in {name!r}: {', '.join(own)}. Leave one of them in {file}")
+        return own[0] if own else None
+    raise DataError(f"cannot open the {split} split of {name!r}: {'; '.join(problems)}. {_SHARDS_WANTED}")
+
+
+def _open_shards(name: str, split: str) -> ShardSplit:
+    webdataset = optional("webdataset", repr(name), "train")
+    folder, _, chosen = name.removeprefix(SHARDS).rpartition("/") if ".tar" in name else (name[len(SHARDS) :], "", "")
+    folder, note = os.path.expanduser(folder), ""
+    if not chosen:
+        chosen = _find_shards(name, split) or ""
+        if not chosen and split == "test":  # as in a folder
+            chosen, note = _find_shards(name, "validation") or "", ", as there is no test split"
+        if not chosen:
+            raise DataError(f"no {split} split in the _info.json of {name!r}. {_SHARDS_WANTED}")
+    try:
+        reader = create_reader(SHARDS, root=folder, split=chosen)
+    except Exception as error:  # timm's and webdataset's
+        raise DataError(f"cannot open the {split} split of {name!r}: {error}. {_SHARDS_WANTED}") from error
+    if not reader.num_samples:
+        raise DataError(f"{name!r} does not say how many samples it has: add |NUMBER to it")
+    names = os.path.join(folder, "classes.txt")
+    try:
+        with webdataset.gopen(names) as file:
+            classes = tuple(line.strip() for line in file.read().decode().splitlines() if line.strip())
+    except Exception as error:
+        raise DataError(
+            f"cannot read {names!r}: {error}. It names the classes, one per line, in the order of the samples' .cls"
+        ) from error
+    urls = tuple(os.path.join(folder, file) for file in reader.split_info.filenames)
+    taken = _describe(split, reader.num_samples, classes, f"{len(urls)} shards of {name}, {chosen}{note}")
+    return ShardSplit(name, classes, taken, urls, reader.num_samples)

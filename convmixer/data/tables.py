@@ -1,0 +1,162 @@
+"""Labels from a table: a CSV, TSV or Parquet file with the columns image and label, read by pandas."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import posixpath
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from convmixer.data.images import image_suffixes
+from convmixer.data.layout import File, Folder, Layout, Listing, list_images, list_labelled, role, some
+from convmixer.errors import DataError, brief, optional
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+
+
+def is_table(source: str | Path) -> bool:
+    """Whether a source is a table by its suffix."""
+    return os.path.splitext(str(source))[1].lower() in SUFFIXES
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table says of an image: its label, and with a column split, which one it belongs to."""
+
+    image: str
+    label: str
+    split: str | None
+
+
+def read_table(path: str | Path) -> list[Row]:
+    """The rows of a table, each image once.
+
+    Raises:
+        DataError: No such file, other columns, an empty cell, a split of no known name, or an image with two labels.
+        DependencyError: pandas is not installed.
+    """
+    pandas = optional("pandas", f"the table {str(path)!r}", "train")
+    file, suffix = os.path.expanduser(str(path)), os.path.splitext(str(path))[1].lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{str(path)!r} is no table of labels: give a file that ends in {', '.join(SUFFIXES)}")
+    try:
+        if suffix == ".parquet":
+            table = pandas.read_parquet(file)
+        else:  # text as it is: 007 and NA are names of classes like others
+            separator = "\t" if suffix == ".tsv" else ","
+            table = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"no table at {str(path)!r}") from error
+    except Exception as error:  # pandas' and pyarrow's
+        raise DataError(f"cannot read the table {str(path)!r}: {type(error).__name__}: {error}") from error
+    columns = {str(column).strip().lower(): column for column in table.columns}
+    if not {"image", "label"} <= columns.keys():
+        found = ", ".join(brief(str(column)) for column in table.columns)
+        raise DataError(f"{str(path)!r} has the columns {found}: it needs image and label, and may have split")
+    cells = {
+        name: [_cell(value, missing) for value, missing in zip(table[column], table[column].isna(), strict=True)]
+        for name, column in columns.items()
+        if name in ("image", "label", "split")
+    }
+    rows: dict[str, Row] = {}
+    splits: Iterable[str | None] = cells.get("split", itertools.repeat(None, len(table)))
+    for number, (image, label, split) in enumerate(zip(cells["image"], cells["label"], splits, strict=True), start=1):
+        if "" in (image, label, split):
+            raise DataError(
+                f"row {number} of {str(path)!r} lacks text or a whole number: image {image!r}, label {label!r}"
+                + (f", split {split!r}" if "split" in cells else "")
+            )
+        if split is not None and role(split) is None:
+            raise DataError(f"row {number} of {str(path)!r} has the split {brief(split)!r}: call it train, val or test")
+        row = Row(image, label, split and role(split))
+        if rows.setdefault(image, row) != row:
+            raise DataError(f"row {number} of {str(path)!r} contradicts an earlier one on the image {brief(image)!r}")
+    if not rows:
+        raise DataError(f"{str(path)!r} has no rows")
+    return list(rows.values())
+
+
+def _cell(value: object, missing: bool) -> str:
+    """A value as text; an empty one for what is missing, and for what is neither text nor a whole number or bool."""
+    if isinstance(value, float) and value.is_integer():  # whole numbers, in a column in which one is missing
+        value = int(value)
+    if missing or isinstance(value, float | bytes | Mapping):
+        return ""
+    return str(value).strip()
+
+
+def has_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> bool:
+    """Whether a table has rows for a split that has a name or a place of its own."""
+    if any(row.split for row in rows):
+        return any(row.split == split for row in rows)
+    return split in layout.splits and bool(list_rows(layout, rows, split, table)[1].images)
+
+
+def list_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> tuple[Folder, Listing]:
+    """Where the images of a split lie, and those of them that a table has rows for.
+
+    The column split decides where there is one; else the folder of the split, where the source has one.
+
+    Raises:
+        DataError: Rows without a file, with several that could be meant, or of one file with two labels.
+    """
+    place, unlisted = layout.top, "image without a row in the table"
+    if any(row.split for row in rows):
+        rows, unlisted = [row for row in rows if row.split == split], f"image without a row of the {split} split"
+    else:
+        place = layout.place(split)
+    files = {(file.path, file.start): file for file in place.walk()}
+    labels: dict[File, str] = {}
+    for row, found in zip(rows, _find(layout, rows, table), strict=True):
+        file = files.get((found.path, found.start))
+        if file is not None and labels.setdefault(file, row.label) != row.label:
+            raise DataError(f"{table!r} gives {file.name} the labels {labels[file]!r} and {row.label!r}")
+    listed = list_images(place)
+    listed.left_out[unlisted] += len(listed.images) - len(labels)
+    return place, list_labelled(labels.items(), listed.left_out)
+
+
+def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
+    """The file of each row: by its path from the source, or the end of its path, with or without its suffix."""
+    exact = {file.name: file for file in layout.top.walk()}
+    absolute = {}
+    if any(os.path.isabs(row.image) for row in rows):
+        absolute = {os.path.abspath(file.path): file for file in exact.values() if file.size is None}
+    last: dict[str, list[File]] = defaultdict(list)
+    for file in exact.values():
+        name = posixpath.basename(file.name)
+        stem, suffix = posixpath.splitext(name)
+        if suffix.lower() in image_suffixes():
+            last[name].append(file)
+            last[stem].append(file)
+    found: list[File] = []
+    lost: list[str] = []
+    for row in rows:
+        name = posixpath.normpath(row.image.replace("\\", "/"))
+        meant = exact.get(name) or absolute.get(os.path.abspath(row.image))
+        if meant is None:
+            near = [f for f in last.get(posixpath.basename(name), ()) if _ends(f"/{f.name}", f"/{name}")]
+            if len(near) > 1:
+                raise DataError(
+                    f"{brief(row.image)!r} of {table!r} could be {some([f.name for f in near])} in {layout.source!r}: "
+                    "write the path from there, or give the folder that the table belongs to"
+                )
+            meant = near[0] if near else None
+        if meant is None or posixpath.splitext(meant.name)[1].lower() not in image_suffixes():
+            lost.append(brief(row.image))
+        else:
+            found.append(meant)
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(rows)} rows of {table!r} name no image in {layout.source!r}: {some(lost)}. Write "
+            "paths from that folder, or names of files that are there once"
+        )
+    return found
+
+
+def _ends(path: str, name: str) -> bool:
+    """Whether a path ends in a name, with or without its own suffix."""
+    return path.endswith(name) or posixpath.splitext(path)[0].endswith(name)

@@ -1,0 +1,302 @@
+"""Tensors on disk: safetensors in and out, and the checks before anything reaches a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from convmixer.errors import ArgumentError, ConvMixerError, WeightsError, WriteError, brief
+from convmixer.hub.foreign import first, our_names
+from convmixer.hub.untrusted import header_excess
+from convmixer.registry import SHAPE, VARIANTS, Variant
+from convmixer.wrappers import unwrap
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise what `write_atomically` would: before the work that makes the file's content.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder does not exist.
+        WriteError: Its folder takes no files.
+    """
+    _temporary(Path(os.path.expanduser(path))).unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """An empty file beside the one that is to be written."""
+    if os.path.isdir(path):
+        raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
+    if not os.path.isdir(path.parent):
+        raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {path.name!r} in the folder {str(path.parent)!r}: {error.strerror}. Choose another"
+        ) from error
+    os.close(handle)
+    return Path(name)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one.
+
+    Raises:
+        ArgumentError: It is a folder, or its folder does not exist.
+        WriteError: The folder takes no files, or the disk is full.
+    """
+    path = Path(os.path.expanduser(path))
+    temporary = _temporary(path)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
+        temporary.replace(path)
+    except ConvMixerError:
+        raise
+    except OSError as error:
+        raise WriteError(f"cannot write {str(path)!r}: {error.strerror or error}. What was there is whole") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write the model's state dict as safetensors: contiguous, on the CPU, whatever the model's layout.
+
+    Args:
+        model: Any module.
+        path: File to write; replaced as a whole or not at all.
+        metadata: Written into the header; values other than strings as JSON.
+    """
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}
+    write_atomically(path, lambda temporary: _write_tensors(tensors, temporary, {"format": "pt", **header}))
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file whose bytes follow from its content: the library puts metadata in a random order."""
+    save_file(tensors, path, metadata)
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        file.seek(8)
+        file.write(text.ljust(length))  # the same characters in another order, so that the tensors stay in place
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file whose header was checked by its library; what is wrong with it becomes a WeightsError."""
+    path = Path(os.path.expanduser(path))
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {str(path)!r}: give the path of a .safetensors file")
+    try:
+        if excess := header_excess(path):
+            raise WeightsError(f"{str(path)!r} has a header of {excess}: it holds no weights of a ConvMixer")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        if is_pickle(path):
+            raise WeightsError(
+                f"{str(path)!r} is a pickle, which can run code when it is opened. Convert it once: "
+                f"convmixer convert {shlex.quote(str(path))} {shlex.quote(path.name.split('.')[0])}.safetensors"
+            ) from error
+        raise WeightsError(
+            f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): "
+            f"{brief(str(error), 300)}. Fetch it again"
+        ) from error
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, from its header alone."""
+    with _opened(path) as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped from disk rather than copied; all of them finite.
+
+    Raises:
+        WeightsError: The file is missing, a pickle, cut short or corrupt, or holds values that are not finite.
+    """
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    check_finite(tensors, repr(str(path)))
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise a WeightsError that names source and tensor where a value is not finite."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            # The sum is one fast pass; it is finite unless a value is not, or in rare cases overflows.
+            if tensor.element_size() > 1 and math.isfinite(tensor.sum().item()):
+                continue
+            # In parts, because the masks need memory; float8 has no mask, so it is widened.
+            parts = tensor.flatten().split(2**20)
+            bad = sum(int((~(p.float() if p.element_size() == 1 else p).isfinite()).sum()) for p in parts)
+            if bad:
+                raise WeightsError(f"{source}: {brief(key)} has {bad} of {tensor.numel()} values that are not finite")
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The strings in the header of a safetensors file."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+# ---- which model a file is ------------------------------------------------------------------------------------------
+
+
+def recognise(shapes: Mapping[str, Sequence[int]], source: str) -> dict[str, int]:
+    """The constructor's sizes that the shapes of a ConvMixer's tensors tell: dim, depth, ..., num_classes.
+
+    Args:
+        shapes: By the keys of a state dict.
+        source: Named in the error.
+
+    Raises:
+        WeightsError: They are not those of a ConvMixer.
+    """
+    stem, depthwise = shapes.get("stem.0.weight", ()), shapes.get("blocks.0.0.fn.0.weight", ())
+    head = shapes.get("head.weight", (0, 0))
+    blocks = {match[1] for key in shapes if (match := re.match(r"blocks\.([0-9]+)\.", key))}
+    depth = len(blocks)
+    if (len(stem), len(depthwise), len(head)) == (4, 4, 2) and blocks == {str(i) for i in range(depth)}:
+        sizes = {"dim": stem[0], "depth": depth, "kernel_size": depthwise[3], "patch_size": stem[3]}
+        sizes |= {"in_chans": stem[1]}
+        if min(sizes.values()) > 0:
+            return {**sizes, "num_classes": head[0]}
+    raise WeightsError(f"{source} is no ConvMixer: its keys are {first(list(shapes))}")
+
+
+def matching_variant(sizes: Mapping[str, int]) -> Variant | None:
+    """The registry's variant of these sizes, whatever its classes and channels."""
+    return next((v for v in VARIANTS if all(getattr(v, name) == sizes[name] for name in SHAPE)), None)
+
+
+def variant_of(path: str | Path) -> str:
+    """Name of the registry's variant whose shapes a safetensors file has.
+
+    Raises:
+        WeightsError: It has those of none; the text says what can be done with it.
+    """
+    shapes, named = read_shapes(path), repr(str(path))
+    advice = _advice(path)
+    try:
+        variant = matching_variant(recognise(shapes, named))
+    except WeightsError as error:
+        raise (WeightsError(f"{error}. {advice}") if advice else error) from None
+    if variant is None:
+        raise WeightsError(f"{named} is of no variant. {advice}")
+    return variant.name
+
+
+def _advice(path: str | Path) -> str:
+    """What to do with a safetensors file that does not fit a model, or "" if it is no ConvMixer's."""
+    command = f"convmixer convert {shlex.quote(str(path))}"
+    shapes = read_shapes(path)
+    try:
+        ours = our_names(shapes, "")
+        sizes = recognise(ours, "")
+    except WeightsError:
+        return ""
+    variant = matching_variant(sizes)
+    if variant is None:
+        listed = ", ".join(f"{name}={sizes[name]}" for name in SHAPE)
+        return (
+            f"It has {listed}, which no variant of the registry has: {command} FOLDER writes a folder, which opens as "
+            "local-dir:FOLDER"
+        )
+    counters = {f"{k.removesuffix('running_mean')}num_batches_tracked" for k in ours if k.endswith(".running_mean")}
+    if ours.keys() != shapes.keys() or not counters <= ours.keys():
+        return f"It is a {variant.name} as another program writes it. Convert it once: {command} NEW.safetensors"
+    return f"It has the sizes of {variant.name}"
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle, by its start or its name."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    # A pickle names its protocol, 2 to 5, and goes on; a safetensors header's length ends in zero bytes.
+    protocol = len(start) == 4 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[2:] != b"\0\0"
+    return protocol or start == b"PK\x03\x04" or path.suffix in PICKLES
+
+
+def check_keys(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    source: str,
+    *,
+    may_differ: tuple[str, ...] = (),
+    path: str | Path | None = None,
+) -> None:
+    """Raise WeightsError unless `tensors` has the keys and shapes of `expected`.
+
+    Args:
+        tensors: From a file.
+        expected: A model's state dict.
+        source: Named in the error.
+        may_differ: Keys that may be missing or have another shape, because the caller adapts them.
+        path: The safetensors file, for advice.
+    """
+    missing = [k for k in expected if k not in tensors and k not in may_differ]
+    extra = [k for k in tensors if k not in expected and k not in may_differ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing ({first(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} unexpected ({first(extra)})")
+    wrong = [
+        f"{k} expected {tuple(expected[k].shape)}, found {brief(tuple(tensors[k].shape))}"
+        for k in expected
+        if k in tensors and k not in may_differ and tensors[k].shape != expected[k].shape
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} of another shape ({'; '.join(wrong[:3])})")
+    integers = [
+        k for k in expected if k in tensors and expected[k].is_floating_point() > tensors[k].is_floating_point()
+    ]
+    if integers:
+        problems.append(f"{len(integers)} of whole numbers ({first(integers)})")
+    if problems:
+        advice = path and _advice(path)
+        raise WeightsError(
+            f"{source} does not fit this model: {', '.join(problems)}. {advice or 'Is it another variant?'}"
+        )
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into a model whose keys and shapes it must match exactly.
+
+    The file is checked as a whole first: an error leaves the model as it was.
+
+    Args:
+        model: A ConvMixer, or any module. Wrappers are looked into, as by `predict`.
+        path: A .safetensors file.
+
+    Raises:
+        WeightsError: The file is missing, a pickle, corrupt, not finite, or does not fit the model.
+    """
+    model = unwrap(model)
+    tensors = read_tensors(path)
+    check_keys(tensors, model.state_dict(), str(path), path=path)
+    model.load_state_dict(tensors)

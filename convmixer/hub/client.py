@@ -1,0 +1,407 @@
+"""The Hugging Face Hub both ways: files from it, checked before their first use, and one commit to it.
+
+The only import of huggingface_hub. Its client downloads into the Hub's own cache, resumes, retries 429 and shows
+progress; added here are retries of server errors, and the check of what arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shlex
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    cached_assets_path,
+    constants,
+    get_token,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from convmixer.errors import ArgumentError, HubError, WeightsError
+from convmixer.hub.untrusted import header_excess
+from convmixer.registry import Metric
+
+Result = TypeVar("Result")
+
+_LOG = logging.getLogger(__name__)
+_ATTEMPTS = 5
+_PATIENCE = 60.0  # seconds; after that no further attempt begins
+RESOLVE_PAUSE = 1.0  # seconds between two tries of a name
+_TRANSIENT = (429, 500, 502, 503, 504)
+
+
+# ---- downloads ------------------------------------------------------------------------------------------------------
+
+
+def fetch(
+    repo_id: str,
+    filename: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    prefer_cache: bool = False,
+    size: int = 0,
+    sha256: str = "",
+) -> Path:
+    """The local path of a file of a Hub repository, downloaded unless the Hub's own cache has it.
+
+    Every file is checked before its first use: its size and hash if they are given, else the hash by which the Hub
+    names it in the cache. A file that fails is fetched once again.
+
+    Args:
+        repo_id: "owner/name".
+        filename: Path inside the repository.
+        revision: Branch, tag or commit; the default branch if None.
+        cache_dir: In place of the Hub's own cache folder.
+        token: Access token; by default the one that `hf auth login` stored.
+        local_files_only: Never touch the network. `HF_HUB_OFFLINE=1` does the same for the whole process.
+        prefer_cache: Take a cached file without asking the Hub whether its branch has moved on.
+        size: Bytes that the file must have; 0 if not known.
+        sha256: Its hash; "" if not known.
+
+    Raises:
+        WeightsError: The file cannot be had, or is not what it should be; the text says which one and how to get it.
+    """
+    token = _stripped(token)
+    offline = local_files_only or constants.HF_HUB_OFFLINE
+    named = f"{filename!r} of hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
+    command = f"hf download {repo_id} {filename}" + (f" --revision {shlex.quote(revision)}" if revision else "")
+    command += f" --cache-dir {shlex.quote(str(cache_dir))}" if cache_dir else ""
+
+    def cached() -> Path | None:
+        found = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def download(force: bool = False) -> Path:
+        if host := _unresolved_host():
+            # The client would take the cached file, too; without one it would ask for half a minute.
+            path = None if force else cached()
+            if path is None:
+                where = cache_dir or constants.HF_HUB_CACHE
+                raise WeightsError(
+                    f"cannot get {named}: the name {host!r} does not resolve, so this machine has no network, or no "
+                    f"name server. Where there is a network, run: {command}. Copy the cache ({where}) to this machine, "
+                    "and set HF_HUB_OFFLINE=1 to go on without asking"
+                )
+            _LOG.warning("The name %r does not resolve: taking the cached copy of %s", host, named)
+            return path
+        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+        return Path(_patiently(lambda: hf_hub_download(repo_id, filename, force_download=force, **options)))
+
+    path: Path | None = None
+    try:
+        if prefer_cache or offline:
+            path = cached()
+        if path is None and not offline:
+            path = download()
+        if path is None:
+            where = f" in {str(cache_dir)!r}" if cache_dir else ""
+            raise WeightsError(
+                f"{named} is not in the local cache{where}, and the network is off "
+                f"({'local_files_only=True' if local_files_only else 'HF_HUB_OFFLINE'}). Where there is a network, "
+                f"run: {command}"
+            )
+        problem = _problem(path, size, sha256)
+        if problem and offline:
+            raise WeightsError(
+                f"{str(path)!r}, the cached copy of {named}, is corrupt: {problem}. Where there is a network, run: "
+                f"{command} --force-download"
+            )
+        if problem:
+            _LOG.warning("%s, the cached copy of %s, is corrupt: %s. Fetching it once again", path, named, problem)
+            path = download(force=True)
+            problem = _problem(path, size, sha256)
+    except WeightsError:
+        raise
+    except Exception as error:  # the client's HTTP library has its own errors, and differs between versions
+        raise WeightsError(f"cannot get {named}: {_reason(error, token)}") from _harmless(error, token)
+    if problem:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise WeightsError(
+            f"{named} arrived corrupt twice: {problem}. The server, or a proxy on the way, sends wrong bytes; nothing "
+            f"of it was kept. Try later, or another endpoint (HF_ENDPOINT is {constants.ENDPOINT})"
+        )
+    return path
+
+
+def _unresolved_host() -> str:
+    """The Hub's host if its name does not resolve, which is final after two tries; else "".
+
+    Behind a proxy, names are the proxy's matter.
+    """
+    address = urlsplit(constants.ENDPOINT)
+    host, proxies = address.hostname or "", getproxies()
+    proxied = (address.scheme in proxies or "all" in proxies) and not proxy_bypass(host)
+    if proxied or not host:
+        return ""
+    for pause in (RESOLVE_PAUSE, 0.0):
+        try:
+            socket.getaddrinfo(host, address.port or 443)
+            return ""
+        except (OSError, UnicodeError):
+            time.sleep(pause)
+    return host
+
+
+def _patiently(call: Callable[[], Result]) -> Result:
+    """The call's result; after server errors and broken connections it is called again, after ever longer pauses.
+
+    A server that says when to come back (Retry-After) is asked again then.
+    """
+    started = time.monotonic()
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            response = _response(error)
+            transient = getattr(response, "status_code", None) in _TRANSIENT
+            transient |= any(isinstance(e, ConnectionResetError | ConnectionAbortedError) for e in _chain(error))
+            transient |= type(error) is OSError and error.errno is None  # the client's, for a body of another length
+            if not transient or attempt == _ATTEMPTS - 1 or time.monotonic() - started > _PATIENCE:
+                raise
+            asked = str(getattr(response, "headers", {}).get("Retry-After", ""))
+            wait = float(asked) if asked.isdigit() else 2.0**attempt
+            _LOG.warning("%s. Again in %g s", _reason(error, None), wait)
+        time.sleep(wait)
+    raise AssertionError  # the last attempt returns or raises
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it arose from, what that arose from, ...; also what a library hides by `from None`."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _response(error: BaseException) -> Any:
+    """The server's reply inside an error or its causes."""
+    replies = (getattr(e, "response", None) for e in _chain(error))
+    return next((reply for reply in replies if reply is not None), None)
+
+
+def _problem(path: Path, size: int, sha256: str) -> str:
+    """What is wrong with a cached file, or "". It is hashed once; the Hub's assets cache keeps a note that it was."""
+    found = path.stat()
+    if size and found.st_size != size:
+        return f"{found.st_size} bytes, expected {size}"
+    # Not the resolved path: a blob may itself be a link into a store that goes by other hashes.
+    blob = os.readlink(path) if path.is_symlink() else ""
+    expected = sha256 or (Path(blob).name if Path(blob).parent.name == "blobs" else "")
+    key = f"{path.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ino} {expected}"
+    note: Path | None = None
+    with contextlib.suppress(OSError):  # where nothing can be written, the file is hashed every time
+        note = cached_assets_path("convmixer", "verified") / hashlib.sha256(key.encode()).hexdigest()
+        if note.exists():
+            return ""
+    problem = ""
+    if len(expected) in (40, 64):
+        hashes = _hashes(path, found.st_size, expected)
+        if expected not in hashes:
+            problem = f"its hash is {hashes[0]}, expected {expected}"
+    elif path.suffix == ".safetensors":
+        try:
+            problem = header_excess(path)
+            if not problem:
+                with safe_open(path, framework="pt"):
+                    pass
+        except (SafetensorError, OSError, ValueError) as error:
+            problem = str(error)
+    if note and not problem:
+        with contextlib.suppress(OSError):
+            note.touch()
+    return problem
+
+
+def _hashes(path: Path, size: int, expected: str) -> list[str]:
+    """The hashes that the name of a cached file may be: sha256 of large files; git's, or a mirror's sha1, of others."""
+    kinds = [hashlib.sha256()] if len(expected) == 64 else [hashlib.sha1(b"blob %d\0" % size), hashlib.sha1()]
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            for kind in kinds:
+                kind.update(chunk)
+    return [kind.hexdigest() for kind in kinds]
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def _reason(error: BaseException, token: str | bool | None) -> str:
+    """One line of why, without any token."""
+    *_, last = _chain(error)
+    text, cause = (" ".join(str(e).split()) or type(e).__name__ for e in (error, last))  # the Hub's have several lines
+    return _without_token(text if cause in text else f"{text} {cause}", token)
+
+
+def _stripped(token: str | bool | None) -> str | bool | None:
+    """The token without the line break at the end of a file that it was read from."""
+    return token.strip() if isinstance(token, str) else token
+
+
+def _without_token(text: str, token: str | bool | None) -> str:
+    for secret in (token, get_token()):
+        for part in secret.split() if isinstance(secret, str) else ():
+            text = text.replace(part, "***")
+    return text
+
+
+def _harmless(error: BaseException, token: str | bool | None) -> BaseException | None:
+    """The error as a cause, unless a traceback that shows it would show the token."""
+    return error if _without_token(repr(error), token) == repr(error) else None
+
+
+# ---- uploads --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a commit goes: the head of a branch (None: there is no such repository or branch), and its card."""
+
+    repo_id: str
+    revision: str | None
+    token: str | bool | None
+    head: str | None
+    card: str
+
+
+def look(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Place:
+    """What a repository holds now; nothing is changed. Without a network (`HF_HUB_OFFLINE=1`) it counts as empty.
+
+    Raises:
+        HubError: The Hub does not answer, or not with that.
+    """
+    token = _stripped(token)
+    if constants.HF_HUB_OFFLINE:
+        return Place(repo_id, revision, token, None, "")
+    api = HfApi(token=token)
+    try:
+        patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        head = _patiently(lambda: api.model_info(repo_id, revision=revision, timeout=patience).sha)
+        card = _patiently(lambda: hf_hub_download(repo_id, "README.md", revision=head, token=token))
+        return Place(repo_id, revision, token, head, Path(card).read_text(encoding="utf-8"))
+    except EntryNotFoundError:
+        return Place(repo_id, revision, token, head, "")
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return Place(repo_id, revision, token, None, "")
+    except Exception as error:
+        raise _refusal(repo_id, error, token) from _harmless(error, token)
+
+
+def prepare(place: Place, *, private: bool | None, create_pr: bool) -> Place:
+    """Create the repository or the branch where it is missing; the place as it is then.
+
+    Raises:
+        HubError: The Hub does not allow it, or cannot be reached.
+    """
+    api = HfApi(token=place.token)
+    try:
+        if place.head is None:
+            _patiently(lambda: api.create_repo(place.repo_id, private=private, exist_ok=True))
+        if place.head is None and place.revision and not create_pr:
+            branch = place.revision
+            _patiently(lambda: api.create_branch(place.repo_id, branch=branch, exist_ok=True))
+    except Exception as error:
+        raise _refusal(place.repo_id, error, place.token) from _harmless(error, place.token)
+    return look(place.repo_id, revision=place.revision, token=place.token) if place.head is None else place
+
+
+def commit(place: Place, files: Mapping[str, Path], message: str, *, create_pr: bool) -> str:
+    """Upload files, by their paths in the repository, as one commit; its address, or that of its pull request.
+
+    Raises:
+        HubError: The Hub refuses or cannot be reached.
+    """
+    operations = [CommitOperationAdd(path, file) for path, file in files.items()]
+    try:
+        done = HfApi(token=place.token).create_commit(
+            place.repo_id,
+            operations,
+            commit_message=message,
+            revision=place.revision,
+            create_pr=create_pr,
+            parent_commit=place.head,  # whoever wrote meanwhile is not overwritten
+        )
+    except Exception as error:
+        raise _refusal(place.repo_id, error, place.token) from _harmless(error, place.token)
+    return str(done.pr_url or done.commit_url)
+
+
+def _refusal(repo_id: str, error: Exception, token: str | bool | None) -> HubError:
+    status = getattr(_response(error), "status_code", None)
+    changed = "Nothing was committed. It was changed meanwhile: run this again"
+    advice = {
+        401: "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write",
+        403: f"The token may not write to {repo_id}: make one that may, at {constants.ENDPOINT}/settings/tokens",
+        404: "Check the name; a private repository needs a token of its owner",
+        409: changed,
+        412: changed,
+    }.get(status or 0, f"Check the network and HF_ENDPOINT ({constants.ENDPOINT}), and run this again")
+    return HubError(f"hf-hub:{repo_id}: {_reason(error, token).rstrip('.')}. {advice}")
+
+
+# ---- model cards ----------------------------------------------------------------------------------------------------
+
+
+def write_card(text: str, header: Mapping[str, Any], name: str, metrics: Sequence[Metric], old: str) -> str:
+    """A model card: YAML header and text, with what an older card has beyond it.
+
+    Args:
+        text: Markdown, from its first line to its last the part that replaces the same part of `old`.
+        header: Fields of the header; they replace those of `old`, but tags are added to them.
+        name: Of the model, for its metrics.
+        metrics: In percent; the Hub's evaluation metadata (`model-index`). They replace those of `old`.
+        old: An earlier card, or "".
+
+    Raises:
+        ArgumentError: The older card's header is not YAML.
+    """
+    # The client warns of a card without a header.
+    try:
+        before = ModelCard(old if old.startswith("---") else f"---\n{{}}\n---\n{old}")
+        fields: dict[str, Any] = before.data.to_dict()  # type: ignore[no-untyped-call]
+    except Exception as error:  # the YAML library has its own errors
+        reason = " ".join(str(error).split())
+        raise ArgumentError(f"the older README.md has a header that cannot be read: {reason}. Mend it first") from error
+    fields.pop("model-index", None)
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=metric.dataset,
+            dataset_name=metric.dataset,
+            metric_type="accuracy" if metric.name.startswith(("top-1", "acc")) else metric.name,
+            metric_name=f"{metric.name} ({metric.measured_by})" if metric.measured_by else metric.name,
+            metric_value=metric.value,
+        )
+        for metric in metrics
+    ]
+    tags = {"tags": list(dict.fromkeys([*header.get("tags", ()), *(fields.get("tags") or ())]))}
+    data = ModelCardData(
+        **{**fields, **header, **tags}, model_name=name if results else None, eval_results=results or None
+    )
+    first, _, last = text.splitlines()[0], None, text.splitlines()[-1]
+    start, end = before.text.find(first), before.text.find(last)
+    if 0 <= start < end:
+        text = before.text[:start] + text + before.text[end + len(last) :]
+    elif before.text.strip():
+        text += "\n\n" + before.text.strip()
+    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"

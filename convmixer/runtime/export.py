@@ -1,0 +1,459 @@
+"""Models in files that other programs run: ONNX, OpenVINO, Core ML, ExecuTorch, `torch.export`, and plain safetensors.
+
+Each file is written beside its destination, opened there by the runtime that it is for, and compared with the model on
+a few images. Only a file that agrees is put in place. Core ML runs on Apple's systems alone: elsewhere the file's
+specification is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from convmixer.errors import ArgumentError, ConvMixerError, ExportError, first_line, nearest, optional
+from convmixer.hub.checkpoints import check_writable, read_tensors, save_weights, write_atomically
+from convmixer.inference import known_labels
+from convmixer.model import ConvMixer, as_dtype
+from convmixer.runtime import folding, openvino_core
+from convmixer.runtime.backends import as_list
+from convmixer.runtime.folding import FoldedConvMixer
+from convmixer.tracing import quietly, tracing
+from convmixer.transforms import preprocessing
+from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
+
+# The largest difference that a format may make, relative to the largest logit: many roundings in the type.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+OPSET = 18  # of ONNX, by default and at least
+MOST_IMAGES = 64  # in a batch where a format wants a bound
+
+Run = Callable[[Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file; OpenVINO's weights are in a second one beside it, which ends in .bin. Core ML's is a folder.
+        format: A key of `FORMATS`.
+        dtype: Type of its weights.
+        folded: Whether every BatchNorm was folded into its neighbours.
+        difference: Largest difference between an output of the file and of the model, relative to the largest output;
+            NaN where this system cannot run the file.
+        outputs: Names of what it returns.
+    """
+
+    path: Path
+    format: str
+    dtype: torch.dtype
+    folded: bool
+    difference: float
+    outputs: tuple[str, ...]
+
+
+class _Float32(nn.Module):
+    """A model of any type that takes float32 (B, C, H, W) and returns float32: a tensor, or one for each output."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        outputs = tuple(output.float() for output in as_list(self.model(images.to(self.dtype))))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a writer needs; `model` computes in `dtype`, `shapes` are torch.export's dynamic shapes."""
+
+    model: nn.Module
+    dtype: torch.dtype
+    example: Tensor
+    shapes: dict[str, dict[int, Any]]
+    outputs: tuple[str, ...]
+    metadata: dict[str, str]
+    opset: int
+
+    def program(self, dtype: torch.dtype, most: int | None = None) -> torch.export.ExportedProgram:
+        """The computation in a type; `most` bounds the batch."""
+        shapes, example = self.shapes, self.example
+        if most is not None:
+            shapes = {"images": self.shapes["images"] | {0: torch.export.Dim("batch", min=1, max=most)}}
+            example = example[:1].repeat(most, 1, 1, 1)  # what smaller ones meet on the way would lower the bound
+        return torch.export.export(_Float32(self.model, dtype), (example,), dynamic_shapes=shapes)
+
+
+# ---- one writer for each format: write the file, open it again, return what runs it --------------------------------
+
+
+def _onnx(job: _Job, path: Path) -> Run:
+    onnxruntime = [optional(name, "the format onnx", "export") for name in ("onnx", "onnxscript", "onnxruntime")][-1]
+    names = {"input_names": ["images"], "output_names": list(job.outputs)}
+    program: Any = torch.onnx.export(
+        _Float32(job.model, job.dtype),
+        (job.example,),
+        dynamo=True,
+        dynamic_shapes=job.shapes,
+        opset_version=job.opset,
+        verbose=False,
+        **names,  # type: ignore[arg-type]
+    )
+    program.model.metadata_props.update(job.metadata)
+    written = program.model.opset_imports[""]
+    if written != job.opset:
+        raise ExportError(f"this exporter writes opset {written} where {job.opset} was asked for: set another opset")
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(a) for a in session.run(list(job.outputs), {"images": images.numpy()})]
+
+
+def _openvino(job: _Job, path: Path) -> Run:
+    openvino = optional("openvino", "the format openvino", "export")
+    model = openvino.convert_model(job.program(torch.float32))
+    # The conversion leaves open what the program does not; a fixed size lets the runtime plan ahead.
+    model.reshape([-1 if axis in job.shapes["images"] else side for axis, side in enumerate(job.example.shape)])
+    model.inputs[0].get_tensor().set_names({"images"})
+    for output, name in zip(model.outputs, job.outputs, strict=True):
+        output.get_tensor().set_names({name})
+    for key, value in job.metadata.items():
+        model.set_rt_info(value, ["convmixer", key])
+    openvino.save_model(model, path, compress_to_fp16=job.dtype == torch.float16)
+    # The program's own precision could be bfloat16, which depends on the processor.
+    compiled = openvino_core.core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(images: Tensor) -> list[Tensor]:
+        found = compiled({"images": images.numpy()})
+        return [torch.from_numpy(found[name].copy()) for name in job.outputs]
+
+    return run
+
+
+def _torch_export(job: _Job, path: Path) -> Run:
+    torch.export.save(job.program(job.dtype), path, extra_files={"metadata.json": json.dumps(job.metadata)})
+    program = torch.export.load(path).module()
+    return lambda images: as_list(program(images))
+
+
+def _safetensors(job: _Job, path: Path) -> Run:
+    model = copy.deepcopy(job.model).float()
+    save_weights(find_inner(job.model), path, job.metadata)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))  # nothing may be left of the model itself
+    find_inner(model).load_state_dict(read_tensors(path))
+    return lambda images: as_list(model(images))
+
+
+def _executorch(job: _Job, path: Path) -> Run:
+    for name in ("executorch.exir", "executorch.runtime"):
+        optional(name, "the format executorch", "executorch")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+    from executorch.runtime import Runtime
+
+    program = job.program(job.dtype, MOST_IMAGES)
+    constants = {"metadata": json.dumps(job.metadata)}
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=constants)
+    config = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())  # the batch's bound
+    path.write_bytes(lowered.to_executorch(config).buffer)
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda images: list(method.execute([images.contiguous()]))
+
+
+def _coreml(job: _Job, path: Path) -> Run | None:
+    coremltools = optional("coremltools", "the format coreml", "coreml")
+    program = job.program(torch.float32, MOST_IMAGES).run_decompositions({torch.ops.aten.addcmul.default: _addcmul})
+    precision = coremltools.precision
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        model = coremltools.convert(
+            program,
+            convert_to="mlprogram",
+            outputs=[coremltools.TensorType(name=name) for name in job.outputs],
+            compute_precision=precision.FLOAT16 if job.dtype == torch.float16 else precision.FLOAT32,
+            minimum_deployment_target=coremltools.target.iOS16,
+            skip_model_load=True,
+        )
+    model.user_defined_metadata.update(job.metadata)
+    model.save(str(path))
+    _check_coreml(coremltools.utils.load_spec(str(path)), job)
+    if sys.platform != "darwin":
+        return None
+    loaded = coremltools.models.MLModel(str(path))
+
+    def run(images: Tensor) -> list[Tensor]:
+        found = loaded.predict({"images": images.numpy()})
+        return [torch.from_numpy(found[name]) for name in job.outputs]
+
+    return run
+
+
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
+    """Core ML's tools do not know the operator."""
+    return x + value * a * b
+
+
+def _check_coreml(spec: Any, job: _Job) -> None:
+    """Raise where a specification has other inputs, outputs or layers than the model."""
+    (given,), outputs = spec.description.input, spec.description.output
+    names = (given.name, *(output.name for output in outputs))
+    if names != ("images", *job.outputs):
+        raise ExportError(f"the file has the input and outputs {', '.join(names)}")
+    function = spec.mlProgram.functions["main"]
+    (block,) = function.block_specializations.values()
+    found = sum(operation.type in ("conv", "linear") for operation in block.operations)
+    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in job.model.modules())
+    if found != layers:
+        raise ExportError(f"the file has {found} convolutions and products where the model has {layers}")
+
+
+@dataclass(frozen=True)
+class _Format:
+    suffix: str
+    write: Callable[[_Job, Path], Run | None]
+    dtypes: tuple[torch.dtype, ...]
+    folds: bool  # by default, and whether it can
+    computes: bool = True  # in the type of its weights, rather than in float32
+    bounded: bool = False  # in the size of images, and in their number by MOST_IMAGES
+
+
+_HALF = (torch.float32, torch.float16)
+FORMATS = {
+    "onnx": _Format(".onnx", _onnx, _HALF, True),
+    "openvino": _Format(".xml", _openvino, _HALF, True, computes=False),
+    "coreml": _Format(".mlpackage", _coreml, _HALF, True, computes=False, bounded=True),
+    "executorch": _Format(".pte", _executorch, (torch.float32,), True, bounded=True),
+    "torch-export": _Format(".pt2", _torch_export, (*_HALF, torch.bfloat16), True),
+    "safetensors": _Format(".safetensors", _safetensors, (*_HALF, torch.bfloat16), False),
+}
+
+
+# ---- the one function for all of them -------------------------------------------------------------------------------
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    format: str | None = None,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    fold: bool | None = None,
+    normalization: bool = False,
+    image_size: int | Sequence[int] | None = None,
+    dynamic_size: bool = False,
+    opset: int | None = None,
+) -> Exported:
+    """Write a model for another runtime, open the file with that runtime, and compare the outputs.
+
+    The file takes float32 images (B, in_chans, H, W) named `images`, preprocessed as for the model, and returns float32
+    `logits` (B, num_classes); of a model without a head `features`, of a feature extractor the maps of its blocks, each
+    named by its block: `features_0`, ... B may be anything, for coreml and executorch 1 to 64. Label names and
+    preprocessing are in the file's metadata. The model stays as it is.
+
+    Args:
+        model: A `ConvMixer`, a feature extractor of `create_model(features_only=True)`, or the "eager" copy that
+            `optimize` makes of one. Wrappers are looked into, as by `predict`.
+        path: The file to write, which ends in .onnx, .xml (OpenVINO, with a .bin beside it), .mlpackage (Core ML, a
+            folder), .pte (ExecuTorch), .pt2 (torch.export) or .safetensors; replaced as a whole or not at all.
+        format: "onnx", "openvino", "coreml", "executorch", "torch-export" or "safetensors"; None goes by the ending.
+        dtype: Type of the weights, or its name: float32, but for executorch float16, and for torch-export and
+            safetensors bfloat16.
+        fold: Fold every BatchNorm, as `optimize` does; None folds wherever the format holds a computation rather than a
+            model's own weights.
+        normalization: The file takes images with values in [0, 1]: mean and std are folded, too.
+        image_size: Side, or (height, width), in pixels; None takes the model's.
+        dynamic_size: Leave height and width open as well; neither coreml nor executorch.
+        opset: Version of ONNX's operators, 18 or up to what PyTorch's exporter knows; None takes 18.
+
+    Raises:
+        ArgumentError: Another kind of model, or a choice that does not go with the format.
+        DependencyError: The format's libraries are not installed.
+        WriteError: The file's folder takes no files.
+        ExportError: The format cannot hold the model, or the file computes something else. Nothing is left behind.
+    """
+    path = Path(os.path.expanduser(path))
+    endings = {chosen.suffix: name for name, chosen in FORMATS.items()}
+    if format is None:
+        format = endings.get(path.suffix)
+        if format is None:
+            raise ArgumentError(f"cannot tell the format of {str(path)!r}: let it end in {', '.join(endings)}")
+    if format not in FORMATS:
+        raise ArgumentError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
+    chosen = FORMATS[format]
+    kind: Any = as_dtype(dtype)
+    model = unwrap(model)
+    folded = isinstance(find_inner(model), FoldedConvMixer)
+    fold = chosen.folds if fold is None else fold
+    _check(model, path, format, kind, fold, normalization, dynamic_size, opset)
+    replaced = path.suffix == ".mlpackage" and (path / "Manifest.json").is_file()  # a folder that is such a file
+    check_writable(path.with_name(f"{path.name}.new") if replaced else path)
+    reference: Any = copy.deepcopy(model)
+    reference.to("cpu", torch.float32, memory_format=torch.contiguous_format).eval()
+    inner = find_inner(reference)
+    inner.channels_last = False
+    config = preprocessing(inner) if getattr(inner, "pretrained_cfg", None) else {}
+    size = _image_size(image_size, config, inner)
+    inside = torch.float32 if not chosen.computes else kind
+    if fold and not folded:
+        computed = folding.fold(reference, normalization=normalization, dtype=inside)
+        config = find_inner(computed).pretrained_cfg if normalization else config
+    else:
+        computed = copy.deepcopy(reference).to(inside)
+    dimensions: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        dimensions |= dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
+    job = _Job(
+        model=computed,
+        dtype=kind,
+        example=torch.zeros(2, inner.in_chans, *size),
+        shapes={"images": dimensions},
+        outputs=_output_names(reference),
+        metadata=_metadata(inner, config, size, folded or fold, has_head=inner is reference),
+        opset=opset or OPSET,
+    )
+
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        try:
+            with tracing(), quietly():  # exporters warn of themselves and of what they need
+                run = chosen.write(job, written)
+                difference = math.nan
+                if run is not None:
+                    difference = _difference(run, reference, size, normalization, dynamic_size)
+        except ConvMixerError:
+            raise
+        except Exception as error:  # each exporter and runtime has its own
+            reason = first_line(error)
+            raise ExportError(f"the export to {format} failed: {type(error).__name__}: {reason}") from error
+        if run is not None and not difference <= TOLERANCE[kind]:
+            raise ExportError(
+                f"{path.name} differs from the model by {difference:.2g} of the largest output, where {kind} allows "
+                f"{TOLERANCE[kind]:g}: nothing was written"
+                + ("" if kind == torch.float32 else ". Export it as float32")
+            )
+        _place(Path(folder), path)
+    return Exported(path, format, kind, folded or fold, difference, job.outputs)
+
+
+def _check(
+    model: nn.Module,
+    path: Path,
+    format: str,
+    dtype: torch.dtype,
+    fold: bool,
+    normalization: bool,
+    dynamic_size: bool,
+    opset: int | None,
+) -> None:
+    """Raise an ArgumentError for what does not go together."""
+    chosen = FORMATS[format]
+    if path.suffix != chosen.suffix:
+        raise ArgumentError(f"{str(path)!r}: a file of the format {format} ends in {chosen.suffix}")
+    if dtype not in chosen.dtypes:
+        valid = ", ".join(str(valid) for valid in chosen.dtypes)
+        raise ArgumentError(f"dtype={dtype!r}; valid for {format}: {valid}")
+    if not isinstance(find_inner(model), ConvMixer | FoldedConvMixer):
+        raise ArgumentError(f"cannot export {describe(model)}, which is not a convmixer.ConvMixer: {ADVICE}")
+    if opset is not None and (format != "onnx" or type(opset) is not int or opset < OPSET):
+        raise ArgumentError(f"opset={opset!r}: it is for the format onnx, a whole number of at least {OPSET}")
+    if dynamic_size and chosen.bounded:
+        raise ArgumentError(f"dynamic_size: {format} plans memory ahead: leave it out, and give image_size")
+    folded = isinstance(find_inner(model), FoldedConvMixer)
+    if not chosen.folds and (fold or folded or normalization):
+        raise ArgumentError(f"a {format} file holds a model's own weights: export the model without folding")
+    if normalization and (folded or not fold):
+        raise ArgumentError("normalization is part of folding: give the model itself, with fold=True")
+
+
+def _place(folder: Path, path: Path) -> None:
+    """Move what was written in a folder to its path, and what belongs to it beside that."""
+    files = sorted(folder.iterdir())
+    if len(files) > 1:
+        path.unlink(missing_ok=True)  # an old graph must not meet new weights
+    for file in files:  # .bin before .xml
+        if file.is_dir():
+            if path.exists():
+                path.rename(folder / "old")
+            file.rename(path)
+        else:
+            write_atomically(path.parent / file.name, file.replace)
+
+
+def _output_names(model: Any) -> tuple[str, ...]:
+    if isinstance(model, FeatureGetterNet):
+        return tuple(f"features_{name.rpartition('.')[2]}" for name in model.feature_info.module_name())
+    return ("logits",) if model.num_classes else ("features",)
+
+
+def _image_size(image_size: int | Sequence[int] | None, config: Mapping[str, Any], model: Any) -> tuple[int, int]:
+    if image_size is None:
+        if not config:
+            raise ArgumentError("this model says nothing about its preprocessing: give image_size=(height, width)")
+        height, width = config["input_size"][1:]
+        return height, width
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or not all(type(side) is int and side >= model.patch_size for side in sides):
+        raise ArgumentError(
+            f"image_size={image_size!r}: give one or two whole numbers of at least a patch, {model.patch_size} pixels"
+        )
+    return sides
+
+
+def _metadata(
+    model: Any, config: Mapping[str, Any], size: Sequence[int], folded: bool, *, has_head: bool
+) -> dict[str, str]:
+    """What a user of the file must know; lists and numbers as JSON."""
+    classes = model.num_classes if has_head else 0
+    facts: dict[str, Any] = {"num_classes": classes, "batch_norm": "folded" if folded else "as in the model"}
+    facts |= {key: config[key] for key in ("architecture", "license", *_PREPROCESSING) if config.get(key) is not None}
+    facts["input_size"] = (model.in_chans, *size)
+    labels = known_labels(model) if classes else None
+    if labels:
+        facts["label_names"] = labels
+    if classes == 1:
+        facts["probability"] = "the sigmoid of the logit is the probability of the last of label_names"
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+
+
+@torch.inference_mode()
+def _difference(run: Run, model: Any, size: Sequence[int], normalization: bool, dynamic_size: bool) -> float:
+    """The largest difference of outputs, relative to the largest output, over batches of smooth random images."""
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    inner = find_inner(model)
+    for count, extra in ((1, 0), (3, inner.patch_size if dynamic_size else 0)):
+        noise = torch.rand(count, inner.in_chans, 4, 4, generator=generator)
+        images = F.interpolate(noise, (size[0] + extra, size[1] + 2 * extra), mode="bilinear")
+        normalized = images
+        if getattr(inner, "pretrained_cfg", None):
+            config = preprocessing(inner)
+            mean, std = (images.new_tensor(config[name])[:, None, None] for name in ("mean", "std"))
+            normalized = (images - mean) / std
+        answers = run(images if normalization else normalized)
+        for found, expected in zip(answers, as_list(model(normalized)), strict=True):
+            if found.shape != expected.shape:
+                shapes = f"{tuple(found.shape)} where the model returns {tuple(expected.shape)}"
+                raise ExportError(f"the file returns {shapes}")
+            difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+            if not difference.isfinite():
+                return float("inf")
+            largest = max(largest, float(difference))
+    return largest

@@ -1,0 +1,244 @@
+"""Exact folding: a ConvMixer for inference in which no BatchNorm is left.
+
+In evaluation mode a BatchNorm is `x = a*g + b` per channel, and a block of the model computes
+
+    c = depthwise(x)    z = x + a1*act(c) + b1    g' = act(pointwise(z))    x' = a2*g' + b2
+
+The folded model carries `x/a = g + b/a` in place of x. Its a goes into the columns of both convolutions that read it,
+b1 into the bias of the second one, and the residual becomes one multiply-add, `x/a + (a1/a)*act(c)`. What is left of
+the BatchNorm is the addition of b/a. It stays in front of the depthwise convolution because of that one's zero padding:
+0/a is still 0, so the border needs no correction at any image size or kernel. The other way, to carry g and to fold b
+into the depthwise bias, is right in the interior only and needs a map of corrections for the border, which costs an
+addition per element as well.
+
+Dividing by a moves exponents and loses no digits: every rounding stays relative to x, as it is in the BatchNorm itself.
+Only the range can end. A channel whose 1/a, b/a, a1/a or a exceeds the square root of the largest number, which leaves
+the other half of the exponents to weights and activations, is carried as x itself, by a multiply-add. Eight bits have
+no exponents: channels of very different size do not fit one range, so a model to be quantised carries x throughout.
+"""
+
+# Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convmixer.errors import ArgumentError
+from convmixer.model import ConvMixer, DepthwiseConv2d, check_dtype, check_input, lay_out, take_indices
+from convmixer.transforms import preprocessing
+from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """A copy in float64, on the CPU because not every device has that type."""
+    return tensor.detach().to("cpu", torch.float64, copy=True)
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (dim,) each, of a BatchNorm in evaluation mode."""
+    scale = _exact(norm.weight) / (_exact(norm.running_var) + norm.eps).sqrt()
+    return scale, _exact(norm.bias) - _exact(norm.running_mean) * scale
+
+
+def _fill(layer: Any, weight: Tensor, bias: Tensor) -> Any:
+    """The layer, made on the meta device, with these values."""
+    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return layer
+
+
+class _Affine(nn.Module):
+    """`scale*x + shift` per channel, (B, dim, H, W) -> (B, dim, H, W); without a scale the addition alone."""
+
+    scale: Tensor | None
+    shift: Tensor
+
+    def __init__(self, scale: Tensor | None, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", None if scale is None else scale[:, None, None])
+        self.register_buffer("shift", shift[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift if self.scale is None else torch.addcmul(self.shift, self.scale, x)
+
+
+class _Block(nn.Module):
+    """One block, from activation to activation: the BatchNorm before it is its own, the one at its end the next one's.
+
+    Args:
+        block: The block of the original.
+        norm: The BatchNorm before it.
+        largest: Bound of what may be folded.
+    """
+
+    gain: Tensor
+
+    def __init__(self, block: Any, norm: nn.Module, largest: float) -> None:
+        super().__init__()
+        (depthwise, act, inner), pointwise = block[0].fn, block[1]
+        scale, shift = _affine(norm)
+        gain, offset = _affine(inner)
+        sizes = torch.stack([scale, 1 / scale, shift / scale, gain / scale]).abs()
+        fits = (sizes <= largest).all(0)  # also False for the NaN of 0/0
+        unit = scale.where(fits, 1.0)  # each channel is carried as x/unit
+        dim = len(unit)
+        self.norm = _Affine(None if fits.all() else scale / unit, shift / unit)
+        self.register_buffer("gain", (gain / unit)[:, None, None])
+        self.depthwise = _fill(
+            DepthwiseConv2d(dim, depthwise.kernel_size[0], device="meta"),
+            _exact(depthwise.weight) * unit[:, None, None, None],
+            _exact(depthwise.bias),
+        )
+        self.act = copy.deepcopy(act)
+        weight = _exact(pointwise.weight)
+        self.pointwise = _fill(
+            nn.Conv2d(dim, dim, 1, device="meta"),
+            weight * unit[:, None, None],
+            _exact(pointwise.bias) + weight[:, :, 0, 0] @ offset,
+        )
+        self.last_act = copy.deepcopy(block[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = torch.addcmul(x, self.gain, self.act(self.depthwise(x)))
+        result: Tensor = self.last_act(self.pointwise(x))
+        return result
+
+
+class FoldedConvMixer(nn.Module):
+    """What `fold` makes of a `ConvMixer`: equal outputs, no BatchNorm, for inference alone.
+
+    It has the original's `forward`, `forward_features`, `forward_head` and `forward_intermediates`, its `num_features`,
+    `num_classes`, `in_chans`, `feature_info` and `pretrained_cfg`, but other parameters, which need no gradient.
+    Gradients with respect to images can be computed. It stays in evaluation mode.
+
+    Raises:
+        ArgumentError: From `train()`.
+        ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least a patch.
+    """
+
+    def __init__(self, model: ConvMixer, normalization: bool, dtype: torch.dtype, divide: bool = True) -> None:
+        super().__init__()
+        self.patch_size, self.in_chans, self.channels_last = model.patch_size, model.in_chans, model.channels_last
+        self.num_features, self.num_classes = model.num_features, model.num_classes
+        self.head_hidden_size = model.head_hidden_size
+        self.feature_info = copy.deepcopy(model.feature_info)
+        self.pretrained_cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+        conv: Any = model.stem[0]
+        weight, bias = _exact(conv.weight), _exact(conv.bias)
+        if normalization:
+            self.pretrained_cfg = preprocessing(model)
+            mean, std = (weight.new_tensor(self.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+            weight = weight / std
+            bias = bias - (weight * mean).sum((1, 2, 3))
+            self.pretrained_cfg |= {"mean": (0.0,) * self.in_chans, "std": (1.0,) * self.in_chans}
+        stem = nn.Conv2d(self.in_chans, model.dim, self.patch_size, self.patch_size, device="meta")
+        self.stem = nn.Sequential(_fill(stem, weight, bias), copy.deepcopy(model.stem[1]))
+        blocks: list[Any] = list(model.blocks)
+        norms: list[Any] = [model.stem[2], *(block[3] for block in blocks)]
+        largest = torch.finfo(dtype).max ** 0.5 if divide else 0.0
+        self.blocks = nn.ModuleList(_Block(b, n, largest) for b, n in zip(blocks, norms[:-1], strict=True))
+        self.norms = nn.ModuleList(_Affine(*_affine(n)) for n in norms[1:])  # for features, which are x itself
+        self.global_pool = copy.deepcopy(model.global_pool)
+        self.head = copy.deepcopy(model.head)
+        self.to(conv.weight.device, dtype).requires_grad_(False).eval()
+        self.zero_grad()  # the copies of activations and head brought theirs
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last block's output, (B, dim, H // patch_size, W // patch_size)."""
+        result: Tensor = self.norms[-1](self._activations(x))
+        return result
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> logits (B, num_classes); with pre_logits the pooled features, (B, head_hidden_size)."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> logits (B, num_classes)."""
+        x = self._activations(x)
+        if self.global_pool.pool_type in ("avg", "fastavg"):
+            x = x.mean((2, 3), keepdim=True)  # a mean commutes with the last BatchNorm, which is then cheap
+        return self.forward_head(self.norms[-1](x))
+
+    def _activations(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> what the last BatchNorm takes, (B, dim, H // patch_size, W // patch_size)."""
+        check_input(x, self.in_chans, self.patch_size)
+        x = lay_out(self.stem(x), self.channels_last)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """Features after chosen blocks, as `ConvMixer.forward_intermediates` returns them."""
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
+        taken, last = take_indices(indices, len(self.blocks))
+        check_input(x, self.in_chans, self.patch_size)
+        x = lay_out(self.stem(x), self.channels_last)
+        end = last + 1 if stop_early else len(self.blocks)
+        intermediates: list[Tensor] = []
+        for i in range(end):
+            x = self.blocks[i](x)
+            if i in taken:
+                features = self.norms[i](x)
+                intermediates.append(features if output_fmt == "NCHW" else features.permute(0, 2, 3, 1))
+        return intermediates if intermediates_only else (self.norms[end - 1](x), intermediates)
+
+    def get_classifier(self) -> nn.Module:
+        """The head: a Linear, or Identity without classes."""
+        return self.head
+
+    def train(self, mode: bool = True) -> "FoldedConvMixer":
+        """Evaluation mode is the only one; `train()` is an error."""
+        if mode:
+            raise ArgumentError("an optimized model cannot be trained: train the original, then optimize it again")
+        return super().train(False)
+
+
+def find_convmixer(model: nn.Module) -> ConvMixer:
+    """The `ConvMixer` itself, out of wrappers and timm's feature extractor; an ArgumentError for anything else."""
+    found = find_inner(model)
+    if not isinstance(found, ConvMixer):
+        raise ArgumentError(f"cannot optimize {describe(found)}, which is not a convmixer.ConvMixer: {ADVICE}")
+    return found
+
+
+def fold(
+    model: nn.Module, normalization: bool = False, dtype: torch.dtype | None = None, *, divide: bool = True
+) -> Any:
+    """The folded copy of a model; `optimize` of `convmixer.runtime.backends` says what the arguments mean.
+
+    Args:
+        divide: Carry x/a between blocks where the type's range allows it; without it x itself, for quantisation.
+
+    Returns:
+        A `FoldedConvMixer`; for a feature extractor timm's `FeatureGetterNet` around one.
+
+    Raises:
+        ArgumentError: Another kind of module; a type that is not floating point; `normalization` for a model that says
+            nothing about its preprocessing.
+    """
+    model = unwrap(model)
+    original = find_convmixer(model)
+    weight: Any = original.stem[0].weight
+    dtype = weight.dtype if dtype is None else dtype
+    check_dtype(dtype)
+    folded = FoldedConvMixer(original, normalization, dtype, divide)
+    if original is model:
+        return folded
+    extractor = copy.deepcopy(model, {id(original): folded}).eval()
+    if normalization:
+        config = {name: folded.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
+        getattr(extractor, "pretrained_cfg", {}).update(config)
+    return extractor

@@ -1,0 +1,939 @@
+"""Recipes, data and the loop, on real images: scikit-learn's digits."""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import write_digits
+from PIL import Image
+from processes import finish, started, wait_for
+from safetensors.torch import load_file
+from sklearn.utils.class_weight import compute_class_weight
+from torchvision.datasets import CIFAR10
+
+import convmixer
+from convmixer import plots
+from convmixer.data.memory import Images, Share, class_weights, hold_out, load_images
+from convmixer.data.readers import has_split
+from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
+from convmixer.evaluation import validate
+from convmixer.native import library as native
+from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
+from convmixer.training.history import Epoch
+from convmixer.training.loop import _diagnose, _no_denormals
+from convmixer.training.run import Run
+
+pytestmark = pytest.mark.usefixtures("small_training")
+QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """300 training and 60 test images of handwritten digits 0 to 3, as folders of PNG files."""
+    return write_digits(tmp_path_factory.mktemp("digits"), 300, 60, [f"digit {i}" for i in range(4)])
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------
+
+
+def test_published_recipe():
+    recipe = RECIPES["cifar10"]
+    assert (recipe.epochs, recipe.batch_size, recipe.opt, recipe.lr, recipe.weight_decay) == (
+        25,
+        512,
+        "adamw",
+        0.05,
+        0.005,
+    )
+    assert (recipe.rand_augment, recipe.validation_fraction) == ((2, 12), 0.1)
+
+
+def test_triangular_schedule():
+    recipe = RECIPES["cifar10"]
+    at = [recipe.learning_rate(p) for p in (0, 0.2, 0.4, 0.6, 0.8, 0.9, 1)]
+    assert at == pytest.approx([0, 0.025, 0.05, 0.02625, 0.0025, 0.00125, 0])
+    assert Recipe(warmup=0.0, knee=(1.0, 0.0)).learning_rate(0) == 0.05
+
+
+def test_image_sizes_change_at_their_part_of_the_run():
+    recipe = Recipe(image_sizes=((0.0, 16), (0.5, 32)))
+    assert [recipe.image_size(p) for p in (0, 0.49, 0.5, 1)] == [16, 16, 32, 32]
+    assert Recipe().image_size(0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"epoch": 3}, "unknown recipe field 'epoch'; did you mean epochs"),
+        ({"epochs": 0}, "recipe field epochs=0: give at least 1"),
+        ({"lr": -1.0}, "recipe field lr=-1.0"),
+        ({"flip": 2}, "recipe field flip=2: give in [0, 1]"),
+        ({"rand_augment": (2, 31)}, "recipe field rand_augment=(2, 31)"),
+        ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
+        ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
+        ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
+        ({"mix_prob": 1.5}, "recipe field mix_prob=1.5: give in [0, 1]"),
+        ({"mix_until": -0.1}, "recipe field mix_until=-0.1: give in [0, 1]"),
+        ({"fill": "white"}, 'recipe field fill=\'white\': give "black" or "mean"'),
+        ({"trivial_augment": 1}, "recipe field trivial_augment=1: give True or False"),
+        (
+            {"trivial_augment": True},
+            "contradictory recipe: trivial_augment=True takes the place of rand_augment=(2, 12): give "
+            "rand_augment=(0, 0), or trivial_augment=False",
+        ),
+        (
+            {"trivial_augment": True, "rand_augment": (0, 0), "stream": True, "auto_augment": "v0"},
+            "contradictory recipe: auto_augment='v0' takes the place of trivial_augment=True: leave one of them out",
+        ),
+        ({"in_chans": 2}, "recipe field in_chans=2: give 3 or 1"),
+        ({"input_size": (8,)}, "recipe field input_size=(8,): give height and width"),
+        ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give in (0, 1]"),
+        ({"patience": 3, "validation_fraction": 0.0}, "contradictory recipe: patience needs validation images"),
+        ({"frozen": 0.5}, "contradictory recipe: frozen=0.5 keeps a backbone that was never trained"),
+        ({"accumulate": 3}, "contradictory recipe: batch_size=512 does not divide into accumulate=3 parts"),
+        ({"mixup": 0.1, "batch_size": 9}, "contradictory recipe: mixup and cutmix pair images: batch_size=9"),
+        ({"class_weights": "even"}, "recipe field class_weights='even': give \"balanced\", or a number of at least 0"),
+        ({"class_weights": (1.0, -1.0)}, "recipe field class_weights=(1.0, -1.0): give"),
+        ({"class_weights": (0, 0)}, "recipe field class_weights=(0, 0): give"),
+        ({"balanced": 1}, "recipe field balanced=1: give True or False"),
+        ({"balanced": True, "class_weights": "balanced"}, "both make up for rare classes: give one of them"),
+    ],
+)
+def test_senseless_recipes(fields, text):
+    with pytest.raises(ArgumentError, match=re.escape(text)):
+        get_recipe("cifar10", **fields)
+
+
+def test_unknown_recipe():
+    with pytest.raises(ArgumentError, match="unknown recipe 'cifar'; did you mean cifar10"):
+        get_recipe("cifar")
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_folder_and_tar_hold_the_same_images(digits, tmp_path):
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for file in sorted((digits / split).rglob("*.png")):
+                archive.add(file, file.relative_to(digits / split))
+    folder, packed = (load_images(source, "train", (3, 8, 8)) for source in (digits, tmp_path))
+    assert len(folder) == 300
+    assert folder.classes == packed.classes == ("digit 0", "digit 1", "digit 2", "digit 3")
+    assert torch.equal(folder.pixels, packed.pixels)
+    assert torch.equal(folder.labels, packed.labels)
+    first = np.asarray(Image.open(sorted((digits / "train" / "digit 2").iterdir())[0]))
+    index = int((folder.labels == 2).nonzero()[0])
+    assert np.array_equal(folder.pixels[index].permute(1, 2, 0).numpy(), first)
+
+
+def test_sizes_and_channels_are_fitted(digits):
+    images = load_images(digits / "test", "test", (1, 12, 16))
+    assert images.pixels.shape == (60, 1, 12, 16)
+
+
+def test_torchvision_data_set(digits, tmp_path, monkeypatch):
+    """CIFAR-10's own file format, with digits for pictures and so with other checksums than the real archive."""
+    images = load_images(digits, "test", (3, 32, 32))
+    content = {b"data": images.pixels.flatten(1).numpy(), b"labels": images.labels.tolist()}
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, value in {"test_batch": content, "data_batch_1": content}.items():
+        (folder / name).write_bytes(pickle.dumps({k.decode(): v for k, v in value.items()}))
+    names = {"label_names": ["a", "b", "c", "d"]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    md5 = {f.name: hashlib.md5(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", md5["data_batch_1"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": md5["batches.meta"]})
+    for split in ("train", "test"):
+        read = load_images("torch/cifar10", split, (3, 32, 32), root=tmp_path)
+        assert read.classes == ("a", "b", "c", "d")
+        assert torch.equal(read.pixels, images.pixels)
+        assert torch.equal(read.labels, images.labels)
+
+
+def test_hugging_face_data_set(digits, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
+    images = load_images(digits, "test", (3, 8, 8))
+    columns = {
+        "img": [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels],
+        "label": images.labels.tolist(),
+    }
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(images.classes))})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "set" / "test-0.parquet")
+    read = load_images(f"hfds/{tmp_path / 'set'}", "test", (3, 8, 8), root=tmp_path / "cache")
+    assert read.classes == images.classes
+    assert torch.equal(read.pixels, images.pixels)
+    assert torch.equal(read.labels, images.labels)
+
+
+def test_splits_of_a_hugging_face_data_set(digits, tmp_path):
+    """They are used as those of a folder, and a test set without labels, which are -1 there, is an error."""
+    datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(images.classes))})
+    (tmp_path / "set").mkdir()
+    for split, labels in {
+        "train": images.labels.tolist(),
+        "validation": images.labels.tolist(),
+        "test": [-1] * 60,
+    }.items():
+        rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / "set" / f"{split}-0.parquet")
+    source, lines = f"hfds/{tmp_path / 'set'}", list[str]()
+    assert [has_split(source, split, root=tmp_path / "cache") for split in ("validation", "test")] == [True, True]
+    for split in ("valid", "validation"):
+        found = load_images(source, split, (3, 8, 8), root=tmp_path / "cache", report=lines.append)
+        assert torch.equal(found.labels, images.labels)
+    assert lines[1] == f"validation: 60 images in 4 classes from {source}, split validation"
+    with pytest.raises(DataError, match=r"cannot read image 0 of .*its label is -1, so it shows none of the 4 classes"):
+        load_images(source, "test", (3, 8, 8), root=tmp_path / "cache", report=quiet)
+    with pytest.raises(DataError, match=r"no split 'other' in 'hfds/.*'; valid: train, validation, test"):
+        load_images(source, "other", (3, 8, 8), root=tmp_path / "cache", report=quiet)
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "text"),
+    [
+        ("nowhere", "train", "no data at 'nowhere': give a folder"),
+        ("{digits}/train/digit 0", "train", "the train images of .*, 76 in digit 0/, lie in no class folders"),
+        ("{tmp}", "test", "no test split in .*, which holds .*/train/: call it one of test, testing"),
+        ("torch/cifar10", "train", "cannot open 'torch/cifar10'"),
+    ],
+)
+def test_data_that_is_not_there(digits, tmp_path, source, split, text):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match=text):
+        load_images(source.format(digits=digits, tmp=tmp_path), split, (3, 8, 8), root=tmp_path)
+
+
+def test_labels_follow_the_classes_that_are_asked_for(digits):
+    classes = ("zebra", "digit 3", "digit 2", "digit 1", "digit 0")
+    asked, plain = load_images(digits, "test", (3, 8, 8), classes=classes), load_images(digits, "test", (3, 8, 8))
+    assert asked.classes == classes
+    assert torch.equal(asked.labels, 4 - plain.labels)
+    with pytest.raises(DataError, match="has the classes digit 0, digit 1, digit 2, digit 3; the model knows cat, dog"):
+        load_images(digits, "test", (3, 8, 8), classes=("cat", "dog"))
+
+
+def test_an_unreadable_image_is_named(digits, tmp_path):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="cannot read image 0 of"):
+        load_images(tmp_path, "train", (3, 8, 8))
+
+
+def test_unreadable_images_are_left_out_on_request(digits, tmp_path):
+    shutil.copytree(digits / "test", tmp_path / "set")
+    spoiled = sorted((tmp_path / "set").rglob("*.png"))[::20]
+    for file in spoiled:
+        file.write_bytes(file.read_bytes()[:40])
+    lines: list[str] = []
+    images = load_images(tmp_path / "set", "test", (3, 8, 8), skip_unreadable=True, report=lines.append)
+    assert len(images) == 57
+    assert lines[0] == "test: 60 images in 4 classes from set/"
+    assert "3 of 60 images are left out" in lines[1]
+    assert all(f"{file.parent.name}/{file.name}" in lines[1] for file in spoiled)
+    whole = load_images(digits, "test", (3, 8, 8))
+    kept = [i for i, file in enumerate(sorted((tmp_path / "set").rglob("*.png"))) if file not in spoiled]
+    assert torch.equal(images.pixels, whole.pixels[kept])
+    assert torch.equal(images.labels, whole.labels[kept])
+    with pytest.raises(DataError, match=r"cannot read image 0 of .*\.png"):
+        load_images(tmp_path / "set", "test", (3, 8, 8))
+
+
+def test_squashed_images_keep_their_borders(tmp_path):
+    (tmp_path / "a").mkdir()
+    wide = np.zeros((8, 16, 3), dtype=np.uint8)
+    wide[:, 8:] = 255
+    wide[:, :2] = wide[:, -2:] = 99
+    Image.fromarray(wide).save(tmp_path / "a" / "wide.png")
+    modes = ("center", "squash")
+    cropped, squashed = (load_images(tmp_path, "test", (3, 8, 8), crop_mode=mode).pixels[0, 0, 0] for mode in modes)
+    assert cropped.tolist() == [0] * 4 + [255] * 4
+    assert squashed[0] > 50
+    assert squashed[-1] < 200
+
+
+def test_hold_out_is_a_partition_that_the_seed_decides():
+    images = Images(torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(100), ("a",))
+    training, validation = hold_out(images, 0.1, 3)
+    assert (len(training), len(validation)) == (90, 10)
+    assert sorted([*training.labels.tolist(), *validation.labels.tolist()]) == list(range(100))
+    assert torch.equal(hold_out(images, 0.1, 3)[1].labels, validation.labels)
+    assert not torch.equal(hold_out(images, 0.1, 4)[1].labels, validation.labels)
+    assert len(hold_out(images, 0.0, 3)[1]) == 0
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+
+def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "write_figure", plots.write_figure)
+    monkeypatch.setattr(loop, "plot_history", plots.plot_history)
+    lines: list[str] = []
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=lines.append)
+    assert result.test_accuracy[digits.name] > 80
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock", "best.safetensors", "last.pt", "last.safetensors", "metrics.csv", "metrics.json", "model.safetensors",
+        "plots", "recipe.json", "result.json", "train.log"
+    ]  # fmt: skip
+    with Image.open(tmp_path / "run" / "plots" / "history.png") as curves:
+        curves.load()
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["lr"] == 0.01
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert record["test_accuracy"] == result.test_accuracy
+    assert any("validation loss" in line for line in lines)
+    model = convmixer.create_model(
+        "convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu", depth=2, dim=16
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x), result.model.eval()(x))
+    assert model.pretrained_cfg["label_names"] == ("digit 0", "digit 1", "digit 2", "digit 3")
+    images = load_images(digits, "test", (3, 8, 8))
+    normalised = (images.pixels / 255 - torch.tensor(model.pretrained_cfg["mean"]).view(3, 1, 1)) / torch.tensor(
+        model.pretrained_cfg["std"]
+    ).view(3, 1, 1)
+    correct = (model(normalised).argmax(1) == images.labels).float().mean().item() * 100
+    assert result.test_accuracy[digits.name] == pytest.approx(correct)
+
+
+def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    recipe = get_recipe("cifar10", **{**QUICK, "in_chans": 1, "input_size": (8, 12), "image_sizes": ((0.0, 6),)})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu")
+    assert model.in_chans == 1
+    assert model.pretrained_cfg["input_size"] == (1, 8, 12)
+    found = validate(model, digits)
+    assert found.count == 60
+    assert found.top1 == pytest.approx(result.test_accuracy[digits.name], abs=2)  # Pillow and torchvision round apart
+
+
+def test_a_checkpoint_brings_its_image_size(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "input_size": (8, 8)})
+    first = train(recipe, digits, tmp_path / "first", device="cpu", report=quiet)
+    second = recipe.override(input_size=(), checkpoint=str(first.weights), lr=1e-9)
+    result = train(second, digits, tmp_path / "second", device="cpu", report=quiet)
+    assert result.model.pretrained_cfg["input_size"] == (3, 8, 8)
+    assert torch.allclose(result.model.head.weight, first.model.head.weight, atol=1e-4)
+    with pytest.raises(WeightsError, match="no weights file at"):
+        train(recipe.override(checkpoint="none.safetensors"), digits, tmp_path / "none", device="cpu", report=quiet)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(DataError, match="lie in no class folders"):
+        train(recipe, digits / "train" / "digit 0", tmp_path / "none", device="cpu", report=quiet)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("shape", [(40, 40), (30, 50), (50, 30)])
+def test_images_are_fitted_as_the_transform_of_timm_does(tmp_path, mode, shape):
+    from timm.data import create_transform
+
+    (tmp_path / "a").mkdir()
+    noise = torch.randint(256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool2d(noise.float(), 5, 1, 2).to(torch.uint8)
+    image = Image.fromarray(blurred.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "a" / "image.png")
+    found = load_images(tmp_path, "test", (3, 16, 24), interpolation="bicubic", crop_mode=mode, crop_pct=0.9)
+    fitted = {"interpolation": "bicubic", "crop_mode": mode, "crop_pct": 0.9, "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    expected = create_transform((3, 16, 24), **fitted)(image) * 255
+    assert (found.pixels[0] - expected).abs().mean() < 1.5
+
+
+def test_without_validation_the_test_images_are_looked_at_once(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    real, seen = loop.evaluate, []
+
+    def spy(model, images, **options):
+        seen.append(len(images))
+        return real(model, images, **options)
+
+    monkeypatch.setattr(loop, "evaluate", spy)
+    recipe = get_recipe("cifar10", **QUICK, validation_fraction=0.0)
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    assert seen == [0, 0, 60]
+    assert list(result.test_accuracy) == [digits.name]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["training_images"] == 300
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_best_recipes_hold_out_no_images_and_differ_in_little():
+    best, small, fine = (RECIPES[f"cifar10-best{name}"] for name in ("", "-128", "-p1"))
+    assert {recipe.validation_fraction for recipe in (best, small, fine)} == {0.0}
+    assert (best.opt, best.lr, best.weight_decay, best.batch_size, best.epochs) == ("muon", 0.01, 0.1, 256, 200)
+    assert (best.mixup, best.cutmix, best.mix_prob, best.mix_until) == (0.5, 0.5, 0.5, 0.8)
+    assert (small.weight_decay, small.random_erasing, small.mixup, small.cutmix) == (0.05, 0.1, 0.0, 0.0)
+    assert (fine.batch_size, fine.epochs) == (128, 200)
+    # A rise over a tenth of the run, then a line to 0.
+    assert [best.learning_rate(p) for p in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.005, 0.01, 0.005, 0.0])
+
+
+def test_classes_without_a_test_split(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    result = train(recipe, digits / "train", tmp_path / "a", device="cpu", report=quiet)
+    assert result.test_accuracy == {}
+    result = train(recipe, digits / "train", tmp_path / "b", tests=[digits / "test"], device="cpu", report=quiet)
+    assert list(result.test_accuracy) == ["test"]
+    assert convmixer.predict(result.model, torch.rand(3, 8, 8), topk=1)[0][0].startswith("digit ")
+
+
+# ---- which images, by which labels, how often -----------------------------------------------------------------------
+
+
+def test_validation_images_of_its_own_are_used_and_none_held_out(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "set")
+    (tmp_path / "set" / "train").rename(tmp_path / "set" / "training")
+    (tmp_path / "set" / "test").rename(tmp_path / "set" / "Valid")
+    lines: list[str] = []
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    result = train(recipe, tmp_path / "set", tmp_path / "run", device="cpu", report=lines.append)
+    taken = [
+        "train: 300 images in 4 classes from set/training/",
+        "validation: 60 images in 4 classes from set/Valid/",
+        "test: no images",
+    ]
+    assert lines[:3] == (tmp_path / "run" / "train.log").read_text().splitlines()[:3] == taken
+    assert lines[3].endswith("300 training, 60 validation images, no test images")
+    assert result.test_accuracy == {}
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    assert result.history[0].validation_loss == pytest.approx(
+        evaluate(result.model, images, precision="auto")["loss"], rel=1e-5
+    )
+
+
+def test_a_validation_set_may_be_given(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    given = train(recipe, digits, tmp_path / "a", val=digits / "test", device="cpu", report=quiet)
+    held = train(recipe, digits, tmp_path / "b", device="cpu", report=quiet)
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    scores = evaluate(given.model, images, precision="auto")
+    assert given.history[0].validation_accuracy == pytest.approx(scores["top1"])
+    assert given.test_accuracy == {digits.name: pytest.approx(scores["top1"], abs=2)}
+    records = [json.loads((tmp_path / name / "result.json").read_text())["training_images"] for name in "ab"]
+    assert records == [300, 270]
+    assert len(held.history) == 1
+    with pytest.raises(ArgumentError, match="validation images: 60, here 30"):
+        train(recipe.override(epochs=2), digits, tmp_path / "a", device="cpu", resume=True, report=quiet)
+
+
+def test_a_table_of_labels_trains_as_class_folders_do(digits, tmp_path):
+    pandas = pytest.importorskip("pandas", reason="the train extra is not installed")
+    files = sorted(digits.rglob("*.png"))
+    for file in files:  # named so that they come in the order of the class folders
+        copy = tmp_path / "set" / file.parts[-3] / f"{file.parent.name[-1]}-{file.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    rows = {"image": [f"{f.parent.name[-1]}-{f.stem}" for f in files], "label": [f.parent.name for f in files]}
+    pandas.DataFrame(rows).sample(frac=1, random_state=0).to_csv(tmp_path / "labels.csv", index=False)
+    recipe, runs = get_recipe("cifar10", **{**QUICK, "epochs": 1}), []
+    for name, data, labels in (("a", digits, None), ("b", tmp_path / "set", tmp_path / "labels.csv")):
+        runs.append(train(recipe, data, tmp_path / name, labels=labels, device="cpu", report=quiet))
+    _assert_equal(tmp_path / "b", load_file(runs[0].weights))
+    assert [list(run.test_accuracy.values()) for run in runs] == [list(runs[0].test_accuracy.values())] * 2
+    model = runs[1].model
+    by_folder, by_table = (
+        validate(model, digits, report=quiet),
+        validate(model, tmp_path / "set", labels=tmp_path / "labels.csv", report=quiet),
+    )
+    assert by_table.classes == by_folder.classes
+    assert by_table.loss == pytest.approx(by_folder.loss)
+
+    table = pandas.read_csv(tmp_path / "labels.csv")
+    first = table.index[table["image"] == "0-0000"]
+    assert len(first) == 1
+    table.loc[first, "label"] = "digit 1"
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    with pytest.raises(ArgumentError, match=r"with other data: .*; other labels"):
+        train(
+            recipe.override(epochs=2),
+            tmp_path / "set",
+            tmp_path / "b",
+            labels=tmp_path / "labels.csv",
+            device="cpu",
+            resume=True,
+            report=quiet,
+        )
+
+
+@pytest.fixture(scope="session")
+def rare(digits, tmp_path_factory) -> Path:
+    """All images of digit 3 and eight of digit 2, which look alike to a small model; all test images of both."""
+    root = tmp_path_factory.mktemp("rare")
+    for split, label, count in (("train", 3, None), ("train", 2, 8), ("test", 3, None), ("test", 2, None)):
+        folder = digits / split / f"digit {label}"
+        (root / split / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:count]:
+            shutil.copy(file, root / split / folder.name)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("fields", "stream"),
+    [
+        ({"class_weights": "balanced"}, False),
+        ({"class_weights": (9.0, 1.0)}, False),
+        ({"balanced": True}, False),
+        ({"balanced": True}, True),
+    ],
+)
+def test_rare_classes_are_made_up_for(rare, tmp_path, fields, stream):
+    common = {**QUICK, "epochs": 4, "batch_size": 16, "flip": 0.0, "validation_fraction": 0.0, "stream": stream}
+    found = {}
+    for name, extra in {"plain": {}, "made up for": fields}.items():
+        options = {"workers": 0} if stream else {}
+        run = train(
+            get_recipe("cifar10", **common, **extra), rare, tmp_path / name, device="cpu", report=quiet, **options
+        )
+        scores = {c.label: c.top1 for c in validate(run.model, rare, report=quiet).classes}
+        found[name] = scores["digit 2"]
+    assert found["made up for"] > found["plain"] + 20
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn():
+    labels = torch.tensor([0] * 70 + [1] * 20 + [2] * 10)
+    images = Images(torch.zeros(100, 1, 1, 1, dtype=torch.uint8), labels, ("a", "b", "c"))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    assert class_weights(Recipe(class_weights="balanced"), images).tolist() == pytest.approx(expected.tolist())
+    assert class_weights(Recipe(class_weights=(1, 2.5, 0)), images).tolist() == [1, 2.5, 0]
+    assert class_weights(Recipe(), images) is None
+    with pytest.raises(ArgumentError, match=r"has 2 weights: give one for each of the 3 classes a, b, c"):
+        class_weights(Recipe(class_weights=(1.0, 2.0)), images)
+
+
+def test_balanced_drawing_shows_all_classes_as_often():
+    labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
+    pixels = torch.arange(1000).view(-1, 1, 1, 1)
+    images = Images(pixels, labels, ("a", "b", "c")).balanced()
+    shares = [Share(0, epoch, 100, 1, range(1), range(10)) for epoch in range(20)]
+    drawn = [torch.cat([pixels.flatten() for pixels, _ in images.parts(share)]) for share in shares]
+    counts = labels[torch.cat(drawn)].bincount() / 20_000
+    assert counts.tolist() == pytest.approx([1 / 3] * 3, abs=0.015)  # more than four standard deviations
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(torch.cat([pixels.flatten() for pixels, _ in images.parts(shares[0])]), drawn[0])
+    assert images.subset(torch.arange(5)).odds is None
+    # Two processes take disjoint parts of the same draws.
+    halves = [Share(0, 0, 100, 2, range(i, i + 1), range(10)) for i in range(2)]
+    parts = [[pixels.flatten() for pixels, _ in images.parts(half)] for half in halves]
+    assert torch.equal(torch.cat([torch.cat(pair) for pair in zip(*parts, strict=True)]), drawn[0])
+
+
+def test_same_seed_same_weights_other_seed_other_weights(digits, tmp_path):
+    weights = []
+    for i, seed in enumerate((1, 1, 2)):
+        recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "seed": seed, "rand_augment": (2, 12)})
+        result = train(recipe, digits, tmp_path / str(i), device="cpu", report=quiet)
+        weights.append(load_file(result.weights)["head.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fields", [{}, {"balanced": True, "class_weights": (1.0, 2.0, 1.0, 0.5)}])
+def test_resume_is_exact(digits, tmp_path, fields):
+    changes = {**QUICK, "epochs": 3, "rand_augment": (1, 9), "random_erasing": 0.5, "drop_rate": 0.1, "shift": 1}
+    changes |= fields
+    recipe = get_recipe("cifar10", **changes)
+    whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("epoch   2"):
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(recipe, digits, tmp_path / "parts", device="cpu", report=interrupt)
+    parts = train(recipe, digits, tmp_path / "parts", device="cpu", resume=True, report=quiet)
+    a, b = load_file(whole.weights), load_file(parts.weights)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    strip = {"seconds": 0.0, "images_per_second": 0.0}
+    rows = [[dataclasses.replace(r, **strip) for r in result.history] for result in (whole, parts)]
+    assert rows[0] == rows[1]
+
+
+def test_resume_refuses_another_recipe_and_an_empty_folder(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    with pytest.raises(ArgumentError, match="nothing to resume"):
+        train(recipe, digits, tmp_path / "run", resume=True, report=quiet)
+    train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    with pytest.raises(ArgumentError, match=r"holds a run: resume it \(--resume\) or choose another folder"):
+        train(recipe, digits, tmp_path / "run", report=quiet)
+    with pytest.raises(ArgumentError, match=re.escape("lr was 0.01, is 0.02")):
+        train(recipe.override(lr=0.02), digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+    longer = train(recipe.override(epochs=2), digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+    assert [row.epoch for row in longer.history] == [1, 2]
+    with pytest.raises(ArgumentError, match="has 2 epochs begun: give epochs of at least that"):
+        train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+    with pytest.raises(ArgumentError, match="with other data: it had 270 training images of 4 classes, here are 54"):
+        train(recipe.override(epochs=3), digits / "test", tmp_path / "run", device="cpu", resume=True, report=quiet)
+    (tmp_path / "run" / "last.pt").write_bytes(b"garbage")
+    with pytest.raises(ConvMixerError, match="cannot resume from"):
+        train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+
+
+def test_a_loss_that_explodes_stops_the_run(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "opt": "sgd", "lr": 1e30, "warmup": 0.0})
+    with pytest.raises(ConvMixerError, match=r"in epoch 1, step \d.*: .* is not finite\. Set a lower lr, or clip_grad"):
+        train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_the_layer_that_overflows_is_named():
+    model = convmixer.ConvMixer(8, 3, 3, 2, num_classes=2).eval()
+    images = torch.randn(2, 3, 8, 8)
+    assert "gradients" in _diagnose(model, images)
+    assert _diagnose(model, images * math.nan) == "the images are not finite"
+    model.blocks[1][1].bias.data.fill_(3e38)
+    model.blocks[1][1].weight.data.fill_(3e38)
+    assert _diagnose(model, images) == "the output of blocks.1.1 is not finite"
+    model.head.bias.data.fill_(math.inf)
+    assert _diagnose(model, images) == "head.bias is not finite"
+
+
+def test_early_stopping_restores_the_best_weights(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 30, "lr": 0.02, "patience": 2, "min_delta": 0.01})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    losses = [row.validation_loss for row in result.history]
+    assert len(losses) < 30
+    best = 0
+    for i, loss in enumerate(losses):
+        if loss < losses[best] - 0.01:
+            best = i
+    assert len(losses) == best + 3
+    images = load_images(digits, "train", (3, 8, 8))
+    validation = hold_out(images, recipe.validation_fraction, recipe.seed)[1]
+    assert evaluate(result.model, validation, precision="auto")["loss"] == pytest.approx(losses[best], rel=1e-5)
+    kept, named = load_file(result.weights), load_file(tmp_path / "run" / "best.safetensors")
+    assert all(torch.equal(kept[key], named[key]) for key in kept)
+
+
+def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    created = []
+    monkeypatch.setattr(
+        loop, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1]
+    )
+    tiny = {"image_sizes": ((0.0, 8),), "epochs": 1, "batch_size": 135}
+    frozen = get_recipe("finetune", frozen=1.0, **tiny)
+    result = train(frozen, digits, tmp_path / "frozen", device="cpu", report=quiet)
+    source = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu").state_dict()
+    for key, value in result.model.state_dict().items():
+        assert torch.equal(value, source[key]) or key.startswith("head.")
+
+    rates = {}
+    real = loop.create_optimizer
+
+    def spy(recipe, model, where):
+        optimizer = real(recipe, model, where)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        rates.update({names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]})
+        return optimizer
+
+    monkeypatch.setattr(loop, "create_optimizer", spy)
+    train(get_recipe("finetune", layer_decay=0.5, **tiny), digits, tmp_path / "decay", device="cpu", report=quiet)
+    assert rates["head.weight"] == 1
+    assert rates["blocks.7.1.weight"] / rates["blocks.6.1.weight"] == pytest.approx(2)
+    assert rates["blocks.0.1.weight"] < rates["blocks.7.1.weight"] / 100
+
+
+def test_the_average_of_the_weights_is_what_is_kept(digits, tmp_path):
+    """With a rate of 0 after the first epoch the weights stand still and the average must reach them."""
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "ema_decay": 0.5})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    kept = load_file(result.weights)
+    assert all(torch.equal(kept[key], state["average"][key]) for key in kept)
+    assert not torch.equal(state["average"]["head.weight"], state["model"]["head.weight"])
+
+
+@pytest.mark.parametrize("fields", [{"mixup": 0.5}, {"cutmix": 1.0}, {"mixup": 0.5, "cutmix": 1.0, "crop_scale": 0.5}])
+def test_mixing_images_still_learns(digits, tmp_path, fields):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0, **fields})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    assert result.test_accuracy[digits.name] > 60
+
+
+def test_tracker(digits, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2})
+    result = train(recipe, digits, tmp_path / "run", device="cpu", trackers=["tensorboard"], report=quiet)
+    log = events.EventAccumulator(str(tmp_path / "run" / "convmixer")).Reload()
+    logged = [(event.step, event.value) for event in log.Scalars("train_loss")]
+    assert logged == [(row.epoch, pytest.approx(row.train_loss)) for row in result.history]
+    with pytest.raises(ArgumentError, match="trackers="):
+        train(recipe, digits, tmp_path / "other", device="cpu", trackers=["nothing"], report=quiet)
+
+
+# ---- runs that survive ----------------------------------------------------------------------------------------------
+
+
+COMMAND = ["train", "cifar10", "--device", "cpu", "--set", "batch_size=90", "--set", "rand_augment=[1, 9]"]
+COMMAND += ["--set", "model=convmixer_128_8_ks7_p2", "--set", "image_sizes=[[0, 4]]", "--set", "random_erasing=0.5"]
+
+# The same in Python.
+COMMANDED = get_recipe("cifar10", batch_size=90, rand_augment=(1, 9), model="convmixer_128_8_ks7_p2")
+COMMANDED = COMMANDED.override(image_sizes=((0, 4),), random_erasing=0.5)
+
+
+def _command(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> list[object]:
+    return [sys.executable, *launcher, "-m", "convmixer", *COMMAND, "--data", digits, "--output", folder, *options]
+
+
+def test_no_process_of_a_program_outlives_its_test(tmp_path):
+    """Nor one that has left its group, as those of a launcher do."""
+    code = "import subprocess, sys; child = subprocess.Popen(['sleep', '99'], start_new_session=True)\n"
+    code += "open(sys.argv[1], 'w').write(str(child.pid)); child.wait()"
+    file = tmp_path / "pid"
+    with contextlib.suppress(Interrupted), started([sys.executable, "-c", code, file]) as process:
+        while not (file.exists() and file.read_text()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        raise Interrupted
+    child, deadline = int(file.read_text()), time.monotonic() + 10
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = load_file(folder / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    train(COMMANDED.override(epochs=8), digits, tmp_path / "whole", device="cpu", report=quiet)
+    folder, rows = tmp_path / "run", 0
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        resume = ["--resume"] if (folder / "last.pt").exists() else []
+        (folder / "metrics.csv").unlink(missing_ok=True)  # it may be an epoch ahead of last.pt
+        command = _command(digits, folder, "--set", "epochs=8", *resume)
+        with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2), seconds=120)
+            time.sleep(random.random() / 5)
+            process.send_signal(number)
+            output = process.communicate(timeout=60)[0]
+        if (folder / "last.pt").exists():
+            rows = len(torch.load(folder / "last.pt", weights_only=True)["history"])
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert re.search(r"stopped (in|after) epoch .* saved: go on with --resume", output)
+    train(COMMANDED.override(epochs=8), digits, folder, device="cpu", resume=True, report=quiet)
+    _assert_equal(folder, load_file(tmp_path / "whole" / "model.safetensors"))
+    with (folder / "metrics.csv").open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(8)]
+
+
+def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    fields = {"rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2, "cutmix": 0.5, "mix_prob": 0.7, "mix_until": 0.8}
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, **fields})
+    whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
+    real, count = loop._Trainer.step, []
+
+    def step(self, *arguments):
+        count.append(1)
+        if len(count) == 11:  # of eight steps an epoch
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(loop._Trainer, "step", step)
+    with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 8, and saved") as stop:
+        train(recipe, digits, tmp_path / "parts", device="cpu", report=quiet)
+    assert stop.value.signal == signal.SIGTERM
+    with pytest.raises(ArgumentError, match="has 2 epochs begun"):
+        train(recipe.override(epochs=1), digits, tmp_path / "parts", device="cpu", resume=True, report=quiet)
+    parts = train(recipe, digits, tmp_path / "parts", device="cpu", resume=True, report=quiet)
+    _assert_equal(tmp_path / "parts", load_file(whole.weights))
+    assert parts.history[1].train_loss == pytest.approx(whole.history[1].train_loss, rel=1e-6)
+    assert parts.history[1].train_accuracy == whole.history[1].train_accuracy
+
+
+def test_a_folder_is_trained_in_once_at_a_time(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    refused = pytest.raises(ArgumentError, match=r"another process is training in .*: wait for it or choose another")
+    with Run(tmp_path / "run", recipe, resume=False).locked(), refused:
+        train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+
+
+def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 3})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(line: str) -> None:
+        if line.startswith("epoch   1"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(ConvMixerError, match=r"cannot write .*safe.*What was saved before is whole: make room"):
+            train(recipe, digits, tmp_path / "run", device="cpu", report=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [p for p in (tmp_path / "run").iterdir() if re.match(r"\.(?!lock)", p.name)]
+    result = train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+    whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
+    _assert_equal(tmp_path / "run", load_file(whole.weights))
+    assert len(result.history) == 3
+
+
+def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+    common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
+    done = finish(_command(digits, tmp_path / "two", *common, launcher=launcher))
+    assert done.returncode == 0, done.stdout + done.stderr
+    one = COMMANDED.override(epochs=3, drop_rate=0.1, mixup=0.2, batch_size=88, accumulate=2)
+    train(one, digits, tmp_path / "one", device="cpu", report=quiet)
+    histories = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    for one, two in zip(*histories, strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert two["train_accuracy"] == pytest.approx(one["train_accuracy"], abs=0.5)
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
+
+
+def test_fused_blocks_train_alike(digits, tmp_path):
+    losses = []
+    for fused in (False, True):  # in one process, synchronised BatchNorm is BatchNorm
+        recipe = get_recipe("cifar10", **QUICK, sync_batchnorm=fused)
+        options = {"device": "cpu", "precision": "float32", "fused": fused, "report": quiet}
+        result = train(recipe, digits, tmp_path / str(fused), **options)
+        losses.append([row.train_loss for row in result.history])
+        assert result.model.fused is fused
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    recipe = get_recipe("cifar10", **QUICK, drop_path_rate=0.1)
+    with pytest.raises(ArgumentError, match=r"fused=True with drop_path_rate=0\.1 of the recipe: .* set them to 0"):
+        train(recipe, digits, tmp_path / "refused", device="cpu", fused=True, report=quiet)
+
+
+def test_too_few_images(digits, tmp_path):
+    with pytest.raises(ArgumentError, match="270 training images do not fill one batch of 512"):
+        train(get_recipe("cifar10"), digits, tmp_path / "run", report=quiet)
+
+
+def test_fine_tuning_starts_from_the_weights(digits, tmp_path, monkeypatch):
+    from convmixer.training import loop
+
+    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    recipe = get_recipe("cifar10", **{**QUICK, "model": "convmixer_256_8.cifar10", "epochs": 1, "lr": 1e-9})
+    recipe = recipe.override(image_sizes=((0.0, 8),))
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    source = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+    for a, b in zip(result.model.blocks.parameters(), source.blocks.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert result.model.num_classes == 4
+
+
+def test_evaluate_restores_the_mode(digits):
+    model = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=4)
+    images = load_images(digits, "test", (3, 8, 8))
+    scores = evaluate(model, images, batch_size=7)
+    assert model.training
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = model.eval()((images.pixels / 255 - mean) / std)
+    assert scores["count"] == 60
+    assert scores["top1"] == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
+    assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-4)
+
+
+def test_settings_are_checked_before_data_are_read(tmp_path):
+    with pytest.raises(ArgumentError, match="no device 'gpu' here"):
+        train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="gpu", report=quiet)
+    with pytest.raises(ArgumentError, match="unknown precision 'fp8'; valid: auto, float32, bfloat16"):
+        train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", precision="fp8", report=quiet)
+
+
+def test_compile_looks_for_its_compiler_before_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    needed = r"compile needs a C\+\+ compiler on a CPU, and there is none: install g\+\+, or name a compiler in CXX; or"
+    with pytest.raises(DependencyError, match=needed + r" train without compile \(--compile\)"):
+        train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="cpu", compile=True, report=quiet)
+    assert not (tmp_path / "run").exists()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else found(name, *a))
+    assert native.inductor_lacks(torch.device("cuda")) == "needs triton on a GPU, which is missing: pip install triton"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.inductor_lacks(torch.device("cpu")) is not None, reason="no C++ compiler")
+def test_compiled_training_is_the_same(digits, tmp_path):
+    losses = []
+    for compile in (False, True):
+        torch._dynamo.reset()
+        recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "batch_size": 90, "image_sizes": ((0, 4),)})
+        options = {"device": "cpu", "precision": "float32", "fused": compile, "compile": compile, "report": quiet}
+        losses.append(train(recipe, digits, tmp_path / str(compile), **options).history[0].train_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(digits, tmp_path):
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
+    assert train(recipe, digits, tmp_path / "run", device="cuda", report=quiet).test_accuracy[digits.name] > 80
+
+
+def test_tiny_numbers_are_zero_while_training():
+    # A processor takes up to 100 times as long over them.
+    seen = []
+    with _no_denormals(torch.device("cpu")):
+        seen.append(float(torch.full((1000,), 1e-30).mul(1e-10).max()))
+    assert seen == [0]
+    assert float(torch.full((1000,), 1e-30).mul(1e-10).max()) == pytest.approx(1e-40, rel=1e-3)
+
+
+def test_a_line_without_validation_images_says_nothing_of_them():
+    line = "epoch   3  train loss 0.5000 accuracy 80.00 %  2 s (50 images/s)"
+    assert str(Epoch(3, 0.1, 0.5, 80.0, math.nan, math.nan, 2.0, 50.0)) == line
+    assert "  validation loss 0.2500 accuracy 90.00 %  " in str(Epoch(3, 0.1, 0.5, 80.0, 0.25, 90.0, 2.0, 50.0))
