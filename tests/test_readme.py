@@ -17,6 +17,15 @@ def section(title):
     return README.partition(f"## {title}")[2].partition("\n## ")[0]
 
 
+def test_links():
+    """Files that README and CONTRIBUTING name are in the repository; links of the site are checked by its build."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / "runs").glob("*/README.md")):
+        text = page.read_text(encoding="utf-8")
+        links = re.findall(r"\]\(([^)#]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", text)
+        files = [link for pair in links for link in pair if link and "://" not in link]
+        assert [file for file in files if not (page.parent / file).exists()] == []
+
+
 def test_table_of_models():
     lines = [line for line in section("Models").splitlines() if line.startswith("| `convmixer_")]
     assert len(lines) == len(VARIANTS)

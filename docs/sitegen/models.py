@@ -25,15 +25,15 @@ def bytes_of(count: float) -> str:
 
 @record("models")
 def models() -> str:
-    shape = ("dim / depth", "kernel", "patch", "activation", "input", "classes")
+    shape = ("dim/depth", "kernel", "patch", "activation", "input", "classes")
     rows = [
         (
             f"[{v.name}](models/{v.name}.md)",
-            f"{v.dim} / {v.depth}",
+            f"{v.dim}/{v.depth}",
             v.kernel_size,
             v.patch_size,
             v.act_layer,
-            f"{v.input_size[1]} x {v.input_size[2]}",
+            f"{v.input_size[1]} px",
             v.num_classes,
             million(v.parameters),
             billion(v.macs),
