@@ -28,18 +28,15 @@ from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.factory import create_model, open_model, resolve_device
 from convmixer.hardware import cpu_field, cpu_name
 from convmixer.registry import get_variant
-from convmixer.runtime.backends import (
-    BACKENDS,
-    Compiled,
-    OnnxRuntime,
-    OpenVINO,
-    Whole,
-    calibration_images,
-    optimize,
-    to_onnx,
-    to_openvino,
-)
+from convmixer.runtime.choose import BACKENDS
+from convmixer.runtime.compile import Compiled
+from convmixer.runtime.convert import to_onnx, to_openvino
+from convmixer.runtime.eager import Whole
 from convmixer.runtime.folding import find_convmixer
+from convmixer.runtime.onnxruntime import OnnxRuntime
+from convmixer.runtime.openvino import OpenVINO
+from convmixer.runtime.optimize import optimize
+from convmixer.runtime.quantize import calibration_images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 GEMM_SIDE = 2048  # of the matrices on a CPU; four times that on other devices

@@ -30,7 +30,7 @@ from convmixer.hub.checkpoints import check_writable, read_tensors, save_weights
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype
 from convmixer.runtime import folding, openvino_core
-from convmixer.runtime.backends import as_list
+from convmixer.runtime.chunks import as_list
 from convmixer.runtime.folding import FoldedConvMixer
 from convmixer.tracing import quietly, tracing
 from convmixer.transforms import preprocessing

@@ -217,7 +217,7 @@ def find_convmixer(model: nn.Module) -> ConvMixer:
 def fold(
     model: nn.Module, normalization: bool = False, dtype: torch.dtype | None = None, *, divide: bool = True
 ) -> Any:
-    """The folded copy of a model; `optimize` of `convmixer.runtime.backends` says what the arguments mean.
+    """The folded copy of a model; `convmixer.optimize` says what the arguments mean.
 
     Args:
         divide: Carry x/a between blocks where the type's range allows it; without it x itself, for quantisation.

@@ -18,9 +18,13 @@ from convmixer import optimize
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError
 from convmixer.hardware import bf16_is_faster, l2_cache
 from convmixer.native import library as native
-from convmixer.runtime import backends
-from convmixer.runtime.backends import OptimizedConvMixer, available_backends, fitting_chunk, pieces
+from convmixer.runtime import choose
+from convmixer.runtime import optimize as optimizing
+from convmixer.runtime.choose import available_backends
+from convmixer.runtime.chunks import fitting_chunk, pieces
 from convmixer.runtime.folding import FoldedConvMixer
+from convmixer.runtime.optimized_model import OptimizedConvMixer
+from convmixer.runtime.quantize import calibration_images
 
 SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 RUNTIMES = [
@@ -223,7 +227,7 @@ def test_models_that_native_does_not_take():
     ):
         with pytest.raises(ArgumentError, match=text):
             optimize(make(**changes), backend="native")
-        assert "native" not in backends._candidates("auto", make(**changes), torch.device("cpu"), torch.float32)[0]
+        assert "native" not in optimizing._candidates("auto", make(**changes), torch.device("cpu"), torch.float32)[0]
     with pytest.raises(ArgumentError, match="chunk=4: native computes single images; leave it out"):
         optimize(make(), backend="native", chunk=4)
     backbone = convmixer.create_model("convmixer_256_8", features_only=True, device="cpu")
@@ -253,7 +257,7 @@ def test_bfloat16_in_openvino():
     assert fast.choice.dtype == "bfloat16"
 
 
-@pytest.mark.skipif(backends._missing("compile") is not None, reason="no C++ compiler")
+@pytest.mark.skipif(choose._missing("compile") is not None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compile():
     model = make(depth=1)
@@ -293,7 +297,7 @@ def test_int8(turned, tmp_path, capfd, backend):
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file)
     x = torch.stack([convmixer.create_transform(model)(image) for image in turned])
-    assert torch.equal(backends.calibration_images(tmp_path, model).sum(0), x.sum(0))
+    assert torch.equal(calibration_images(tmp_path, model).sum(0), x.sum(0))
     fast = optimize(model, backend=backend, dtype=torch.int8, calibration=x)
     assert 1e-4 < error(fast(x), model(x)) < (0.1 if backend == "native" else 0.2)
     assert fast.choice.dtype.startswith("int8")
@@ -359,7 +363,7 @@ def test_int8_by_rule():
 
 
 def test_int8_without_tiles(monkeypatch):
-    monkeypatch.setattr(backends, "has_int8_tiles", lambda: False)
+    monkeypatch.setattr(choose, "has_int8_tiles", lambda: False)
     with pytest.raises(ArgumentError, match="native computes in int8 on CPUs with AMX and AVX512-VBMI; use openvino"):
         optimize(make(), backend="native", dtype=torch.int8, calibration=torch.zeros(1, 3, 8, 8))
 
@@ -405,7 +409,7 @@ def test_eager_is_the_default():
 
 
 def test_auto_says_what_it_took(caplog):
-    with caplog.at_level(logging.INFO, "convmixer.runtime.backends"):
+    with caplog.at_level(logging.INFO, "convmixer.runtime.optimize"):
         fast = optimize(make(), backend="auto", dtype="auto")
     dtype = torch.bfloat16 if bf16_is_faster(torch.device("cpu")) else torch.float32
     found = available_backends("cpu", dtype)
@@ -420,7 +424,7 @@ def test_auto_says_what_it_took(caplog):
 def test_auto_for_wide_models(monkeypatch, tiles, backend):
     if not {"native", "openvino"} <= set(available_backends()):
         pytest.skip("needs both")
-    monkeypatch.setattr(backends, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(optimizing, "has_tiles", lambda: tiles)
     wide = convmixer.ConvMixer(576, 1, 3, 2, num_classes=2).eval()
     assert optimize(wide, backend="auto").choice.backend == backend
 
@@ -454,7 +458,7 @@ def test_measured_choice(backend):
 
 
 def test_eager_takes_part_in_measurements(monkeypatch):
-    monkeypatch.setattr(backends, "available_backends", lambda *_: ("eager",))
+    monkeypatch.setattr(optimizing, "available_backends", lambda *_: ("eager",))
     fast = optimize(make(), backend="auto", example=torch.randn(8, 3, 8, 8))
     assert isinstance(fast, OptimizedConvMixer)
     assert fast.choice.backend == "eager"
@@ -464,7 +468,7 @@ def test_auto_goes_on_where_a_library_fails(monkeypatch):
     def fail(*_):
         raise DependencyError("the compiler is broken")
 
-    monkeypatch.setattr(backends, "available_backends", lambda *_: ("native", "eager"))
+    monkeypatch.setattr(optimizing, "available_backends", lambda *_: ("native", "eager"))
     monkeypatch.setattr(native, "Native", fail)
     for example in (None, torch.randn(2, 3, 8, 8)):
         fast = optimize(make(), backend="auto", example=example)
@@ -537,7 +541,7 @@ def test_arguments(arguments, text):
 
 
 def test_inputs_that_do_not_fit(monkeypatch):
-    monkeypatch.setattr(backends, "available_backends", lambda *_: ("eager",))
+    monkeypatch.setattr(optimizing, "available_backends", lambda *_: ("eager",))
     fast = optimize(make(), backend="auto")
     with pytest.raises(ImageError, match="has 4 channels, this model takes in_chans=3"):
         fast(torch.zeros(1, 4, 8, 8))

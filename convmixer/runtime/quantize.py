@@ -1,0 +1,93 @@
+"""int8: calibration images, quantisation by NNCF, and a check of what it computes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convmixer.errors import ArgumentError, ConvMixerError
+from convmixer.inference import preparation
+from convmixer.model import check_input
+from convmixer.runtime import openvino_core
+from convmixer.runtime.choose import _require
+from convmixer.runtime.chunks import as_list
+from convmixer.tracing import computing, quietly
+from convmixer.wrappers import find_inner
+
+CALIBRATION_IMAGES = 512
+
+
+MOST_LOST = 0.25  # of the outputs' size, by int8; what loses more classifies otherwise
+
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def quantize(model: Any, images: Tensor) -> Any:
+    """An OpenVINO model with its convolutions in int8, by NNCF's post-training quantisation.
+
+    Args:
+        model: From `to_openvino`, of a model folded with `divide=False`.
+        images: As the model takes them, (N, C, H, W).
+    """
+    _require("int8")
+    import nncf
+
+    data = nncf.Dataset([image[None].numpy() for image in images.detach().cpu().float()])
+    preset = nncf.QuantizationPreset.MIXED  # activations after GELU are lopsided
+    logger = logging.getLogger("nncf")  # writes to standard output, which may be somebody's JSON
+    with quietly(), contextlib.redirect_stdout(io.StringIO()):  # progress bars
+        level = logger.level
+        logger.setLevel(logging.WARNING)
+        try:
+            return openvino_core.aside(lambda: nncf.quantize(model, data, preset=preset, subset_size=len(images)))
+        finally:
+            logger.setLevel(level)
+
+
+@torch.inference_mode()
+def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, images: Tensor) -> None:
+    """Raise a ConvMixerError where eight bits do not hold what the model computes of calibration images."""
+    with computing():
+        pairs = list(zip(runtime(images), as_list(folded(images)), strict=True))
+    for output, expected in pairs:
+        lost = float((output.float() - expected).norm() / expected.norm())
+        if not lost <= MOST_LOST:
+            raise ConvMixerError(
+                f"int8 changes the outputs for the calibration images by {lost:.0%} of their size, at most "
+                f"{MOST_LOST:.0%} is accepted: these weights do not fit eight bits. Use dtype=torch.bfloat16"
+            )
+
+
+def calibration_images(
+    source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = _LOGGER.info
+) -> Tensor:
+    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W).
+
+    They need no labels. `report` takes a line about which were taken.
+    """
+    inner: Any = find_inner(model)
+    if isinstance(source, Tensor):
+        if not len(source):
+            raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
+        check_input(source, inner.in_chans, inner.patch_size)
+        return source[:CALIBRATION_IMAGES]
+    from convmixer.data.readers import Split, open_split  # not needed for anything else here
+
+    prepare = preparation(inner)
+    opened = open_split(str(source), "train", labelled=False)
+    report(f"calibration, {opened.taken}")
+    if isinstance(opened, Split):  # spread over all classes, which may lie one after the other
+        step = max(len(opened) / CALIBRATION_IMAGES, 1)
+        samples: Any = (opened.read(int(i * step), prepare) for i in range(min(len(opened), CALIBRATION_IMAGES)))
+    else:
+        samples = opened.in_order(prepare)
+    return torch.stack([image for image, _ in itertools.islice(samples, CALIBRATION_IMAGES)])
