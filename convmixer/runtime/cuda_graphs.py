@@ -14,6 +14,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from torch import Tensor
 _LOGGER = logging.getLogger(__name__)
 WARM_UP = 3  # eager calls before a capture: they compile, choose kernels, and allocate the optimizer's state
 KEPT = 3  # graphs, each of which holds the memory of a whole step
+GRAPH_BYTES = 2**25  # of a feature map, above which launches on a GPU cost little and memory much
 
 
 class Graphs(Protocol):
@@ -149,6 +151,20 @@ class Graphed:
             del self.captured[oldest], self.calls[oldest]
 
 
+@dataclass(frozen=True)
+class SmallFeatureMaps:
+    """The test whether a ConvMixer's feature map of images has at most `most` bytes."""
+
+    dim: int
+    patch_size: int
+    most: int
+
+    def __call__(self, x: Tensor) -> bool:
+        batch, _, height, width = x.shape
+        positions = (height // self.patch_size) * (width // self.patch_size)
+        return batch * self.dim * positions * x.element_size() <= self.most
+
+
 class Replayed:
     """A model in inference whose calls are replayed, a graph for each shape that comes a second time.
 
@@ -176,6 +192,9 @@ class Replayed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.run, self.worth, self.make)
+
+    def after_fork(self) -> None:
+        """Do nothing: CUDA does not work in a forked child process, which `OptimizedConvMixer` refuses before."""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph of the caller's

@@ -1,4 +1,4 @@
-"""A model in ONNX Runtime on the CPU."""
+"""The backend "onnxruntime": a model in ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -9,30 +9,40 @@ import torch
 from torch import Tensor
 
 from convmixer.errors import optional
-from convmixer.runtime.chunks import Rule, _Graphs, _join, pieces
+from convmixer.runtime.chunks import ChunkRule, chunk_sizes, join_chunks
+from convmixer.runtime.convert import to_onnx
+from convmixer.runtime.folding import FoldedConvMixer
+from convmixer.runtime.graph_cache import GraphCache
+from convmixer.runtime.protocol import CPU, Built, CpuBackend, Prepared, Request, missing_modules
 
-_LEFT_BEHIND: list[Any] = []  # of the parent's, in a child by fork
+_UNRELEASABLE: list[Any] = []  # in a forked child: the parent's sessions
 
 
 class OnnxRuntime:
-    """An ONNX file in ONNX Runtime on the CPU, in float32: one thread to a piece, or all where images are few."""
+    """An ONNX file in ONNX Runtime on the CPU, in float32: one thread per chunk, or all for few images.
 
-    def __init__(self, data: bytes, threads: int, rule: Rule | None) -> None:
+    Args:
+        data: The file.
+        threads: Number of threads.
+        chunk_rule: Images in a chunk; None: whole batches, computed by all threads.
+    """
+
+    def __init__(self, data: bytes, threads: int, chunk_rule: ChunkRule | None) -> None:
         self._library = optional("onnxruntime", "onnxruntime", "export")
-        self._data, self.threads, self.rule = data, threads, rule
+        self._data, self.threads, self.chunk_rule = data, threads, chunk_rule
         self._start()
 
     def _start(self) -> None:
-        self._session = _Graphs(self._load)
+        self._sessions = GraphCache(self._load)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="convmixer")
 
     def after_fork(self) -> None:
-        """Start threads anew; sessions whose threads are gone cannot even be released."""
-        _LEFT_BEHIND.append((self._session, self._pool))
+        """Start threads again; sessions whose threads are gone cannot even be released."""
+        _UNRELEASABLE.append((self._sessions, self._pool))
         self._start()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._data, self.threads, self.rule)
+        return type(self), (self._data, self.threads, self.chunk_rule)
 
     def _load(self, threads: int) -> Any:
         options = self._library.SessionOptions()
@@ -42,14 +52,35 @@ class OnnxRuntime:
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         x = x.detach().float().contiguous()
-        alone = self.rule is None or self.threads == 1 or len(x) < self.threads
-        chunk = len(x) if self.rule is None else self.rule(*x.shape[2:])
-        session = self._session(self.threads if alone else 1)
+        share_chunks = self.chunk_rule is None or self.threads == 1 or len(x) < self.threads
+        chunk = len(x) if self.chunk_rule is None else self.chunk_rule(*x.shape[2:])
+        session = self._sessions(self.threads if share_chunks else 1)
         name = session.get_inputs()[0].name
 
-        def run(part: Tensor) -> list[Tensor]:
+        def compute(part: Tensor) -> list[Tensor]:
             return [torch.from_numpy(array) for array in session.run(None, {name: part.numpy()})]
 
-        if alone:
-            return _join([run(part) for part in x.split(chunk)])
-        return _join(list(self._pool.map(run, x.split(pieces(len(x), chunk, self.threads)))))
+        if share_chunks:
+            return join_chunks([compute(part) for part in x.split(chunk)])
+        return join_chunks(list(self._pool.map(compute, x.split(chunk_sizes(len(x), chunk, self.threads)))))
+
+
+class OnnxRuntimeBackend(CpuBackend):
+    """ONNX Runtime, in float32."""
+
+    name = "onnxruntime"
+
+    def missing(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> str | None:
+        return missing_modules("onnxruntime", ("onnxruntime", "onnxscript"), "export")
+
+    def unsupported_dtype(self, dtype: torch.dtype) -> str | None:
+        if dtype != torch.float32:
+            return f"dtype={dtype}: onnxruntime computes convolutions on a CPU only in float32; use openvino or compile"
+        return None
+
+    def convert(self, request: Request, folded: FoldedConvMixer) -> bytes:
+        return to_onnx(folded)
+
+    def build(self, request: Request, prepared: Prepared, chunk: int | None) -> Built:
+        runtime = OnnxRuntime(prepared.program, request.threads, request.chunk_rule(chunk))
+        return Built(runtime, "own", request.threads, request.describe_chunks(chunk))

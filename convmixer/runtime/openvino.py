@@ -1,7 +1,8 @@
-"""A model in OpenVINO on the CPU."""
+"""The backend "openvino": a model in OpenVINO on the CPU."""
 
 from __future__ import annotations
 
+import functools
 import queue
 import tempfile
 from pathlib import Path
@@ -12,32 +13,39 @@ from torch import Tensor
 
 from convmixer.errors import optional
 from convmixer.runtime import openvino_core
-from convmixer.runtime.chunks import Rule, _Graphs, _join, pieces
+from convmixer.runtime.chunks import ChunkRule, chunk_sizes, join_chunks
+from convmixer.runtime.convert import to_openvino
+from convmixer.runtime.folding import FoldedConvMixer
+from convmixer.runtime.graph_cache import GraphCache
+from convmixer.runtime.protocol import CPU, Built, CpuBackend, Prepared, Request, missing_modules
+from convmixer.runtime.quantize import CHECKED_IMAGES, calibration_images, check_int8, quantize
 
-_LEFT_BEHIND: list[Any] = []  # of the parent's, in a child by fork
+# What OpenVINO calls the types.
+_CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
+_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_UNRELEASABLE: list[Any] = []  # in a forked child: the parent's graphs
 
 
 class OpenVINO:
     """An OpenVINO model on the CPU, one stream for each thread; a batch below that many images uses one stream of all.
 
     Args:
-        model: From `to_openvino`, or quantised.
-        precision: What it computes in, beside what is quantised.
-        threads: Number of them.
-        rule: Images in a piece; None: whole batches in one stream of all threads.
+        model: From `to_openvino`, or quantized.
+        precision: Type of whatever is not quantized.
+        threads: Number of threads.
+        chunk_rule: Images in a chunk; None: whole batches in one stream of all threads.
     """
 
-    def __init__(self, model: Any, precision: torch.dtype, threads: int, rule: Rule | None) -> None:
+    def __init__(self, model: Any, precision: torch.dtype, threads: int, chunk_rule: ChunkRule | None) -> None:
         self._ov, self.model = optional("openvino", "openvino", "export"), model
-        self.precision, self.threads, self.rule = precision, threads, rule
-        hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-        self._options = {"INFERENCE_PRECISION_HINT": hints[precision], "INFERENCE_NUM_THREADS": threads}
-        self._graph = _Graphs(self._compile)
+        self.precision, self.threads, self.chunk_rule = precision, threads, chunk_rule
+        self._options = {"INFERENCE_PRECISION_HINT": _PRECISIONS[precision], "INFERENCE_NUM_THREADS": threads}
+        self._graphs = GraphCache(self._compile)
 
     def after_fork(self) -> None:
-        """OpenVINO's threads are gone: without them nothing can be compiled, nor what was compiled be released."""
-        if self._graph not in _LEFT_BEHIND:
-            _LEFT_BEHIND.append(self._graph)
+        """Refuse: without OpenVINO's threads nothing can be compiled, and nothing compiled can be released."""
+        if self._graphs not in _UNRELEASABLE:
+            _UNRELEASABLE.append(self._graphs)
         openvino_core.refuse_forked()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -45,39 +53,82 @@ class OpenVINO:
             file = Path(folder) / "model.xml"
             self._ov.save_model(self.model, file, compress_to_fp16=False)
             graph, weights = file.read_bytes(), file.with_suffix(".bin").read_bytes()
-        return _read_openvino, (graph, weights, self.precision, self.threads, self.rule)
+        return _read_openvino, (graph, weights, self.precision, self.threads, self.chunk_rule)
 
     def _compile(self, streams: int, *shape: int) -> tuple[Any, queue.SimpleQueue[Any]]:
+        """Return a graph for one shape, and its idle requests."""
         fixed = self.model.clone()
         fixed.reshape(list(shape))
         compiled = openvino_core.core().compile_model(fixed, "CPU", {**self._options, "NUM_STREAMS": streams})
         return compiled, queue.SimpleQueue()
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        batch, *rest = x.shape
-        alone = self.rule is None or batch < self.threads
-        sizes = [batch] if self.rule is None or alone else pieces(batch, self.rule(*rest[1:]), self.threads)
+        one_stream = self.chunk_rule is None or len(x) < self.threads
+        sizes = [len(x)]
+        if self.chunk_rule is not None and not one_stream:
+            sizes = chunk_sizes(len(x), self.chunk_rule(*x.shape[2:]), self.threads)
         running: list[tuple[Any, Any, Any]] = []
         try:
             for part in x.detach().float().contiguous().split(sizes):
-                graph, idle = self._graph(1 if alone else self.threads, len(part), *rest)
-                try:
-                    request = idle.get_nowait()
-                except queue.Empty:
-                    request = graph.create_infer_request()
-                array = part.numpy()  # kept until the request is done, which reads it in place
-                request.set_input_tensor(self._ov.Tensor(array, shared_memory=True))
-                request.start_async()
-                running.append((request, idle, array))
+                running.append(self._submit(part, 1 if one_stream else self.threads))
         finally:
             for request, _, _ in running:
                 request.wait()
-        parts = []
+        outputs = []
         for request, idle, _ in running:
-            parts.append([torch.from_numpy(output.data.copy()) for output in request.output_tensors])
+            outputs.append([torch.from_numpy(output.data.copy()) for output in request.output_tensors])
             idle.put(request)
-        return _join(parts)
+        return join_chunks(outputs)
+
+    def _submit(self, chunk: Tensor, streams: int) -> tuple[Any, Any, Any]:
+        """Start a request, which reads the chunk in place: return it, where it goes when idle, and the chunk."""
+        graph, idle = self._graphs(streams, *chunk.shape)
+        try:
+            request = idle.get_nowait()
+        except queue.Empty:
+            request = graph.create_infer_request()
+        array = chunk.numpy()
+        request.set_input_tensor(self._ov.Tensor(array, shared_memory=True))
+        request.start_async()
+        return request, idle, array
 
 
 def _read_openvino(graph: bytes, weights: bytes, *settings: Any) -> OpenVINO:
     return OpenVINO(openvino_core.core().read_model(graph, weights), *settings)
+
+
+@functools.lru_cache(maxsize=1)
+def _processor_types() -> tuple[str, ...]:
+    return tuple(openvino_core.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+class OpenVINOBackend(CpuBackend):
+    """OpenVINO, in float32, bfloat16, float16 or, quantized by NNCF, int8."""
+
+    name = "openvino"
+
+    def missing(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> str | None:
+        lacking = missing_modules("int8", ("nncf",), "int8") if dtype == torch.int8 else None
+        return lacking or missing_modules("openvino", ("openvino",), "export")
+
+    def unsupported_dtype(self, dtype: torch.dtype) -> str | None:
+        if dtype not in _CAPABILITIES:
+            return f"dtype={dtype}: openvino computes in float32, bfloat16, float16 or int8"
+        if not self.missing() and _CAPABILITIES[dtype] not in _processor_types():
+            return f"dtype={dtype}: openvino finds no matrix multiplication of that type in this CPU; use torch.float32"
+        return None
+
+    def convert(self, request: Request, folded: FoldedConvMixer) -> Any:
+        model = to_openvino(folded)
+        if request.dtype != torch.int8:
+            return model
+        images = calibration_images(request.calibration, folded)
+        quantized = quantize(model, images)
+        runtime = OpenVINO(quantized, request.float_dtype, request.threads, None)
+        check_int8(runtime, folded, images[:CHECKED_IMAGES].float())
+        return quantized
+
+    def build(self, request: Request, prepared: Prepared, chunk: int | None) -> Built:
+        rule = request.chunk_rule(chunk)
+        runtime = OpenVINO(prepared.program, request.float_dtype, request.threads, rule)
+        return Built(runtime, "own", request.threads, request.describe_chunks(chunk))

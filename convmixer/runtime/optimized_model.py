@@ -11,45 +11,46 @@ from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.model import check_input
-from convmixer.runtime.choose import Choice
 from convmixer.runtime.chunks import as_list
+from convmixer.runtime.protocol import Choice, Runtime
 from convmixer.tracing import computing
 from convmixer.wrappers import find_inner
 
-_FORKED = threading.Lock()
+_AFTER_FORK = threading.Lock()
 
 
 class OptimizedConvMixer(nn.Module):
-    """What `optimize` returns for a runtime: called with images it answers as the original does, and faster.
+    """A model in the runtime that `optimize` chose. It answers as the original does, and faster.
 
-    Images may be of any floating point type, and the outputs come in that type. It may be called from several threads,
-    copied, pickled, and sent to other processes, which make the runtime anew; a child by fork computes natively in one
-    thread. Outputs carry no gradient. `num_classes`, `in_chans`, `num_features`, `head_hidden_size`, `feature_info` and
-    `pretrained_cfg` are the original's.
+    Images may be of any floating point type, and the outputs come in that type. Several threads may call it. It can be
+    copied, pickled, and sent to other processes, which build the runtime again; in a forked child process the backend
+    "native" computes in one thread. Outputs carry no gradient. `num_classes`, `in_chans`, `num_features`,
+    `head_hidden_size`, `feature_info` and `pretrained_cfg` are the original's.
 
     Attributes:
         choice: What was chosen, and why.
-        folded: The `FoldedConvMixer`, or timm's extractor around one, in PyTorch: for export, `forward_features` and
-            whatever else the runtime does not do.
+        folded: The `FoldedConvMixer`, or timm's feature extractor around one, in PyTorch: for export,
+            `forward_features` and whatever else the runtime does not do.
+        runtime: What computes the outputs.
 
     Raises:
         ArgumentError: From `train()`, `to()` another device or type, `load_state_dict()`, or for images on another
-            device or of whole numbers.
+            device or of an integer type.
         ImageError: Images that do not fit the model.
         DependencyError: From unpickling, where the runtime is not installed or the processor cannot compute it.
-        ConvMixerError: On a GPU or with OpenVINO, in a child by fork.
+        ConvMixerError: On a GPU or with OpenVINO, in a forked child process.
     """
 
-    def __init__(self, folded: nn.Module, runtime: Callable[[Tensor], list[Tensor]], choice: Choice) -> None:
+    def __init__(self, folded: nn.Module, runtime: Runtime, choice: Choice) -> None:
         super().__init__()
         self.folded, self.choice = folded, choice
-        self.runtime: Any = runtime
+        self.runtime = runtime
         inner: Any = find_inner(folded)
         self.num_classes, self.in_chans, self.num_features = inner.num_classes, inner.in_chans, inner.num_features
         self.head_hidden_size, self.patch_size = inner.head_hidden_size, inner.patch_size
         self.feature_info: Any = folded.feature_info
         self.pretrained_cfg: dict[str, Any] = inner.pretrained_cfg
-        self._several = folded is not inner
+        self._returns_list = folded is not inner
         self._process = os.getpid()
         self.eval()
 
@@ -65,7 +66,7 @@ class OptimizedConvMixer(nn.Module):
                 "a model on a GPU cannot be used in a process that was forked: start it by spawn, as in "
                 "DataLoader(multiprocessing_context='spawn')"
             )
-        with _FORKED:
+        with _AFTER_FORK:
             if self._process != os.getpid():
                 self.runtime.after_fork()
                 self._process = os.getpid()
@@ -86,11 +87,11 @@ class OptimizedConvMixer(nn.Module):
         return self
 
     def load_state_dict(self, *_: Any, **__: Any) -> Any:
-        """Weights are part of what was compiled; this is an error."""
+        """Raise an error: the weights are part of what was compiled."""
         raise ArgumentError("an optimized model keeps its weights: load others into the original, then optimize it")
 
     def forward(self, x: Tensor) -> Any:
-        """(B, in_chans, H, W) -> logits (B, num_classes); of a feature extractor a list of feature maps."""
+        """Compute logits (B, num_classes) of images (B, in_chans, H, W); a feature extractor returns a list of maps."""
         check_input(x, self.in_chans, self.patch_size)
         own = next(self.folded.parameters())
         if x.device != own.device or not x.is_floating_point():
@@ -100,10 +101,10 @@ class OptimizedConvMixer(nn.Module):
         inputs = x.to(own.dtype)
         outputs = self.runtime(inputs) if len(x) else as_list(self.folded(inputs))
         outputs = [output.to(x.dtype) for output in outputs]
-        return outputs if self._several else outputs[0]
+        return outputs if self._returns_list else outputs[0]
 
     def train(self, mode: bool = True) -> OptimizedConvMixer:
-        """Evaluation mode is the only one; `train()` is an error."""
+        """Raise an error unless `mode` is False: evaluation mode is the only one."""
         if mode:
             raise ArgumentError("an optimized model cannot be trained: train the original, then optimize it again")
         return super().train(False)

@@ -1,4 +1,4 @@
-"""int8: calibration images, quantisation by NNCF, and a check of what it computes."""
+"""int8: calibration images, quantization by NNCF, and a check of what int8 computes."""
 
 from __future__ import annotations
 
@@ -13,34 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, ConvMixerError
+from convmixer.errors import ArgumentError, ConvMixerError, optional
 from convmixer.inference import preparation
 from convmixer.model import check_input
 from convmixer.runtime import openvino_core
-from convmixer.runtime.choose import _require
 from convmixer.runtime.chunks import as_list
 from convmixer.tracing import computing, quietly
 from convmixer.wrappers import find_inner
 
 CALIBRATION_IMAGES = 512
-
-
-MOST_LOST = 0.25  # of the outputs' size, by int8; what loses more classifies otherwise
-
+CHECKED_IMAGES = 64  # calibration images for which int8 is compared with float32
+MOST_LOST = 0.25  # of the outputs' norm, by int8; a model that loses more classifies differently
 
 _LOGGER = logging.getLogger(__name__)
 
 
 def quantize(model: Any, images: Tensor) -> Any:
-    """An OpenVINO model with its convolutions in int8, by NNCF's post-training quantisation.
+    """Quantize the convolutions of an OpenVINO model to int8, by NNCF's post-training quantization.
 
     Args:
         model: From `to_openvino`, of a model folded with `divide=False`.
         images: As the model takes them, (N, C, H, W).
     """
-    _require("int8")
-    import nncf
-
+    nncf = optional("nncf", "int8", "int8")
     data = nncf.Dataset([image[None].numpy() for image in images.detach().cpu().float()])
     preset = nncf.QuantizationPreset.MIXED  # activations after GELU are lopsided
     logger = logging.getLogger("nncf")  # writes to standard output, which may be somebody's JSON
@@ -54,7 +49,7 @@ def quantize(model: Any, images: Tensor) -> Any:
 
 
 @torch.inference_mode()
-def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, images: Tensor) -> None:
+def check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, images: Tensor) -> None:
     """Raise a ConvMixerError where eight bits do not hold what the model computes of calibration images."""
     with computing():
         pairs = list(zip(runtime(images), as_list(folded(images)), strict=True))
@@ -70,9 +65,12 @@ def _check_int8(runtime: Callable[[Tensor], list[Tensor]], folded: nn.Module, im
 def calibration_images(
     source: Tensor | str | Path | None, model: nn.Module, *, report: Callable[[str], None] = _LOGGER.info
 ) -> Tensor:
-    """At most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W).
+    """Return at most `CALIBRATION_IMAGES` training images as the model takes them, (N, C, H, W).
 
-    They need no labels. `report` takes a line about which were taken.
+    Args:
+        source: The images, or a folder, a tar or a name from which they are read. They need no labels.
+        model: A ConvMixer, which says how images are prepared.
+        report: Takes a line about which images were taken.
     """
     inner: Any = find_inner(model)
     if isinstance(source, Tensor):
@@ -80,7 +78,7 @@ def calibration_images(
             raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
         check_input(source, inner.in_chans, inner.patch_size)
         return source[:CALIBRATION_IMAGES]
-    from convmixer.data.readers import Split, open_split  # not needed for anything else here
+    from convmixer.data.readers import Split, open_split  # only needed here
 
     prepare = preparation(inner)
     opened = open_split(str(source), "train", labelled=False)

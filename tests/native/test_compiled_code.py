@@ -17,24 +17,23 @@ from convmixer.errors import DependencyError
 from convmixer.native import compiled_code
 from convmixer.native import library as native
 from convmixer.runtime import choose
-from convmixer.runtime import optimize as optimizing
-from convmixer.runtime.choose import available_backends
+from convmixer.runtime.choose import available_backends, find_backend
 
 HAS_NATIVE = "native" in available_backends("cpu")
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="no C++ compiler, or no AVX-512")
-needs_compile = pytest.mark.skipif(choose._missing("compile") is not None, reason="no C++ compiler")
+needs_compile = pytest.mark.skipif(find_backend("compile").missing() is not None, reason="no C++ compiler")
 
 PROGRAM = """
 import sys
 import torch
 import convmixer
-from convmixer.runtime import optimize as optimizing
+from convmixer.runtime import choose
 from convmixer.native import library as native
 
 torch.manual_seed(0)
 model = convmixer.ConvMixer(64, 1, 3, 2, num_classes=3).eval()
 if "auto" in sys.argv:
-    optimizing.available_backends = lambda *_: ("compile", "eager")
+    choose.available_backends = lambda *_: ("compile", "eager")
 fast = convmixer.optimize(model, backend=sys.argv[1])
 x = torch.randn(2, 3, 8, 8)
 with torch.no_grad():
@@ -195,7 +194,7 @@ def test_nowhere(fresh, compiled, monkeypatch):
     monkeypatch.setattr(native, "_compile", lambda _: compiled)
     monkeypatch.setattr(compiled_code, "unusable", lambda folder: f"{str(folder)!r}: Read-only file system")
     monkeypatch.setattr(native, "unusable", compiled_code.unusable)
-    monkeypatch.setattr(optimizing, "available_backends", lambda *_: ("native", "eager"))
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("native", "eager"))
     model = convmixer.ConvMixer(64, 1, 3, 2, num_classes=3).eval()
     for example in (None, torch.randn(1, 3, 8, 8)):
         choice = convmixer.optimize(model, backend="auto", example=example).choice

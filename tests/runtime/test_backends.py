@@ -19,9 +19,9 @@ from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, Ima
 from convmixer.hardware import bf16_is_faster, l2_cache
 from convmixer.native import library as native
 from convmixer.runtime import choose
-from convmixer.runtime import optimize as optimizing
-from convmixer.runtime.choose import available_backends
-from convmixer.runtime.chunks import fitting_chunk, pieces
+from convmixer.runtime import native as native_backend
+from convmixer.runtime.choose import available_backends, candidates, find_backend
+from convmixer.runtime.chunks import chunk_sizes, fitting_chunk
 from convmixer.runtime.folding import FoldedConvMixer
 from convmixer.runtime.optimized_model import OptimizedConvMixer
 from convmixer.runtime.quantize import calibration_images
@@ -52,7 +52,7 @@ def error(a, b):
 
 @pytest.fixture(scope="module")
 def shared():
-    """A model, and its copies per runtime with pieces of at most four images."""
+    """A model, and its copies per runtime with chunks of at most four images."""
     torch.manual_seed(0)
     model = make()
     found = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name)]
@@ -227,11 +227,12 @@ def test_models_that_native_does_not_take():
     ):
         with pytest.raises(ArgumentError, match=text):
             optimize(make(**changes), backend="native")
-        assert "native" not in optimizing._candidates("auto", make(**changes), torch.device("cpu"), torch.float32)[0]
+        found, _ = candidates("auto", make(**changes), torch.device("cpu"), torch.float32)
+        assert "native" not in {backend.name for backend in found}
     with pytest.raises(ArgumentError, match="chunk=4: native computes single images; leave it out"):
         optimize(make(), backend="native", chunk=4)
     backbone = convmixer.create_model("convmixer_256_8", features_only=True, device="cpu")
-    with pytest.raises(ArgumentError, match="native returns the last output alone: use another backend"):
+    with pytest.raises(ArgumentError, match="native returns only the last output: use another backend"):
         optimize(backbone, backend="native")
 
 
@@ -248,7 +249,7 @@ def test_compiler_that_fails(monkeypatch, tmp_path):
 def test_bfloat16_in_openvino():
     pytest.importorskip("openvino")
     if not bf16_is_faster(torch.device("cpu")):
-        with pytest.raises(ArgumentError, match=r"dtype=torch\.bfloat16: openvino finds no products"):
+        with pytest.raises(ArgumentError, match=r"dtype=torch\.bfloat16: openvino finds no matrix multiplication"):
             optimize(make(), backend="openvino", dtype=torch.bfloat16)
         return
     model, x = make(), torch.randn(4, 3, 12, 12)
@@ -257,7 +258,7 @@ def test_bfloat16_in_openvino():
     assert fast.choice.dtype == "bfloat16"
 
 
-@pytest.mark.skipif(choose._missing("compile") is not None, reason="no C++ compiler")
+@pytest.mark.skipif(find_backend("compile").missing() is not None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compile():
     model = make(depth=1)
@@ -363,7 +364,7 @@ def test_int8_by_rule():
 
 
 def test_int8_without_tiles(monkeypatch):
-    monkeypatch.setattr(choose, "has_int8_tiles", lambda: False)
+    monkeypatch.setattr(native_backend, "has_int8_tiles", lambda: False)
     with pytest.raises(ArgumentError, match="native computes in int8 on CPUs with AMX and AVX512-VBMI; use openvino"):
         optimize(make(), backend="native", dtype=torch.int8, calibration=torch.zeros(1, 3, 8, 8))
 
@@ -394,7 +395,7 @@ def test_int8_needs_images():
     pytest.importorskip("nncf")
     with pytest.raises(ArgumentError, match=r"dtype=torch\.int8 needs images: give both"):
         optimize(make(), backend="openvino", dtype=torch.int8)
-    with pytest.raises(ArgumentError, match=r"calibration is for dtype=torch\.int8 alone"):
+    with pytest.raises(ArgumentError, match=r"calibration is only for dtype=torch\.int8"):
         optimize(make(), calibration=torch.zeros(1, 3, 8, 8))
     with pytest.raises(ArgumentError, match="calibration holds no images"):
         optimize(make(), backend="openvino", dtype=torch.int8, calibration=torch.zeros(0, 3, 8, 8))
@@ -424,7 +425,7 @@ def test_auto_says_what_it_took(caplog):
 def test_auto_for_wide_models(monkeypatch, tiles, backend):
     if not {"native", "openvino"} <= set(available_backends()):
         pytest.skip("needs both")
-    monkeypatch.setattr(optimizing, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(choose, "has_tiles", lambda: tiles)
     wide = convmixer.ConvMixer(576, 1, 3, 2, num_classes=2).eval()
     assert optimize(wide, backend="auto").choice.backend == backend
 
@@ -454,11 +455,11 @@ def test_auto_without_other_libraries(monkeypatch):
 @pytest.mark.parametrize("backend", FOREIGN)
 def test_measured_choice(backend):
     fast = optimize(make(), backend=backend, example=torch.randn(8, 3, 8, 8), threads=2)
-    assert re.match(rf"fastest for \(8, 3, 8, 8\): {backend} in pieces of at most \d+ images \d", fast.choice.reason)
+    assert re.match(rf"fastest for \(8, 3, 8, 8\): {backend} in chunks of at most \d+ images \d", fast.choice.reason)
 
 
 def test_eager_takes_part_in_measurements(monkeypatch):
-    monkeypatch.setattr(optimizing, "available_backends", lambda *_: ("eager",))
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("eager",))
     fast = optimize(make(), backend="auto", example=torch.randn(8, 3, 8, 8))
     assert isinstance(fast, OptimizedConvMixer)
     assert fast.choice.backend == "eager"
@@ -468,8 +469,8 @@ def test_auto_goes_on_where_a_library_fails(monkeypatch):
     def fail(*_):
         raise DependencyError("the compiler is broken")
 
-    monkeypatch.setattr(optimizing, "available_backends", lambda *_: ("native", "eager"))
-    monkeypatch.setattr(native, "Native", fail)
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("native", "eager"))
+    monkeypatch.setattr(native_backend, "Native", fail)
     for example in (None, torch.randn(2, 3, 8, 8)):
         fast = optimize(make(), backend="auto", example=example)
         assert fast.choice.backend == "eager"
@@ -479,8 +480,8 @@ def test_auto_goes_on_where_a_library_fails(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 64, 65, 1017])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 64])
 @pytest.mark.parametrize("threads", [1, 2, 16])
-def test_pieces(batch, chunk, threads):
-    sizes = pieces(batch, chunk, threads)
+def test_chunk_sizes(batch, chunk, threads):
+    sizes = chunk_sizes(batch, chunk, threads)
     assert sum(sizes) == batch
     assert max(sizes) <= chunk
     assert len(sizes) >= min(batch, threads)
@@ -529,7 +530,7 @@ def test_validate_measures_twice(cat, tmp_path):
         ({"backend": "auto", "chunk": 0}, "chunk=0: give a whole number of at least 1, or None"),
         ({"backend": "auto", "threads": True}, "threads=True: give a whole number of at least 1, or None"),
         ({"backend": "compile", "dtype": torch.int8}, "dtype=torch.int8: give a floating point type such as"),
-        ({"backend": "onnxruntime", "dtype": torch.bfloat16}, "in float32 alone; use openvino or compile"),
+        ({"backend": "onnxruntime", "dtype": torch.bfloat16}, "only in float32; use openvino or compile"),
         ({"backend": "openvino", "dtype": torch.float64}, "openvino computes in float32, bfloat16, float16 or int8"),
         ({"chunk": 4}, "chunk, threads and example need a backend other than 'eager'"),
         ({"dtype": "brain16"}, "dtype='brain16': give a floating point type"),
@@ -541,7 +542,7 @@ def test_arguments(arguments, text):
 
 
 def test_inputs_that_do_not_fit(monkeypatch):
-    monkeypatch.setattr(optimizing, "available_backends", lambda *_: ("eager",))
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("eager",))
     fast = optimize(make(), backend="auto")
     with pytest.raises(ImageError, match="has 4 channels, this model takes in_chans=3"):
         fast(torch.zeros(1, 4, 8, 8))

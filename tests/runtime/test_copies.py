@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
-from convmixer.runtime import choose, onnxruntime, openvino
-from convmixer.runtime.choose import available_backends
+from convmixer.runtime import onnxruntime, openvino
+from convmixer.runtime.choose import available_backends, find_backend
 from convmixer.runtime.optimized_model import OptimizedConvMixer
 
 CPU = [name for name in available_backends("cpu") if name != "compile"]
@@ -94,7 +94,7 @@ def test_runtimes_have_weights_of_their_own():
         assert fast(x[:1, :, :4]).isfinite().all()  # a shape that is compiled now
 
 
-@pytest.mark.skipif(choose._missing("compile") is not None, reason="no C++ compiler")
+@pytest.mark.skipif(find_backend("compile").missing() is not None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compiled():
     model, x = make(depth=1), torch.randn(2, 3, 8, 8)

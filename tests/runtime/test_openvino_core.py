@@ -14,7 +14,7 @@ PROGRAM = """
 import ctypes, gc, os, pathlib, signal, sys, tempfile, threading
 import torch
 import convmixer
-from convmixer.runtime import choose, openvino_core
+from convmixer.runtime import openvino, openvino_core
 from convmixer.runtime.convert import to_openvino
 from convmixer.runtime.folding import fold
 from convmixer.runtime.quantize import quantize
@@ -51,7 +51,7 @@ def work(step):
         with tempfile.TemporaryDirectory() as folder:
             convmixer.export_model(original, pathlib.Path(folder) / "m.xml", image_size=8)
     elif step == "types":
-        choose._openvino_types.__wrapped__()
+        openvino._processor_types.__wrapped__()
     elif step == "aside":
         thread = threading.Thread(target=make, args=("c",))
         thread.start()
