@@ -33,13 +33,13 @@ _COMPILING = threading.Lock()
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler: CXX, else g++ or clang++; None if there is none."""
+    """Return the path of the C++ compiler: CXX, else g++ or clang++; None if there is none."""
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def inductor_lacks(device: torch.device) -> str | None:
-    """What `torch.compile` needs on a device and does not find, and how to get it; None if nothing."""
+    """Say what `torch.compile` needs on a device and does not find, and how to get it; None if nothing."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler  # which will call another one than `compiler` may find
 
@@ -107,7 +107,7 @@ def _run(path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _read(file: Path) -> bytes | None:
-    """A library with its checksum behind it, where a linker does not look; None if it is not there, or damaged."""
+    """Read a library and the checksum behind it, where a linker does not look; None if it is missing or damaged."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def _sum(binary: bytes) -> bytes:
 
 
 def _compile(path: str) -> bytes:
-    """The library as `_read` takes it."""
+    """Compile the library, in the form that `_read` takes."""
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "native.so"
         run = _run(path, *FLAGS, "-o", str(made), str(SOURCES[0]))

@@ -29,7 +29,7 @@ def open_example(module: nn.Module) -> Tensor:
 
 def to_program(module: nn.Module, example: Tensor, dimensions: Dimensions) -> torch.export.ExportedProgram:
     """Trace a module with one input."""
-    with tracing(), quietly(), torch.no_grad():  # the exporters' own dependencies warn
+    with tracing(), quietly():  # the exporters' own dependencies warn
         return torch.export.export(module, (example,), dynamic_shapes=(dimensions,))
 
 
@@ -44,7 +44,7 @@ def to_openvino(module: nn.Module, example: Tensor | None = None, dimensions: Di
     openvino = optional("openvino", "openvino", "export")
     example = open_example(module) if example is None else example
     private = copy.deepcopy(module)  # OpenVINO reads the weights in place, and PyTorch may move a module's own
-    with tracing(), quietly():
+    with tracing(), quietly(), torch.no_grad():
         return openvino.convert_model(to_program(private, example, dimensions or open_dimensions()))
 
 

@@ -1,10 +1,10 @@
 """Work on a GPU as CUDA graphs: captured once, then replayed on new values in the same memory.
 
 Where images are small or few, launching a kernel takes the host longer than running it takes the GPU. A graph launches
-all kernels of a call at once. In return shapes are fixed, and what differs from call to call must be a tensor that
-stays where it is.
+all kernels of a call at once. In return, shapes are fixed, and whatever differs from call to call must be a tensor at a
+fixed address.
 
-`Graphed` decides which calls of a function are captured and replayed, as of a training step; `Replayed` does so for
+`Graphed` decides which calls of a function, such as a training step, are captured and replayed; `Replayed` does so for
 models in inference. `CudaGraphs` captures.
 """
 
@@ -31,13 +31,13 @@ class Graphs(Protocol):
     """A way to capture work on a device."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Call a function where it will be captured."""
+        """Call a function on the stream on which it will be captured."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """Call a function without running its work.
 
         Returns:
-            What runs that work, on the same memory.
+            A function that runs that work, on the same memory.
 
         Raises:
             RuntimeError: It cannot be captured. None of its work has run.
@@ -49,7 +49,7 @@ class CudaGraphs:
 
     Args:
         device: A CUDA device.
-        shared: Graphs use the same memory, so what one leaves there is gone when another is replayed.
+        shared: Graphs use the same memory, so that replaying one overwrites what another left there.
     """
 
     def __init__(self, device: torch.device, *, shared: bool = False) -> None:
@@ -92,8 +92,8 @@ class Captured:
 
     Args:
         graphs: Captures it.
-        function: Takes tensors like `inputs`. It returns nothing, and keeps its results in tensors that stay where
-            they are.
+        function: Takes tensors like `inputs`. It returns nothing, and writes its results to tensors at
+            fixed addresses.
         inputs: Examples. Their shapes, types and layouts are those of all calls.
     """
 
@@ -111,9 +111,9 @@ class Graphed:
     """A function that is captured after a few calls, once for each combination of shapes and constants.
 
     Args:
-        function: As `Captured` takes it; constants go by name.
-        graphs: Captures it; None leaves all calls as they are.
-        failed: Called with the error when a capture fails. The calls after that are plain calls.
+        function: As `Captured` takes it; constants are keyword arguments.
+        graphs: Captures it; None: calls are never captured.
+        failed: Called with the error when a capture fails. Later calls are not captured.
     """
 
     def __init__(
@@ -166,13 +166,13 @@ class SmallFeatureMaps:
 
 
 class Replayed:
-    """A model in inference whose calls are replayed, a graph for each shape that comes a second time.
+    """A model in inference whose calls are replayed, with a graph for each shape that comes a second time.
 
-    Threads may share it: they take turns, on the device, too. What a call returns is the caller's own.
+    Threads may share it: they take turns, on the device as well. Each call returns new tensors.
 
     Args:
         run: Computes a list of outputs from images (B, C, H, W), without gradients.
-        worth: Whether a call with such images is worth a graph, which keeps the memory of a whole call.
+        worth: Says whether a call with such images is worth a graph, which keeps the memory of the entire call.
         make: Makes the `Graphs` for a device; None: `CudaGraphs`.
     """
 
@@ -226,7 +226,7 @@ class Replayed:
             self._captured.popitem(last=False)
 
     def _capture(self, x: Tensor) -> tuple[Captured, list[Tensor]] | None:
-        """The graph of a call and the outputs that it writes; None if it cannot be captured."""
+        """Return the graph of a call and the outputs that it writes; None if it cannot be captured."""
         outputs: list[Tensor] = []
 
         def compute(images: Tensor) -> None:
@@ -239,7 +239,7 @@ class Replayed:
             return Captured(self._graphs[x.device], compute, (x,)), outputs
         except RuntimeError as error:
             self._failed = True
-            self._captured.clear()  # their memory would serve nobody
+            self._captured.clear()  # frees their memory
             self._graphs.clear()
             _LOGGER.warning("calls are not replayed as CUDA graphs: %s", error)
             return None

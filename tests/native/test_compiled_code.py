@@ -144,7 +144,7 @@ def test_five_processes_at_once(copying, compiled, tmp_path):
 @needs_native
 @pytest.mark.parametrize("place", ["a file", "read-only", "no home", "not executable"])
 def test_native_without_a_cache(fresh, compiled, monkeypatch, tmp_path, caplog, request, place):
-    """The kernels are compiled for this process alone."""
+    """The kernels are compiled only for this process."""
     monkeypatch.setattr(native, "_compile", lambda _: compiled)
     if place == "a file":
         (tmp_path / "file").touch()
@@ -158,7 +158,7 @@ def test_native_without_a_cache(fresh, compiled, monkeypatch, tmp_path, caplog, 
         monkeypatch.setenv("XDG_CACHE_HOME", str(request.getfixturevalue("noexec")))
     with caplog.at_level(logging.WARNING):
         native.library()
-    assert "native kernels are compiled for this process alone, as" in caplog.text
+    assert "native kernels are compiled only for this process, as" in caplog.text
     assert "XDG_CACHE_HOME names another folder" in caplog.text
     kept = list(compiled_code.private_folder().iterdir())
     assert [file.suffix for file in kept] == [".so"]
@@ -211,7 +211,7 @@ def test_a_read_only_home(copying, tmp_path):
     (tmp_path / "home").touch()
     done = program("native", XDG_CACHE_HOME=None, HOME=tmp_path / "home", TMPDIR=tmp_path, CXX=copying)
     assert done.returncode == 0, done.stderr
-    assert "compiled for this process alone" in done.stderr
+    assert "compiled only for this process" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
@@ -221,7 +221,7 @@ def test_compile_without_a_cache(noexec, tmp_path):
     """Where nothing may be run; where no folder can be made, torchvision itself cannot be imported."""
     done = program("compile", TORCHINDUCTOR_CACHE_DIR=noexec, TMPDIR=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "graphs of TorchInductor are compiled for this process alone" in done.stderr
+    assert "graphs of TorchInductor are compiled only for this process" in done.stderr
     assert not list(tmp_path.glob("convmixer-*"))
 
 
