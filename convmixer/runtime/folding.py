@@ -4,7 +4,7 @@ In evaluation mode a BatchNorm is `x = a*g + b` per channel, and a block of the 
 
     c = depthwise(x)    z = x + a1*act(c) + b1    g' = act(pointwise(z))    x' = a2*g' + b2
 
-The folded model carries `x/a = g + b/a` in place of x. Its a goes into the columns of both convolutions that read it,
+The folded model carries `x/a = g + b/a` instead of x. Its a goes into the columns of both convolutions that read it,
 b1 into the bias of the second one, and the residual becomes one multiply-add, `x/a + (a1/a)*act(c)`. What is left of
 the BatchNorm is the addition of b/a. It stays in front of the depthwise convolution because of the zero padding there:
 0/a is still 0, so the border needs no correction, whatever the image size and kernel. The alternative, to carry g and

@@ -97,7 +97,7 @@ while [ $# -gt 0 ]; do if [ "$1" = -o ]; then cp {folder}/native.so "$2"; fi; sh
 
 @needs_native
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "foreign"])
-def test_a_damaged_library_is_compiled_anew(fresh, compiled, monkeypatch, damage):
+def test_a_damaged_library_is_compiled_again(fresh, compiled, monkeypatch, damage):
     calls = []
     monkeypatch.setattr(native, "_compile", lambda path: calls.append(path) or compiled)
     native.library()

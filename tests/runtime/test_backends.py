@@ -173,7 +173,7 @@ def test_native_without_tiles(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_native_keeps_nan(dtype):
-    """Of any kind, in its own image alone."""
+    """NaN of any kind, and only in its own image."""
     model, x = make(), torch.randn(3, 3, 12, 12)
     for bits in (0x7FC00000, -1, 0x7F800001):
         spoilt = x.clone()
