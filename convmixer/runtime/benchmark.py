@@ -102,7 +102,7 @@ class Report:
     Attributes:
         weights: "random" where the model has none in the package.
         machine: Processor, threads, versions.
-        calibration: Which calibration images were taken, and how many; empty without int8.
+        calibration: Which calibration images were taken, and how many; empty if none were.
     """
 
     model: str

@@ -96,7 +96,7 @@ inline void store(uint16_t *p, Pair v) {
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded(v.b)));
 #endif
 }
-// 32 channels in their own order, as a matrix product leaves them.
+// 32 channels in their own order, as a matrix multiplication leaves them.
 inline void store_ordered(float *p, __m512 a, __m512 b) { store(p, Pair{a, b}); }
 inline void store_ordered(uint16_t *p, __m512 a, __m512 b) {
 #ifdef __AVX512BF16__
