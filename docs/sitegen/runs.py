@@ -42,7 +42,7 @@ def _recipes() -> str:
     }
 
     def shown(value: object) -> str:
-        return f"`{value}`" if value != () else "none"
+        return "none" if value in ((), "") else f"`{value}`"
 
     rows = [(f"`{f.name}`", meanings[f.name], shown(f.default)) for f in dataclasses.fields(Recipe)]
     return table(("field", "meaning", "default"), rows)
