@@ -21,8 +21,8 @@ import convmixer
 from convmixer.runtime.benchmark import device_name
 from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe, get_recipe, train
-from convmixer.training.loop import _no_denormals, autocast
 from convmixer.training.optimizers import create_optimizer
+from convmixer.training.session import _no_denormals, autocast
 
 
 def write_images(folder: Path, count: int, side: int, classes: int = 10) -> None:

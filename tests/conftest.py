@@ -71,16 +71,16 @@ def data_folder() -> Path:
 @pytest.fixture
 def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training builds models of 8x8 images and two blocks and draws no curves: an epoch takes less than a second."""
-    from convmixer.training import loop
+    from convmixer.training import session
 
     def create(name: str, pretrained: bool = False, **options: Any) -> convmixer.ConvMixer:
         model = convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
         model.pretrained_cfg["input_size"] = (3, 8, 8)
         return model
 
-    monkeypatch.setattr(loop, "create_model", create)
-    monkeypatch.setattr(loop, "write_figure", lambda _, path: path.touch())
-    monkeypatch.setattr(loop, "plot_history", lambda _: None)
+    monkeypatch.setattr(session, "create_model", create)
+    monkeypatch.setattr(session, "write_figure", lambda _, path: path.touch())
+    monkeypatch.setattr(session, "plot_history", lambda _: None)
 
 
 def small(**changes: Any) -> convmixer.ConvMixer:

@@ -11,7 +11,7 @@ from timm.optim import Lookahead
 import convmixer
 from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
-from convmixer.training import get_recipe, loop
+from convmixer.training import get_recipe, session
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_the_average_follows_its_formula():
 @pytest.mark.slow
 def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
     """The same model, images and schedule: loss by loss, and the averaged weights at the end."""
-    monkeypatch.setattr(loop, "create_model", lambda *a, **k: convmixer.create_model(*a, **k, depth=3, dim=32))
+    monkeypatch.setattr(session, "create_model", lambda *a, **k: convmixer.create_model(*a, **k, depth=3, dim=32))
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images * 15).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
     images = Images(pixels[:1600].contiguous(), torch.from_numpy(bunch.target[:1600]), tuple("0123456789"))
@@ -202,7 +202,8 @@ def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
         model="convmixer_128_8_ks7_p2", epochs=6, batch_size=32, warmup=0.1, knee=(1.0, 0.0), ema_decay=0.95,
         label_smoothing=0.1, flip=0.0, rand_augment=(0, 0),
     )  # fmt: skip
-    trainer = loop._Trainer(recipe, images, CPU, loop._accelerator(CPU, (), tmp_path, "no"), compile=False, fused=False)
+    accelerator = session._accelerator(CPU, (), tmp_path, "no")
+    trainer = session._Trainer(recipe, images, CPU, accelerator, compile=False, fused=False)
     model, batches, found = copy.deepcopy(trainer.model), [], []
     part, compute = trainer._part, trainer._compute
 
@@ -218,7 +219,7 @@ def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_part", noted_part)
     monkeypatch.setattr(trainer, "_compute", noted_compute)
     for epoch in range(recipe.epochs):
-        trainer.epoch(epoch, loop._Place(), lambda: 0, loop._no_progress)
+        trainer.epoch(epoch, session._Place(), lambda: 0, session._no_progress)
 
     expected, average = _plain_loop(model, recipe, [(x, y) for x, y, _ in batches])
     assert len(found) == len(expected) == 300

@@ -38,8 +38,8 @@ from convmixer.evaluation import validate
 from convmixer.native import library as native
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.history import Epoch
-from convmixer.training.loop import _diagnose, _no_denormals
 from convmixer.training.run import Run
+from convmixer.training.session import _diagnose, _no_denormals
 
 pytestmark = pytest.mark.usefixtures("small_training")
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
@@ -295,10 +295,10 @@ def test_hold_out_is_a_partition_that_the_seed_decides():
 
 
 def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
-    monkeypatch.setattr(loop, "write_figure", plots.write_figure)
-    monkeypatch.setattr(loop, "plot_history", plots.plot_history)
+    monkeypatch.setattr(session, "write_figure", plots.write_figure)
+    monkeypatch.setattr(session, "plot_history", plots.plot_history)
     lines: list[str] = []
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=lines.append)
@@ -332,9 +332,9 @@ def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
 
 
 def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    monkeypatch.setattr(session, "create_model", convmixer.create_model)
     recipe = get_recipe("cifar10", **{**QUICK, "in_chans": 1, "input_size": (8, 12), "image_sizes": ((0.0, 6),)})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     model = convmixer.create_model("convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu")
@@ -346,9 +346,9 @@ def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_brings_its_image_size(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    monkeypatch.setattr(session, "create_model", convmixer.create_model)
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "input_size": (8, 8)})
     first = train(recipe, digits, tmp_path / "first", device="cpu", report=quiet)
     second = recipe.override(input_size=(), checkpoint=str(first.weights), lr=1e-9)
@@ -380,15 +380,15 @@ def test_images_are_fitted_as_the_transform_of_timm_does(tmp_path, mode, shape):
 
 
 def test_without_validation_the_test_images_are_looked_at_once(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
-    real, seen = loop.evaluate, []
+    real, seen = session.evaluate, []
 
     def spy(model, images, **options):
         seen.append(len(images))
         return real(model, images, **options)
 
-    monkeypatch.setattr(loop, "evaluate", spy)
+    monkeypatch.setattr(session, "evaluate", spy)
     recipe = get_recipe("cifar10", **QUICK, validation_fraction=0.0)
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     assert seen == [0, 0, 60]
@@ -649,11 +649,11 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
 
 
 def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
     created = []
     monkeypatch.setattr(
-        loop, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1]
+        session, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1]
     )
     tiny = {"image_sizes": ((0.0, 8),), "epochs": 1, "batch_size": 135}
     frozen = get_recipe("finetune", frozen=1.0, **tiny)
@@ -663,7 +663,7 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
         assert torch.equal(value, source[key]) or key.startswith("head.")
 
     rates = {}
-    real = loop.create_optimizer
+    real = session.create_optimizer
 
     def spy(recipe, model, where):
         optimizer = real(recipe, model, where)
@@ -671,7 +671,7 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
         rates.update({names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]})
         return optimizer
 
-    monkeypatch.setattr(loop, "create_optimizer", spy)
+    monkeypatch.setattr(session, "create_optimizer", spy)
     train(get_recipe("finetune", layer_decay=0.5, **tiny), digits, tmp_path / "decay", device="cpu", report=quiet)
     assert rates["head.weight"] == 1
     assert rates["blocks.7.1.weight"] / rates["blocks.6.1.weight"] == pytest.approx(2)
@@ -745,9 +745,9 @@ def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    monkeypatch.setattr(session, "create_model", convmixer.create_model)
     train(COMMANDED.override(epochs=8), digits, tmp_path / "whole", device="cpu", report=quiet)
     folder, rows = tmp_path / "run", 0
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -770,12 +770,12 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
 
 
 def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
     fields = {"rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2, "cutmix": 0.5, "mix_prob": 0.7, "mix_until": 0.8}
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, **fields})
     whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
-    real, count = loop._Trainer.step, []
+    real, count = session._Trainer.step, []
 
     def step(self, *arguments):
         count.append(1)
@@ -783,7 +783,7 @@ def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monk
             signal.raise_signal(signal.SIGTERM)
         return real(self, *arguments)
 
-    monkeypatch.setattr(loop._Trainer, "step", step)
+    monkeypatch.setattr(session._Trainer, "step", step)
     with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 8, and saved") as stop:
         train(recipe, digits, tmp_path / "parts", device="cpu", report=quiet)
     assert stop.value.signal == signal.SIGTERM
@@ -827,9 +827,9 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
 
 
 def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    monkeypatch.setattr(session, "create_model", convmixer.create_model)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
     done = finish(_command(digits, tmp_path / "two", *common, launcher=launcher))
@@ -863,9 +863,9 @@ def test_too_few_images(digits, tmp_path):
 
 
 def test_fine_tuning_starts_from_the_weights(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+    monkeypatch.setattr(session, "create_model", convmixer.create_model)
     recipe = get_recipe("cifar10", **{**QUICK, "model": "convmixer_256_8.cifar10", "epochs": 1, "lr": 1e-9})
     recipe = recipe.override(image_sizes=((0.0, 8),))
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
