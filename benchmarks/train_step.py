@@ -31,7 +31,7 @@ import convmixer
 from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe
 from convmixer.training.optimizers import create_optimizer
-from convmixer.training.session import autocast
+from convmixer.training.precision import autocast
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
 

@@ -19,7 +19,7 @@ from convmixer.errors import ArgumentError, DataError
 from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, preparation
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
-from convmixer.training.session import autocast
+from convmixer.training.precision import autocast
 from convmixer.wrappers import find_model
 
 

@@ -71,14 +71,15 @@ def data_folder() -> Path:
 @pytest.fixture
 def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training builds models of 8x8 images and two blocks and draws no curves: an epoch takes less than a second."""
-    from convmixer.training import session
+    from convmixer.training import session, splits, trainer
 
     def create(name: str, pretrained: bool = False, **options: Any) -> convmixer.ConvMixer:
         model = convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
         model.pretrained_cfg["input_size"] = (3, 8, 8)
         return model
 
-    monkeypatch.setattr(session, "create_model", create)
+    for module in (splits, trainer):
+        monkeypatch.setattr(module, "create_model", create)
     monkeypatch.setattr(session, "write_figure", lambda _, path: path.touch())
     monkeypatch.setattr(session, "plot_history", lambda _: None)
 

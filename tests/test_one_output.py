@@ -14,7 +14,7 @@ from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
 from convmixer.inference import label_names
-from convmixer.training.session import evaluate
+from convmixer.training import evaluate
 
 
 @pytest.fixture

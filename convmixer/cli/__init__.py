@@ -42,7 +42,7 @@ from convmixer.runtime.export import FORMATS, OPSET, export_model
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.history import read_history
-from convmixer.training.session import PRECISIONS, choose_precision
+from convmixer.training.precision import PRECISIONS, choose_precision
 from convmixer.transforms import preprocessing
 
 OUT = Console(highlight=False, emoji=False)

@@ -162,14 +162,14 @@ def test_training_from_a_stream_is_training_from_memory(digits, tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_a_stream_that_is_stopped_goes_on_exactly(digits, shards, tmp_path, monkeypatch, kind):
-    from convmixer.training import session
+    from convmixer.training.trainer import Trainer
 
     source = digits if kind == "folder" else f"wds/{shards}"
     fields = {"stream": True, "batch_size": 16, "crop_scale": 0.5, "rand_augment": (1, 9), "validation_fraction": 0.0}
     recipe = get_recipe("cifar10", **{**QUICK, **fields})
     options = {"device": "cpu", "report": quiet, "workers": 2}
     whole = train(recipe, source, tmp_path / "whole", **options)
-    real, count = session._Trainer.step, []
+    real, count = Trainer.step, []
 
     def step(self, *arguments):
         count.append(1)
@@ -177,7 +177,7 @@ def test_a_stream_that_is_stopped_goes_on_exactly(digits, shards, tmp_path, monk
             signal.raise_signal(signal.SIGTERM)
         return real(self, *arguments)
 
-    monkeypatch.setattr(session._Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 9"):
         train(recipe, source, tmp_path / "parts", **options)
     if kind == "shards":
@@ -454,10 +454,10 @@ def test_images_that_do_not_fit_into_memory(digits, monkeypatch):
 
 
 def test_synchronised_batchnorm_shares_the_tensors_of_the_model():
-    from convmixer.training.session import _synchronised
+    from convmixer.training.trainer import synchronised
 
     model = convmixer.ConvMixer(8, 2, 3, 2, num_classes=2)
-    twin = _synchronised(model)
+    twin = synchronised(model)
     kinds = [type(module) for module in twin.modules()]
     assert kinds.count(torch.nn.SyncBatchNorm) == 5
     assert torch.nn.BatchNorm2d not in kinds

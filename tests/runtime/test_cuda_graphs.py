@@ -15,6 +15,10 @@ from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
 from convmixer.runtime.cuda_graphs import KEPT, WARM_UP, CudaGraphs, Graphed, Replayed
 from convmixer.training import get_recipe, session
+from convmixer.training.checks import why_no_graph
+from convmixer.training.precision import PRECISIONS
+from convmixer.training.trainer import PartialEpoch, Trainer
+from convmixer.training.validation import no_progress
 
 pytestmark = pytest.mark.usefixtures("small_training")
 SMALL = {"epochs": 4, "batch_size": 16, "lr": 0.01, "model": "convmixer_128_8_ks7_p2", "rand_augment": (0, 0)}
@@ -95,18 +99,18 @@ def _trainer(tmp_path, graphs=None, device="cpu", precision="float32", **fields)
     options = {name: fields.pop(name, False) for name in ("compile", "fused")}
     recipe = get_recipe("cifar10", **{**SMALL, **fields})
     where = torch.device(device)
-    accelerator = session._accelerator(where, (), tmp_path, session.PRECISIONS[precision])
+    accelerator = session._accelerator(where, (), tmp_path, PRECISIONS[precision])
     torch.manual_seed(7)
-    trainer = session._Trainer(recipe, _images(), where, accelerator, graphs=graphs, not_captured=_never, **options)
+    trainer = Trainer(recipe, _images(), where, accelerator, graphs=graphs, not_captured=_never, **options)
     assert trainer.steps == STEPS
     return trainer
 
 
-def _train(trainer: session._Trainer, epochs: int = 4, begin: int = 0) -> dict[str, torch.Tensor]:
+def _train(trainer: Trainer, epochs: int = 4, begin: int = 0) -> dict[str, torch.Tensor]:
     """Everything that a run keeps; losses are in it as "losses"."""
     losses = []
     for epoch in range(begin, begin + epochs):
-        place, _ = trainer.epoch(epoch, session._Place(), lambda: 0, session._no_progress)
+        place, _ = trainer.epoch(epoch, PartialEpoch(), lambda: 0, no_progress)
         losses += [place.loss, place.correct]
     state = copy.deepcopy(trainer.state())
     kept = {f"{part}.{k}": v for part in ("model", "average") for k, v in (state[part] or {}).items()}
@@ -221,7 +225,7 @@ def test_a_graph_that_cannot_be_is_refused(tmp_path):
 )
 def test_why_a_step_is_not_a_graph(fields, precision, processes, text):
     recipe = get_recipe("cifar10", **{**SMALL, **fields})
-    assert session._no_graph(recipe, torch.device("cuda"), precision, processes) == text
+    assert why_no_graph(recipe, torch.device("cuda"), precision, processes) == text
 
 
 def _read_in_each_step(trainer, monkeypatch) -> list[str]:

@@ -12,7 +12,10 @@ import convmixer
 from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
 from convmixer.training import get_recipe, session
+from convmixer.training import trainer as trainer_module
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
+from convmixer.training.trainer import PartialEpoch, Trainer
+from convmixer.training.validation import no_progress
 
 CPU = torch.device("cpu")
 MUON = get_recipe("cifar10", opt="muon", lr=0.01, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-3)
@@ -194,7 +197,9 @@ def test_the_average_follows_its_formula():
 @pytest.mark.slow
 def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
     """The same model, images and schedule: loss by loss, and the averaged weights at the end."""
-    monkeypatch.setattr(session, "create_model", lambda *a, **k: convmixer.create_model(*a, **k, depth=3, dim=32))
+    monkeypatch.setattr(
+        trainer_module, "create_model", lambda *a, **k: convmixer.create_model(*a, **k, depth=3, dim=32)
+    )
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images * 15).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
     images = Images(pixels[:1600].contiguous(), torch.from_numpy(bunch.target[:1600]), tuple("0123456789"))
@@ -203,7 +208,7 @@ def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
         label_smoothing=0.1, flip=0.0, rand_augment=(0, 0),
     )  # fmt: skip
     accelerator = session._accelerator(CPU, (), tmp_path, "no")
-    trainer = session._Trainer(recipe, images, CPU, accelerator, compile=False, fused=False)
+    trainer = Trainer(recipe, images, CPU, accelerator, compile=False, fused=False)
     model, batches, found = copy.deepcopy(trainer.model), [], []
     part, compute = trainer._part, trainer._compute
 
@@ -219,7 +224,7 @@ def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_part", noted_part)
     monkeypatch.setattr(trainer, "_compute", noted_compute)
     for epoch in range(recipe.epochs):
-        trainer.epoch(epoch, session._Place(), lambda: 0, session._no_progress)
+        trainer.epoch(epoch, PartialEpoch(), lambda: 0, no_progress)
 
     expected, average = _plain_loop(model, recipe, [(x, y) for x, y, _ in batches])
     assert len(found) == len(expected) == 300

@@ -19,12 +19,13 @@ TORCH = tuple(map(int, version("torch").split(".")[:2]))
 TRAIN = """
 import sys, convmixer
 from convmixer.errors import TrainingStopped
-from convmixer.training import get_recipe, session, train
+from convmixer.training import get_recipe, session, splits, train, trainer
 def create(name, pretrained=False, **options):
     model = convmixer.create_model(name, pretrained, **{**options, "depth": 1, "dim": 4})
     model.pretrained_cfg["input_size"] = (3, 8, 8)
     return model
-session.create_model, session.plot_history, session.write_figure = create, lambda _: None, lambda _, path: path.touch()
+splits.create_model = trainer.create_model = create
+session.plot_history, session.write_figure = lambda _: None, lambda _, path: path.touch()
 data, folder, epochs = sys.argv[1:]
 recipe = get_recipe("cifar10", epochs=int(epochs), batch_size=2, rand_augment=(0, 0), model="convmixer_128_8_ks7_p2")
 recipe = recipe.override(validation_fraction=0.0)

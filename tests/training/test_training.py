@@ -38,8 +38,9 @@ from convmixer.evaluation import validate
 from convmixer.native import library as native
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.history import Epoch
+from convmixer.training.precision import flush_denormals
 from convmixer.training.run import Run
-from convmixer.training.session import _diagnose, _no_denormals
+from convmixer.training.trainer import Trainer, diagnose
 
 pytestmark = pytest.mark.usefixtures("small_training")
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
@@ -332,9 +333,10 @@ def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
 
 
 def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
-    from convmixer.training import session
+    from convmixer.training import splits, trainer
 
-    monkeypatch.setattr(session, "create_model", convmixer.create_model)
+    for module in (splits, trainer):
+        monkeypatch.setattr(module, "create_model", convmixer.create_model)
     recipe = get_recipe("cifar10", **{**QUICK, "in_chans": 1, "input_size": (8, 12), "image_sizes": ((0.0, 6),)})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     model = convmixer.create_model("convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu")
@@ -346,9 +348,10 @@ def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_brings_its_image_size(digits, tmp_path, monkeypatch):
-    from convmixer.training import session
+    from convmixer.training import splits, trainer
 
-    monkeypatch.setattr(session, "create_model", convmixer.create_model)
+    for module in (splits, trainer):
+        monkeypatch.setattr(module, "create_model", convmixer.create_model)
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "input_size": (8, 8)})
     first = train(recipe, digits, tmp_path / "first", device="cpu", report=quiet)
     second = recipe.override(input_size=(), checkpoint=str(first.weights), lr=1e-9)
@@ -622,13 +625,13 @@ def test_a_loss_that_explodes_stops_the_run(digits, tmp_path):
 def test_the_layer_that_overflows_is_named():
     model = convmixer.ConvMixer(8, 3, 3, 2, num_classes=2).eval()
     images = torch.randn(2, 3, 8, 8)
-    assert "gradients" in _diagnose(model, images)
-    assert _diagnose(model, images * math.nan) == "the images are not finite"
+    assert "gradients" in diagnose(model, images)
+    assert diagnose(model, images * math.nan) == "the images are not finite"
     model.blocks[1][1].bias.data.fill_(3e38)
     model.blocks[1][1].weight.data.fill_(3e38)
-    assert _diagnose(model, images) == "the output of blocks.1.1 is not finite"
+    assert diagnose(model, images) == "the output of blocks.1.1 is not finite"
     model.head.bias.data.fill_(math.inf)
-    assert _diagnose(model, images) == "head.bias is not finite"
+    assert diagnose(model, images) == "head.bias is not finite"
 
 
 def test_early_stopping_restores_the_best_weights(digits, tmp_path):
@@ -649,11 +652,11 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
 
 
 def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
-    from convmixer.training import session
+    from convmixer.training import trainer
 
     created = []
     monkeypatch.setattr(
-        session, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1]
+        trainer, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1]
     )
     tiny = {"image_sizes": ((0.0, 8),), "epochs": 1, "batch_size": 135}
     frozen = get_recipe("finetune", frozen=1.0, **tiny)
@@ -663,7 +666,7 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
         assert torch.equal(value, source[key]) or key.startswith("head.")
 
     rates = {}
-    real = session.create_optimizer
+    real = trainer.create_optimizer
 
     def spy(recipe, model, where):
         optimizer = real(recipe, model, where)
@@ -671,7 +674,7 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
         rates.update({names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]})
         return optimizer
 
-    monkeypatch.setattr(session, "create_optimizer", spy)
+    monkeypatch.setattr(trainer, "create_optimizer", spy)
     train(get_recipe("finetune", layer_decay=0.5, **tiny), digits, tmp_path / "decay", device="cpu", report=quiet)
     assert rates["head.weight"] == 1
     assert rates["blocks.7.1.weight"] / rates["blocks.6.1.weight"] == pytest.approx(2)
@@ -745,9 +748,10 @@ def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 
 
 def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path, monkeypatch):
-    from convmixer.training import session
+    from convmixer.training import splits, trainer
 
-    monkeypatch.setattr(session, "create_model", convmixer.create_model)
+    for module in (splits, trainer):
+        monkeypatch.setattr(module, "create_model", convmixer.create_model)
     train(COMMANDED.override(epochs=8), digits, tmp_path / "whole", device="cpu", report=quiet)
     folder, rows = tmp_path / "run", 0
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -770,12 +774,10 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
 
 
 def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):
-    from convmixer.training import session
-
     fields = {"rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2, "cutmix": 0.5, "mix_prob": 0.7, "mix_until": 0.8}
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, **fields})
     whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
-    real, count = session._Trainer.step, []
+    real, count = Trainer.step, []
 
     def step(self, *arguments):
         count.append(1)
@@ -783,7 +785,7 @@ def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monk
             signal.raise_signal(signal.SIGTERM)
         return real(self, *arguments)
 
-    monkeypatch.setattr(session._Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 8, and saved") as stop:
         train(recipe, digits, tmp_path / "parts", device="cpu", report=quiet)
     assert stop.value.signal == signal.SIGTERM
@@ -827,9 +829,10 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
 
 
 def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monkeypatch):
-    from convmixer.training import session
+    from convmixer.training import splits, trainer
 
-    monkeypatch.setattr(session, "create_model", convmixer.create_model)
+    for module in (splits, trainer):
+        monkeypatch.setattr(module, "create_model", convmixer.create_model)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
     done = finish(_command(digits, tmp_path / "two", *common, launcher=launcher))
@@ -863,9 +866,10 @@ def test_too_few_images(digits, tmp_path):
 
 
 def test_fine_tuning_starts_from_the_weights(digits, tmp_path, monkeypatch):
-    from convmixer.training import session
+    from convmixer.training import splits, trainer
 
-    monkeypatch.setattr(session, "create_model", convmixer.create_model)
+    for module in (splits, trainer):
+        monkeypatch.setattr(module, "create_model", convmixer.create_model)
     recipe = get_recipe("cifar10", **{**QUICK, "model": "convmixer_256_8.cifar10", "epochs": 1, "lr": 1e-9})
     recipe = recipe.override(image_sizes=((0.0, 8),))
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
@@ -927,7 +931,7 @@ def test_on_a_gpu(digits, tmp_path):
 def test_tiny_numbers_are_zero_while_training():
     # A processor takes up to 100 times as long over them.
     seen = []
-    with _no_denormals(torch.device("cpu")):
+    with flush_denormals(torch.device("cpu")):
         seen.append(float(torch.full((1000,), 1e-30).mul(1e-10).max()))
     assert seen == [0]
     assert float(torch.full((1000,), 1e-30).mul(1e-10).max()) == pytest.approx(1e-40, rel=1e-3)
