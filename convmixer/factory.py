@@ -273,7 +273,8 @@ def open_run(
             f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or "
             f"load best.safetensors as the checkpoint of {recipe['model']}"
         )
-    return create_model(recipe["model"], checkpoint=weights, device=device)
+    sizes = dict(recipe.get("model_args", ()))
+    return create_model(recipe["model"], checkpoint=weights, device=device, **sizes)
 
 
 def read_recipe(run: Path) -> dict[str, Any]:
@@ -281,7 +282,8 @@ def read_recipe(run: Path) -> dict[str, Any]:
     try:
         recipe: dict[str, Any] = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
         if not isinstance(recipe["model"], str):
-            raise TypeError("model is no text")
+            raise TypeError("model is not text")
+        dict(recipe.get("model_args", ()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "give a run, or a model's name such as those of `convmixer list`"
         if (run / "config.json").is_file():

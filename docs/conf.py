@@ -471,8 +471,8 @@ class Records(SphinxDirective):
     required_arguments = 1
 
     def run(self) -> list[Node]:
-        for module in (registry, recipes):
-            self.env.note_dependency(inspect.getfile(module))
+        for source in (registry, Recipe, recipes):
+            self.env.note_dependency(inspect.getfile(source))
         return self.parse_text_to_nodes(_RECORDS[self.arguments[0]]())
 
 

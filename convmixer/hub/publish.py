@@ -330,7 +330,7 @@ def _labels(model: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:
 
 def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
     """The model of a finished run, and what its folder tells."""
-    from convmixer.training.recipes import Recipe  # with it the whole of training is imported
+    from convmixer.training.recipe import Recipe  # with it the whole of training is imported
 
     if not (run / "result.json").is_file() and (run / "config.json").is_file():  # recipe.json may be in both
         raise ArgumentError(

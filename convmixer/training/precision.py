@@ -1,4 +1,4 @@
-"""In which numbers a run computes."""
+"""The precision in which models compute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # in acce
 
 
 def choose_precision(device: torch.device, precision: str) -> str:
-    """ "float32", "bfloat16" or "float16" by `precision`, one of them or "auto": bfloat16 where it is faster."""
+    """Return "float32", "bfloat16" or "float16": `precision` itself, or for "auto" the faster of the first two.
+
+    Raises:
+        ArgumentError: An unknown precision, or float16 without a GPU.
+    """
     if precision == "auto":
         return "bfloat16" if bf16_is_faster(device) else "float32"
     if precision not in PRECISIONS:
@@ -26,14 +30,14 @@ def choose_precision(device: torch.device, precision: str) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Computes in the numbers of `choose_precision`."""
+    """Return a context that computes in what `choose_precision` chooses."""
     chosen = choose_precision(device, precision)
     return contextlib.nullcontext() if chosen == "float32" else torch.autocast(device.type, getattr(torch, chosen))
 
 
 @contextlib.contextmanager
 def flush_denormals(device: torch.device) -> Iterator[None]:
-    """On a CPU, numbers below 1e-38 count as zero meanwhile: with them a step takes up to twice as long."""
+    """Treat numbers below 1e-38 as zero on a CPU, within the block: with them a step takes up to twice as long."""
     flushing = float(torch.tensor(1e-40)) == 0
     if device.type == "cpu" and not flushing:
         torch.set_flush_denormal(True)  # in this thread, and in those that it starts from here on

@@ -21,6 +21,7 @@ Progress = Callable[..., Iterable[Any]]
 
 
 def no_progress(items: Iterable[Any], _description: str = "") -> Iterable[Any]:
+    """Show nothing."""
     return items
 
 
@@ -33,7 +34,7 @@ def evaluate(
     precision: str = "float32",
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Loss and top-1 accuracy over a split, without augmentation. Wrappers of the model are looked into.
+    """Measure loss and top-1 accuracy over a split, without augmentation; the model may be in wrappers.
 
     Returns:
         `{"loss": mean cross entropy, "top1": percent, "count": images}`.

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import write_digits
+from conftest import SMALL_MODEL, write_digits
 from PIL import Image
 from processes import finish, started, wait_for
 from safetensors.torch import load_file
@@ -35,15 +35,16 @@ from convmixer.data.memory import Images, Share, class_weights, hold_out, load_i
 from convmixer.data.readers import has_split
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
+from convmixer.factory import open_model
 from convmixer.native import library as native
 from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
 from convmixer.training.history import Epoch
 from convmixer.training.precision import flush_denormals
-from convmixer.training.run import Run
-from convmixer.training.trainer import Trainer, diagnose
+from convmixer.training.run import RunFolder
+from convmixer.training.trainer import Trainer, find_nonfinite
 
-pytestmark = pytest.mark.usefixtures("small_training")
-QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
+pytestmark = pytest.mark.usefixtures("no_curves")
+QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, **SMALL_MODEL}
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +110,16 @@ def test_image_sizes_change_at_their_part_of_the_run():
             "contradictory recipe: auto_augment='v0' takes the place of trivial_augment=True: leave one of them out",
         ),
         ({"in_chans": 2}, "recipe field in_chans=2: give 3 or 1"),
+        (
+            {"model_args": (("width", 8),)},
+            "recipe field model_args=(('width', 8),): give pairs of one of dim, depth, kernel_size, patch_size and a "
+            "whole number of at least 1",
+        ),
+        ({"model_args": (("depth", 0),)}, "recipe field model_args=(('depth', 0),): give pairs"),
+        ({"rand_augment": (2,)}, "recipe field rand_augment=(2,): give two whole numbers"),
+        ({"knee": 0.8}, "recipe field knee=0.8: give two numbers"),
+        ({"betas": (0.9,)}, "recipe field betas=(0.9,): give 2 numbers in [0, 1), or none"),
+        ({"opt": "sgd", "betas": (0.9, 0.9)}, "recipe field betas=(0.9, 0.9): give none: 'sgd' has no betas"),
         ({"input_size": (8,)}, "recipe field input_size=(8,): give height and width"),
         ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give in (0, 1]"),
         ({"patience": 3, "validation_fraction": 0.0}, "contradictory recipe: patience needs validation images"),
@@ -296,10 +307,10 @@ def test_hold_out_is_a_partition_that_the_seed_decides():
 
 
 def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
-    from convmixer.training import session
+    from convmixer.training import run
 
-    monkeypatch.setattr(session, "write_figure", plots.write_figure)
-    monkeypatch.setattr(session, "plot_history", plots.plot_history)
+    monkeypatch.setattr(run, "write_figure", plots.write_figure)
+    monkeypatch.setattr(run, "plot_history", plots.plot_history)
     lines: list[str] = []
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=lines.append)
@@ -318,9 +329,8 @@ def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["test_accuracy"] == result.test_accuracy
     assert any("validation loss" in line for line in lines)
-    model = convmixer.create_model(
-        "convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu", depth=2, dim=16
-    ).eval()
+    model = open_model(str(tmp_path / "run"), device="cpu").eval()  # of other sizes than its variant
+    assert (model.dim, len(model.blocks)) == (16, 2)
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(model(x), result.model.eval()(x))
     assert model.pretrained_cfg["label_names"] == ("digit 0", "digit 1", "digit 2", "digit 3")
@@ -332,14 +342,10 @@ def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
     assert result.test_accuracy[digits.name] == pytest.approx(correct)
 
 
-def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
-    from convmixer.training import splits, trainer
-
-    for module in (splits, trainer):
-        monkeypatch.setattr(module, "create_model", convmixer.create_model)
+def test_grey_images_that_are_not_square(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "in_chans": 1, "input_size": (8, 12), "image_sizes": ((0.0, 6),)})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
-    model = convmixer.create_model("convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu")
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu", depth=2, dim=16)
     assert model.in_chans == 1
     assert model.pretrained_cfg["input_size"] == (1, 8, 12)
     found = validate(model, digits)
@@ -347,11 +353,7 @@ def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
     assert found.top1 == pytest.approx(result.test_accuracy[digits.name], abs=2)  # Pillow and torchvision round apart
 
 
-def test_a_checkpoint_brings_its_image_size(digits, tmp_path, monkeypatch):
-    from convmixer.training import splits, trainer
-
-    for module in (splits, trainer):
-        monkeypatch.setattr(module, "create_model", convmixer.create_model)
+def test_a_checkpoint_brings_its_image_size(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "input_size": (8, 8)})
     first = train(recipe, digits, tmp_path / "first", device="cpu", report=quiet)
     second = recipe.override(input_size=(), checkpoint=str(first.weights), lr=1e-9)
@@ -625,13 +627,13 @@ def test_a_loss_that_explodes_stops_the_run(digits, tmp_path):
 def test_the_layer_that_overflows_is_named():
     model = convmixer.ConvMixer(8, 3, 3, 2, num_classes=2).eval()
     images = torch.randn(2, 3, 8, 8)
-    assert "gradients" in diagnose(model, images)
-    assert diagnose(model, images * math.nan) == "the images are not finite"
+    assert "gradients" in find_nonfinite(model, images)
+    assert find_nonfinite(model, images * math.nan) == "the images are not finite"
     model.blocks[1][1].bias.data.fill_(3e38)
     model.blocks[1][1].weight.data.fill_(3e38)
-    assert diagnose(model, images) == "the output of blocks.1.1 is not finite"
+    assert find_nonfinite(model, images) == "the output of blocks.1.1 is not finite"
     model.head.bias.data.fill_(math.inf)
-    assert diagnose(model, images) == "head.bias is not finite"
+    assert find_nonfinite(model, images) == "head.bias is not finite"
 
 
 def test_early_stopping_restores_the_best_weights(digits, tmp_path):
@@ -654,10 +656,6 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
 def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
     from convmixer.training import trainer
 
-    created = []
-    monkeypatch.setattr(
-        trainer, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1]
-    )
     tiny = {"image_sizes": ((0.0, 8),), "epochs": 1, "batch_size": 135}
     frozen = get_recipe("finetune", frozen=1.0, **tiny)
     result = train(frozen, digits, tmp_path / "frozen", device="cpu", report=quiet)
@@ -747,11 +745,7 @@ def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path, monkeypatch):
-    from convmixer.training import splits, trainer
-
-    for module in (splits, trainer):
-        monkeypatch.setattr(module, "create_model", convmixer.create_model)
+def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path):
     train(COMMANDED.override(epochs=8), digits, tmp_path / "whole", device="cpu", report=quiet)
     folder, rows = tmp_path / "run", 0
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -800,7 +794,7 @@ def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monk
 def test_a_folder_is_trained_in_once_at_a_time(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
     refused = pytest.raises(ArgumentError, match=r"another process is training in .*: wait for it or choose another")
-    with Run(tmp_path / "run", recipe, resume=False).locked(), refused:
+    with RunFolder(tmp_path / "run", recipe, resume=False).locked(), refused:
         train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
 
@@ -816,7 +810,7 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
 
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(ConvMixerError, match=r"cannot write .*safe.*What was saved before is whole: make room"):
+        with pytest.raises(ConvMixerError, match=r"cannot write .*safe.*What was saved before is intact: make room"):
             train(recipe, digits, tmp_path / "run", device="cpu", report=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -828,11 +822,7 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
     assert len(result.history) == 3
 
 
-def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monkeypatch):
-    from convmixer.training import splits, trainer
-
-    for module in (splits, trainer):
-        monkeypatch.setattr(module, "create_model", convmixer.create_model)
+def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
     done = finish(_command(digits, tmp_path / "two", *common, launcher=launcher))
@@ -865,13 +855,9 @@ def test_too_few_images(digits, tmp_path):
         train(get_recipe("cifar10"), digits, tmp_path / "run", report=quiet)
 
 
-def test_fine_tuning_starts_from_the_weights(digits, tmp_path, monkeypatch):
-    from convmixer.training import splits, trainer
-
-    for module in (splits, trainer):
-        monkeypatch.setattr(module, "create_model", convmixer.create_model)
+def test_fine_tuning_starts_from_the_weights(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "model": "convmixer_256_8.cifar10", "epochs": 1, "lr": 1e-9})
-    recipe = recipe.override(image_sizes=((0.0, 8),))
+    recipe = recipe.override(model_args=(), input_size=(), image_sizes=((0.0, 8),))
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     source = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
     for a, b in zip(result.model.blocks.parameters(), source.blocks.parameters(), strict=True):
