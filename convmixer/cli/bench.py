@@ -48,7 +48,7 @@ def bench(
     plot_file: Path | None,
     **further: Any,
 ) -> None:
-    """Time MODEL in all backends and precisions, and timm's model next to it, in one process.
+    """Time MODEL in all backends and precisions, against timm's, in one process.
 
     MODEL is any name of create_model, the folder of a run of `convmixer train`, or a .safetensors file.
 

@@ -342,6 +342,13 @@ def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
     assert result.test_accuracy[digits.name] == pytest.approx(correct)
 
 
+@pytest.mark.parametrize("sizes", [3, ["depth"], [["depth", "two"]]])
+def test_sizes_in_the_record_of_a_run_are_checked(tmp_path, sizes):
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": "convmixer_256_8", "model_args": sizes}))
+    with pytest.raises(DataError, match="which has a recipe.json that names a model"):
+        open_model(str(tmp_path), device="cpu")
+
+
 def test_grey_images_that_are_not_square(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "in_chans": 1, "input_size": (8, 12), "image_sizes": ((0.0, 6),)})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
