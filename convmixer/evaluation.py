@@ -19,7 +19,8 @@ from convmixer.errors import ArgumentError, DataError
 from convmixer.factory import open_model
 from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, preparation
 from convmixer.model import evaluation_view
-from convmixer.runtime.backends import calibration_images, optimize
+from convmixer.runtime.optimize import optimize
+from convmixer.runtime.quantize import calibration_images
 from convmixer.tracing import computing
 from convmixer.training.precision import autocast, choose_precision
 from convmixer.wrappers import find_model

@@ -16,8 +16,9 @@ from convmixer import plots
 from convmixer.cli import options
 from convmixer.cli.console import ERR, OUT, Command, plain, say
 from convmixer.hub.checkpoints import check_writable, write_atomically
-from convmixer.runtime.backends import BACKENDS
-from convmixer.runtime.benchmark import DTYPES, Report, Result, benchmark
+from convmixer.runtime.benchmark import Report, Result, benchmark
+from convmixer.runtime.candidates import DTYPES
+from convmixer.runtime.choose import BACKENDS
 
 
 @click.command(cls=Command)

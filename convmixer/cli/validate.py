@@ -15,7 +15,7 @@ from convmixer.cli.console import OUT, Command, note, plain, progress, say
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import ClassAccuracy, Evaluation, compare
 from convmixer.hub.checkpoints import check_writable, write_atomically
-from convmixer.runtime.backends import BACKENDS
+from convmixer.runtime.choose import BACKENDS
 
 
 @click.command(cls=Command)

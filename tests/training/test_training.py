@@ -345,7 +345,7 @@ def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
 @pytest.mark.parametrize("sizes", [3, ["depth"], [["depth", "two"]]])
 def test_sizes_in_the_record_of_a_run_are_checked(tmp_path, sizes):
     (tmp_path / "recipe.json").write_text(json.dumps({"model": "convmixer_256_8", "model_args": sizes}))
-    with pytest.raises(DataError, match="which has a recipe.json that names a model"):
+    with pytest.raises(DataError, match=r"which has a recipe\.json that names a model"):
         open_model(str(tmp_path), device="cpu")
 
 
