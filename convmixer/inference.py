@@ -174,7 +174,7 @@ class FileResult:
 
 
 def find_images(sources: Iterable[str], *, report: Callable[[str], None] = print) -> list[str]:
-    """Return paths and URLs as they are, and in place of each folder all images that it holds.
+    """Return paths and URLs as they are, and instead of each folder all images that it holds.
 
     `report` takes a line about each folder that holds other files, too.
 

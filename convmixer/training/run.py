@@ -166,7 +166,7 @@ class RunFolder:
             saved = json.loads(state["recipe"])
         except Exception as error:
             raise ConvMixerError(
-                f"cannot resume from {str(self.state_file)!r}: {error}. Delete it to start anew"
+                f"cannot resume from {str(self.state_file)!r}: {error}. Delete it to start again"
             ) from error
         defaults, asked = (json.loads(json.dumps(dataclasses.asdict(recipe))) for recipe in (Recipe(), self.recipe))
         saved = defaults | saved  # fields that are newer than the run

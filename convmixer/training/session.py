@@ -206,7 +206,7 @@ class _Session:
         except (KeyError, RuntimeError, ValueError) as error:
             raise ConvMixerError(
                 f"cannot resume from {str(self.folder.state_file)!r}: {error}. Another version of convmixer may have "
-                "written it: delete it to start anew"
+                "written it: delete it to start again"
             ) from error
         self.history = [Epoch(**row) for row in state["history"]]
         self.partial = PartialEpoch(**state["place"])

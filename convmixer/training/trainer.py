@@ -303,7 +303,7 @@ class Trainer:
         part = next(parts)
         # For dropout and stochastic depth.
         seed_all(self.recipe.seed, epoch, step, self.accelerator.process_index * self.recipe.accumulate + i)
-        # Augmentation may leave other strides, which would be compiled anew.
+        # Augmentation may leave other strides, which would be compiled again.
         return part._replace(inputs=part.inputs.contiguous())
 
     def step(self, parts: Iterator[Part], epoch: int, step: int) -> Tensor:

@@ -30,7 +30,7 @@ def evaluate(
     model: ConvMixer,
     images: Source,
     *,
-    batch_size: int = 64,  # larger activations are mapped anew for every batch on a CPU
+    batch_size: int = 64,  # larger activations are mapped again for every batch on a CPU
     precision: str = "float32",
     progress: Progress = no_progress,
 ) -> dict[str, float]:

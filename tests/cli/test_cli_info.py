@@ -12,8 +12,8 @@ pytestmark = pytest.mark.usefixtures("wide_terminal")
 
 def test_info():
     text = run("info", "convmixer_768_32").stdout
-    for piece in ("768 / 32", "7 / 7", "relu", "21,110,248", "3x224x224", "bicubic", "MIT", "80.16 %"):
-        assert piece in text
+    for text_part in ("768 / 32", "7 / 7", "relu", "21,110,248", "3x224x224", "bicubic", "MIT", "80.16 %"):
+        assert text_part in text
     assert "hf-hub:timm/convmixer_768_32.in1k/model.safetensors@main" in text
 
 

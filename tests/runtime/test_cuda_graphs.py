@@ -196,7 +196,7 @@ def test_a_state_that_does_not_fit_is_named(tmp_path):
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     state["optimizer"]["param_groups"].pop()
     torch.save(state, tmp_path / "run" / "last.pt")
-    with pytest.raises(convmixer.ConvMixerError, match=r"cannot resume from .*groups\. Another version .* start anew"):
+    with pytest.raises(convmixer.ConvMixerError, match=r"cannot resume from .*groups\. Another version .* start again"):
         train(recipe.override(epochs=2), folder, tmp_path / "run", device="cpu", resume=True, report=lambda _: None)
 
 
