@@ -364,8 +364,8 @@ def microseconds(call: Callable[[], Any], calls: int = 4) -> float:
 
 def epoch(data: Path) -> dict[str, float]:
     """Images per second of the second epoch of `convmixer train cifar10`, validation left out."""
-    from convmixer.training.recipes import get_recipe
-    from convmixer.training.session import train as run
+    from convmixer.training import get_recipe
+    from convmixer.training import train as run
 
     recipe = get_recipe("cifar10", epochs=2, validation_fraction=0.1)
     with tempfile.TemporaryDirectory() as folder:
