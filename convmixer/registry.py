@@ -83,6 +83,9 @@ class Weights:
 
 
 SHAPE = ("dim", "depth", "kernel_size", "patch_size")  # what the shapes of weights tell of a variant
+PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # by timm's names
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
+CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,11 @@ class Variant:
         """The constructor's arguments that define the variant."""
         shape: dict[str, int | str] = {"dim": self.dim, "depth": self.depth, "kernel_size": self.kernel_size}
         return {**shape, "patch_size": self.patch_size, "act_layer": self.act_layer}
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are prepared, by the names of timm's pretrained_cfg."""
+        return {name: getattr(self, name) for name in PREPROCESSING}
 
     @property
     def parameters(self) -> int:

@@ -1,6 +1,6 @@
 """The Hugging Face Hub both ways: files from it, checked before their first use, and one commit to it.
 
-The only import of huggingface_hub. Its client downloads into the Hub's own cache, resumes, retries 429 and shows
+huggingface_hub's client downloads into the Hub's own cache, resumes, retries 429 and shows
 progress; added here are retries of server errors, and the check of what arrived.
 """
 
@@ -13,7 +13,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import (
     CommitOperationAdd,
-    EvalResult,
     HfApi,
-    ModelCard,
-    ModelCardData,
     cached_assets_path,
     constants,
     get_token,
@@ -35,9 +32,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from convmixer.errors import ArgumentError, HubError, WeightsError
+from convmixer.errors import HubError, WeightsError
 from convmixer.hub.untrusted import header_excess
-from convmixer.registry import Metric
 
 Result = TypeVar("Result")
 
@@ -274,7 +270,7 @@ def _harmless(error: BaseException, token: str | bool | None) -> BaseException |
 
 
 @dataclass(frozen=True)
-class Place:
+class Branch:
     """Where a commit goes: the head of a branch (None: there is no such repository or branch), and its card."""
 
     repo_id: str
@@ -284,7 +280,7 @@ class Place:
     card: str
 
 
-def look(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Place:
+def read_branch(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Branch:
     """What a repository holds now; nothing is changed. Without a network (`HF_HUB_OFFLINE=1`) it counts as empty.
 
     Raises:
@@ -292,40 +288,40 @@ def look(repo_id: str, *, revision: str | None = None, token: str | bool | None 
     """
     token = _stripped(token)
     if constants.HF_HUB_OFFLINE:
-        return Place(repo_id, revision, token, None, "")
+        return Branch(repo_id, revision, token, None, "")
     api = HfApi(token=token)
     try:
         patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
         head = _patiently(lambda: api.model_info(repo_id, revision=revision, timeout=patience).sha)
         card = _patiently(lambda: hf_hub_download(repo_id, "README.md", revision=head, token=token))
-        return Place(repo_id, revision, token, head, Path(card).read_text(encoding="utf-8"))
+        return Branch(repo_id, revision, token, head, Path(card).read_text(encoding="utf-8"))
     except EntryNotFoundError:
-        return Place(repo_id, revision, token, head, "")
+        return Branch(repo_id, revision, token, head, "")
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        return Place(repo_id, revision, token, None, "")
+        return Branch(repo_id, revision, token, None, "")
     except Exception as error:
         raise _refusal(repo_id, error, token) from _harmless(error, token)
 
 
-def prepare(place: Place, *, private: bool | None, create_pr: bool) -> Place:
+def ensure_branch(branch: Branch, *, private: bool | None, create_pr: bool) -> Branch:
     """Create the repository or the branch where it is missing; the place as it is then.
 
     Raises:
         HubError: The Hub does not allow it, or cannot be reached.
     """
-    api = HfApi(token=place.token)
+    api = HfApi(token=branch.token)
     try:
-        if place.head is None:
-            _patiently(lambda: api.create_repo(place.repo_id, private=private, exist_ok=True))
-        if place.head is None and place.revision and not create_pr:
-            branch = place.revision
-            _patiently(lambda: api.create_branch(place.repo_id, branch=branch, exist_ok=True))
+        if branch.head is None:
+            _patiently(lambda: api.create_repo(branch.repo_id, private=private, exist_ok=True))
+        if branch.head is None and branch.revision and not create_pr:
+            name = branch.revision
+            _patiently(lambda: api.create_branch(branch.repo_id, branch=name, exist_ok=True))
     except Exception as error:
-        raise _refusal(place.repo_id, error, place.token) from _harmless(error, place.token)
-    return look(place.repo_id, revision=place.revision, token=place.token) if place.head is None else place
+        raise _refusal(branch.repo_id, error, branch.token) from _harmless(error, branch.token)
+    return read_branch(branch.repo_id, revision=branch.revision, token=branch.token) if branch.head is None else branch
 
 
-def commit(place: Place, files: Mapping[str, Path], message: str, *, create_pr: bool) -> str:
+def commit(branch: Branch, files: Mapping[str, Path], message: str, *, create_pr: bool) -> str:
     """Upload files, by their paths in the repository, as one commit; its address, or that of its pull request.
 
     Raises:
@@ -333,16 +329,16 @@ def commit(place: Place, files: Mapping[str, Path], message: str, *, create_pr: 
     """
     operations = [CommitOperationAdd(path, file) for path, file in files.items()]
     try:
-        done = HfApi(token=place.token).create_commit(
-            place.repo_id,
+        done = HfApi(token=branch.token).create_commit(
+            branch.repo_id,
             operations,
             commit_message=message,
-            revision=place.revision,
+            revision=branch.revision,
             create_pr=create_pr,
-            parent_commit=place.head,  # whoever wrote meanwhile is not overwritten
+            parent_commit=branch.head,  # whoever wrote meanwhile is not overwritten
         )
     except Exception as error:
-        raise _refusal(place.repo_id, error, place.token) from _harmless(error, place.token)
+        raise _refusal(branch.repo_id, error, branch.token) from _harmless(error, branch.token)
     return str(done.pr_url or done.commit_url)
 
 
@@ -357,51 +353,3 @@ def _refusal(repo_id: str, error: Exception, token: str | bool | None) -> HubErr
         412: changed,
     }.get(status or 0, f"Check the network and HF_ENDPOINT ({constants.ENDPOINT}), and run this again")
     return HubError(f"hf-hub:{repo_id}: {_reason(error, token).rstrip('.')}. {advice}")
-
-
-# ---- model cards ----------------------------------------------------------------------------------------------------
-
-
-def write_card(text: str, header: Mapping[str, Any], name: str, metrics: Sequence[Metric], old: str) -> str:
-    """A model card: YAML header and text, with what an older card has beyond it.
-
-    Args:
-        text: Markdown, from its first line to its last the part that replaces the same part of `old`.
-        header: Fields of the header; they replace those of `old`, but tags are added to them.
-        name: Of the model, for its metrics.
-        metrics: In percent; the Hub's evaluation metadata (`model-index`). They replace those of `old`.
-        old: An earlier card, or "".
-
-    Raises:
-        ArgumentError: The older card's header is not YAML.
-    """
-    # The client warns of a card without a header.
-    try:
-        before = ModelCard(old if old.startswith("---") else f"---\n{{}}\n---\n{old}")
-        fields: dict[str, Any] = before.data.to_dict()  # type: ignore[no-untyped-call]
-    except Exception as error:  # the YAML library has its own errors
-        reason = " ".join(str(error).split())
-        raise ArgumentError(f"the older README.md has a header that cannot be read: {reason}. Mend it first") from error
-    fields.pop("model-index", None)
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=metric.dataset,
-            dataset_name=metric.dataset,
-            metric_type="accuracy" if metric.name.startswith(("top-1", "acc")) else metric.name,
-            metric_name=f"{metric.name} ({metric.measured_by})" if metric.measured_by else metric.name,
-            metric_value=metric.value,
-        )
-        for metric in metrics
-    ]
-    tags = {"tags": list(dict.fromkeys([*header.get("tags", ()), *(fields.get("tags") or ())]))}
-    data = ModelCardData(
-        **{**fields, **header, **tags}, model_name=name if results else None, eval_results=results or None
-    )
-    first, _, last = text.splitlines()[0], None, text.splitlines()[-1]
-    start, end = before.text.find(first), before.text.find(last)
-    if 0 <= start < end:
-        text = before.text[:start] + text + before.text[end + len(last) :]
-    elif before.text.strip():
-        text += "\n\n" + before.text.strip()
-    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convmixer.errors import ArgumentError, WeightsError
 from convmixer.factory import create_model
+from convmixer.hub.architecture import architecture
 from convmixer.hub.checkpoints import (
     PICKLES,
     check_finite,
@@ -30,7 +31,7 @@ from convmixer.hub.checkpoints import (
     write_atomically,
 )
 from convmixer.hub.foreign import find_tensors
-from convmixer.hub.publish import architecture, save_pretrained
+from convmixer.hub.publish import save_pretrained
 from convmixer.model import ConvMixer
 from convmixer.registry import SHAPE, get_variant
 from convmixer.tracing import computing
