@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convmixer.errors import ArgumentError
-from convmixer.ops.dispatch import KERNEL_SIZES
+from convmixer.ops.limits import KERNEL_SIZES
 
 
 class Direct(NamedTuple):
