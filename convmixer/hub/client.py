@@ -59,7 +59,7 @@ def fetch(
     size: int = 0,
     sha256: str = "",
 ) -> Path:
-    """The local path of a file of a Hub repository, downloaded unless the Hub's own cache has it.
+    """Return the local path of a file of a Hub repository; download it unless the Hub's own cache has it.
 
     Every file is checked before its first use: its size and hash if they are given, else the hash by which the Hub
     names it in the cache. A file that fails is fetched once again.
@@ -68,7 +68,7 @@ def fetch(
         repo_id: "owner/name".
         filename: Path inside the repository.
         revision: Branch, tag or commit; the default branch if None.
-        cache_dir: In place of the Hub's own cache folder.
+        cache_dir: Cache folder to use instead of the Hub's own.
         token: Access token; by default the one that `hf auth login` stored.
         local_files_only: Never touch the network. `HF_HUB_OFFLINE=1` does the same for the whole process.
         prefer_cache: Take a cached file without asking the Hub whether its branch has moved on.
@@ -78,73 +78,89 @@ def fetch(
     Raises:
         WeightsError: The file cannot be had, or is not what it should be; the text says which one and how to get it.
     """
-    token = _stripped(token)
+    file = _File(repo_id, filename, revision, cache_dir, _stripped(token))
     offline = local_files_only or constants.HF_HUB_OFFLINE
-    named = f"{filename!r} of hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
-    command = f"hf download {repo_id} {filename}" + (f" --revision {shlex.quote(revision)}" if revision else "")
-    command += f" --cache-dir {shlex.quote(str(cache_dir))}" if cache_dir else ""
-
-    def cached() -> Path | None:
-        found = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
-        return Path(found) if isinstance(found, str) else None
-
-    def download(force: bool = False) -> Path:
-        if host := _unresolved_host():
-            # The client would take the cached file, too; without one it would ask for half a minute.
-            path = None if force else cached()
-            if path is None:
-                where = cache_dir or constants.HF_HUB_CACHE
-                raise WeightsError(
-                    f"cannot get {named}: the name {host!r} does not resolve, so this machine has no network, or no "
-                    f"name server. Where there is a network, run: {command}. Copy the cache ({where}) to this machine, "
-                    "and set HF_HUB_OFFLINE=1 to go on without asking"
-                )
-            _LOG.warning("The name %r does not resolve: taking the cached copy of %s", host, named)
-            return path
-        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-        return Path(_patiently(lambda: hf_hub_download(repo_id, filename, force_download=force, **options)))
-
-    path: Path | None = None
     try:
-        if prefer_cache or offline:
-            path = cached()
-        if path is None and not offline:
-            path = download()
-        if path is None:
+        path = file.cached() if prefer_cache or offline else None
+        if path is None and offline:
             where = f" in {str(cache_dir)!r}" if cache_dir else ""
             raise WeightsError(
-                f"{named} is not in the local cache{where}, and the network is off "
+                f"{file} is not in the local cache{where}, and the network is off "
                 f"({'local_files_only=True' if local_files_only else 'HF_HUB_OFFLINE'}). Where there is a network, "
-                f"run: {command}"
+                f"run: {file.command}"
             )
+        path = path or file.download()
         problem = _problem(path, size, sha256)
         if problem and offline:
             raise WeightsError(
-                f"{str(path)!r}, the cached copy of {named}, is corrupt: {problem}. Where there is a network, run: "
-                f"{command} --force-download"
+                f"{str(path)!r}, the cached copy of {file}, is corrupt: {problem}. Where there is a network, run: "
+                f"{file.command} --force-download"
             )
         if problem:
-            _LOG.warning("%s, the cached copy of %s, is corrupt: %s. Fetching it once again", path, named, problem)
-            path = download(force=True)
+            _LOG.warning("%s, the cached copy of %s, is corrupt: %s. Fetching it once again", path, file, problem)
+            path = file.download(force=True)
             problem = _problem(path, size, sha256)
     except WeightsError:
         raise
     except Exception as error:  # the client's HTTP library has its own errors, and differs between versions
-        raise WeightsError(f"cannot get {named}: {_reason(error, token)}") from _harmless(error, token)
+        raise WeightsError(f"cannot get {file}: {_reason(error, token)}") from _harmless(error, token)
     if problem:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise WeightsError(
-            f"{named} arrived corrupt twice: {problem}. The server, or a proxy on the way, sends wrong bytes; nothing "
+            f"{file} arrived corrupt twice: {problem}. The server, or a proxy on the way, sends wrong bytes; nothing "
             f"of it was kept. Try later, or another endpoint (HF_ENDPOINT is {constants.ENDPOINT})"
         )
     return path
 
 
-def _unresolved_host() -> str:
-    """The Hub's host if its name does not resolve, which is final after two tries; else "".
+@dataclass(frozen=True)
+class _File:
+    """A file of a Hub repository; the arguments are those of `fetch`."""
 
-    Behind a proxy, names are the proxy's matter.
+    repo_id: str
+    filename: str
+    revision: str | None
+    cache_dir: str | Path | None
+    token: str | bool | None
+
+    def __str__(self) -> str:
+        return f"{self.filename!r} of hf-hub:{self.repo_id}" + (f"@{self.revision}" if self.revision else "")
+
+    @property
+    def command(self) -> str:
+        """A command that downloads it."""
+        revision = f" --revision {shlex.quote(self.revision)}" if self.revision else ""
+        folder = f" --cache-dir {shlex.quote(str(self.cache_dir))}" if self.cache_dir else ""
+        return f"hf download {self.repo_id} {self.filename}{revision}{folder}"
+
+    def cached(self) -> Path | None:
+        found = try_to_load_from_cache(self.repo_id, self.filename, cache_dir=self.cache_dir, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def download(self, force: bool = False) -> Path:
+        if not (host := _unresolved_host()):
+            options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+            return Path(
+                _patiently(lambda: hf_hub_download(self.repo_id, self.filename, force_download=force, **options))
+            )
+        # The client would also take the cached file; without one it would ask for half a minute.
+        path = None if force else self.cached()
+        if path is None:
+            raise WeightsError(
+                f"cannot get {self}: the name {host!r} does not resolve, so this machine has no network, or no "
+                f"name server. Where there is a network, run: {self.command}. Copy the cache "
+                f"({self.cache_dir or constants.HF_HUB_CACHE}) to this machine, and set HF_HUB_OFFLINE=1 to go on "
+                "without asking"
+            )
+        _LOG.warning("The name %r does not resolve: taking the cached copy of %s", host, self)
+        return path
+
+
+def _unresolved_host() -> str:
+    """Return the Hub's host if its name does not resolve in two tries; else "".
+
+    Behind a proxy, the proxy resolves names.
     """
     address = urlsplit(constants.ENDPOINT)
     host, proxies = address.hostname or "", getproxies()
@@ -161,9 +177,9 @@ def _unresolved_host() -> str:
 
 
 def _patiently(call: Callable[[], Result]) -> Result:
-    """The call's result; after server errors and broken connections it is called again, after ever longer pauses.
+    """Return the call's result; repeat it after server errors and broken connections, with ever longer pauses.
 
-    A server that says when to come back (Retry-After) is asked again then.
+    If a server says when to come back (Retry-After), wait until then.
     """
     started = time.monotonic()
     for attempt in range(_ATTEMPTS):
@@ -197,7 +213,7 @@ def _response(error: BaseException) -> Any:
 
 
 def _problem(path: Path, size: int, sha256: str) -> str:
-    """What is wrong with a cached file, or "". It is hashed once; the Hub's assets cache keeps a note that it was."""
+    """Return what is wrong with a cached file, or "". It is hashed once; a note in the Hub's assets cache says so."""
     found = path.stat()
     if size and found.st_size != size:
         return f"{found.st_size} bytes, expected {size}"
@@ -281,10 +297,10 @@ class Branch:
 
 
 def read_branch(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Branch:
-    """What a repository holds now; nothing is changed. Without a network (`HF_HUB_OFFLINE=1`) it counts as empty.
+    """Return the state of a branch, and change nothing. With `HF_HUB_OFFLINE=1` it counts as missing.
 
     Raises:
-        HubError: The Hub does not answer, or not with that.
+        HubError: The Hub does not answer, or not with what was asked for.
     """
     token = _stripped(token)
     if constants.HF_HUB_OFFLINE:
@@ -304,7 +320,7 @@ def read_branch(repo_id: str, *, revision: str | None = None, token: str | bool 
 
 
 def ensure_branch(branch: Branch, *, private: bool | None, create_pr: bool) -> Branch:
-    """Create the repository or the branch where it is missing; the place as it is then.
+    """Create the repository or the branch if it is missing; return the branch as it is then.
 
     Raises:
         HubError: The Hub does not allow it, or cannot be reached.
@@ -322,7 +338,7 @@ def ensure_branch(branch: Branch, *, private: bool | None, create_pr: bool) -> B
 
 
 def commit(branch: Branch, files: Mapping[str, Path], message: str, *, create_pr: bool) -> str:
-    """Upload files, by their paths in the repository, as one commit; its address, or that of its pull request.
+    """Upload files, by their paths in the repository, as one commit; return the address of it or of its pull request.
 
     Raises:
         HubError: The Hub refuses or cannot be reached.
@@ -335,7 +351,7 @@ def commit(branch: Branch, files: Mapping[str, Path], message: str, *, create_pr
             commit_message=message,
             revision=branch.revision,
             create_pr=create_pr,
-            parent_commit=branch.head,  # whoever wrote meanwhile is not overwritten
+            parent_commit=branch.head,  # what others wrote meanwhile is not overwritten
         )
     except Exception as error:
         raise _refusal(branch.repo_id, error, branch.token) from _harmless(error, branch.token)

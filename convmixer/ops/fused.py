@@ -531,28 +531,34 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
             groups.append((f"blocks.{i}.0.fn", first.fn, ((depthwise,), *plain[1:])))
             if getattr(first.drop_path, "drop_prob", 0.0):
                 found.append("drop_path_rate is above 0, and fused blocks have no stochastic depth")
-    activations = set()
+    activations: list[str] = []
     for group, modules, expected in groups:
         for i, (module, classes) in enumerate(zip(modules, expected, strict=False)):
-            kind = type(module)
-            if kind not in classes:
-                found.append(f"{group}.{i} is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}")
-            if getattr(module, "approximate", "none") != "none":
-                found.append(f"{group}.{i} is a GELU approximated by {module.approximate}")
-            if isinstance(module, nn.Conv2d) and module.bias is None:
-                found.append(f"{group}.{i} has no bias")
-            if kind is nn.Conv2d and group != "stem" and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
-                found.append(f"{group}.{i} is no plain 1x1 convolution")
-            if kind in ACTIVATIONS:
-                activations.add(kind.__name__)
-            if _is_called_for_more(module):
-                found.append(f"{group}.{i} has hooks or a forward of its own, which would not be called")
+            found += [f"{group}.{i} {what}" for what in _layer_obstacles(module, classes, group == "stem")]
+            if type(module) in ACTIVATIONS:
+                activations.append(type(module).__name__)
         if len(modules) != len(expected):
             found.append(f"{group} has {len(modules)} layers, not {len(expected)}")
         if _is_called_for_more(modules):
             found.append(f"{group} has hooks or a forward of its own, which would not be called")
-    if len(activations) > 1:
-        found.append(f"its activations differ: {', '.join(sorted(activations))}")
+    if len(set(activations)) > 1:
+        found.append(f"its activations differ: {', '.join(sorted(set(activations)))}")
+    return found
+
+
+def _layer_obstacles(module: Any, classes: Sequence[type], in_stem: bool) -> list[str]:
+    found: list[str] = []
+    kind = type(module)
+    if kind not in classes:
+        found.append(f"is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}")
+    if getattr(module, "approximate", "none") != "none":
+        found.append(f"is a GELU approximated by {module.approximate}")
+    if isinstance(module, nn.Conv2d) and module.bias is None:
+        found.append("has no bias")
+    if kind is nn.Conv2d and not in_stem and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
+        found.append("is not a plain 1x1 convolution")
+    if _is_called_for_more(module):
+        found.append("has hooks or a forward of its own, which would not be called")
     return found
 
 
