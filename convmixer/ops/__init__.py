@@ -1,7 +1,6 @@
 """Tensor functions of a ConvMixer: plain definitions, and faster ways to the same numbers.
 
-    model --> depthwise (one layer)
-    model --> fused (stem and blocks, with gradients) --> dispatch (by device) --> reference, or triton/ on a GPU
+    model --> depthwise (a layer), fused (stem and blocks) --> dispatch (by device) --> reference, or triton/ on a GPU
 
 - `reference`: the truth, in plain PyTorch, for any device and compiler; tests compare everything else with it
 - `depthwise`: the depthwise convolution of plain layers, and which memory layout is faster
