@@ -7,7 +7,7 @@
 Several processes compile what will be measured, for a third of the time at most. Then one process measures, what
 matters most first. Everything is in bfloat16 with random weights. A training step is forward, backward and AdamW; it
 is measured as it is launched, and as one CUDA graph where it can be captured. Kernels are timed by graphs of several
-calls, beside the time at an H200's roof. With `--data`, `convmixer train` runs for two epochs, of which the second one
+calls, next to the time at an H200's roof. With `--data`, `convmixer train` runs for two epochs, of which the second one
 counts. What the minutes do not reach is listed as left out, what fails with its error. The file is written after each
 step, and tables in Markdown are printed at the end. A dry run computes tiny shapes anywhere, in Triton's interpreter,
 which shows that all of it runs.
@@ -49,7 +49,7 @@ from convmixer.ops.triton import launch as ops
 from convmixer.registry import get_variant
 
 DEVICE = "cpu" if DRY else "cuda"
-DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter has no products of bfloat16
+DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter cannot multiply matrices of bfloat16
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

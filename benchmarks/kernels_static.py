@@ -139,7 +139,7 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
     weight = torch.empty(dim, dim, dtype=dtype, device="cuda")
     values = dim * side * side
     tensor, taps, products = values * dtype.itemsize, 2.0 * size * size * values, 2.0 * dim * values
-    # Three products of TF32, at half the rate, make one of float32.
+    # Three multiplications of TF32, at half the rate, make one of float32.
     dots = (products if dtype.itemsize == 2 else 6 * products, 0.0)
     convolve = functools.partial(kernels._convolve, x, kernel)
     multiply = functools.partial(kernels._multiply, x, weight, vector, "gelu")

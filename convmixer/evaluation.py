@@ -94,13 +94,13 @@ def validate(
             `convmixer.data.memory.load_images`.
         split: "train", "validation" or "test"; of an `hfds/` data set any split that it has. Validation images stand in
             for missing test images.
-        labels: A table with the columns image and label, in place of class folders; see `load_images`.
-        classes: The model's class names by index, in place of those that came with its weights. A model without names
+        labels: A table with the columns image and label, instead of class folders; see `load_images`.
+        classes: The model's class names by index, instead of those that came with its weights. A model without names
             is taken to have those of the data, in their order, if there are as many.
         flip: Also score the mean of the probabilities of each image and of its mirror image.
         batch_size: Images computed at a time.
         precision: "float32", "bfloat16" or, on a GPU, "float16" (autocast), or "auto": bfloat16 where the hardware has
-            products for it, else float32.
+            matrix multiplication for it, else float32.
         draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.

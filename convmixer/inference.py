@@ -45,7 +45,7 @@ def class_logits(logits: Tensor) -> Tensor:
 def known_labels(model: nn.Module) -> tuple[str, ...] | None:
     """The model's class names by index; None where nothing says what they are. An ArgumentError without a head.
 
-    A model with one output has two classes, and its `label_names` name both, or the second alone, whose probability is
+    A model with one output has two classes, and its `label_names` name both, or only the second, whose probability is
     the sigmoid of the output: from "cat" follow "not cat" and "cat".
     """
     count = count_classes(model)

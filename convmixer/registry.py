@@ -68,7 +68,7 @@ class Weights:
 
     @property
     def source(self) -> str:
-        """Where the weights come from: "package", or the Hub file."""
+        """Say where the weights come from: "package", or the file on the Hub."""
         return f"hf-hub:{self.hub_id}/{self.file}@{self.revision}" if self.hub_id else "package"
 
     @property

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """The model's pretrained_cfg, with one mean and one std per channel that it takes.
+    """Return the model's pretrained_cfg, with one mean and one std for each channel that it takes.
 
     Raises:
         ArgumentError: It has none.
@@ -42,18 +42,18 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
 
 
 def normalization(config: dict[str, Any]) -> v2.Transform:
-    """uint8 (..., C, H, W) -> float32, normalised by the mean and std of a configuration."""
+    """Build a transform of uint8 (..., C, H, W) to float32, normalised by the mean and std of a configuration."""
     from torchvision.transforms import v2  # a third of the time that importing this package takes
 
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])])
 
 
 def create_transform(model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any) -> Callable[..., Any]:
-    """From a PIL image to the normalised tensor (C, H, W) that the model was trained with.
+    """Build the transform from a PIL image to the normalised tensor (C, H, W) that a model takes.
 
     Args:
         model_or_name: A model from `create_model`, or a registry name with or without a tag.
-        is_training: timm's training augmentation in place of resize and centre crop.
+        is_training: timm's training augmentation instead of resize and centre crop.
         **overrides: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`, and any further argument of
             `timm.data.create_transform`, such as `auto_augment` or `re_prob`.
 

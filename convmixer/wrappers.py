@@ -17,9 +17,9 @@ KNOWN = "torch.compile, DataParallel, DistributedDataParallel, torch's AveragedM
 
 
 def unwrap(model: Any) -> Any:
-    """What is inside wrappers that compute the same, however many; what is in none of them, as it is.
+    """Return the model inside any number of wrappers that compute the same; a model in none of them as it is.
 
-    Of an average of weights it is the average.
+    Of an average of weights, return the average.
     """
     while True:
         if isinstance(model, _WRAPPERS):
@@ -33,13 +33,13 @@ def unwrap(model: Any) -> Any:
 
 
 def find_inner(model: Any) -> Any:
-    """The model with the layers, out of wrappers and out of timm's feature extractor."""
+    """Return the model that holds the layers, out of wrappers and out of timm's feature extractor."""
     found = unwrap(model)
     return found.model if isinstance(found, FeatureGetterNet) else found
 
 
 def find_model(model: Any) -> Any:
-    """The model inside wrappers: a ConvMixer of this package or of timm, an optimized one, or an extractor around one.
+    """Return the model inside wrappers: a ConvMixer of this package or timm, an optimized one, or an extractor of one.
 
     Raises:
         ArgumentError: Something else, or something else around a model; the text names it.
@@ -52,7 +52,7 @@ def find_model(model: Any) -> Any:
 
 
 def in_channels(model: Any) -> int:
-    """Channels of the images that a model takes; 3 where it does not say."""
+    """Return the channels of the images that a model takes; 3 if it does not say."""
     found = find_inner(model)
     if isinstance(found, TimmConvMixer):
         return int(found.stem[0].in_channels)
@@ -60,7 +60,7 @@ def in_channels(model: Any) -> int:
 
 
 def describe(model: Any) -> str:
-    """The class of an object, for messages."""
+    """Return the class of an object, for messages."""
     kind = type(model)
     return f"a {kind.__module__}.{kind.__qualname__}"
 

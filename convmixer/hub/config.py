@@ -125,7 +125,7 @@ def read_config(path: Path, name: str) -> Config:
 
     Raises:
         UnknownModelError: It is of another architecture.
-        WeightsError: It cannot be read, or says something senseless; the text says which key.
+        WeightsError: It cannot be read, or a value makes no sense; the text says which key.
     """
     source = f"{name}: {str(path)!r}"
     content = _parse(path, name)
@@ -205,14 +205,14 @@ def _check_labels(content: Mapping[str, Any], preprocessing: dict[str, Any], sou
 def _parse(path: Path, name: str) -> Any:
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise WeightsError(f"{name}: {str(path)!r} is no file")
+            raise WeightsError(f"{name}: {str(path)!r} is not a file")
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise WeightsError(f"{name}: cannot read {str(path)!r}: {reason}") from error
     if excess := json_excess(text):
-        raise WeightsError(f"{name}: {str(path)!r} has {excess}: it is no config.json")
+        raise WeightsError(f"{name}: {str(path)!r} has {excess}: it is not a config.json")
     try:
         return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:

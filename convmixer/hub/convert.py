@@ -67,8 +67,8 @@ def convert_checkpoint(
     Raises:
         UnknownModelError: No such variant.
         ArgumentError: A destination that is neither a .safetensors file nor a folder; `act_layer` for a file.
-        WeightsError: The file cannot be read safely, is no ConvMixer, or is one of no variant and the destination is a
-            file.
+        WeightsError: The file cannot be read safely, is not a ConvMixer, or is one of no variant and the destination
+            is a file.
         WriteError: The destination's folder takes no files.
     """
     source, destination = Path(os.path.expanduser(source)), Path(os.path.expanduser(destination))
@@ -85,7 +85,7 @@ def convert_checkpoint(
     sizes = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}, named)
     if asked and any(sizes[name] != getattr(asked, name) for name in SHAPE):
         wanted, has = ({name: get(name) for name in SHAPE} for get in (lambda n: getattr(asked, n), sizes.get))
-        raise WeightsError(f"{named} is no {asked.name}, which has {_listed(wanted)}: it has {_listed(has)}")
+        raise WeightsError(f"{named} is not a {asked.name}, which has {_listed(wanted)}: it has {_listed(has)}")
     match = asked or matching_variant(sizes)
     if match is None and not as_folder:
         raise WeightsError(
@@ -151,7 +151,7 @@ def _unpickle(source: Path) -> Any:
         reason = found[0] if found else type(error).__name__
         raise WeightsError(
             f"cannot read {str(source)!r} without running code from it: {reason}. "
-            "Ask whoever wrote it for a file of the state dict alone"
+            "Ask whoever wrote it for a file of only the state dict"
         ) from error
 
 

@@ -80,7 +80,7 @@ def save_pretrained(
         tags: Further tags of the card.
         label_names: Class names by index; the model's own if None.
         repo_id: "owner/name" on the Hub that the card's examples load from; by default they load from `directory`, of
-            an absolute path its name alone, because the card may be published.
+            an absolute path only its name, because the card may be published.
 
     Returns:
         The folder.

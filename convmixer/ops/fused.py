@@ -2,7 +2,7 @@
 
     c = depthwise(x) + bias      z = BatchNorm(act(c)) + x      u = pointwise(z) + bias      y = BatchNorm(act(u))
 
-Between blocks goes u with the scale and shift of its BatchNorm, in place of y = scale * act(u) + shift. Each block
+Between blocks goes u with the scale and shift of its BatchNorm, instead of y = scale * act(u) + shift. Each block
 keeps c and u; its backward pass computes x anew from the u of the block before, and z from c and x. The functions
 return the sums that BatchNorm needs. Mean, variance, scale and shift are made of these by plain autograd on vectors,
 so the gradients into the sums come back to the functions, and several processes are synchronised by adding up sums.
@@ -45,7 +45,7 @@ class _NoSecondDerivative(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise ConvMixerError(
-            "fused blocks have first derivatives alone: for second ones, switch them off by set_fused(False)"
+            "fused blocks have only first derivatives: for second ones, switch them off by set_fused(False)"
         )
 
 
@@ -107,7 +107,7 @@ class _Depthwise(Function):
 
 
 class _Pointwise(Function):
-    """c and x -> u, and the sums of act(u). What x is made of comes too: it is kept in place of x."""
+    """c and x -> u, and the sums of act(u). What x is made of comes too: it is kept instead of x."""
 
     @staticmethod
     def forward(
@@ -512,7 +512,7 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
         _refuse(found[0])
 
 
-# Not compiled: PyTorch 2.8 and 2.9 run functions anew that raise, piece by piece, and then overlook hooks.
+# Not compiled: PyTorch 2.8 and 2.9 run functions anew that raise, in parts, and then overlook hooks.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse(reason: str) -> None:
     raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")

@@ -505,7 +505,7 @@ def test_other_heads_and_places(small, tmp_path, finished_run):
     (finished_run / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"has no model.safetensors, which the end of a run writes"):
         convmixer.push_to_hub(finished_run, "me/x")
-    with pytest.raises(DataError, match=r"is no folder of a run, which has a recipe.json"):
+    with pytest.raises(DataError, match=r"is not the folder of a run, which has a recipe.json"):
         convmixer.push_to_hub(tmp_path, "me/x")
 
 

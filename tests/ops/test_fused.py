@@ -455,7 +455,7 @@ def test_second_derivatives_are_refused():
     _, fused = pair()
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
-    with pytest.raises(ConvMixerError, match=r"first derivatives alone: for second ones, .* set_fused\(False\)"):
+    with pytest.raises(ConvMixerError, match=r"only first derivatives: for second ones, .* set_fused\(False\)"):
         grad.sum().backward()
 
 
