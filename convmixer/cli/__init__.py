@@ -36,9 +36,12 @@ from convmixer.hub.publish import push_to_hub, save_pretrained
 from convmixer.inference import label_names, least_size
 from convmixer.inference import predict as predict_images
 from convmixer.registry import Variant, list_models, model_info
-from convmixer.runtime.backends import BACKENDS, calibration_images, optimize
-from convmixer.runtime.benchmark import DTYPES, Report, benchmark
+from convmixer.runtime.benchmark import Report, benchmark
+from convmixer.runtime.candidates import DTYPES
+from convmixer.runtime.choose import BACKENDS
 from convmixer.runtime.export import FORMATS, OPSET, export_model
+from convmixer.runtime.optimize import optimize
+from convmixer.runtime.quantize import calibration_images
 from convmixer.training import Recipe, get_recipe
 from convmixer.training import train as run_training
 from convmixer.training.history import read_history

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from convmixer.errors import ConvMixerError, DependencyError
 from convmixer.ops import reference
-from convmixer.ops.limits import DTYPES as DTYPES
-from convmixer.ops.limits import KERNEL_SIZES as KERNEL_SIZES
-from convmixer.ops.limits import unsupported as unsupported
+from convmixer.ops.limits import DTYPES, KERNEL_SIZES, unsupported
 
 
 def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int]) -> None:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.ops import dispatch, reference
-from convmixer.ops.limits import ACTIVATIONS as ACTIVATIONS
+from convmixer.ops.limits import ACTIVATIONS
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

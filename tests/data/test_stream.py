@@ -25,7 +25,7 @@ from convmixer.data.readers import has_split, open_split
 from convmixer.data.stream import Change, default_workers, open_stream
 from convmixer.errors import ArgumentError, DataError, TrainingStopped
 from convmixer.evaluation import validate
-from convmixer.runtime.backends import calibration_images
+from convmixer.runtime.quantize import calibration_images
 from convmixer.training import evaluate, get_recipe, train
 
 pytestmark = pytest.mark.usefixtures("small_training")

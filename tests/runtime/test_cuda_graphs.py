@@ -312,7 +312,7 @@ def test_threads_share_graphs():
         assert sum(pool.map(differing, range(8))) == 0
 
 
-@pytest.mark.skipif("compile" not in convmixer.runtime.backends.available_backends("cpu"), reason="no C++ compiler")
+@pytest.mark.skipif("compile" not in convmixer.runtime.choose.available_backends("cpu"), reason="no C++ compiler")
 def test_a_first_call_that_compiles_waits_for_no_other_thread():
     fast = convmixer.optimize(convmixer.ConvMixer(8, 1, 3, 2, num_classes=3).eval(), backend="compile")
     fast.runtime = Replayed(fast.runtime, lambda x: True, Tapes)
