@@ -186,6 +186,11 @@ def create_model(
         ArgumentError: An argument that is unknown or makes no sense.
         WeightsError: Weights that cannot be found, read or fitted. No half-loaded model is left behind.
         ConvMixerError: `fused=True`, and it is not possible; see `ConvMixer.set_fused`.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu").eval()
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     if not isinstance(name, str):
         raise ArgumentError(f"name={name!r}: give a string; for a folder local-dir:PATH")

@@ -109,7 +109,7 @@ def predict(
 def predict(
     model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 64, draft: bool = True
 ) -> Prediction | list[Prediction] | Iterator[Prediction]:
-    """The most probable classes of one image or many.
+    """Return the most probable classes of one image or many.
 
     Args:
         model: A classifier from `create_model`, in any mode, which stays as it is. It is computed in evaluation mode,
@@ -131,6 +131,11 @@ def predict(
     Raises:
         ImageError: An image that cannot be read; from an iterator, when its batch is due.
         ArgumentError: A model without a head, another kind of module, or a topk below 1.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
+        >>> [label for label, probability in convmixer.predict(model, "cat.png", topk=1)]
+        ['cat']
     """
     model = find_model(model)
     names = label_names(model)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from convmixer import ops
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError, WeightsError, nearest
 from convmixer.ops import dispatch, fused
-from convmixer.wrappers import describe
+from convmixer.wrappers import describe, is_compiled
 
 _LOGGER = logging.getLogger(__name__)
 GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
@@ -206,8 +206,8 @@ def mirror(model: nn.Module) -> nn.Module:
 
 
 def _mirror(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    if "_orig_mod" in module._modules:  # the shell of torch.compile
-        return _mirror(cast("nn.Module", module._modules["_orig_mod"]), made)
+    if is_compiled(module):
+        return _mirror(cast("nn.Module", module._orig_mod), made)
     if id(module) in made:
         return made[id(module)]
     twin: nn.Module = object.__new__(type(module))
@@ -237,7 +237,7 @@ def evaluation_view(model: nn.Module) -> nn.Module:
     Raises:
         ArgumentError: As `mirror`.
     """
-    if not any(m.training or "_compiled_call_impl" in vars(m) or "_orig_mod" in m._modules for m in model.modules()):
+    if not any(m.training or "_compiled_call_impl" in vars(m) or is_compiled(m) for m in model.modules()):
         return model
     return mirror(model).eval()
 
@@ -286,7 +286,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Let the depthwise layers of any model, such as timm's own ConvMixer, run on this package's GPU kernels.
 
     Depthwise `nn.Conv2d` layers with square kernels and equal resolution become `DepthwiseConv2d`, in place. Weights,
-    state dict, hooks and results stay the same, up to rounding. Models of this package need it not.
+    state dict, hooks and results stay the same, up to rounding. Models of this package do not need it.
 
     Returns:
         The model.
@@ -294,9 +294,10 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         ArgumentError: It has no such layer.
 
-    ```python
-    model = convmixer.accelerate(timm.create_model("convmixer_768_32").cuda())
-    ```
+    Example:
+        >>> model = convmixer.accelerate(timm.create_model("convmixer_768_32"))
+        >>> type(model.blocks[0][0].fn[0]).__name__
+        'DepthwiseConv2d'
     """
     found = 0
     for layer in model.modules():
@@ -373,6 +374,11 @@ class ConvMixer(nn.Module):
     Raises:
         ArgumentError: A value that makes no sense.
         ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least patch_size.
+
+    Example:
+        >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2, num_classes=10)
+        >>> model(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(

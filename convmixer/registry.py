@@ -341,22 +341,42 @@ def get_variant(name: str) -> tuple[Variant, Weights | None]:
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """Names of the variants that match a shell pattern, sorted; with `pretrained` only those that have weights."""
+    """Return the names of the variants that match a shell pattern, sorted.
+
+    Args:
+        pattern: Such as "convmixer_256*".
+        pretrained: Only the variants that have weights.
+
+    Example:
+        >>> convmixer.list_models("convmixer_256_8*")
+        ['convmixer_256_8', 'convmixer_256_8_ks9_p1']
+    """
     found = (v.name for v in VARIANTS if v.weights or not pretrained)
     return sorted(fnmatch.filter(found, pattern))
 
 
 def list_pretrained(pattern: str = "*") -> list[str]:
-    """`variant.tag` names of all weights that match a shell pattern, sorted."""
+    """Return the `variant.tag` names of all weights that match a shell pattern, sorted.
+
+    Example:
+        >>> convmixer.list_pretrained("convmixer_768*")
+        ['convmixer_768_32.in1k']
+    """
     return sorted(fnmatch.filter((f"{v.name}.{w.tag}" for v in VARIANTS for w in v.weights), pattern))
 
 
 def model_info(name: str) -> Variant:
-    """The record of a variant: parameters, MACs, input size, and for each set of weights its source, licence, sha256,
-    size, metrics, training data and recipe. With `variant.tag`, `weights` holds just that set.
+    """Return the record of a variant: parameters, MACs, input size (channels, height, width), and its weights.
+
+    Each set of weights has its source, licence, sha256, size in bytes, metrics, training data and recipe. With
+    `variant.tag`, `weights` holds only that set.
 
     Raises:
         UnknownModelError: No such variant, or no such weights of it.
+
+    Example:
+        >>> convmixer.model_info("convmixer_768_32").input_size
+        (3, 224, 224)
     """
     variant, weights = get_variant(name)
     if weights is None or "." not in name:

@@ -60,6 +60,11 @@ def create_transform(model_or_name: nn.Module | str, is_training: bool = False, 
     Raises:
         UnknownModelError: No such name.
         ArgumentError: An override that timm does not have, or a model without preprocessing.
+
+    Example:
+        >>> transform = convmixer.create_transform("convmixer_256_8")
+        >>> transform(PIL.Image.open("cat.png").convert("RGB")).shape
+        torch.Size([3, 32, 32])
     """
     if isinstance(model_or_name, str):
         variant, _ = get_variant(model_or_name)

@@ -16,6 +16,11 @@ _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, M
 KNOWN = "torch.compile, DataParallel, DistributedDataParallel, torch's AveragedModel and timm's ModelEma, V2 and V3"
 
 
+def is_compiled(module: Any) -> bool:
+    """Return whether a module is what `torch.compile` puts around one, as `_orig_mod`."""
+    return "_orig_mod" in getattr(module, "_modules", ())  # importing its class takes a second
+
+
 def unwrap(model: Any) -> Any:
     """Return the model inside any number of wrappers that compute the same; a model in none of them as it is.
 
@@ -26,7 +31,7 @@ def unwrap(model: Any) -> Any:
             model = model.module
         elif isinstance(model, ModelEma):
             model = model.ema
-        elif "_orig_mod" in getattr(model, "_modules", ()):  # importing its class takes a second
+        elif is_compiled(model):
             model = model._orig_mod
         else:
             return model

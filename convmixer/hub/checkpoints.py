@@ -295,6 +295,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         WeightsError: The file is missing, a pickle, corrupt, not finite, or does not fit the model.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8")
+        >>> file = convmixer.model_info("convmixer_256_8.cifar10").weights[0].path
+        >>> convmixer.load_checkpoint(model, file)
     """
     model = unwrap(model)
     tensors = read_tensors(path)

@@ -70,6 +70,11 @@ def convert_checkpoint(
         WeightsError: The file cannot be read safely, is not a ConvMixer, or is one of no variant and the destination
             is a file.
         WriteError: The destination's folder takes no files.
+
+    Example:
+        >>> torch.save(convmixer.create_model("convmixer_256_8").state_dict(), "theirs.pth")
+        >>> convmixer.convert_checkpoint("theirs.pth", "ours.safetensors")
+        'convmixer_256_8'
     """
     source, destination = Path(os.path.expanduser(source)), Path(os.path.expanduser(destination))
     asked = None if variant is None else get_variant(variant)[0]

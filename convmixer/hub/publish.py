@@ -89,6 +89,12 @@ def save_pretrained(
         ArgumentError: Not a ConvMixer, one without preprocessing, or a value that makes no sense.
         WeightsError: Weights that are not finite or do not fit the architecture.
         ConvMixerError: The folder cannot be written. What was in it before is whole.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
+        >>> folder = convmixer.save_pretrained(model, "photos", licence="mit", metrics={"top-1": 88.2})
+        >>> sorted(file.name for file in folder.iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
     """
     folder = Path(os.path.expanduser(directory))
     source = gather(model, metrics, test_data, licence, training_data, recipe, description, tags, label_names)
@@ -176,6 +182,11 @@ def push_to_hub(
         ArgumentError: As for `save_pretrained`, or a `repo_id` that is not "owner/name".
         WeightsError: A library opens the folder, but computes other logits.
         HubError: The Hub cannot be reached or refuses. It is safe to run the same again.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
+        >>> sorted(convmixer.push_to_hub(model, "me/photos", licence="mit", dry_run=True).files)
+        ['README.md', 'config.json', 'model.safetensors']
     """
     _check_repo_id(repo_id)
     name = repo_id.partition("/")[2]
