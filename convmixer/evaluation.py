@@ -103,7 +103,7 @@ def validate(
         flip: Also score the mean of the probabilities of each image and of its mirror image.
         batch_size: Images computed at a time.
         precision: "float32", "bfloat16" or, on a GPU, "float16" (autocast), or "auto": bfloat16 where the hardware has
-            products for it, else float32.
+            matrix multiplication for it, else float32.
         draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         data_root: Where downloaded data sets lie: by default `data` for `torch/`, the Hub's cache for `hfds/`.
         download: Let `torch/` data sets download what is missing.

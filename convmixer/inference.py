@@ -48,7 +48,7 @@ def class_logits(logits: Tensor) -> Tensor:
 def known_labels(model: nn.Module) -> tuple[str, ...] | None:
     """The model's class names by index; None where nothing says what they are. An ArgumentError without a head.
 
-    A model with one output has two classes, and its `label_names` name both, or the second alone, whose probability is
+    A model with one output has two classes, and its `label_names` name both, or only the second, whose probability is
     the sigmoid of the output: from "cat" follow "not cat" and "cat".
     """
     count = count_classes(model)
@@ -112,7 +112,7 @@ def predict(
 def predict(
     model: nn.Module, images: Any, topk: int = 5, *, batch_size: int = 64, draft: bool = True
 ) -> Prediction | list[Prediction] | Iterator[Prediction]:
-    """The most probable classes of one image or many.
+    """Return the most probable classes of one image or many.
 
     Args:
         model: A classifier from `create_model`, in any mode, which stays as it is. It is computed in evaluation mode,
@@ -134,6 +134,11 @@ def predict(
     Raises:
         ImageError: An image that cannot be read; from an iterator, when its batch is due.
         ArgumentError: A model without a head, another kind of module, or a topk below 1.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
+        >>> [label for label, probability in convmixer.predict(model, "cat.png", topk=1)]
+        ['cat']
     """
     model = find_model(model)
     names = label_names(model)

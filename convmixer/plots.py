@@ -148,7 +148,7 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
         classes: Names by class.
 
     Raises:
-        ArgumentError: No images, lengths that differ, or an integer that is no class.
+        ArgumentError: No images, lengths that differ, or an integer that is not a class.
     """
     true, predicted = _array(labels), _array(predictions)
     count, names = len(classes), [_literal(name) for name in classes]

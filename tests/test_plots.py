@@ -515,6 +515,6 @@ def test_what_cannot_be_plotted(finished, pictures, cat, tmp_path):
         if content is not None:
             (finished / "recipe.json").write_text(content)
         message = complaint(finished)
-        assert re.search(r"is no folder of a run, which has a recipe\.json that names a model", message)
+        assert re.search(r"is not the folder of a run, which has a recipe\.json that names a model", message)
         if content is None:
             assert "FileNotFoundError" in message

@@ -31,7 +31,7 @@ def test_a_pickle_is_not_loaded_and_the_way_on_is_named(cat, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(None, "no checkpoint at"), (b"text", "cannot read"), ({"conv1.weight": torch.zeros(1)}, "is no ConvMixer")],
+    [(None, "no checkpoint at"), (b"text", "cannot read"), ({"conv1.weight": torch.zeros(1)}, "is not a ConvMixer")],
 )
 def test_what_cannot_be_converted(tmp_path, content, text):
     source = tmp_path / "old.pth"
