@@ -6,7 +6,7 @@
 
 The same weights in timm's class and in ours (eager, and compiled as `convmixer train --compile` runs it; with and
 without fused blocks, these on a CPU by PyTorch and by native kernels), by AdamW. `--only` takes the ways whose names
-hold one of the words. All ways take turns in one process; ratios are medians over rounds, against timm's
+contain one of the words. All ways take turns in one process; ratios are medians over rounds, against timm's
 best. Memory is what autograd keeps between forward and backward, and its ratio is against timm's eager step. On Linux
 with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
 
@@ -16,16 +16,13 @@ makes two steps of a tiny model on four images, on a CPU with calls in place of 
 
 import argparse
 import functools
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
+import harness
 import torch
 import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
@@ -34,8 +31,8 @@ import convmixer
 from convmixer.native.training import set_native_training
 from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe
-from convmixer.training.loop import autocast
 from convmixer.training.optimizers import create_optimizer
+from convmixer.training.precision import autocast
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
 
@@ -110,9 +107,7 @@ class Way:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="convmixer_256_8", help="a variant; images of its size")
-    parser.add_argument(
-        "--only", nargs="+", default=[""], help="of the ways, those whose names hold one of these words"
-    )
+    parser.add_argument("--only", nargs="+", default=[""], help="the ways whose names contain one of these words")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
@@ -124,8 +119,7 @@ def main() -> None:
         arguments.batch_size, arguments.rounds = 4, 1
     torch.manual_seed(0)
     model = convmixer.create_model(arguments.model, device="cpu", num_classes=10)
-    size = model.pretrained_cfg["input_size"]
-    images = torch.randn(arguments.batch_size, *size, device=arguments.device)
+    images = torch.randn(arguments.batch_size, *model.pretrained_cfg["input_size"], device=arguments.device)
     labels = torch.randint(10, (arguments.batch_size,), device=arguments.device)
     kernel_size = model.blocks[0][0].fn[0].kernel_size[0]
     shape = {"dim": model.dim, "depth": len(model.blocks), "kernel_size": kernel_size, "patch_size": model.patch_size}
@@ -148,16 +142,15 @@ def main() -> None:
         "convmixer compiled": {"compile": True},
         "convmixer fused": {"compile": False, "fused": True, "native": False},
         "convmixer fused, compiled": {"compile": True, "fused": True, "native": False},
-        "convmixer native": {"compile": False, "fused": True},
-        "convmixer native, compiled": {"compile": True, "fused": True},
     }
-    if arguments.device.type != "cpu":  # fused blocks run on Triton
-        del kinds["convmixer native"], kinds["convmixer native, compiled"]
+    if arguments.device.type == "cpu":
+        kinds |= {"convmixer native": {"compile": False, "fused": True}}
+        kinds |= {"convmixer native, compiled": {"compile": True, "fused": True}}
     makers: dict[str, Callable[[], Way]] = {
-        "timm eager NCHW": lambda: way(False, PLAIN, False),
-        "timm eager channels_last": lambda: way(False, LAST, False),
-        "timm compiled NCHW": lambda: way(False, PLAIN, True),
-        "timm compiled channels_last": lambda: way(False, LAST, True),
+        "timm eager NCHW": functools.partial(way, False, PLAIN, False),
+        "timm eager channels_last": functools.partial(way, False, LAST, False),
+        "timm compiled NCHW": functools.partial(way, False, PLAIN, True),
+        "timm compiled channels_last": functools.partial(way, False, LAST, True),
         **{name: functools.partial(way, True, LAST, **options) for name, options in kinds.items()},
     }
     if arguments.device.type == "cuda" or arguments.dry_run:
@@ -186,18 +179,15 @@ def main() -> None:
             f"{memory[name]:6.2f} MiB/image, {memory[name] / least:.2f} of timm eager"
         )
     if arguments.json:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        machine |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version()}
-        machine |= {"amx_bf16": torch.cpu._is_amx_tile_supported(), "torch": torch.__version__}
-        machine |= {"timm": timm.__version__, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
         result = {"batch_size": arguments.batch_size, "precision": arguments.precision, "images_per_second": rates}
         result |= {
             "activation_mib_per_image": memory,
             "best_of_timm": best,
             "ratios": ratios,
             "model": arguments.model,
+            "ratio": max(ratios.values()),
         }
-        arguments.json.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
+        harness.write(arguments.json, result, arguments.device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, WriteError
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise what `write_atomically` would: before the work that makes the file's content.
+    """Raise what `write_atomically` would, before the work that makes the file's content.
 
     Raises:
         ArgumentError: It is a folder, or its folder does not exist.
@@ -21,7 +21,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """An empty file beside the one that is to be written."""
+    """Make an empty file next to the one that is to be written."""
     if os.path.isdir(path):
         raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
     if not os.path.isdir(path.parent):
@@ -37,7 +37,7 @@ def _temporary(path: Path) -> Path:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one.
+    """Let `write` fill a temporary file next to `path`, then rename it: there is the old file or the new one.
 
     Raises:
         ArgumentError: It is a folder, or its folder does not exist.

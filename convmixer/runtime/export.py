@@ -30,6 +30,7 @@ from convmixer.files import check_writable, write_atomically
 from convmixer.hub.checkpoints import read_tensors, save_weights
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype
+from convmixer.registry import PREPROCESSING
 from convmixer.runtime import folding, openvino_core
 from convmixer.runtime.chunks import as_list
 from convmixer.runtime.convert import Dimensions, to_onnx_program, to_openvino, to_program
@@ -40,7 +41,6 @@ from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
 # The largest difference that a format may make, relative to the largest logit: that of many roundings in the type.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 OPSET = 18  # of ONNX, by default and at least
 MOST_IMAGES = 64  # in a batch, where a format needs a bound
@@ -453,7 +453,7 @@ def _metadata(model: nn.Module, config: Mapping[str, Any], size: Sequence[int], 
     inner = find_inner(model)
     classes = inner.num_classes if inner is model else 0  # a feature extractor has none
     facts: dict[str, Any] = {"num_classes": classes, "batch_norm": "folded" if folded else "as in the model"}
-    facts |= {key: config[key] for key in ("architecture", "license", *_PREPROCESSING) if config.get(key) is not None}
+    facts |= {key: config[key] for key in ("architecture", "license", *PREPROCESSING) if config.get(key) is not None}
     facts["input_size"] = (inner.in_chans, *size)
     labels = known_labels(inner) if classes else None
     if labels:

@@ -12,8 +12,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer.native.compiled_code import settle
-from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES, unsupported
-from convmixer.ops.fused import ACTIVATIONS
+from convmixer.ops.limits import ACTIVATIONS, DTYPES, KERNEL_SIZES, unsupported
 from convmixer.runtime.chunks import ChunkRule
 from convmixer.runtime.eager import Eager, EagerBackend
 from convmixer.runtime.folding import find_convmixer
