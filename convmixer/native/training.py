@@ -171,7 +171,10 @@ def _record(
     running: Tensor | None = None,
     moments: Sequence[Tensor] = (),
     grads: Sequence[Tensor] = (),
-    **pointers: Tensor,
+    *,
+    kept: Tensor,
+    features: Tensor,
+    gradient: Tensor | None = None,
 ) -> _Step:
     count = len(network.eps)
     layers = (_Layer * count)()
@@ -200,7 +203,9 @@ def _record(
         keep=network.keep,
         images=images.data_ptr(),
         layers=layers,
-        **{name: tensor.data_ptr() for name, tensor in pointers.items()},
+        kept=kept.data_ptr(),
+        gradient=None if gradient is None else gradient.data_ptr(),
+        features=features.data_ptr(),
     )
 
 
@@ -281,8 +286,7 @@ def _backward(
     network = Network(*settings)
     grads = [torch.empty_like(parameter) for parameter in parameters]
     gradient = _memory(_map_bytes(images, len(parameters[0]), network.patch_size, network.half))
-    pointers = {"kept": kept, "gradient": gradient, "features": grad}
-    record = _record(images, parameters, network, grads=grads, **pointers)
+    record = _record(images, parameters, network, grads=grads, kept=kept, features=grad, gradient=gradient)
     _call(kernels().convmixer_backward, record, network.half)
     return grads
 
@@ -341,7 +345,8 @@ def refusal(stem: Any, blocks: Any, dtype: torch.dtype, sync_batchnorm: bool = F
         return "the stem's convolution has overlapping or padded patches, which the native kernels do not take"
     if any(fused.is_synchronised(module, sync_batchnorm) for module in norms):
         return "BatchNorm is synchronised between processes, which the native kernels do not do"
-    return lacking()
+    reason: str | None = lacking()
+    return reason
 
 
 @functools.lru_cache(maxsize=64)
@@ -372,7 +377,8 @@ def takes(stem: Any, blocks: Any, images: Tensor, taken: Sequence[int], sync_bat
         reason = "a gradient of the images is wanted, which the native kernels do not compute"
     elif stem[0].weight.dtype not in (dtype, torch.float32):
         reason = f"images of {images.dtype} and parameters of {stem[0].weight.dtype} do not go together"
-    return _chosen(reason, dtype)
+    chosen: bool = _chosen(reason, dtype)
+    return chosen
 
 
 class _Stack(Function):
@@ -443,4 +449,5 @@ def features(
     result, moments, _ = _Stack.apply(images.detach().to(torch.float32).contiguous(), kept, network, *parameters)
     for (_, norm), its in zip(layers, moments.unbind(), strict=True):
         fused.track(norm, fused.Moments(*its.unbind()))
-    return result.contiguous(memory_format=torch.channels_last) if channels_last else result
+    found: Tensor = result.contiguous(memory_format=torch.channels_last) if channels_last else result
+    return found

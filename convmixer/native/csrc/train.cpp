@@ -5,16 +5,16 @@
 // Kept for the backward pass are u and c of each block; x and z are computed anew. A phase is one pass over its maps, and
 // what it leaves for BatchNorm are sums per channel. Threads share the tasks of a phase in equal runs, and meet at its end:
 //
-//   phase      task            reads               writes     computes
-//   embed      image, part     images              u          patch embedding
-//   spatial    images, channel u before            c          x, depthwise
-//   mix        image, part     c, u before         u          z, product with W
-//   finish     image, channel  u                   features
+//   phase      task             reads                       writes    computes
+//   embed      image, part      images                      u         patch embedding
+//   spatial    images, channel  u before                    c         x, depthwise
+//   mix        image, part      c, u before                 u         z, product with W
+//   finish     image, channel   u                           features
 //
-//   begin      image, channel  u, their gradient   gradient
-//   unmix      image, part     u, c, u before, gradient  gradient   gradients of u, W (by z), z
-//   unspatial  images, channel c, u before, gradient     gradient   gradients of c, its kernel (by x), x
-//   unembed    image, part     images, u, gradient            gradients of u, the embedding
+//   begin      image, channel   features' gradient, u       gradient
+//   unmix      image, part      u, c, u before, gradient    gradient  gradients of u, of W (by z), of z
+//   unspatial  images, channel  c, u before, gradient       gradient  gradients of c, of its kernel (by x), of x
+//   unembed    image, part      images, u, gradient                   gradients of u, of the embedding
 //
 // That is 5 maps read or written forward and 9 backward, for each block and image; with c computed anew 2 more. The one
 // gradient map is overwritten in place. Each thread adds up its own sums and weight gradients; they are added in the
@@ -149,13 +149,13 @@ class Trainer {
         return run([this](Scratch<Compute> &own) {
             prepare();
             pack(0, false);
-            parts(own, [&](int image, int first, int length) { embed(image, first, length, own); });
+            parts([&](int image, int first, int length) { embed(image, first, length, own); });
             settle_statistics(0);
             for (int i = 0; i < step.depth; i++) {
                 pack(2 * i + 2, false);
                 groups(2, [&](int image, int images, int n) { spatial(i, image, images, n, own); });
                 settle_statistics(2 * i + 1);
-                parts(own, [&](int image, int first, int length) { mix(i, image, first, length, own); });
+                parts([&](int image, int first, int length) { mix(i, image, first, length, own); });
                 settle_statistics(2 * i + 2);
             }
             maps([&](int image, int n) { finish(image, n); });
@@ -172,14 +172,14 @@ class Trainer {
                     groups(2, [&](int image, int images, int n) { spatial(i, image, images, n, own); });
                     clear_sums();
                 }
-                parts(own, [&](int image, int first, int length) { unmix(i, image, first, length, own); });
+                parts([&](int image, int first, int length) { unmix(i, image, first, length, own); });
                 settle_weights(2 * i + 2, channels, dim);
                 settle_gradients(2 * i + 1);
                 groups(1, [&](int image, int images, int n) { unspatial(i, image, images, n, own); });
                 settle_kernels(2 * i + 1);
                 settle_gradients(2 * i);
             }
-            parts(own, [&](int image, int first, int length) { unembed(image, first, length, own); });
+            parts([&](int image, int first, int length) { unembed(image, first, length, own); });
             settle_weights(0, inputs, step.in_chans * step.patch_size * step.patch_size);
         });
     }
@@ -190,7 +190,6 @@ class Trainer {
     template <class Work>
     bool run(Work work) {
         thread_local Buffer shared;
-        const int threads = step.threads;
         const auto lay_out = [&](Carver carver) {
             weights = carver.take<Value>((long)channels * std::max(channels, inputs));
             for (float **vector : {&grad_scale, &grad_shift, &grad_value}) *vector = carver.take<float>(channels);
@@ -200,13 +199,14 @@ class Trainer {
         if (memory == nullptr) return false;
         lay_out(Carver(memory));
         const long bytes = Scratch<Compute>(grid, k, inputs, plane, nullptr).bytes;
-        scratch.assign(threads, Scratch<Compute>(grid, k, inputs, plane, nullptr));
         bool failed = false;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(step.threads)
         {
+#pragma omp single
+            scratch.assign(omp_get_num_threads(), Scratch<Compute>(grid, k, inputs, plane, nullptr));
             thread_local Buffer buffer;
             char *own = buffer.take(bytes);
-            if (own == nullptr || omp_get_num_threads() != threads) {
+            if (own == nullptr) {
 #pragma omp atomic write
                 failed = true;
             } else {
@@ -235,7 +235,7 @@ class Trainer {
 #pragma omp barrier
     }
     template <class Task>
-    void parts(Scratch<Compute> &, Task task) const {
+    void parts(Task task) const {
         each((long)step.batch * grid.tiles, [&](long i) {
             const int first = i % grid.tiles * grid.tile;
             task(i / grid.tiles, first, std::min(grid.tile, grid.positions - first));
