@@ -576,7 +576,7 @@ class ConvMixer(nn.Module):
             _LOGGER.info("fused='auto': off, %s", error)
             return
         if enable == "auto" and weight.device.type != "cuda":
-            lacking = "it saves memory but not time"
+            lacking: str | None = "it saves memory but not time"
             if weight.device.type == "cpu":
                 lacking = native.refusal(self.stem, self.blocks, weight.dtype)
             if lacking:

@@ -197,9 +197,7 @@ def _record(
         height=height,
         width=width,
         relu=network.relu,
-        threads=1
-        if _forked
-        else torch.get_num_threads(),  # in a child by fork OpenMP would wait for threads of its parent
+        threads=1 if _forked else torch.get_num_threads(),
         keep=network.keep,
         images=images.data_ptr(),
         layers=layers,

@@ -99,6 +99,12 @@ def assert_near(found, expected, tolerance):
     assert max(errors.values()) <= tolerance, errors
 
 
+def assert_near_weights(found, expected, tolerance):
+    """Without gradients of vectors, which are small differences of large sums."""
+    found, expected = ({name: t for name, t in each.items() if t.ndim > 1} for each in (found, expected))
+    assert_near(found, expected, tolerance)
+
+
 @pytest.mark.parametrize(("changes", "size"), CASES, ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_float32(native_calls, changes, size, threads):
@@ -139,10 +145,7 @@ def test_parameters_of_their_own_type(dtype):
     x = torch.randn(4, 3, 32, 32, dtype=dtype)
     found = results(fused, x)
     assert {tensor.dtype for tensor in found.values()} == {dtype}
-    expected = results(plain, x.double())
-    # Gradients of vectors are small differences of large sums.
-    found, expected = ({name: t for name, t in each.items() if t.ndim > 1} for each in (found, expected))
-    assert_near(found, expected, TOLERANCES[dtype])
+    assert_near_weights(found, results(plain, x.double()), TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -361,8 +364,7 @@ torch.manual_seed(0)
 for changes, size in tests.CASES[:3]:
     plain, fused = tests.pair(**changes)
     x = torch.randn(size, dtype=torch.float64)
-    found = tests.results(fused, x.float(), torch.bfloat16)
-    tests.assert_near(found, tests.results(plain, x), 0.05)
+    tests.assert_near_weights(tests.results(fused, x.float(), torch.bfloat16), tests.results(plain, x), 0.03)
 print("computed")
 """
 
@@ -414,7 +416,7 @@ print("equal" if os.waitpid(child, 0)[1] == 0 else "different")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_child_by_fork_computes():
     """Where OpenMP would wait for threads that are gone."""
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "equal", done.stderr
 
 
