@@ -20,8 +20,16 @@ TORCH = {
     "2.15": "0.29",
 }
 # What depends on PyTorch most: a few minutes for each version.
-CORE = ["test_model", "test_factory", "runtime/test_folding", "runtime/test_backends", "ops/test_ops", "ops/test_fused"]
-CORE += ["training/test_signals", "training/test_training"]
+CORE = [
+    "test_model",
+    "test_factory",
+    "runtime/test_folding",
+    "runtime/test_backends",
+    "native/test_kernels",
+    "ops/test_ops",
+    "ops/test_fused",
+]
+CORE += ["training/test_recipe", "training/test_signals", "training/test_training"]
 TOOLS = ["setuptools", "pytest", "pytest-xdist", "hypothesis", "psutil", "scikit-image", "scikit-learn"]
 
 

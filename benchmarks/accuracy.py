@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import harness
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -24,7 +25,6 @@ from convmixer.data.memory import load_images
 from convmixer.data.readers import FileSplit, open_split
 from convmixer.evaluation import _scores
 from convmixer.plots import class_probabilities
-from convmixer.runtime.benchmark import device_name
 
 MISTAKES = 25
 
@@ -93,9 +93,7 @@ def evaluate(name: str, data: Path) -> dict[str, object]:
     return {
         "model": name,
         "images": len(images),
-        "device": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **{key: value for key, value in harness.machine().items() if key in ("device", "threads", "torch")},
         "precisions": precisions,
         "classes": classes,
         "confusion": pairs.bincount(minlength=len(classes) ** 2).view(len(classes), -1).tolist(),

@@ -1,4 +1,4 @@
-"""How many images a second are augmented: `convmixer train`'s changes beside torchvision's and kornia's.
+"""How many images a second are augmented: by `convmixer train`, torchvision and kornia.
 
     python benchmarks/augment.py [--images 4096] [--size 32] [--rounds 7] [--device auto] [--threads N] [--json FILE]
 
@@ -8,14 +8,11 @@ random images in memory. The ways take turns in each round; the median counts. k
 the whole batch, so that it is given batches of 128; the strength of each differs from image to image.
 """
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
+import harness
 import torch
 import torch.nn.functional as F
 from timm.data.random_erasing import RandomErasing
@@ -24,7 +21,6 @@ from torchvision.transforms import v2
 
 from convmixer.data.memory import Images, Share
 from convmixer.factory import resolve_device
-from convmixer.runtime.benchmark import device_name
 from convmixer.training import Recipe, get_recipe
 from convmixer.training.augment import Augment
 
@@ -78,23 +74,18 @@ def kornias(images: Images, recipe: Recipe) -> Iterator[Tensor]:
         yield changes(pixels.float() / 255)
 
 
-def seconds(make: Callable[[], Iterator[Tensor]], device: torch.device) -> float:
-    begun = time.perf_counter()
+def exhaust(make: Callable[[], Iterator[Tensor]]) -> None:
     for inputs in make():
         assert inputs.dtype == torch.float32
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = harness.arguments(__doc__)
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -114,26 +105,13 @@ def main() -> None:
         ways[f"kornia {kornia.__version__}, a draw for 128"] = partial(kornias, images, recipe)
     except ImportError:
         print("kornia is not installed: left out")
-    for make in ways.values():
-        seconds(make, device)
-    taken = {name: list[float]() for name in ways}
-    for _ in range(options.rounds):
-        for name, make in ways.items():
-            taken[name].append(seconds(make, device))
+    calls = {name: partial(exhaust, make) for name, make in ways.items()}
+    taken = harness.take_turns(calls, options.rounds, clock=partial(harness.seconds, device=device))
     speed = {name: round(count / statistics.median(times)) for name, times in taken.items()}
     for name, images_per_second in speed.items():
         print(f"{name:32} {images_per_second:10,} images/s")
-    if options.json:
-        report = {
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "images": count,
-            "size": options.size,
-            "rounds": options.rounds,
-            "images_per_second": speed,
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {"images": count, "size": options.size, "rounds": options.rounds, "images_per_second": speed}
+    harness.write(options.json, report, device)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,14 @@ Each repeat is a fresh process that stamps the clock after each step; the files 
 which is not counted. Medians are reported. "import convmixer" is what this package adds to torch and timm.
 """
 
-import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import timm
-import torch
-
-from convmixer.runtime.benchmark import device_name
+import harness
 
 IMAGE = Path(__file__).parent.parent / "examples" / "images" / "cat.png"
 STEPS = {
@@ -46,9 +41,8 @@ def stamps() -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = harness.arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     runs = [stamps() for _ in range(arguments.repeats + 1)][1:]
     milliseconds = {name: 1000 * statistics.median(run[i + 1] - run[i] for run in runs) for i, name in enumerate(STEPS)}
@@ -56,11 +50,7 @@ def main() -> None:
     for name, value in milliseconds.items():
         print(f"{name:18} {value:8.1f} ms")
     print(f"start to first prediction {first:.1f} ms")
-    if arguments.json:
-        machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-        machine |= {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
-        record = {"machine": machine, "milliseconds": milliseconds, "to_first_prediction": first}
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    harness.write(arguments.json, {"milliseconds": milliseconds, "to_first_prediction": first})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kernels and whole models on a GPU, in one command under ten minutes: ours beside cuDNN, timm and the roof.
+"""Kernels and whole models on a GPU, in one command under ten minutes: ours, cuDNN's, timm's and the roof.
 
     python benchmarks/gpu.py --json FILE [--minutes 9] [--data FOLDER] [--only REGEX]
     python benchmarks/gpu.py --table FILE
@@ -7,14 +7,13 @@
 Several processes compile what will be measured, for a third of the time at most. Then one process measures, what
 matters most first. Everything is in bfloat16 with random weights. A training step is forward, backward and AdamW; it
 is measured as it is launched, and as one CUDA graph where it can be captured. Kernels are timed by graphs of several
-calls, beside the time at an H200's roof. With `--data`, `convmixer train` runs for two epochs, of which the second one
+calls, next to the time at an H200's roof. With `--data`, `convmixer train` runs for two epochs, of which the second one
 counts. What the minutes do not reach is listed as left out, what fails with its error. The file is written after each
 step, and tables in Markdown are printed at the end. A dry run computes tiny shapes anywhere, in Triton's interpreter,
 which shows that all of it runs.
 """
 
 # ruff: noqa: E402
-import argparse
 import contextlib
 import functools
 import gc
@@ -35,21 +34,23 @@ DRY = "--dry-run" in sys.argv
 if DRY:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
+import harness
 import timm
 import torch
 import torch.nn.functional as F
 import triton
+from harness import H200_CORES, H200_MEMORY, H200_TENSOR_CORES
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import Tensor, nn
 
 import convmixer
+from convmixer.model import activation
 from convmixer.ops.triton import launch as ops
+from convmixer.registry import get_variant
 
 DEVICE = "cpu" if DRY else "cuda"
-DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter has no products of bfloat16
+DTYPE = torch.float16 if DRY else torch.bfloat16  # the interpreter cannot multiply matrices of bfloat16
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-# H200: dense products in bfloat16, the float32 cores, memory.
-PRODUCTS, CORES, MEMORY = 790e12, 67e12, 4.3e12
 
 
 class Model(NamedTuple):
@@ -65,12 +66,14 @@ class Model(NamedTuple):
     batch: int
 
 
-MODELS = {
-    "convmixer_1536_20": Model(1536, 20, 9, 7, nn.GELU, 224, 1000, 64),
-    "convmixer_768_32": Model(768, 32, 7, 7, nn.ReLU, 224, 1000, 128),
-    "convmixer_256_8": Model(256, 8, 5, 2, nn.GELU, 32, 10, 1024),
-    "convmixer_256_8_ks9_p1": Model(256, 8, 9, 1, nn.GELU, 32, 10, 256),
-}
+def registered(name: str, batch: int) -> Model:
+    v, _ = get_variant(name)
+    sizes = (v.dim, v.depth, v.kernel_size, v.patch_size, activation(v.act_layer), v.input_size[1], v.num_classes)
+    return Model(*sizes, batch)
+
+
+BATCHES = {"convmixer_1536_20": 64, "convmixer_768_32": 128, "convmixer_256_8": 1024, "convmixer_256_8_ks9_p1": 256}
+MODELS = {name: registered(name, batch) for name, batch in BATCHES.items()}
 if DRY:
     MODELS = {"tiny": Model(8, 2, 3, 2, nn.GELU, 8, 3, 2)}
 
@@ -289,7 +292,7 @@ def kernel_jobs(name: str) -> Iterator[Job]:
         return plain, last, weight / size, square / dim**0.5, torch.rand(dim, device=DEVICE)
 
     values = batch * dim * side * side
-    tensor, taps, products = 2 * values, 2 * size * size * values / CORES, 2 * dim * values / PRODUCTS
+    tensor, taps, products = 2 * values, 2 * size * size * values / H200_CORES, 2 * dim * values / H200_TENSOR_CORES
 
     def convolution(x: Tensor, weight: Tensor) -> Tensor:
         if before != after:
@@ -301,35 +304,38 @@ def kernel_jobs(name: str) -> Iterator[Job]:
         return torch.ops.aten.convolution_backward(x, x, weight, None, [1, 1], pads, [1, 1], False, [0, 0], dim, mask)
 
     ours: dict[str, tuple[float, Callable[..., Any]]] = {
-        "depthwise + sums": (max(2 * tensor / MEMORY, taps), lambda _, x, w, s, v: ops.depthwise(x, w, v, "gelu", v)),
+        "depthwise + sums": (
+            max(2 * tensor / H200_MEMORY, taps),
+            lambda _, x, w, s, v: ops.depthwise(x, w, v, "gelu", v),
+        ),
         "depthwise_infer": (
-            max(3 * tensor / MEMORY, taps),
+            max(3 * tensor / H200_MEMORY, taps),
             lambda _, x, w, s, v: ops.depthwise_infer(x, w, v, "gelu", v, v, x),
         ),
         "depthwise_input_grad": (
-            max(3 * tensor / MEMORY, taps),
+            max(3 * tensor / H200_MEMORY, taps),
             lambda _, x, w, s, v: ops.depthwise_input_grad(x, w, x),
         ),
         "depthwise_weight_grad": (
-            max(2 * tensor / MEMORY, taps),
+            max(2 * tensor / H200_MEMORY, taps),
             lambda _, x, w, s, v: ops.depthwise_weight_grad(x, x, size),
         ),
         "pointwise + sums": (
-            max(3 * tensor / MEMORY, products),
+            max(3 * tensor / H200_MEMORY, products),
             lambda _, x, w, s, v: ops.pointwise(x, v, v, x, s, v, "gelu", v),
         ),
         "pointwise_infer": (
-            max(2 * tensor / MEMORY, products),
+            max(2 * tensor / H200_MEMORY, products),
             lambda _, x, w, s, v: ops.pointwise_infer(x, s, v, "gelu", v, v),
         ),
         "sum_normalized": (
-            3 * tensor / MEMORY,
+            3 * tensor / H200_MEMORY,
             lambda _, x, w, s, v: ops.sum_normalized(x, v, v, "gelu", x, v, v, "gelu"),
         ),
-        "normalize_act": (2 * tensor / MEMORY, lambda _, x, w, s, v: ops.normalize_act(x, v, v, "gelu")),
-        "normalize_act_grad": (3 * tensor / MEMORY, lambda _, x, w, s, v: ops.normalize_act_grad(x, x, v, "gelu")),
-        "stats_grad": (3 * tensor / MEMORY, lambda _, x, w, s, v: ops.stats_grad(x, x, "gelu", v, v, v)),
-        "stats": (tensor / MEMORY, lambda _, x, w, s, v: ops.stats(x, "gelu", v)),
+        "normalize_act": (2 * tensor / H200_MEMORY, lambda _, x, w, s, v: ops.normalize_act(x, v, v, "gelu")),
+        "normalize_act_grad": (3 * tensor / H200_MEMORY, lambda _, x, w, s, v: ops.normalize_act_grad(x, x, v, "gelu")),
+        "stats_grad": (3 * tensor / H200_MEMORY, lambda _, x, w, s, v: ops.stats_grad(x, x, "gelu", v, v, v)),
+        "stats": (tensor / H200_MEMORY, lambda _, x, w, s, v: ops.stats(x, "gelu", v)),
     }
     for what, (roof, call) in ours.items():
         yield Job(
@@ -364,8 +370,8 @@ def microseconds(call: Callable[[], Any], calls: int = 4) -> float:
 
 def epoch(data: Path) -> dict[str, float]:
     """Images per second of the second epoch of `convmixer train cifar10`, validation left out."""
-    from convmixer.training.loop import train as run
-    from convmixer.training.recipes import get_recipe
+    from convmixer.training import get_recipe
+    from convmixer.training import train as run
 
     recipe = get_recipe("cifar10", epochs=2, validation_fraction=0.1)
     with tempfile.TemporaryDirectory() as folder:
@@ -441,8 +447,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--data", type=Path, help="a folder that `convmixer train cifar10` takes")
     parser.add_argument("--only", default="", help="a regular expression: measure what it matches")

@@ -10,7 +10,6 @@ long the streaming multiprocessors need to issue the instructions, four each per
 figures are static; nothing here was measured on a GPU. `--table` prints what a file says of bfloat16 on sm_90.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -27,26 +26,27 @@ from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import harness
 import torch
 import triton
+from harness import H200_CORES, H200_MEMORY, H200_TENSOR_CORES
 from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convmixer.ops.triton import launch as kernels
 from convmixer.ops.triton.tables import forget_choices, pointwise_key, row
+from convmixer.registry import get_variant
 
-BLOCKS = {"convmixer_256_8": (256, 5, 16), "convmixer_768_32": (768, 7, 32), "convmixer_1536_20": (1536, 9, 32)}
+BLOCKS = ("convmixer_256_8", "convmixer_768_32", "convmixer_1536_20")
 BATCH = 64
-# H200: dense products in bfloat16, the float32 cores, memory; multiprocessors and their clock.
-PRODUCTS, CORES, MEMORY = 790e12, 67e12, 4.3e12
-MULTIPROCESSORS, CLOCK = 132, 1.755e9
+MULTIPROCESSORS, CLOCK = 132, 1.755e9  # of an H200
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @contextlib.contextmanager
 def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
-    """What the functions of `convmixer.ops.triton.launch` would launch on a GPU, recorded in place of running it."""
+    """What the functions of `convmixer.ops.triton.launch` would launch on a GPU, recorded instead of run."""
     recorded: list[dict[str, Any]] = []
 
     def record(kernel: Any, grid: Any, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
@@ -139,7 +139,7 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
     weight = torch.empty(dim, dim, dtype=dtype, device="cuda")
     values = dim * side * side
     tensor, taps, products = values * dtype.itemsize, 2.0 * size * size * values, 2.0 * dim * values
-    # Three products of TF32, at half the rate, make one of float32.
+    # Three multiplications of TF32, at half the rate, make one of float32.
     dots = (products if dtype.itemsize == 2 else 6 * products, 0.0)
     convolve = functools.partial(kernels._convolve, x, kernel)
     multiply = functools.partial(kernels._multiply, x, weight, vector, "gelu")
@@ -189,9 +189,10 @@ def report(
     capability: int, dtype: torch.dtype, variant: str, names: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """A record per kernel of a block; of those named."""
-    dim, size, side = BLOCKS[variant]
+    shape, _ = get_variant(variant)
     with launches(capability) as recorded:
-        calls = {k: v for k, v in cases(dim, size, side, dtype).items() if names is None or k in names}
+        everything = cases(shape.dim, shape.kernel_size, harness.feature_side(variant), dtype)
+        calls = {name: case for name, case in everything.items() if names is None or name in names}
         for call, *_ in calls.values():
             call()
     for (name, (_, moved, tensor, cores)), launch in zip(calls.items(), recorded, strict=True):
@@ -201,7 +202,11 @@ def report(
         if launch["kernel"].__name__ == "depthwise":
             issued *= tiles(launch)
         issued *= launch["options"]["num_warps"] * math.prod(launch["grid"]) / BATCH
-        roofs = {"memory": moved / MEMORY, "tensor cores": tensor / PRODUCTS, "float32 cores": cores / CORES}
+        roofs = {
+            "memory": moved / H200_MEMORY,
+            "tensor cores": tensor / H200_TENSOR_CORES,
+            "float32 cores": cores / H200_CORES,
+        }
         bound = max(roofs, key=lambda key: roofs[key])
         yield {
             "block": variant,
@@ -244,11 +249,10 @@ def table(file: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--capability", type=int, nargs="*", default=[80, 90])
     parser.add_argument("--block", nargs="*", default=list(BLOCKS), choices=list(BLOCKS))
     parser.add_argument("--dtype", nargs="*", default=["bfloat16", "float32"])
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
     arguments = parser.parse_args()
     if arguments.table:

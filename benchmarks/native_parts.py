@@ -2,33 +2,22 @@
 
     python benchmarks/native_parts.py [--model convmixer_256_8] [--image-size 32] [--batch-size 64] [--json FILE]
 
-A model with ReLU in place of GELU, one with 1x1 in place of its depthwise kernels as well, and plain matrix products
-of the size of all its 1x1 convolutions take turns with the model itself, all with random weights; the medians of the
-differences within the rounds are the parts. "1x1 convolutions" hold reading, writing and all else that is left.
+A model with ReLU instead of GELU, one that also has 1x1 instead of its depthwise kernels, and plain matrix
+multiplications of the size of all its 1x1 convolutions take turns with the model itself, all with random weights. The
+medians of the differences within the rounds are the parts. "1x1 convolutions" includes reading, writing and everything
+else that is left.
 """
 
-import argparse
-import json
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import harness
 import torch
 
 import convmixer
 from convmixer.registry import get_variant
-from convmixer.runtime.benchmark import device_name
-
-
-def seconds(call: Callable[[], Any], least: float = 0.2) -> float:
-    """Of one call, as a mean over enough of them."""
-    count, begun = 0, time.perf_counter()
-    while (taken := time.perf_counter() - begun) < least:
-        call()
-        count += 1
-    return taken / count
 
 
 def parts(name: str, size: int, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
@@ -56,14 +45,12 @@ def parts(name: str, size: int, batch: int, dtype: torch.dtype, rounds: int) -> 
         "1x1": native("relu", 1),
         "product": lambda: [multiply(a, weight, out=out) for weight in b],
     }
-    taken: dict[str, list[float]] = {key: [] for key in calls}
-    for turn in range(rounds + 1):
-        for key, call in calls.items():
-            value = seconds(call)
-            if turn:
-                taken[key].append(1e6 * value / batch)
+    taken = harness.take_turns(calls, rounds, clock=partial(harness.seconds, least=0.2))
     rows = [dict(zip(taken, row, strict=True)) for row in zip(*taken.values(), strict=True)]
-    median = statistics.median
+
+    def median(times: Iterator[float]) -> float:
+        return 1e6 / batch * statistics.median(times)
+
     return {
         "whole model": median(r["all"] for r in rows),
         "activations, beyond ReLU": median(r["all"] - r["relu"] for r in rows),
@@ -74,18 +61,16 @@ def parts(name: str, size: int, batch: int, dtype: torch.dtype, rounds: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = harness.arguments(__doc__)
     parser.add_argument("--model", default="convmixer_256_8")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     report: dict[str, Any] = {
         "model": options.model,
         "image_size": options.image_size,
         "batch_size": options.batch_size,
-        "machine": {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()},
         "microseconds_per_image": {},
     }
     with torch.inference_mode():
@@ -96,8 +81,7 @@ def main() -> None:
             print(kind)
             for name, value in found.items():
                 print(f"  {name:36} {value:8.1f} us an image, {100 * value / found['whole model']:4.0f} %")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    harness.write(options.json, report)
 
 
 if __name__ == "__main__":

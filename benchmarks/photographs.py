@@ -7,19 +7,16 @@ that the model finds in them.
 
 from __future__ import annotations
 
-import argparse
 import io
-import platform
 import statistics
-import time
 
+import harness
 import numpy as np
 import torch
 from PIL import Image
 
 import convmixer
 from convmixer.data.readers import open_split
-from convmixer.hardware import cpu_name
 
 
 def enlarge(image: Image.Image, pixels: int, random: np.random.Generator) -> bytes:
@@ -72,29 +69,29 @@ def compare(model: torch.nn.Module, data: str, megapixels: float, count: int | N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--model", default="convmixer_256_8.cifar10")
-    parser.add_argument("--checkpoint", help="weights in place of the model's own")
+    parser.add_argument("--checkpoint", help="weights to use instead of the model's own")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--data", help="test images whose classes are the model's")
     parser.add_argument("--megapixels", type=float, default=12.0)
-    parser.add_argument("--count", type=int, help="of the test images; all without it")
+    parser.add_argument("--count", type=int, help="how many of the test images; by default all")
     options = parser.parse_args()
     model = convmixer.create_model(options.model, pretrained=True, checkpoint=options.checkpoint, device="cpu").eval()
-    print(f"{options.model} on {cpu_name()}, {torch.get_num_threads()} threads; Python {platform.python_version()}")
+    print(f"{options.model} on {harness.machine()}")
     random = np.random.default_rng(0)
     photograph = enlarge(synthetic(random), 12_000_000, random)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(options.rounds):
-        for draft in (True, False):
-            begun = time.perf_counter()
-            convmixer.predict(model, photograph, draft=draft)
-            seconds[draft].append(time.perf_counter() - begun)
-    for draft, name in ((False, "whole"), (True, "reduced")):
-        times = sorted(1000 * s for s in seconds[draft])
-        print(f"predict, 12 megapixels ({len(photograph) / 1e6:.1f} MB), {name}: {statistics.median(times):.0f} ms")
-    ratio = statistics.median(a / b for a, b in zip(seconds[False], seconds[True], strict=True))
+    calls = {
+        "whole": lambda: convmixer.predict(model, photograph, draft=False),
+        "reduced": lambda: convmixer.predict(model, photograph, draft=True),
+    }
+    taken = harness.take_turns(calls, options.rounds)
+    medians = {name: 1000 * statistics.median(times) for name, times in taken.items()}
+    for name, value in medians.items():
+        print(f"predict, 12 megapixels ({len(photograph) / 1e6:.1f} MB), {name}: {value:.0f} ms")
+    ratio = harness.ratio(taken["whole"], taken["reduced"])
     print(f"ratio {ratio:.2f}, median of {options.rounds} rounds")
+    harness.write(options.json, {"model": options.model, "milliseconds": medians, "ratio": ratio})
     if options.data:
         compare(model, options.data, options.megapixels, options.count)
 

@@ -6,23 +6,21 @@ Random images are written as a folder, since their content does not matter here.
 the second counts, without its validation, and then makes as many steps on one batch that lies on the device.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
+import harness
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import convmixer
-from convmixer.runtime.benchmark import device_name
 from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe, get_recipe, train
-from convmixer.training.loop import _no_denormals, autocast
 from convmixer.training.optimizers import create_optimizer
+from convmixer.training.precision import autocast, flush_denormals
 
 
 def write_images(folder: Path, count: int, side: int, classes: int = 10) -> None:
@@ -39,7 +37,7 @@ def quiet(_line: str) -> None:
 
 
 def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str, compiled: bool) -> float:
-    """Seconds for the training steps alone."""
+    """Seconds of the training steps, without reading images."""
     model = convmixer.create_model(recipe.model, device=device, num_classes=10).train()
     forward = torch.compile(model) if compiled else model
     optimizer = create_optimizer(recipe, model, device)
@@ -66,7 +64,7 @@ def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str,
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    with _no_denormals(device):  # as in training
+    with flush_denormals(device):  # as in training
         steps(WARM_UP + 1)
         begun = time.perf_counter()
         steps(count)
@@ -74,15 +72,14 @@ def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = harness.arguments(__doc__)
     parser.add_argument("recipe", nargs="?", default="cifar10")
     parser.add_argument("--images", type=int, default=5120)
-    parser.add_argument("--batch-size", type=int, help="in place of the recipe's")
+    parser.add_argument("--batch-size", type=int, help="instead of the recipe's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the results here")
     options = parser.parse_args()
     recipe = get_recipe(options.recipe, epochs=2, validation_fraction=0.0, patience=0, image_sizes=())
     if options.batch_size:
@@ -99,22 +96,12 @@ def main() -> None:
             )
             epochs.append(count * recipe.batch_size / result.history[1].images_per_second)
             bare.append(bare_steps(recipe, count, device, options.precision, options.compile))
-    ratio = statistics.median(e / b for e, b in zip(epochs, bare, strict=True))
+    ratio = harness.ratio(epochs, bare)
     seconds = {"epoch": statistics.median(epochs), "bare steps": statistics.median(bare)}
     print(f"epoch of {count} steps {seconds['epoch']:.2f} s, bare steps {seconds['bare steps']:.2f} s: {ratio:.2f}")
-    if options.json:
-        report = {
-            "recipe": options.recipe,
-            "batch_size": recipe.batch_size,
-            "images": options.images,
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "precision": options.precision,
-            "compile": options.compile,
-            "seconds": seconds,
-            "ratio": ratio,
-        }
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {"recipe": options.recipe, "batch_size": recipe.batch_size, "images": options.images}
+    report |= {"precision": options.precision, "compile": options.compile, "seconds": seconds, "ratio": ratio}
+    harness.write(options.json, report, device)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,13 @@ makes two steps of a tiny model on four images, on a CPU with calls in place of 
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
+import harness
 import torch
 import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
@@ -30,8 +27,8 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 import convmixer
 from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe
-from convmixer.training.loop import autocast
 from convmixer.training.optimizers import create_optimizer
+from convmixer.training.precision import autocast
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
 
@@ -166,10 +163,6 @@ def main() -> None:
             f"{memory[name]:6.2f} MiB/image, {memory[name] / least:.2f} of timm eager"
         )
     if arguments.json:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        machine |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "python": platform.python_version()}
-        machine |= {"amx_bf16": torch.cpu._is_amx_tile_supported(), "torch": torch.__version__}
-        machine |= {"timm": timm.__version__, "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
         result = {"batch_size": arguments.batch_size, "precision": arguments.precision, "images_per_second": rates}
         result |= {
             "activation_mib_per_image": memory,
@@ -177,7 +170,7 @@ def main() -> None:
             "ratios": ratios,
             "ratio": ratios["convmixer compiled"],
         }
-        arguments.json.write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
+        harness.write(arguments.json, result, arguments.device)
 
 
 if __name__ == "__main__":

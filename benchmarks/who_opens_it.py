@@ -45,7 +45,7 @@ def with_openvino(folder):
     import openvino
 
     convmixer.export_model(model, folder / "model.xml")
-    # Left alone, it computes in bfloat16 on processors that are faster in it.
+    # By default it computes in bfloat16 on processors that are faster in it.
     compiled = openvino.Core().compile_model(folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled({"images": images.numpy()})["logits"].copy())
 

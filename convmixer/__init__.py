@@ -8,8 +8,8 @@ from convmixer.hub.publish import push_to_hub, save_pretrained
 from convmixer.inference import predict
 from convmixer.model import ConvMixer, accelerate
 from convmixer.registry import list_models, list_pretrained, model_info
-from convmixer.runtime.backends import optimize
 from convmixer.runtime.export import export_model
+from convmixer.runtime.optimize import optimize
 from convmixer.transforms import create_transform
 
 __all__ = [

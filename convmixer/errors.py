@@ -74,17 +74,21 @@ class TrainingStopped(ConvMixerError):
 
 
 def missing(what: str, modules: Sequence[str], extra: str) -> str:
-    """What to say where `what` needs modules that are not installed, and which extra of this package brings them."""
+    """Say that `what` needs modules that are not installed, and which extra of this package brings them."""
     return f"{what} needs {' and '.join(modules)}, which is missing: pip install 'convmixer[{extra}]'"
 
 
 def first_line(error: BaseException) -> str:
-    """Of what a library says; "" where it says nothing."""
+    """Return the first line of what a library says; "" if it says nothing."""
     return next(iter(str(error).strip().splitlines()), "")
 
 
 def optional(module: str, what: str, extra: str) -> Any:
-    """A module of an optional library, imported; a DependencyError says what needs it and which extra brings it."""
+    """Import a module of an optional library.
+
+    Raises:
+        DependencyError: It is not installed; the text says what needs it and which extra brings it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -92,13 +96,13 @@ def optional(module: str, what: str, extra: str) -> Any:
 
 
 def brief(value: object, longest: int = 80) -> str:
-    """A value from a file for a message: cut where it is long, escaped where a terminal would obey it."""
+    """Return a value from a file for a message: cut if it is long, escaped if a terminal would obey it."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A sentence that names the nearest valid spellings, or all of them where none is near."""
+    """Return a sentence that names the nearest valid spellings, or all of them if none is near."""
     valid = sorted(valid)
     name = str(name)[:80]  # comparing takes time that grows with its square
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)

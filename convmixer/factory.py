@@ -41,13 +41,8 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architecture": variant.name,
         "num_classes": variant.num_classes,
-        "input_size": variant.input_size,
         "pool_size": patches,
-        "crop_pct": variant.crop_pct,
-        "crop_mode": variant.crop_mode,
-        "interpolation": variant.interpolation,
-        "mean": variant.mean,
-        "std": variant.std,
+        **variant.preprocessing,
         "first_conv": "stem.0",
         "classifier": "head",
         "paper_ids": "arXiv:2201.09792",
@@ -78,7 +73,7 @@ def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> nn.
 
 
 @dataclass
-class _Source:
+class _Resolved:
     """What a name stands for: an architecture, its configuration, and a weights file (None: there is none)."""
 
     variant: Variant
@@ -87,7 +82,7 @@ class _Source:
     weights: Path | None
 
 
-def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: Any) -> _Source:
+def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: Any) -> _Resolved:
     scheme, _, rest = name.partition(":")
     if scheme == "local-dir":
         folder = Path(os.path.expanduser(rest))
@@ -107,7 +102,7 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
         raise ArgumentError(f"{name!r}: unknown scheme {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:")
     variant, weights = get_variant(name)
     # Without its weights a model knows nothing of their classes.
-    source = _Source(variant, _config(variant, weights if pretrained else None), {}, None)
+    source = _Resolved(variant, _config(variant, weights if pretrained else None), {}, None)
     if pretrained:
         if weights is None:
             raise WeightsError(f"{variant.name} has no weights. {variant.note}")
@@ -123,7 +118,7 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
     return source
 
 
-def _from_config(path: Path, weights: Path | None, name: str) -> _Source:
+def _from_config(path: Path, weights: Path | None, name: str) -> _Resolved:
     config = read_config(path, name)
     if weights is not None:
         # By the header alone, before anything is built: what a file does not hold, nobody allocates.
@@ -132,7 +127,7 @@ def _from_config(path: Path, weights: Path | None, name: str) -> _Source:
         wrong = [f"{key}={says[key]}, but the weights have {n}" for key, n in found.items() if says[key] != n]
         if wrong:
             raise WeightsError(f"{name}: config.json does not fit {str(weights)!r}: it says {'; '.join(wrong)}")
-    return _Source(config.variant, _config(config.variant, None) | config.preprocessing, config.model_args, weights)
+    return _Resolved(config.variant, _config(config.variant, None) | config.preprocessing, config.model_args, weights)
 
 
 def _check_names(given: dict[str, Any], valid: list[str], what: str) -> None:
@@ -173,10 +168,10 @@ def create_model(
             CPUs, and with 7x7 kernels on GPUs. The weights lie as usual; the attribute `channels_last` of the model
             may be set at any time.
         fused: As in `ConvMixer.set_fused`: True, False, or "auto".
-        checkpoint: A .safetensors file to load in place of the named weights. Its number of classes and channels hold
+        checkpoint: A .safetensors file to load instead of the named weights. Its number of classes and channels hold
             unless `model_args` say otherwise.
         revision: Branch, tag or commit of a Hub repository.
-        cache_dir: In place of the Hub's own cache folder.
+        cache_dir: Cache folder to use instead of the Hub's own.
         token: Access token for the Hub.
         local_files_only: Never touch the network, like `HF_HUB_OFFLINE=1`.
         **model_args: Arguments of `ConvMixer`, and `features_only=True` with `out_indices` for a backbone that returns
@@ -188,9 +183,14 @@ def create_model(
 
     Raises:
         UnknownModelError: No such model or weights.
-        ArgumentError: An unknown or senseless argument.
+        ArgumentError: An argument that is unknown or makes no sense.
         WeightsError: Weights that cannot be found, read or fitted. No half-loaded model is left behind.
         ConvMixerError: `fused=True`, and it is not possible; see `ConvMixer.set_fused`.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu").eval()
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     if not isinstance(name, str):
         raise ArgumentError(f"name={name!r}: give a string; for a folder local-dir:PATH")
@@ -233,16 +233,16 @@ def create_model(
 
 
 def open_model(source: str | Path, *, checkpoint: str | Path | None = None, device: str | torch.device = "auto") -> Any:
-    """A model with its weights, of whatever a user calls a model.
+    """Open a model with its weights, from whatever a user calls a model.
 
     Args:
         source: The folder of a finished run of `convmixer train`, a .safetensors file of a variant's shapes, or any
             name of `create_model`.
-        checkpoint: A .safetensors file to load in place of its weights.
+        checkpoint: A .safetensors file to load instead of its weights.
         device: As in `create_model`.
 
     Raises:
-        DataError: A folder that is no finished run.
+        DataError: A folder that is not a finished run.
         ConvMixerError: As `create_model`.
     """
     source = os.path.expanduser(source)
@@ -255,7 +255,7 @@ def open_model(source: str | Path, *, checkpoint: str | Path | None = None, devi
 
 
 def extractor(model: ConvMixer, blocks: Sequence[int]) -> nn.Module:
-    """What `create_model(features_only=True, out_indices=blocks)` returns, around a model that is cut for it."""
+    """Wrap a model as `create_model(features_only=True, out_indices=blocks)` does, and cut it after the last block."""
     taken, _ = take_indices(blocks, len(model.blocks))
     config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     wrapped: Any = FeatureGetterNet(model, sorted(taken))
@@ -266,28 +266,31 @@ def extractor(model: ConvMixer, blocks: Sequence[int]) -> nn.Module:
 def open_run(
     run: Path, recipe: dict[str, Any], *, checkpoint: str | Path | None = None, device: str | torch.device = "auto"
 ) -> Any:
-    """The model of the folder of a run, given what `read_recipe` says of it; a DataError if it has no weights."""
+    """Open the model of a run's folder, given what `read_recipe` returns; raise DataError if it has no weights."""
     weights = Path(checkpoint) if checkpoint else run / "model.safetensors"
     if not checkpoint and not weights.is_file():
         raise DataError(
             f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or "
             f"load best.safetensors as the checkpoint of {recipe['model']}"
         )
-    return create_model(recipe["model"], checkpoint=weights, device=device)
+    sizes = dict(recipe.get("model_args", ()))
+    return create_model(recipe["model"], checkpoint=weights, device=device, **sizes)
 
 
 def read_recipe(run: Path) -> dict[str, Any]:
-    """recipe.json of the folder of a run of `convmixer train`; a DataError if it is none."""
+    """Read recipe.json of a folder of `convmixer train`; raise DataError if the folder is not that of a run."""
     try:
         recipe: dict[str, Any] = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
         if not isinstance(recipe["model"], str):
-            raise TypeError("model is no text")
+            raise TypeError("model is not a text")
+        if not all(isinstance(number, int) for number in dict(recipe.get("model_args", ())).values()):
+            raise TypeError("model_args has a size that is not a whole number")
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "give a run, or a model's name such as those of `convmixer list`"
         if (run / "config.json").is_file():
             hint = f"it is in the Hub's form, so give local-dir:{run}"
         raise DataError(
-            f"{str(run)!r} is no folder of a run, which has a recipe.json that names a model "
+            f"{str(run)!r} is not the folder of a run, which has a recipe.json that names a model "
             f"({type(error).__name__}: {error}): {hint}"
         ) from error
     return recipe
@@ -305,7 +308,11 @@ class _NoInit(TorchFunctionMode):
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """The device meant; "auto" is the accelerator if there is one, else the CPU. An ArgumentError if it is not here."""
+    """Return the device meant; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ArgumentError: There is no such device here.
+    """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""What the machine is good at: precision, cache."""
+"""What the machine computes fast: types, tiles, and the size of its cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def cpu_field(name: str) -> str:
-    """What Linux says of the first processor, such as its "model name" or its "flags"; elsewhere ""."""
+    """Return what Linux says of the first processor, such as its "model name" or "flags"; "" on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -21,12 +21,12 @@ def cpu_field(name: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Return the processor's name, as far as the system knows it."""
     return cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def bf16_is_faster(device: torch.device) -> bool:
-    """Whether bfloat16 pays: hardware products on a GPU or a CPU with AVX512-BF16 or AMX."""
+    """Return whether bfloat16 is faster: a GPU or a CPU (AVX512-BF16, AMX) that multiplies matrices of it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
@@ -35,18 +35,18 @@ def bf16_is_faster(device: torch.device) -> bool:
 
 
 def has_tiles() -> bool:
-    """Whether the CPU multiplies tiles of bfloat16: AMX."""
+    """Return whether the CPU multiplies tiles of bfloat16: AMX."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 
 def has_int8_tiles() -> bool:
-    """Whether it multiplies tiles of int8 and permutes single bytes: AMX and AVX512-VBMI."""
+    """Return whether the CPU multiplies tiles of int8 and permutes single bytes: AMX and AVX512-VBMI."""
     return {"amx_int8", "avx512vbmi"} <= set(cpu_field("flags").split())
 
 
 @functools.lru_cache
 def l2_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """Bytes of a core's second-level cache, as Linux tells it; elsewhere 1 MiB, which is common."""
+    """Return the bytes of a core's second-level cache: what Linux says, elsewhere 1 MiB, which is common."""
     try:
         for index in sorted(folder.glob("index*")):
             size = re.fullmatch(r"(\d+)([KM]?)", (index / "size").read_text().strip())

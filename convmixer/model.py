@@ -11,7 +11,7 @@ activations by name, inputs checked, on CPUs a faster weight gradient under `tor
 maps, and `set_fused`: the same numbers by `ops.fused`, which keeps two feature maps per block for the backward pass.
 """
 
-# Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
+# Annotations are not strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
 
 import copy
 import functools
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from convmixer import ops
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError, WeightsError, nearest
 from convmixer.ops import dispatch, fused
-from convmixer.wrappers import describe
+from convmixer.wrappers import describe, is_compiled
 
 _LOGGER = logging.getLogger(__name__)
 GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
@@ -57,7 +57,11 @@ ACTIVATIONS = [
 
 
 def activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
-    """The class that `act_layer` of `ConvMixer` means; an ArgumentError where it means none."""
+    """Return the class that `act_layer` of `ConvMixer` means.
+
+    Raises:
+        ArgumentError: An unknown name, or not a class of modules that needs no arguments.
+    """
     if not isinstance(act_layer, str):
         try:
             fine = isinstance(act_layer, type) and isinstance(act_layer(), nn.Module)
@@ -92,7 +96,7 @@ def _check_rate(name: str, value: float) -> None:
 
 
 def as_dtype(dtype: Any) -> Any:
-    """The type that a name such as "bfloat16" or "torch.bfloat16" means; anything else as it is."""
+    """Return the type that a name such as "bfloat16" or "torch.bfloat16" means; anything else as it is."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else None
     return found if isinstance(found, torch.dtype) else dtype
 
@@ -120,7 +124,7 @@ def _recorder() -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_recorded(compiling: bool) -> bool:
-    """Whether what runs a model writes plain layers down in place of fused blocks, which the log then says."""
+    """Whether what runs a model writes down plain layers instead of fused blocks; the log then says so."""
     if recorder := _recorder():
         _say_plain(recorder)
         return True
@@ -149,7 +153,7 @@ def check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
 
 
 def lay_out(x: Tensor, channels_last: bool) -> Tensor:
-    """The stem's output (B, dim, h, w) in channels_last, if that is asked for; what follows keeps its layout."""
+    """Lay out the stem's output (B, dim, h, w) in channels_last, if asked; what follows keeps the layout."""
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
@@ -168,12 +172,12 @@ def check_head(tensors: Mapping[str, Any], model: "ConvMixer", source: str) -> N
 
 
 def plain_indices(indices: Any) -> Any:
-    """Indices of NumPy or PyTorch as int or list of int; anything else as it is."""
+    """Return indices of NumPy or PyTorch as int or list of int; anything else as it is."""
     return indices.tolist() if hasattr(indices, "tolist") else indices
 
 
 def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[int], int]:
-    """Block indices as non-negative numbers, and the largest of them; see `ConvMixer.forward_intermediates`."""
+    """Return block indices as non-negative numbers, and the largest; see `ConvMixer.forward_intermediates`."""
     if indices is None:
         return list(range(depth)), depth - 1
     indices = plain_indices(indices)
@@ -190,7 +194,7 @@ def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[
 
 
 def mirror(model: nn.Module) -> nn.Module:
-    """A copy of the modules alone: each tensor, hook and setting in them is the original's own.
+    """Copy only the modules: each tensor, hook and setting in them is the original's own.
 
     Modes and hooks of the copy may be changed while others use the original. What `torch.compile` made of a module is
     left out: the copy computes eagerly.
@@ -202,8 +206,8 @@ def mirror(model: nn.Module) -> nn.Module:
 
 
 def _mirror(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    if "_orig_mod" in module._modules:  # the shell of torch.compile
-        return _mirror(cast("nn.Module", module._modules["_orig_mod"]), made)
+    if is_compiled(module):
+        return _mirror(cast("nn.Module", module._orig_mod), made)
     if id(module) in made:
         return made[id(module)]
     twin: nn.Module = object.__new__(type(module))
@@ -216,7 +220,7 @@ def _mirror(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     replaced = "forward" in vars(twin) and getattr(twin.forward, "__self__", None) is not twin
     if isinstance(module, torch.jit.ScriptModule) or replaced:
         raise ArgumentError(
-            f"{describe(module)} whose computation cannot be put in evaluation mode for this call alone: call eval() "
+            f"{describe(module)} whose computation cannot be put in evaluation mode only for this call: call eval() "
             "on the model first"
         )
     twin._modules = {name: None if child is None else _mirror(child, made) for name, child in module._modules.items()}
@@ -228,12 +232,12 @@ _CONTAINERS = {name for name, value in vars(nn.Module()).items() if isinstance(v
 
 
 def evaluation_view(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode: itself where all of it is, else a `mirror` of it. The model's own modes stay.
+    """Return the model in evaluation mode: itself if all of it is, else a `mirror` of it. The model's own modes stay.
 
     Raises:
         ArgumentError: As `mirror`.
     """
-    if not any(m.training or "_compiled_call_impl" in vars(m) or "_orig_mod" in m._modules for m in model.modules()):
+    if not any(m.training or "_compiled_call_impl" in vars(m) or is_compiled(m) for m in model.modules()):
         return model
     return mirror(model).eval()
 
@@ -282,7 +286,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Let the depthwise layers of any model, such as timm's own ConvMixer, run on this package's GPU kernels.
 
     Depthwise `nn.Conv2d` layers with square kernels and equal resolution become `DepthwiseConv2d`, in place. Weights,
-    state dict, hooks and results stay the same, up to rounding. Models of this package need it not.
+    state dict, hooks and results stay the same, up to rounding. Models of this package do not need it.
 
     Returns:
         The model.
@@ -290,9 +294,10 @@ def accelerate(model: nn.Module) -> nn.Module:
     Raises:
         ArgumentError: It has no such layer.
 
-    ```python
-    model = convmixer.accelerate(timm.create_model("convmixer_768_32").cuda())
-    ```
+    Example:
+        >>> model = convmixer.accelerate(timm.create_model("convmixer_768_32"))
+        >>> type(model.blocks[0][0].fn[0]).__name__
+        'DepthwiseConv2d'
     """
     found = 0
     for layer in model.modules():
@@ -369,6 +374,11 @@ class ConvMixer(nn.Module):
     Raises:
         ArgumentError: A value that makes no sense.
         ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least patch_size.
+
+    Example:
+        >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2, num_classes=10)
+        >>> model(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(
@@ -496,10 +506,10 @@ class ConvMixer(nn.Module):
             norm: Without effect: every block ends with its BatchNorm. Part of timm's interface.
             stop_early: Do not compute blocks after the last one asked for.
             output_fmt: Layout of the intermediates, "NCHW" or "NHWC".
-            intermediates_only: Return the list alone.
+            intermediates_only: Return only the list.
 
         Returns:
-            (last features computed, intermediates), or the intermediates alone.
+            (last features computed, intermediates), or only the intermediates.
 
         Raises:
             ArgumentError: An index that no block has, or an unknown layout.
@@ -541,7 +551,7 @@ class ConvMixer(nn.Module):
 
         Raises:
             ArgumentError: The model has what fused blocks do not: dropout between blocks, stochastic depth, activations
-                beside GELU and ReLU, replaced layers, hooks on layers.
+                other than GELU and ReLU, replaced layers, hooks on layers.
             DependencyError: Triton is missing, on a GPU.
             ConvMixerError: There are no kernels for this device, the type of the parameters or the kernel size.
         """
@@ -628,12 +638,12 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass in place of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def no_weight_decay(self) -> set[str]:
-        """Parameters exempt from weight decay beside biases and norms, which timm's optimizer factory exempts: none."""
+        """Parameters without weight decay, besides biases and norms, which timm's optimizer factory exempts: none."""
         return set()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

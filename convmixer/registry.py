@@ -8,7 +8,7 @@ has published in a form that can be checked is not in the table.
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Weights:
 
     @property
     def source(self) -> str:
-        """Where the weights come from: "package", or the Hub file."""
+        """Say where the weights come from: "package", or the file on the Hub."""
         return f"hf-hub:{self.hub_id}/{self.file}@{self.revision}" if self.hub_id else "package"
 
     @property
@@ -83,6 +83,9 @@ class Weights:
 
 
 SHAPE = ("dim", "depth", "kernel_size", "patch_size")  # what the shapes of weights tell of a variant
+PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # by timm's names
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
+CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,11 @@ class Variant:
         return {**shape, "patch_size": self.patch_size, "act_layer": self.act_layer}
 
     @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are prepared, by the names of timm's pretrained_cfg."""
+        return {name: getattr(self, name) for name in PREPROCESSING}
+
+    @property
     def parameters(self) -> int:
         """Number of parameters: every convolution has a bias, every BatchNorm a scale and a shift."""
         h, k, p, n = self.dim, self.kernel_size, self.patch_size, self.num_classes
@@ -130,6 +138,13 @@ class Variant:
         channels, height, width = self.input_size
         pixels = (height // p) * (width // p)
         return pixels * (channels * p * p * h + self.depth * (h * k * k + h * h)) + h * self.num_classes
+
+    def record(self) -> dict[str, Any]:
+        """Return all of it as JSON can hold it, with what follows from the fields."""
+        record = asdict(self) | {"parameters": self.parameters, "macs": self.macs}
+        for entry, weights in zip(record["weights"], self.weights, strict=True):
+            entry["source"] = weights.source
+        return record
 
 
 def _imagenet(name: str, top1: float, real: float, v2: float, recipe: str) -> tuple[Weights, ...]:
@@ -333,22 +348,42 @@ def get_variant(name: str) -> tuple[Variant, Weights | None]:
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
-    """Names of the variants that match a shell pattern, sorted; with `pretrained` only those that have weights."""
+    """Return the names of the variants that match a shell pattern, sorted.
+
+    Args:
+        pattern: Such as "convmixer_256*".
+        pretrained: Only the variants that have weights.
+
+    Example:
+        >>> convmixer.list_models("convmixer_256_8*")
+        ['convmixer_256_8', 'convmixer_256_8_ks9_p1']
+    """
     found = (v.name for v in VARIANTS if v.weights or not pretrained)
     return sorted(fnmatch.filter(found, pattern))
 
 
 def list_pretrained(pattern: str = "*") -> list[str]:
-    """`variant.tag` names of all weights that match a shell pattern, sorted."""
+    """Return the `variant.tag` names of all weights that match a shell pattern, sorted.
+
+    Example:
+        >>> convmixer.list_pretrained("convmixer_768*")
+        ['convmixer_768_32.in1k']
+    """
     return sorted(fnmatch.filter((f"{v.name}.{w.tag}" for v in VARIANTS for w in v.weights), pattern))
 
 
 def model_info(name: str) -> Variant:
-    """The record of a variant: parameters, MACs, input size, and for each set of weights its source, licence, sha256,
-    size, metrics, training data and recipe. With `variant.tag`, `weights` holds just that set.
+    """Return the record of a variant: parameters, MACs, input size (channels, height, width), and its weights.
+
+    Each set of weights has its source, licence, sha256, size in bytes, metrics, training data and recipe. With
+    `variant.tag`, `weights` holds only that set.
 
     Raises:
         UnknownModelError: No such variant, or no such weights of it.
+
+    Example:
+        >>> convmixer.model_info("convmixer_768_32").input_size
+        (3, 224, 224)
     """
     variant, weights = get_variant(name)
     if weights is None or "." not in name:

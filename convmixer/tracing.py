@@ -3,7 +3,7 @@
 While they work, `torch.export`, the ONNX exporter and TorchInductor replace `nn.Module.__call__`, raise flags and
 switch oneDNN off, for all threads: a model that is called meanwhile rounds differently, or fails. So tracing waits
 until no call of this package computes, and calls wait until no trace is under way. Filters of warnings and standard
-output belong to the process, too: whoever changes them takes turns.
+output also belong to the process: whoever changes them takes turns.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Gate:
                 self._changed.notify_all()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         me = threading.get_ident()
         with self._changed:
             calls = self._computing.pop(me, 0)
@@ -103,7 +103,7 @@ def computing() -> Iterator[None]:
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """Export or compile a model: no other thread of this package computes or traces within the block."""
-    with _GATE.alone():
+    with _GATE.exclusive():
         yield
 
 

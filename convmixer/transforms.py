@@ -12,17 +12,15 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from convmixer.errors import ArgumentError, nearest
-from convmixer.registry import get_variant
+from convmixer.registry import CROP_MODES, INTERPOLATIONS, PREPROCESSING, get_variant
 from convmixer.wrappers import in_channels, unwrap
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
-_PREPROCESSING = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """The model's pretrained_cfg, with one mean and one std per channel that it takes.
+    """Return the model's pretrained_cfg, with one mean and one std for each channel that it takes.
 
     Raises:
         ArgumentError: It has none.
@@ -44,37 +42,42 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
 
 
 def normalization(config: dict[str, Any]) -> v2.Transform:
-    """uint8 (..., C, H, W) -> float32, normalised by the mean and std of a configuration."""
+    """Build a transform of uint8 (..., C, H, W) to float32, normalised by the mean and std of a configuration."""
     from torchvision.transforms import v2  # a third of the time that importing this package takes
 
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])])
 
 
 def create_transform(model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any) -> Callable[..., Any]:
-    """From a PIL image to the normalised tensor (C, H, W) that the model was trained with.
+    """Build the transform from a PIL image to the normalised tensor (C, H, W) that a model takes.
 
     Args:
         model_or_name: A model from `create_model`, or a registry name with or without a tag.
-        is_training: timm's training augmentation in place of resize and centre crop.
+        is_training: timm's training augmentation instead of resize and centre crop.
         **overrides: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`, and any further argument of
             `timm.data.create_transform`, such as `auto_augment` or `re_prob`.
 
     Raises:
         UnknownModelError: No such name.
         ArgumentError: An override that timm does not have, or a model without preprocessing.
+
+    Example:
+        >>> transform = convmixer.create_transform("convmixer_256_8")
+        >>> transform(PIL.Image.open("cat.png").convert("RGB")).shape
+        torch.Size([3, 32, 32])
     """
     if isinstance(model_or_name, str):
         variant, _ = get_variant(model_or_name)
-        config = {name: getattr(variant, name) for name in _PREPROCESSING}
+        config = variant.preprocessing
     else:
         config = preprocessing(model_or_name)
-    valid = set(inspect.signature(timm_create_transform).parameters) - {"is_training"} | set(_PREPROCESSING)
+    valid = set(inspect.signature(timm_create_transform).parameters) - {"is_training"} | set(PREPROCESSING)
     for name in overrides:
         if name not in valid:
             raise ArgumentError(f"unknown argument {name!r} of create_transform; {nearest(name, valid)}")
     _check(overrides, config)
-    data_config = resolve_data_config({k: overrides[k] for k in _PREPROCESSING if k in overrides}, config)
-    further = {k: v for k, v in overrides.items() if k not in _PREPROCESSING}
+    data_config = resolve_data_config({k: overrides[k] for k in PREPROCESSING if k in overrides}, config)
+    further = {k: v for k, v in overrides.items() if k not in PREPROCESSING}
     transform: Callable[..., Any] = timm_create_transform(**data_config, **further, is_training=is_training)
     return transform
 
@@ -88,11 +91,9 @@ def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
         value = overrides.get(name, config[name])
         if not (isinstance(value, tuple | list) and len(value) in (1, size[0])):
             raise ArgumentError(f"{name}={value!r}: give one number per channel, {size[0]} of them")
-    if overrides.get("crop_mode", "center") not in ("center", "squash", "border"):
-        raise ArgumentError(f"crop_mode={overrides['crop_mode']!r}; valid: center, squash, border")
+    if overrides.get("crop_mode", "center") not in CROP_MODES:
+        raise ArgumentError(f"crop_mode={overrides['crop_mode']!r}; valid: {', '.join(CROP_MODES)}")
     if not 0 < overrides.get("crop_pct", 1) <= 1:
         raise ArgumentError(f"crop_pct={overrides['crop_pct']!r}: give a part of the image in (0, 1]")
-    if "interpolation" in overrides:
-        known = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
-        if overrides["interpolation"] not in known:
-            raise ArgumentError(f"interpolation={overrides['interpolation']!r}; valid: {', '.join(known)}")
+    if overrides.get("interpolation", "bicubic") not in INTERPOLATIONS:
+        raise ArgumentError(f"interpolation={overrides['interpolation']!r}; valid: {', '.join(INTERPOLATIONS)}")

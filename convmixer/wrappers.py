@@ -16,30 +16,35 @@ _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, M
 KNOWN = "torch.compile, DataParallel, DistributedDataParallel, torch's AveragedModel and timm's ModelEma, V2 and V3"
 
 
-def unwrap(model: Any) -> Any:
-    """What is inside wrappers that compute the same, however many; what is in none of them, as it is.
+def is_compiled(module: Any) -> bool:
+    """Return whether a module is what `torch.compile` puts around one, as `_orig_mod`."""
+    return "_orig_mod" in getattr(module, "_modules", ())  # importing its class takes a second
 
-    Of an average of weights it is the average.
+
+def unwrap(model: Any) -> Any:
+    """Return the model inside any number of wrappers that compute the same; a model in none of them as it is.
+
+    Of an average of weights, return the average.
     """
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
         elif isinstance(model, ModelEma):
             model = model.ema
-        elif "_orig_mod" in getattr(model, "_modules", ()):  # importing its class takes a second
+        elif is_compiled(model):
             model = model._orig_mod
         else:
             return model
 
 
 def find_inner(model: Any) -> Any:
-    """The model with the layers, out of wrappers and out of timm's feature extractor."""
+    """Return the model that holds the layers, out of wrappers and out of timm's feature extractor."""
     found = unwrap(model)
     return found.model if isinstance(found, FeatureGetterNet) else found
 
 
 def find_model(model: Any) -> Any:
-    """The model inside wrappers: a ConvMixer of this package or of timm, an optimized one, or an extractor around one.
+    """Return the model inside wrappers: a ConvMixer of this package or timm, an optimized one, or an extractor of one.
 
     Raises:
         ArgumentError: Something else, or something else around a model; the text names it.
@@ -52,7 +57,7 @@ def find_model(model: Any) -> Any:
 
 
 def in_channels(model: Any) -> int:
-    """Channels of the images that a model takes; 3 where it does not say."""
+    """Return the channels of the images that a model takes; 3 if it does not say."""
     found = find_inner(model)
     if isinstance(found, TimmConvMixer):
         return int(found.stem[0].in_channels)
@@ -60,7 +65,7 @@ def in_channels(model: Any) -> int:
 
 
 def describe(model: Any) -> str:
-    """The class of an object, for messages."""
+    """Return the class of an object, for messages."""
     kind = type(model)
     return f"a {kind.__module__}.{kind.__qualname__}"
 

@@ -352,7 +352,7 @@ def test_of_many_classes_the_worst_are_shown(tmp_path):
         (("convmixer_256_9", "--data", "x"), "did you mean convmixer_256_8"),
         (("convmixer_256_8",), "Missing option '--data'"),
         (("convmixer_256_8", "--data", "none"), "no data at 'none'"),
-        ((".", "--data", "none"), "'.' is no folder of a run, which has a recipe.json"),
+        ((".", "--data", "none"), "'.' is not the folder of a run, which has a recipe.json"),
         (("convmixer_256_8", "--data", "x", "--precision", "fp8"), "'fp8' is not one of"),
         (("convmixer_256_8", "--data", "x", "--checkpoint", "none"), "no weights file at 'none'"),
     ],

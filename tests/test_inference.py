@@ -186,7 +186,7 @@ def test_a_stream_leaves_the_model_as_it_was_between_batches(model, tiles):
     assert model.training
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
-    with pytest.raises(ImageError, match=r"None is no image\. cv2\.imread returns None where there is no such file"):
+    with pytest.raises(ImageError, match=r"None is not an image\. cv2\.imread returns None where there is no such"):
         list(convmixer.predict(model, iter([tiles[0], None])))
     assert model.training
 

@@ -13,8 +13,9 @@ from convmixer import plots
 from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
+from convmixer.hub.verify import verify
 from convmixer.inference import label_names
-from convmixer.training.loop import evaluate
+from convmixer.training import evaluate
 
 
 @pytest.fixture
@@ -114,17 +115,15 @@ def test_published(model, cat, tmp_path, given):
     assert convmixer.predict(again, cat) == convmixer.predict(model, cat)
     theirs = timm.create_model(f"local-dir:{tmp_path}/hub", pretrained=True)
     assert theirs.pretrained_cfg["label_names"] == ["cat"]
-    with pytest.raises(ArgumentError, match=r"label_names has 3 entries.*with one output, names of both classes"):
+    with pytest.raises(ArgumentError, match=r"label_names has 3 entries.*with one output, the names of both classes"):
         convmixer.save_pretrained(model, tmp_path / "no", label_names=["a", "b", "c"])
 
 
 def test_opened_everywhere(model, tmp_path):
     """As `push_to_hub` opens a folder in timm and transformers, where one output has one name."""
-    from convmixer.hub.publish import _describe, _open_everywhere, _write
-
-    source = _describe(model, {}, "", "mit", "", "", "", (), ["dog", "cat"])
-    _write(source, tmp_path)
-    assert max(_open_everywhere(source, tmp_path).values()) < 1e-4
+    labels = ("dog", "cat")
+    folder = convmixer.save_pretrained(model, tmp_path / "folder", label_names=labels)
+    assert max(verify(folder, model, labels).values()) < 1e-4
 
 
 def test_exported(model, tmp_path):

@@ -79,14 +79,16 @@ def test_history_of_a_finished_run():
 def test_foreign_history(tmp_path, content, text):
     path = tmp_path / "foreign.csv"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"foreign\.csv' is no history of a run: .*" + re.escape(text)):
+    with pytest.raises(DataError, match=r"foreign\.csv' is not a history of a run: .*" + re.escape(text)):
         read_history(path)
 
 
 def test_history_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"no history at .*metrics\.csv': give the metrics\.csv of a run of convmixer"):
         read_history(tmp_path / "metrics.csv")
-    with pytest.raises(DataError, match=r"is no history of a run: .*Give the metrics\.csv that convmixer train wrote"):
+    with pytest.raises(
+        DataError, match=r"is not a history of a run: .*Give the metrics\.csv that convmixer train wrote"
+    ):
         read_history(tmp_path)
 
 
@@ -513,6 +515,6 @@ def test_what_cannot_be_plotted(finished, pictures, cat, tmp_path):
         if content is not None:
             (finished / "recipe.json").write_text(content)
         message = complaint(finished)
-        assert re.search(r"is no folder of a run, which has a recipe\.json that names a model", message)
+        assert re.search(r"is not the folder of a run, which has a recipe\.json that names a model", message)
         if content is None:
             assert "FileNotFoundError" in message

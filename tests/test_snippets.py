@@ -10,7 +10,9 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import convmixer
+from convmixer import registry
 from convmixer.hub.checkpoints import save_weights
+from sitegen.pages import page as page_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -65,3 +67,13 @@ def test_page(page):
 @pytest.mark.usefixtures("_exported")
 def test_exporting():
     run(EXPORTING)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_here")
+@pytest.mark.parametrize("name", [v.name for v in registry.VARIANTS if v.weights and v.weights[0].path])
+def test_page_of_variant(name):
+    """In convmixer, timm, transformers and ONNX Runtime."""
+    pytest.importorskip("transformers")
+    Path("page.md").write_text(page_of(registry.get_variant(name)[0]), encoding="utf-8")
+    run(Path("page.md").resolve())

@@ -20,9 +20,9 @@ from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
 from convmixer.model import evaluation_view
-from convmixer.runtime import backends
+from convmixer.runtime.choose import available_backends
 from convmixer.tracing import computing, quietly, tracing
-from convmixer.training.loop import evaluate
+from convmixer.training import evaluate
 
 SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7, "device": "cpu"}
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_computed_aside():
 )
 def test_predictions_while_models_are_optimized(images, backend, fused):
     """Exporters and compilers change flags and methods of PyTorch for the whole process."""
-    if backend not in backends.available_backends("cpu"):
+    if backend not in available_backends("cpu"):
         pytest.skip(f"no {backend}")
     model = make(fused=fused, depth=1)
     x = torch.randn(2, 3, 8, 8)

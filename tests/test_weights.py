@@ -8,7 +8,7 @@ import torch
 
 import convmixer
 from convmixer.evaluation import validate
-from convmixer.runtime.backends import available_backends
+from convmixer.runtime.choose import available_backends
 
 REFERENCE = json.loads((Path(__file__).parent / "reference_logits.json").read_text())
 SMALL, MIDDLE, LARGE = (f"convmixer_{name}.cifar10" for name in ("128_8_ks7_p2", "256_8", "256_8_ks9_p1"))

@@ -1,4 +1,4 @@
-"""One picture from wherever it is: a file, a URL, bytes, a PIL image or an array, to an upright 8-bit image."""
+"""Read one image, from a file, a URL, bytes, a PIL image or an array, as an upright 8-bit image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Size = tuple[int, int]  # (width, height)
 
 @functools.lru_cache(maxsize=1)
 def image_suffixes() -> frozenset[str]:
-    """The suffixes of image files that all commands read: those of `SUFFIXES` that Pillow opens here.
+    """Return the suffixes of image files that all commands read: those of `SUFFIXES` that Pillow opens here.
 
     HEIC files are among them where pillow-heif is installed (`pip install 'convmixer[heic]'`).
     """
@@ -60,7 +60,7 @@ def _load_plugins() -> None:
 
 
 def enough(height: int, width: int, crop_pct: float = 1.0) -> Size:
-    """The (width, height) from which on an image is large enough to be resized to an input of that size.
+    """Return the (width, height) from which on an image is large enough to be resized to an input of that size.
 
     It is twice what the image is resized to, before `crop_pct` of it is cropped.
     """
@@ -70,7 +70,7 @@ def enough(height: int, width: int, crop_pct: float = 1.0) -> Size:
 def read_image(
     source: Any, channels: int = 3, *, least: Size | Callable[[int, int], Size] | None = None
 ) -> Image.Image:
-    """An upright 8-bit RGB image (grey for `channels=1`) from a file, a URL, bytes, a PIL image or an array.
+    """Read an upright 8-bit RGB image (grey for `channels=1`) from a file, a URL, bytes, a PIL image or an array.
 
     EXIF rotation is applied, and transparency is laid on white. Numbers become 0 to 255 by what is white among them, in
     any byte order:
@@ -110,7 +110,7 @@ def read_image(
 
 
 def _as_file(source: Any) -> Any:
-    """What Pillow opens; None for what is no file."""
+    """What Pillow opens; None for what is not a file."""
     if isinstance(source, str) and re.match("https?://", source, re.IGNORECASE):
         return io.BytesIO(_download(source))
     if isinstance(source, str | os.PathLike):
@@ -175,7 +175,7 @@ def _reduce(image: Image.Image, least: Size | Callable[[int, int], Size], ours: 
 def _to_8_bit(image: Image.Image, white: int | None) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_bytes(np.asarray(image), f"image of mode {image.mode!r}", white))
-    if image.mode == "La":  # Pillow converts it to this alone
+    if image.mode == "La":  # Pillow converts it only to this
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -184,7 +184,7 @@ def _to_8_bit(image: Image.Image, white: int | None) -> Image.Image:
 
 
 def _to_bytes(array: npt.NDArray[Any], what: str, white: int | None = None) -> npt.NDArray[np.uint8]:
-    """Numbers of any kind as uint8, by the rule of `read_image`."""
+    """Numbers of any kind as uint8, as `read_image` says."""
     kind, bits = array.dtype.kind, 8 * array.dtype.itemsize
     if kind == "b":
         white = 1
@@ -220,8 +220,8 @@ def _white(array: npt.NDArray[Any], what: str, known: int | None) -> int:
 def _from_array(source: Any) -> Image.Image:
     if source is None:
         raise ImageError(
-            "None is no image. cv2.imread returns None where there is no such file or where it cannot read it: check "
-            "the path"
+            "None is not an image. cv2.imread returns None where there is no such file or where it cannot read it: "
+            "check the path"
         )
     if isinstance(source, torch.Tensor):
         tensor = source.detach().cpu()
@@ -230,7 +230,7 @@ def _from_array(source: Any) -> Image.Image:
         try:
             array = np.asarray(source)
         except ValueError as error:
-            raise ImageError(f"{type(source).__name__} that is no array: {error}") from error
+            raise ImageError(f"{type(source).__name__} that is not an array: {error}") from error
     if isinstance(source, torch.Tensor) and array.ndim == 3 and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
@@ -272,7 +272,7 @@ def _download(url: str) -> bytes:
 
 
 def is_one_image(source: Any) -> bool:
-    """Whether something is meant as one image, as `read_image` takes it, and not as many of them."""
+    """Return whether something is meant as one image, as `read_image` takes it, and not as many of them."""
     if isinstance(source, str | bytes | bytearray | memoryview | os.PathLike | Image.Image | torch.Tensor | Mapping):
         return True
     if isinstance(source, list | tuple):

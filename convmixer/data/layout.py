@@ -207,7 +207,7 @@ class Layout:
         top: All of it.
         splits: For each of `ROLES` that has a folder or a tar of its own the places that could be meant; none where the
             source is one set of classes.
-        other: Names of what lies beside splits and is none.
+        other: Names of what lies next to splits and is not one.
     """
 
     source: str
@@ -330,7 +330,7 @@ class Listing:
         images: Their files, in natural order.
         labels: Index of each one's class.
         classes: Names of the classes, in natural order.
-        left_out: What is no image of a class, by kind, and how many.
+        left_out: What is not an image of a class, by kind, and how many.
     """
 
     images: list[File]
@@ -374,7 +374,7 @@ def list_images(place: Folder) -> Listing:
 
 
 def natural(name: str) -> tuple[object, str]:
-    """The key of an order in which 2 comes before 10, which is timm's, too."""
+    """The key of an order in which 2 comes before 10, as in timm."""
     return natural_key(name), name
 
 

@@ -24,7 +24,7 @@ from convmixer.data.readers import open_split
 from convmixer.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
-    from convmixer.training.recipes import Recipe
+    from convmixer.training.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
 T = TypeVar("T", bound="Source")
@@ -184,7 +184,7 @@ def load_images(
 
     Args:
         source: A folder with `train`, `val` and `test`, in any usual spelling, as folders or tars of class folders; one
-            such folder or tar; a table with the columns image and label, with the images beside it; or a name for
+            such folder or tar; a table with the columns image and label, with the images next to it; or a name for
             timm's readers: `torch/cifar10`, `hfds/uoft-cs/cifar10`.
         split: "train", "validation" or "test". A source without splits is all of any; without test images, those for
             validation stand in for them.
@@ -194,7 +194,7 @@ def load_images(
         crop_pct: Part of the resized shorter side that the crop keeps.
         classes: Class names that the labels must follow, as when a test set must agree with a training set; the source
             may lack some of them. Without them, training images must be of two classes at least.
-        labels: A table, as CSV, TSV or Parquet, with the columns image and label, and if need be split, in place of
+        labels: A table, as CSV, TSV or Parquet, with the columns image and label, and if need be split, instead of
             class folders. Images are named by their paths from `source`, or by the end of these.
         skip_unreadable: Leave out images that cannot be read, and report how many and which.
         draft: Decode large JPEG photographs at a reduced scale; see `predict`.

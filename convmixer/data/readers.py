@@ -76,7 +76,7 @@ class _Labelled(abc.ABC):
         """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
         foreign = [label for label in self.classes if label not in classes]
         if foreign:
-            hint = ". A folder of images that nobody has labelled is no class: give a table of labels"
+            hint = ". A folder of images that nobody has labelled is not a class: give a table of labels"
             raise DataError(
                 f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}"
                 + (hint if len(self.classes) == 1 else "")
@@ -291,14 +291,14 @@ def open_split(
 def has_split(
     source: str | Path, split: str, *, labels: str | Path | None = None, root: str | Path | None = None
 ) -> bool:
-    """Whether a source has a split of its own, beside the training images."""
+    """Whether a source has a split of its own, besides the training images."""
     name, root = str(source), root and os.path.expanduser(root)
     if name.startswith("torch/"):
         return split != "validation"
     if name.startswith("hfds/"):
         return any(role(own) == split for own in _load_hub(name, root))
     if name.startswith(SHARDS):
-        return ".tar" not in name and _find_shards(name, split) is not None  # those of a pattern are one split alone
+        return ".tar" not in name and _find_shards(name, split) is not None  # those of a pattern are only one split
     layout, labels = _lay_out(source, labels)
     if labels is None:
         return split in layout.splits
@@ -312,7 +312,7 @@ def _describe(split: str, count: int, classes: Sequence[str], place: str) -> str
 
 
 def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str | Path | None]:
-    """What a source holds, and its table of labels, which may be the source: images then lie beside it."""
+    """What a source holds, and its table of labels, which may be the source: images then lie next to it."""
     if labels is None and is_table(source):
         source, labels = Path(source).parent, source
     return find_layout(source), labels
@@ -364,7 +364,7 @@ def _open_torchvision(name: str, split: str, root: str | Path | None, download: 
     if split == "validation":
         raise DataError(f"no validation split in {name!r}: data sets of torchvision are read as train and test")
     if name.lower() in ("torch/image_folder", "torch/folder"):
-        raise DataError(f"{name!r} is no data set: give the folder itself")
+        raise DataError(f"{name!r} is not a data set: give the folder itself")
     try:
         dataset = create_dataset(name, root=str(root or "data"), split=split, download=download)
         count, classes = len(dataset), tuple(map(str, dataset.classes))

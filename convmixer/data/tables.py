@@ -18,7 +18,7 @@ SUFFIXES = (".csv", ".tsv", ".parquet")
 
 
 def is_table(source: str | Path) -> bool:
-    """Whether a source is a table by its suffix."""
+    """Return whether a source is a table, by its suffix."""
     return os.path.splitext(str(source))[1].lower() in SUFFIXES
 
 
@@ -32,7 +32,7 @@ class Row:
 
 
 def read_table(path: str | Path) -> list[Row]:
-    """The rows of a table, each image once.
+    """Read the rows of a table, each image once.
 
     Raises:
         DataError: No such file, other columns, an empty cell, a split of no known name, or an image with two labels.
@@ -41,7 +41,7 @@ def read_table(path: str | Path) -> list[Row]:
     pandas = optional("pandas", f"the table {str(path)!r}", "train")
     file, suffix = os.path.expanduser(str(path)), os.path.splitext(str(path))[1].lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{str(path)!r} is no table of labels: give a file that ends in {', '.join(SUFFIXES)}")
+        raise DataError(f"{str(path)!r} is not a table of labels: give a file that ends in {', '.join(SUFFIXES)}")
     try:
         if suffix == ".parquet":
             table = pandas.read_parquet(file)

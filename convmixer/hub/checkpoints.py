@@ -27,7 +27,7 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise what `write_atomically` would: before the work that makes the file's content.
+    """Raise what `write_atomically` would, before the work that makes the file's content.
 
     Raises:
         ArgumentError: It is a folder, or its folder does not exist.
@@ -37,7 +37,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    """An empty file beside the one that is to be written."""
+    """Make an empty file next to the one that is to be written."""
     if os.path.isdir(path):
         raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
     if not os.path.isdir(path.parent):
@@ -53,7 +53,7 @@ def _temporary(path: Path) -> Path:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place: the old file or the new one.
+    """Let `write` fill a temporary file next to `path`, then rename it: there is the old file or the new one.
 
     Raises:
         ArgumentError: It is a folder, or its folder does not exist.
@@ -126,13 +126,13 @@ def _opened(path: str | Path) -> Iterator[Any]:
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a safetensors file's tensors, from its header alone."""
+    """Read the shapes of a safetensors file's tensors, only from its header."""
     with _opened(path) as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped from disk rather than copied; all of them finite.
+    """Read the tensors of a safetensors file, mapped from disk rather than copied; all of them finite.
 
     Raises:
         WeightsError: The file is missing, a pickle, cut short or corrupt, or holds values that are not finite.
@@ -158,7 +158,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The strings in the header of a safetensors file."""
+    """Read the strings in the header of a safetensors file."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
@@ -167,7 +167,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def recognise(shapes: Mapping[str, Sequence[int]], source: str) -> dict[str, int]:
-    """The constructor's sizes that the shapes of a ConvMixer's tensors tell: dim, depth, ..., num_classes.
+    """Return the constructor's sizes that the shapes of a ConvMixer's tensors tell: dim, depth, ..., num_classes.
 
     Args:
         shapes: By the keys of a state dict.
@@ -185,16 +185,16 @@ def recognise(shapes: Mapping[str, Sequence[int]], source: str) -> dict[str, int
         sizes |= {"in_chans": stem[1]}
         if min(sizes.values()) > 0:
             return {**sizes, "num_classes": head[0]}
-    raise WeightsError(f"{source} is no ConvMixer: its keys are {first(list(shapes))}")
+    raise WeightsError(f"{source} is not a ConvMixer: its keys are {first(list(shapes))}")
 
 
 def matching_variant(sizes: Mapping[str, int]) -> Variant | None:
-    """The registry's variant of these sizes, whatever its classes and channels."""
+    """Return the registry's variant of these sizes, whatever its classes and channels."""
     return next((v for v in VARIANTS if all(getattr(v, name) == sizes[name] for name in SHAPE)), None)
 
 
 def variant_of(path: str | Path) -> str:
-    """Name of the registry's variant whose shapes a safetensors file has.
+    """Return the name of the registry's variant whose shapes a safetensors file has.
 
     Raises:
         WeightsError: It has those of none; the text says what can be done with it.
@@ -211,7 +211,7 @@ def variant_of(path: str | Path) -> str:
 
 
 def _advice(path: str | Path) -> str:
-    """What to do with a safetensors file that does not fit a model, or "" if it is no ConvMixer's."""
+    """What to do with a safetensors file that does not fit a model, or "" if it is not a ConvMixer's."""
     command = f"convmixer convert {shlex.quote(str(path))}"
     shapes = read_shapes(path)
     try:
@@ -233,7 +233,7 @@ def _advice(path: str | Path) -> str:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file is a pickle, by its start or its name."""
+    """Return whether a file is a pickle, by its start or its name."""
     with path.open("rb") as file:
         start = file.read(4)
     # A pickle names its protocol, 2 to 5, and goes on; a safetensors header's length ends in zero bytes.
@@ -295,6 +295,11 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         WeightsError: The file is missing, a pickle, corrupt, not finite, or does not fit the model.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8")
+        >>> file = convmixer.model_info("convmixer_256_8.cifar10").weights[0].path
+        >>> convmixer.load_checkpoint(model, file)
     """
     model = unwrap(model)
     tensors = read_tensors(path)

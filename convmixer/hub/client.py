@@ -1,6 +1,6 @@
 """The Hugging Face Hub both ways: files from it, checked before their first use, and one commit to it.
 
-The only import of huggingface_hub. Its client downloads into the Hub's own cache, resumes, retries 429 and shows
+huggingface_hub's client downloads into the Hub's own cache, resumes, retries 429 and shows
 progress; added here are retries of server errors, and the check of what arrived.
 """
 
@@ -13,7 +13,7 @@ import os
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from huggingface_hub import (
     CommitOperationAdd,
-    EvalResult,
     HfApi,
-    ModelCard,
-    ModelCardData,
     cached_assets_path,
     constants,
     get_token,
@@ -35,9 +32,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from convmixer.errors import ArgumentError, HubError, WeightsError
+from convmixer.errors import HubError, WeightsError
 from convmixer.hub.untrusted import header_excess
-from convmixer.registry import Metric
 
 Result = TypeVar("Result")
 
@@ -63,7 +59,7 @@ def fetch(
     size: int = 0,
     sha256: str = "",
 ) -> Path:
-    """The local path of a file of a Hub repository, downloaded unless the Hub's own cache has it.
+    """Return the local path of a file of a Hub repository; download it unless the Hub's own cache has it.
 
     Every file is checked before its first use: its size and hash if they are given, else the hash by which the Hub
     names it in the cache. A file that fails is fetched once again.
@@ -72,7 +68,7 @@ def fetch(
         repo_id: "owner/name".
         filename: Path inside the repository.
         revision: Branch, tag or commit; the default branch if None.
-        cache_dir: In place of the Hub's own cache folder.
+        cache_dir: Cache folder to use instead of the Hub's own.
         token: Access token; by default the one that `hf auth login` stored.
         local_files_only: Never touch the network. `HF_HUB_OFFLINE=1` does the same for the whole process.
         prefer_cache: Take a cached file without asking the Hub whether its branch has moved on.
@@ -82,73 +78,89 @@ def fetch(
     Raises:
         WeightsError: The file cannot be had, or is not what it should be; the text says which one and how to get it.
     """
-    token = _stripped(token)
+    file = _File(repo_id, filename, revision, cache_dir, _stripped(token))
     offline = local_files_only or constants.HF_HUB_OFFLINE
-    named = f"{filename!r} of hf-hub:{repo_id}" + (f"@{revision}" if revision else "")
-    command = f"hf download {repo_id} {filename}" + (f" --revision {shlex.quote(revision)}" if revision else "")
-    command += f" --cache-dir {shlex.quote(str(cache_dir))}" if cache_dir else ""
-
-    def cached() -> Path | None:
-        found = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
-        return Path(found) if isinstance(found, str) else None
-
-    def download(force: bool = False) -> Path:
-        if host := _unresolved_host():
-            # The client would take the cached file, too; without one it would ask for half a minute.
-            path = None if force else cached()
-            if path is None:
-                where = cache_dir or constants.HF_HUB_CACHE
-                raise WeightsError(
-                    f"cannot get {named}: the name {host!r} does not resolve, so this machine has no network, or no "
-                    f"name server. Where there is a network, run: {command}. Copy the cache ({where}) to this machine, "
-                    "and set HF_HUB_OFFLINE=1 to go on without asking"
-                )
-            _LOG.warning("The name %r does not resolve: taking the cached copy of %s", host, named)
-            return path
-        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-        return Path(_patiently(lambda: hf_hub_download(repo_id, filename, force_download=force, **options)))
-
-    path: Path | None = None
     try:
-        if prefer_cache or offline:
-            path = cached()
-        if path is None and not offline:
-            path = download()
-        if path is None:
+        path = file.cached() if prefer_cache or offline else None
+        if path is None and offline:
             where = f" in {str(cache_dir)!r}" if cache_dir else ""
             raise WeightsError(
-                f"{named} is not in the local cache{where}, and the network is off "
+                f"{file} is not in the local cache{where}, and the network is off "
                 f"({'local_files_only=True' if local_files_only else 'HF_HUB_OFFLINE'}). Where there is a network, "
-                f"run: {command}"
+                f"run: {file.command}"
             )
+        path = path or file.download()
         problem = _problem(path, size, sha256)
         if problem and offline:
             raise WeightsError(
-                f"{str(path)!r}, the cached copy of {named}, is corrupt: {problem}. Where there is a network, run: "
-                f"{command} --force-download"
+                f"{str(path)!r}, the cached copy of {file}, is corrupt: {problem}. Where there is a network, run: "
+                f"{file.command} --force-download"
             )
         if problem:
-            _LOG.warning("%s, the cached copy of %s, is corrupt: %s. Fetching it once again", path, named, problem)
-            path = download(force=True)
+            _LOG.warning("%s, the cached copy of %s, is corrupt: %s. Fetching it once again", path, file, problem)
+            path = file.download(force=True)
             problem = _problem(path, size, sha256)
     except WeightsError:
         raise
     except Exception as error:  # the client's HTTP library has its own errors, and differs between versions
-        raise WeightsError(f"cannot get {named}: {_reason(error, token)}") from _harmless(error, token)
+        raise WeightsError(f"cannot get {file}: {_reason(error, token)}") from _harmless(error, token)
     if problem:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         raise WeightsError(
-            f"{named} arrived corrupt twice: {problem}. The server, or a proxy on the way, sends wrong bytes; nothing "
+            f"{file} arrived corrupt twice: {problem}. The server, or a proxy on the way, sends wrong bytes; nothing "
             f"of it was kept. Try later, or another endpoint (HF_ENDPOINT is {constants.ENDPOINT})"
         )
     return path
 
 
-def _unresolved_host() -> str:
-    """The Hub's host if its name does not resolve, which is final after two tries; else "".
+@dataclass(frozen=True)
+class _File:
+    """A file of a Hub repository; the arguments are those of `fetch`."""
 
-    Behind a proxy, names are the proxy's matter.
+    repo_id: str
+    filename: str
+    revision: str | None
+    cache_dir: str | Path | None
+    token: str | bool | None
+
+    def __str__(self) -> str:
+        return f"{self.filename!r} of hf-hub:{self.repo_id}" + (f"@{self.revision}" if self.revision else "")
+
+    @property
+    def command(self) -> str:
+        """A command that downloads it."""
+        revision = f" --revision {shlex.quote(self.revision)}" if self.revision else ""
+        folder = f" --cache-dir {shlex.quote(str(self.cache_dir))}" if self.cache_dir else ""
+        return f"hf download {self.repo_id} {self.filename}{revision}{folder}"
+
+    def cached(self) -> Path | None:
+        found = try_to_load_from_cache(self.repo_id, self.filename, cache_dir=self.cache_dir, revision=self.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    def download(self, force: bool = False) -> Path:
+        if not (host := _unresolved_host()):
+            options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+            return Path(
+                _patiently(lambda: hf_hub_download(self.repo_id, self.filename, force_download=force, **options))
+            )
+        # The client would also take the cached file; without one it would ask for half a minute.
+        path = None if force else self.cached()
+        if path is None:
+            raise WeightsError(
+                f"cannot get {self}: the name {host!r} does not resolve, so this machine has no network, or no "
+                f"name server. Where there is a network, run: {self.command}. Copy the cache "
+                f"({self.cache_dir or constants.HF_HUB_CACHE}) to this machine, and set HF_HUB_OFFLINE=1 to go on "
+                "without asking"
+            )
+        _LOG.warning("The name %r does not resolve: taking the cached copy of %s", host, self)
+        return path
+
+
+def _unresolved_host() -> str:
+    """Return the Hub's host if its name does not resolve in two tries; else "".
+
+    Behind a proxy, the proxy resolves names.
     """
     address = urlsplit(constants.ENDPOINT)
     host, proxies = address.hostname or "", getproxies()
@@ -165,9 +177,9 @@ def _unresolved_host() -> str:
 
 
 def _patiently(call: Callable[[], Result]) -> Result:
-    """The call's result; after server errors and broken connections it is called again, after ever longer pauses.
+    """Return the call's result; repeat it after server errors and broken connections, with ever longer pauses.
 
-    A server that says when to come back (Retry-After) is asked again then.
+    If a server says when to come back (Retry-After), wait until then.
     """
     started = time.monotonic()
     for attempt in range(_ATTEMPTS):
@@ -201,7 +213,7 @@ def _response(error: BaseException) -> Any:
 
 
 def _problem(path: Path, size: int, sha256: str) -> str:
-    """What is wrong with a cached file, or "". It is hashed once; the Hub's assets cache keeps a note that it was."""
+    """Return what is wrong with a cached file, or "". It is hashed once; a note in the Hub's assets cache says so."""
     found = path.stat()
     if size and found.st_size != size:
         return f"{found.st_size} bytes, expected {size}"
@@ -274,7 +286,7 @@ def _harmless(error: BaseException, token: str | bool | None) -> BaseException |
 
 
 @dataclass(frozen=True)
-class Place:
+class Branch:
     """Where a commit goes: the head of a branch (None: there is no such repository or branch), and its card."""
 
     repo_id: str
@@ -284,65 +296,65 @@ class Place:
     card: str
 
 
-def look(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Place:
-    """What a repository holds now; nothing is changed. Without a network (`HF_HUB_OFFLINE=1`) it counts as empty.
+def read_branch(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Branch:
+    """Return the state of a branch, and change nothing. With `HF_HUB_OFFLINE=1` it counts as missing.
 
     Raises:
-        HubError: The Hub does not answer, or not with that.
+        HubError: The Hub does not answer, or not with what was asked for.
     """
     token = _stripped(token)
     if constants.HF_HUB_OFFLINE:
-        return Place(repo_id, revision, token, None, "")
+        return Branch(repo_id, revision, token, None, "")
     api = HfApi(token=token)
     try:
         patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
         head = _patiently(lambda: api.model_info(repo_id, revision=revision, timeout=patience).sha)
         card = _patiently(lambda: hf_hub_download(repo_id, "README.md", revision=head, token=token))
-        return Place(repo_id, revision, token, head, Path(card).read_text(encoding="utf-8"))
+        return Branch(repo_id, revision, token, head, Path(card).read_text(encoding="utf-8"))
     except EntryNotFoundError:
-        return Place(repo_id, revision, token, head, "")
+        return Branch(repo_id, revision, token, head, "")
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        return Place(repo_id, revision, token, None, "")
+        return Branch(repo_id, revision, token, None, "")
     except Exception as error:
         raise _refusal(repo_id, error, token) from _harmless(error, token)
 
 
-def prepare(place: Place, *, private: bool | None, create_pr: bool) -> Place:
-    """Create the repository or the branch where it is missing; the place as it is then.
+def ensure_branch(branch: Branch, *, private: bool | None, create_pr: bool) -> Branch:
+    """Create the repository or the branch if it is missing; return the branch as it is then.
 
     Raises:
         HubError: The Hub does not allow it, or cannot be reached.
     """
-    api = HfApi(token=place.token)
+    api = HfApi(token=branch.token)
     try:
-        if place.head is None:
-            _patiently(lambda: api.create_repo(place.repo_id, private=private, exist_ok=True))
-        if place.head is None and place.revision and not create_pr:
-            branch = place.revision
-            _patiently(lambda: api.create_branch(place.repo_id, branch=branch, exist_ok=True))
+        if branch.head is None:
+            _patiently(lambda: api.create_repo(branch.repo_id, private=private, exist_ok=True))
+        if branch.head is None and branch.revision and not create_pr:
+            name = branch.revision
+            _patiently(lambda: api.create_branch(branch.repo_id, branch=name, exist_ok=True))
     except Exception as error:
-        raise _refusal(place.repo_id, error, place.token) from _harmless(error, place.token)
-    return look(place.repo_id, revision=place.revision, token=place.token) if place.head is None else place
+        raise _refusal(branch.repo_id, error, branch.token) from _harmless(error, branch.token)
+    return read_branch(branch.repo_id, revision=branch.revision, token=branch.token) if branch.head is None else branch
 
 
-def commit(place: Place, files: Mapping[str, Path], message: str, *, create_pr: bool) -> str:
-    """Upload files, by their paths in the repository, as one commit; its address, or that of its pull request.
+def commit(branch: Branch, files: Mapping[str, Path], message: str, *, create_pr: bool) -> str:
+    """Upload files, by their paths in the repository, as one commit; return the address of it or of its pull request.
 
     Raises:
         HubError: The Hub refuses or cannot be reached.
     """
     operations = [CommitOperationAdd(path, file) for path, file in files.items()]
     try:
-        done = HfApi(token=place.token).create_commit(
-            place.repo_id,
+        done = HfApi(token=branch.token).create_commit(
+            branch.repo_id,
             operations,
             commit_message=message,
-            revision=place.revision,
+            revision=branch.revision,
             create_pr=create_pr,
-            parent_commit=place.head,  # whoever wrote meanwhile is not overwritten
+            parent_commit=branch.head,  # what others wrote meanwhile is not overwritten
         )
     except Exception as error:
-        raise _refusal(place.repo_id, error, place.token) from _harmless(error, place.token)
+        raise _refusal(branch.repo_id, error, branch.token) from _harmless(error, branch.token)
     return str(done.pr_url or done.commit_url)
 
 
@@ -357,51 +369,3 @@ def _refusal(repo_id: str, error: Exception, token: str | bool | None) -> HubErr
         412: changed,
     }.get(status or 0, f"Check the network and HF_ENDPOINT ({constants.ENDPOINT}), and run this again")
     return HubError(f"hf-hub:{repo_id}: {_reason(error, token).rstrip('.')}. {advice}")
-
-
-# ---- model cards ----------------------------------------------------------------------------------------------------
-
-
-def write_card(text: str, header: Mapping[str, Any], name: str, metrics: Sequence[Metric], old: str) -> str:
-    """A model card: YAML header and text, with what an older card has beyond it.
-
-    Args:
-        text: Markdown, from its first line to its last the part that replaces the same part of `old`.
-        header: Fields of the header; they replace those of `old`, but tags are added to them.
-        name: Of the model, for its metrics.
-        metrics: In percent; the Hub's evaluation metadata (`model-index`). They replace those of `old`.
-        old: An earlier card, or "".
-
-    Raises:
-        ArgumentError: The older card's header is not YAML.
-    """
-    # The client warns of a card without a header.
-    try:
-        before = ModelCard(old if old.startswith("---") else f"---\n{{}}\n---\n{old}")
-        fields: dict[str, Any] = before.data.to_dict()  # type: ignore[no-untyped-call]
-    except Exception as error:  # the YAML library has its own errors
-        reason = " ".join(str(error).split())
-        raise ArgumentError(f"the older README.md has a header that cannot be read: {reason}. Mend it first") from error
-    fields.pop("model-index", None)
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=metric.dataset,
-            dataset_name=metric.dataset,
-            metric_type="accuracy" if metric.name.startswith(("top-1", "acc")) else metric.name,
-            metric_name=f"{metric.name} ({metric.measured_by})" if metric.measured_by else metric.name,
-            metric_value=metric.value,
-        )
-        for metric in metrics
-    ]
-    tags = {"tags": list(dict.fromkeys([*header.get("tags", ()), *(fields.get("tags") or ())]))}
-    data = ModelCardData(
-        **{**fields, **header, **tags}, model_name=name if results else None, eval_results=results or None
-    )
-    first, _, last = text.splitlines()[0], None, text.splitlines()[-1]
-    start, end = before.text.find(first), before.text.find(last)
-    if 0 <= start < end:
-        text = before.text[:start] + text + before.text[end + len(last) :]
-    elif before.text.strip():
-        text += "\n\n" + before.text.strip()
-    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"

@@ -19,7 +19,7 @@ from timm.models import PretrainedCfg
 from convmixer.errors import UnknownModelError, WeightsError, brief, nearest
 from convmixer.hub.untrusted import MAX_BYTES, json_excess
 from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
-from convmixer.registry import VARIANTS, Variant
+from convmixer.registry import CROP_MODES, INTERPOLATIONS, VARIANTS, Variant
 
 MAX_PARAMETERS = 10**9  # 20 times the largest variant
 MAX_SIDE = 4096  # pixels
@@ -80,17 +80,20 @@ _DESCRIPTIONS: Check = (
     "texts, in a list or by label,",
 )
 _LABELS: dict[str, Check] = {"label_names": (_texts, "a list of texts"), "label_descriptions": _DESCRIPTIONS}
-_PREPROCESSING: dict[str, Check] = {
-    "num_classes": _NUM_CLASSES,
+PREPROCESSING_CHECKS: dict[str, Check] = {
     "input_size": _SIZE,
     "test_input_size": _SIZE,
     "min_input_size": _SIZE,
-    "interpolation": _one_of("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"),
+    "interpolation": _one_of(*INTERPOLATIONS),
     "crop_pct": _PART,
     "test_crop_pct": _PART,
-    "crop_mode": _one_of("center", "squash", "border"),
+    "crop_mode": _one_of(*CROP_MODES),
     "mean": _per_channel(-1e6),
     "std": _per_channel(1e-6),
+}
+_PRETRAINED_CFG: dict[str, Check] = {
+    "num_classes": _NUM_CLASSES,
+    **PREPROCESSING_CHECKS,
     **_LABELS,
     "license": _TEXT,
     "tag": _TEXT,
@@ -122,7 +125,7 @@ def read_config(path: Path, name: str) -> Config:
 
     Raises:
         UnknownModelError: It is of another architecture.
-        WeightsError: It cannot be read, or says something senseless; the text says which key.
+        WeightsError: It cannot be read, or a value makes no sense; the text says which key.
     """
     source = f"{name}: {str(path)!r}"
     content = _parse(path, name)
@@ -139,7 +142,7 @@ def read_config(path: Path, name: str) -> Config:
     if not all(isinstance(value, dict) for value in given.values()):
         raise WeightsError(f"{source}: model_args and pretrained_cfg must be objects")
     model_args = _checked(given["model_args"], _MODEL_ARGS, source)
-    preprocessing = _checked(given["pretrained_cfg"], _PREPROCESSING, source)
+    preprocessing = _checked(given["pretrained_cfg"], _PRETRAINED_CFG, source)
     both = preprocessing.get("label_names", ())  # of a model with one output, where timm has room for one name
     preprocessing |= _checked(content, {**_LABELS, "num_classes": _NUM_CLASSES}, source)
     if len(both) == 2 and both[1:] == preprocessing["label_names"]:
@@ -148,7 +151,7 @@ def read_config(path: Path, name: str) -> Config:
     unknown += [
         f"pretrained_cfg {brief(repr(key))}"
         for key in given["pretrained_cfg"]
-        if key not in _PREPROCESSING and key not in _KNOWN_TO_TIMM
+        if key not in _PRETRAINED_CFG and key not in _KNOWN_TO_TIMM
     ]
     if unknown:
         shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
@@ -202,14 +205,14 @@ def _check_labels(content: Mapping[str, Any], preprocessing: dict[str, Any], sou
 def _parse(path: Path, name: str) -> Any:
     try:
         if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-            raise WeightsError(f"{name}: {str(path)!r} is no file")
+            raise WeightsError(f"{name}: {str(path)!r} is not a file")
         with path.open("rb") as file:
             text = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise WeightsError(f"{name}: cannot read {str(path)!r}: {reason}") from error
     if excess := json_excess(text):
-        raise WeightsError(f"{name}: {str(path)!r} has {excess}: it is no config.json")
+        raise WeightsError(f"{name}: {str(path)!r} has {excess}: it is not a config.json")
     try:
         return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from convmixer.errors import ArgumentError, WeightsError
 from convmixer.factory import create_model
+from convmixer.hub.architecture import architecture
 from convmixer.hub.checkpoints import (
     PICKLES,
     check_finite,
@@ -30,7 +31,7 @@ from convmixer.hub.checkpoints import (
     write_atomically,
 )
 from convmixer.hub.foreign import find_tensors
-from convmixer.hub.publish import architecture, save_pretrained
+from convmixer.hub.publish import save_pretrained
 from convmixer.model import ConvMixer
 from convmixer.registry import SHAPE, get_variant
 from convmixer.tracing import computing
@@ -66,9 +67,14 @@ def convert_checkpoint(
     Raises:
         UnknownModelError: No such variant.
         ArgumentError: A destination that is neither a .safetensors file nor a folder; `act_layer` for a file.
-        WeightsError: The file cannot be read safely, is no ConvMixer, or is one of no variant and the destination is a
-            file.
+        WeightsError: The file cannot be read safely, is not a ConvMixer, or is one of no variant and the destination
+            is a file.
         WriteError: The destination's folder takes no files.
+
+    Example:
+        >>> torch.save(convmixer.create_model("convmixer_256_8").state_dict(), "theirs.pth")
+        >>> convmixer.convert_checkpoint("theirs.pth", "ours.safetensors")
+        'convmixer_256_8'
     """
     source, destination = Path(os.path.expanduser(source)), Path(os.path.expanduser(destination))
     asked = None if variant is None else get_variant(variant)[0]
@@ -84,7 +90,7 @@ def convert_checkpoint(
     sizes = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}, named)
     if asked and any(sizes[name] != getattr(asked, name) for name in SHAPE):
         wanted, has = ({name: get(name) for name in SHAPE} for get in (lambda n: getattr(asked, n), sizes.get))
-        raise WeightsError(f"{named} is no {asked.name}, which has {_listed(wanted)}: it has {_listed(has)}")
+        raise WeightsError(f"{named} is not a {asked.name}, which has {_listed(wanted)}: it has {_listed(has)}")
     match = asked or matching_variant(sizes)
     if match is None and not as_folder:
         raise WeightsError(
@@ -150,7 +156,7 @@ def _unpickle(source: Path) -> Any:
         reason = found[0] if found else type(error).__name__
         raise WeightsError(
             f"cannot read {str(source)!r} without running code from it: {reason}. "
-            "Ask whoever wrote it for a file of the state dict alone"
+            "Ask whoever wrote it for a file of only the state dict"
         ) from error
 
 

@@ -23,7 +23,7 @@ _NESTED = (
 
 
 def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
-    """The tensors of the one ConvMixer in what a checkpoint holds, by this package's names.
+    """Return the tensors of the one ConvMixer in what a checkpoint holds, by this package's names.
 
     Args:
         content: What was unpickled.
@@ -46,7 +46,7 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
 
 
 def our_names(values: Mapping[str, Value], source: str) -> dict[str, Value]:
-    """The values of the one ConvMixer among them, by this package's names; all of them, as they are, if it has none.
+    """Return the values of the one ConvMixer among them, by this package's names; all of them if there is none.
 
     Raises:
         WeightsError: There is more than one model.
@@ -55,12 +55,12 @@ def our_names(values: Mapping[str, Value], source: str) -> dict[str, Value]:
 
 
 def first(keys: list[str]) -> str:
-    """The first three of them, for a message."""
+    """Return the first three of them, for a message."""
     return ", ".join(brief(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def _rename_mmpretrain(values: Mapping[str, Value]) -> dict[str, Value]:
-    """mmpretrain keeps stem and blocks (its stages) in a backbone, and the classifier in a head beside it."""
+    """mmpretrain keeps stem and blocks (its stages) in a backbone, and the classifier in a head next to it."""
     mark = "backbone.stages.0.0.fn.0.weight"
     prefix = next((k.removesuffix(mark) for k in values if k.endswith(mark)), None)
     if prefix is None:

@@ -12,11 +12,11 @@ _HARMLESS = 2**16  # bytes
 
 
 def json_excess(text: bytes) -> str:
-    """What is too much in JSON that has not been parsed yet, or ""."""
+    """Return what is too much in JSON that has not been parsed yet, or ""."""
     if len(text) > MAX_BYTES:
         return f"more than {MAX_BYTES:,} bytes of JSON"
     if len(text) > _HARMLESS:
-        # A comma ends a value, unless it stands in a string. One by one, because pieces need memory, too.
+        # A comma ends a value, unless it stands in a string. One by one, because a list of all would need memory.
         unescaped = text.replace(rb"\\", b"").replace(rb"\"", b"")
         commas = (match for match in re.finditer(rb'"[^"]*"?|,', unescaped) if match[0] == b",")
         if next(islice(commas, MAX_VALUES - 1, None), None):
@@ -25,7 +25,7 @@ def json_excess(text: bytes) -> str:
 
 
 def header_excess(path: Path) -> str:
-    """What is too much in the header of a safetensors file, or ""; whether it is one at all, its library says."""
+    """Return what is too much in the header of a safetensors file, or ""; its library checks whether it is one."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length <= _HARMLESS or length > path.stat().st_size:

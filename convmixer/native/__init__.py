@@ -1,1 +1,9 @@
-"""This package's own C++ kernels for x86 CPUs, `csrc/`: compile them, load them, pack a model for them."""
+"""This package's own C++ kernels for x86 CPUs.
+
+    csrc/*.cpp, *.h  ->  library.py compiles and loads them
+    FoldedConvMixer  ->  packing.py or int8.py packs the weights and calls the kernels  ->  features of images
+
+`compiled_code.py` finds a folder that compiled code can be kept in and run from; other compilers use it, too. `int8.py`
+derives the integers that the kernels compute with. Modules here may import `errors`, `hardware`, `hub.checkpoints` and
+`ops/`, but nothing of `runtime/`, which imports this room.
+"""

@@ -1,4 +1,4 @@
-"""Folders for code that is compiled here: they take files, and the system runs what lies in them."""
+"""Folders for code that is compiled on this machine: files can be written to them and run from them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def unusable(folder: Path) -> str | None:
-    """Why code cannot be kept in a folder and run from there, such as a read-only home; None where it can.
+    """Say why code cannot be kept in a folder and run from there, such as a read-only home; None where it can.
 
-    The folder is made if need be.
+    The folder is made if it does not exist.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,12 +37,12 @@ def unusable(folder: Path) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def private_folder() -> Path:
-    """A folder for this process, which goes with it; an OSError where even that cannot be had."""
+    """Make a folder for this process, which is removed at its end; raise an OSError where even that is impossible."""
     folder = Path(tempfile.mkdtemp(prefix="convmixer-"))
     owner = os.getpid()
 
     def remove() -> None:
-        if os.getpid() == owner:  # and not a child by fork
+        if os.getpid() == owner:  # not in a forked child
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
@@ -50,7 +50,7 @@ def private_folder() -> Path:
 
 
 def instead_of(reason: str, what: str, variable: str) -> Path:
-    """The private folder, in place of one that cannot be used.
+    """Return the private folder, instead of one that cannot be used.
 
     Args:
         reason: From `unusable`.
@@ -70,16 +70,16 @@ def instead_of(reason: str, what: str, variable: str) -> Path:
             f"{what} can be kept and run nowhere ({reason}; {second}): set {variable} to a folder that takes files and "
             "from which programs may be run, or choose another backend"
         )
-    _LOGGER.warning("%s are compiled for this process alone, as %s; %s names another folder", what, reason, variable)
+    _LOGGER.warning("%s are compiled only for this process, as %s; %s names another folder", what, reason, variable)
     return folder
 
 
 def settle(variable: str, usual: Callable[[], str], what: str) -> None:
-    """See to it that an environment variable names a usable folder: the private one if the usual one is not.
+    """Make an environment variable name a usable folder: the private one if the usual one is not usable.
 
     Args:
-        variable: By which the compiler finds its cache.
-        usual: Where its cache is if the variable is not set.
+        variable: Names the compiler's cache.
+        usual: Returns where the cache is if the variable is not set.
         what: What is compiled, in words.
 
     Raises:

@@ -141,7 +141,7 @@ def _differentiable_grads(
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding="same", groups=C)`, whose gradients are computed by fast kernels, too.
+    """`F.conv2d(x, weight, bias, padding="same", groups=C)`, whose gradients are computed by fast kernels.
 
     Under autocast the inputs are converted as those of a convolution are. Second derivatives are computed by PyTorch.
 

@@ -15,22 +15,7 @@ from torch import Tensor
 
 from convmixer.errors import ConvMixerError, DependencyError
 from convmixer.ops import reference
-
-# What the Triton kernels take.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KERNEL_SIZES = range(2, 16)
-CAPABILITY = (8, 0)
-
-
-def unsupported(device: torch.device) -> str | None:
-    """Why the Triton kernels do not run on a CUDA device; None where they do."""
-    if torch.version.hip:
-        return "the Triton kernels are for CUDA, and this PyTorch is built for ROCm"
-    found = torch.cuda.get_device_capability(device)
-    if found < CAPABILITY:
-        least = ".".join(map(str, CAPABILITY))
-        return f"compute capability {found[0]}.{found[1]}: the Triton kernels need a GPU of at least {least}"
-    return None
+from convmixer.ops.limits import DTYPES, KERNEL_SIZES, unsupported
 
 
 def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int]) -> None:

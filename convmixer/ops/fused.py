@@ -2,7 +2,7 @@
 
     c = depthwise(x) + bias      z = BatchNorm(act(c)) + x      u = pointwise(z) + bias      y = BatchNorm(act(u))
 
-Between blocks goes u with the scale and shift of its BatchNorm, in place of y = scale * act(u) + shift. Each block
+Between blocks goes u with the scale and shift of its BatchNorm, instead of y = scale * act(u) + shift. Each block
 keeps c and u; its backward pass computes x anew from the u of the block before, and z from c and x. The functions
 return the sums that BatchNorm needs. Mean, variance, scale and shift are made of these by plain autograd on vectors,
 so the gradients into the sums come back to the functions, and several processes are synchronised by adding up sums.
@@ -22,8 +22,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.ops import dispatch, reference
+from convmixer.ops.limits import ACTIVATIONS
 
-ACTIVATIONS = {nn.GELU: "gelu", nn.ReLU: "relu", nn.Identity: "identity"}
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -45,7 +45,7 @@ class _NoSecondDerivative(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise ConvMixerError(
-            "fused blocks have first derivatives alone: for second ones, switch them off by set_fused(False)"
+            "fused blocks have only first derivatives: for second ones, switch them off by set_fused(False)"
         )
 
 
@@ -107,7 +107,7 @@ class _Depthwise(Function):
 
 
 class _Pointwise(Function):
-    """c and x -> u, and the sums of act(u). What x is made of comes too: it is kept in place of x."""
+    """c and x -> u, and the sums of act(u). What x is made of comes too: it is kept instead of x."""
 
     @staticmethod
     def forward(
@@ -512,7 +512,7 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
         _refuse(found[0])
 
 
-# Not compiled: PyTorch 2.8 and 2.9 run functions anew that raise, piece by piece, and then overlook hooks.
+# Not compiled: PyTorch 2.8 and 2.9 run functions anew that raise, in parts, and then overlook hooks.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse(reason: str) -> None:
     raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
@@ -531,28 +531,34 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
             groups.append((f"blocks.{i}.0.fn", first.fn, ((depthwise,), *plain[1:])))
             if getattr(first.drop_path, "drop_prob", 0.0):
                 found.append("drop_path_rate is above 0, and fused blocks have no stochastic depth")
-    activations = set()
+    activations: list[str] = []
     for group, modules, expected in groups:
         for i, (module, classes) in enumerate(zip(modules, expected, strict=False)):
-            kind = type(module)
-            if kind not in classes:
-                found.append(f"{group}.{i} is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}")
-            if getattr(module, "approximate", "none") != "none":
-                found.append(f"{group}.{i} is a GELU approximated by {module.approximate}")
-            if isinstance(module, nn.Conv2d) and module.bias is None:
-                found.append(f"{group}.{i} has no bias")
-            if kind is nn.Conv2d and group != "stem" and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
-                found.append(f"{group}.{i} is no plain 1x1 convolution")
-            if kind in ACTIVATIONS:
-                activations.add(kind.__name__)
-            if _is_called_for_more(module):
-                found.append(f"{group}.{i} has hooks or a forward of its own, which would not be called")
+            found += [f"{group}.{i} {what}" for what in _layer_obstacles(module, classes, group == "stem")]
+            if type(module) in ACTIVATIONS:
+                activations.append(type(module).__name__)
         if len(modules) != len(expected):
             found.append(f"{group} has {len(modules)} layers, not {len(expected)}")
         if _is_called_for_more(modules):
             found.append(f"{group} has hooks or a forward of its own, which would not be called")
-    if len(activations) > 1:
-        found.append(f"its activations differ: {', '.join(sorted(activations))}")
+    if len(set(activations)) > 1:
+        found.append(f"its activations differ: {', '.join(sorted(set(activations)))}")
+    return found
+
+
+def _layer_obstacles(module: Any, classes: Sequence[type], in_stem: bool) -> list[str]:
+    found: list[str] = []
+    kind = type(module)
+    if kind not in classes:
+        found.append(f"is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}")
+    if getattr(module, "approximate", "none") != "none":
+        found.append(f"is a GELU approximated by {module.approximate}")
+    if isinstance(module, nn.Conv2d) and module.bias is None:
+        found.append("has no bias")
+    if kind is nn.Conv2d and not in_stem and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
+        found.append("is not a plain 1x1 convolution")
+    if _is_called_for_more(module):
+        found.append("has hooks or a forward of its own, which would not be called")
     return found
 
 

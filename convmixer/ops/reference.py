@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PART = 2**16  # values whose float32 temporaries stay in a cache
-_TILE = 16  # columns of a row-Toeplitz product: wider ones multiply more zeros
+_TILE = 16  # columns of a row-Toeplitz matrix multiplication: wider ones multiply more zeros
 
 
 def to_type(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,8 +170,8 @@ def depthwise_input_grad(grad: Tensor, weight: Tensor, residual: Tensor | None =
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     """Gradients of `depthwise` for weight and bias, of x and the gradient for c.
 
-    PyTorch's own is slow on CPUs. Compiled, one product and sum per kernel tap becomes a single pass over both
-    tensors; in eager mode, products of matrices that hold a row of an image in each line are faster.
+    PyTorch's own is slow on CPUs. Compiled, one multiplication and sum per kernel tap becomes a single pass over both
+    tensors; in eager mode, multiplications of matrices that hold a row of an image in each line are faster.
     """
     taps = _taps if torch.compiler.is_compiling() else _toeplitz
     weight = taps(x, grad, kernel_size).view(-1, 1, kernel_size, kernel_size)
@@ -230,12 +230,12 @@ def pointwise(
     act: str,
     center: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """u, the product of (O, C) weights with `scale1 * act(c) + shift1 + x` plus bias; and `stats` of u."""
+    """Return u, (O, C) weights times `scale1 * act(c) + shift1 + x`, plus bias; and `stats` of u."""
     u = F.conv2d(_add_normalized(x, c, scale1, shift1, act), weight[..., None, None], bias.to(c.dtype))
     return u, *stats(u, act, center)
 
 
 def pointwise_infer(z: Tensor, weight: Tensor, bias: Tensor, act: str, scale: Tensor, shift: Tensor) -> Tensor:
-    """`scale * act(u) + shift`, where u is the product of (O, C) weights with z plus bias."""
+    """Return `scale * act(u) + shift`, where u is (O, C) weights times z, plus bias."""
     u = F.conv2d(z, weight[..., None, None], bias.to(z.dtype))
     return normalize_act(u, scale, shift, act)

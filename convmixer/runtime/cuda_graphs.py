@@ -1,10 +1,10 @@
 """Work on a GPU as CUDA graphs: captured once, then replayed on new values in the same memory.
 
 Where images are small or few, launching a kernel takes the host longer than running it takes the GPU. A graph launches
-all kernels of a call at once. In return shapes are fixed, and what differs from call to call must be a tensor that
-stays where it is.
+all kernels of a call at once. In return, shapes are fixed, and whatever differs from call to call must be a tensor at a
+fixed address.
 
-`Graphed` decides which calls of a function are captured and replayed, as of a training step; `Replayed` does so for
+`Graphed` decides which calls of a function, such as a training step, are captured and replayed; `Replayed` does so for
 models in inference. `CudaGraphs` captures.
 """
 
@@ -14,6 +14,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,19 +24,20 @@ from torch import Tensor
 _LOGGER = logging.getLogger(__name__)
 WARM_UP = 3  # eager calls before a capture: they compile, choose kernels, and allocate the optimizer's state
 KEPT = 3  # graphs, each of which holds the memory of a whole step
+GRAPH_BYTES = 2**25  # of a feature map, above which launches on a GPU cost little and memory much
 
 
 class Graphs(Protocol):
     """A way to capture work on a device."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Call a function where it will be captured."""
+        """Call a function on the stream on which it will be captured."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """Call a function without running its work.
 
         Returns:
-            What runs that work, on the same memory.
+            A function that runs that work, on the same memory.
 
         Raises:
             RuntimeError: It cannot be captured. None of its work has run.
@@ -47,7 +49,7 @@ class CudaGraphs:
 
     Args:
         device: A CUDA device.
-        shared: Graphs use the same memory, so what one leaves there is gone when another is replayed.
+        shared: Graphs use the same memory, so that replaying one overwrites what another left there.
     """
 
     def __init__(self, device: torch.device, *, shared: bool = False) -> None:
@@ -90,8 +92,8 @@ class Captured:
 
     Args:
         graphs: Captures it.
-        function: Takes tensors like `inputs`. It returns nothing, and keeps its results in tensors that stay where
-            they are.
+        function: Takes tensors like `inputs`. It returns nothing, and writes its results to tensors at
+            fixed addresses.
         inputs: Examples. Their shapes, types and layouts are those of all calls.
     """
 
@@ -109,9 +111,9 @@ class Graphed:
     """A function that is captured after a few calls, once for each combination of shapes and constants.
 
     Args:
-        function: As `Captured` takes it; constants go by name.
-        graphs: Captures it; None leaves all calls as they are.
-        failed: Called with the error when a capture fails. The calls after that are plain calls.
+        function: As `Captured` takes it; constants are keyword arguments.
+        graphs: Captures it; None: calls are never captured.
+        failed: Called with the error when a capture fails. Later calls are not captured.
     """
 
     def __init__(
@@ -149,14 +151,28 @@ class Graphed:
             del self.captured[oldest], self.calls[oldest]
 
 
-class Replayed:
-    """A model in inference whose calls are replayed, a graph for each shape that comes a second time.
+@dataclass(frozen=True)
+class SmallFeatureMaps:
+    """The test whether a ConvMixer's feature map of images has at most `most` bytes."""
 
-    Threads may share it: they take turns, on the device, too. What a call returns is the caller's own.
+    dim: int
+    patch_size: int
+    most: int
+
+    def __call__(self, x: Tensor) -> bool:
+        batch, _, height, width = x.shape
+        positions = (height // self.patch_size) * (width // self.patch_size)
+        return batch * self.dim * positions * x.element_size() <= self.most
+
+
+class Replayed:
+    """A model in inference whose calls are replayed, with a graph for each shape that comes a second time.
+
+    Threads may share it: they take turns, on the device as well. Each call returns new tensors.
 
     Args:
         run: Computes a list of outputs from images (B, C, H, W), without gradients.
-        worth: Whether a call with such images is worth a graph, which keeps the memory of a whole call.
+        worth: Says whether a call with such images is worth a graph, which keeps the memory of the entire call.
         make: Makes the `Graphs` for a device; None: `CudaGraphs`.
     """
 
@@ -176,6 +192,9 @@ class Replayed:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.run, self.worth, self.make)
+
+    def after_fork(self) -> None:
+        """Do nothing: CUDA does not work in a forked child process, which `OptimizedConvMixer` refuses before."""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph of the caller's
@@ -207,7 +226,7 @@ class Replayed:
             self._captured.popitem(last=False)
 
     def _capture(self, x: Tensor) -> tuple[Captured, list[Tensor]] | None:
-        """The graph of a call and the outputs that it writes; None if it cannot be captured."""
+        """Return the graph of a call and the outputs that it writes; None if it cannot be captured."""
         outputs: list[Tensor] = []
 
         def compute(images: Tensor) -> None:
@@ -220,7 +239,7 @@ class Replayed:
             return Captured(self._graphs[x.device], compute, (x,)), outputs
         except RuntimeError as error:
             self._failed = True
-            self._captured.clear()  # their memory would serve nobody
+            self._captured.clear()  # frees their memory
             self._graphs.clear()
             _LOGGER.warning("calls are not replayed as CUDA graphs: %s", error)
             return None

@@ -1,8 +1,8 @@
 """Models in files that other programs run: ONNX, OpenVINO, Core ML, ExecuTorch, `torch.export`, and plain safetensors.
 
-Each file is written beside its destination, opened there by the runtime that it is for, and compared with the model on
-a few images. Only a file that agrees is put in place. Core ML runs on Apple's systems alone: elsewhere the file's
-specification is checked.
+Each file is written to a folder next to its destination, opened there by the runtime that it is for, and compared with
+the model on a few images. Only a file that agrees is moved to its destination. Core ML only runs on Apple's systems:
+elsewhere the file's specification is checked.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from convmixer.errors import ArgumentError, ConvMixerError, ExportError, first_l
 from convmixer.hub.checkpoints import check_writable, read_tensors, save_weights, write_atomically
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype
+from convmixer.registry import PREPROCESSING
 from convmixer.runtime import folding, openvino_core
-from convmixer.runtime.backends import as_list
+from convmixer.runtime.chunks import as_list
+from convmixer.runtime.convert import Dimensions, to_onnx_program, to_openvino, to_program
 from convmixer.runtime.folding import FoldedConvMixer
 from convmixer.tracing import quietly, tracing
 from convmixer.transforms import preprocessing
 from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
-# The largest difference that a format may make, relative to the largest logit: many roundings in the type.
+# The largest difference that a format may make, relative to the largest logit: that of many roundings in the type.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 OPSET = 18  # of ONNX, by default and at least
-MOST_IMAGES = 64  # in a batch where a format wants a bound
+MOST_IMAGES = 64  # in a batch, where a format needs a bound
 
-Run = Callable[[Tensor], Sequence[Tensor]]
+Compute = Callable[[Tensor], Sequence[Tensor]]  # images (B, C, H, W) -> the outputs of a file
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The file that `export_model` has written.
 
     Attributes:
-        path: The file; OpenVINO's weights are in a second one beside it, which ends in .bin. Core ML's is a folder.
+        path: The file; OpenVINO's weights are in a second one next to it, which ends in .bin. Core ML's is a folder.
         format: A key of `FORMATS`.
         dtype: Type of its weights.
         folded: Whether every BatchNorm was folded into its neighbours.
@@ -69,7 +70,7 @@ class Exported:
 
 
 class _Float32(nn.Module):
-    """A model of any type that takes float32 (B, C, H, W) and returns float32: a tensor, or one for each output."""
+    """A model of any type that takes float32 (B, C, H, W) and returns float32, one tensor for each output."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -83,40 +84,43 @@ class _Float32(nn.Module):
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a writer needs; `model` computes in `dtype`, `shapes` are torch.export's dynamic shapes."""
+    """All that a writer needs.
+
+    Attributes:
+        model: Computes in `dtype`, or in float32 where the format does.
+        dtype: Type of the weights in the file.
+        example: Images (2, C, H, W).
+        dimensions: Which of their axes stay open.
+        outputs: Names of the outputs.
+        metadata: What a user of the file must know.
+        opset: Version of ONNX's operators.
+    """
 
     model: nn.Module
     dtype: torch.dtype
     example: Tensor
-    shapes: dict[str, dict[int, Any]]
+    dimensions: Dimensions
     outputs: tuple[str, ...]
     metadata: dict[str, str]
     opset: int
 
     def program(self, dtype: torch.dtype, most: int | None = None) -> torch.export.ExportedProgram:
-        """The computation in a type; `most` bounds the batch."""
-        shapes, example = self.shapes, self.example
+        """Trace the computation in a type; `most` bounds the batch."""
+        dimensions, example = self.dimensions, self.example
         if most is not None:
-            shapes = {"images": self.shapes["images"] | {0: torch.export.Dim("batch", min=1, max=most)}}
-            example = example[:1].repeat(most, 1, 1, 1)  # what smaller ones meet on the way would lower the bound
-        return torch.export.export(_Float32(self.model, dtype), (example,), dynamic_shapes=shapes)
+            dimensions = dimensions | {0: torch.export.Dim("batch", min=1, max=most)}
+            example = example[:1].repeat(most, 1, 1, 1)  # a smaller example would lower the bound
+        return to_program(_Float32(self.model, dtype), example, dimensions)
 
 
 # ---- one writer for each format: write the file, open it again, return what runs it --------------------------------
 
 
-def _onnx(job: _Job, path: Path) -> Run:
+def _onnx(job: _Job, path: Path) -> Compute:
     onnxruntime = [optional(name, "the format onnx", "export") for name in ("onnx", "onnxscript", "onnxruntime")][-1]
     names = {"input_names": ["images"], "output_names": list(job.outputs)}
-    program: Any = torch.onnx.export(
-        _Float32(job.model, job.dtype),
-        (job.example,),
-        dynamo=True,
-        dynamic_shapes=job.shapes,
-        opset_version=job.opset,
-        verbose=False,
-        **names,  # type: ignore[arg-type]
-    )
+    module = _Float32(job.model, job.dtype)
+    program = to_onnx_program(module, job.example, job.dimensions, opset_version=job.opset, **names)
     program.model.metadata_props.update(job.metadata)
     written = program.model.opset_imports[""]
     if written != job.opset:
@@ -126,11 +130,11 @@ def _onnx(job: _Job, path: Path) -> Run:
     return lambda images: [torch.from_numpy(a) for a in session.run(list(job.outputs), {"images": images.numpy()})]
 
 
-def _openvino(job: _Job, path: Path) -> Run:
+def _openvino(job: _Job, path: Path) -> Compute:
     openvino = optional("openvino", "the format openvino", "export")
-    model = openvino.convert_model(job.program(torch.float32))
+    model = to_openvino(_Float32(job.model, torch.float32), job.example, job.dimensions)
     # The conversion leaves open what the program does not; a fixed size lets the runtime plan ahead.
-    model.reshape([-1 if axis in job.shapes["images"] else side for axis, side in enumerate(job.example.shape)])
+    model.reshape([-1 if axis in job.dimensions else side for axis, side in enumerate(job.example.shape)])
     model.inputs[0].get_tensor().set_names({"images"})
     for output, name in zip(model.outputs, job.outputs, strict=True):
         output.get_tensor().set_names({name})
@@ -140,20 +144,20 @@ def _openvino(job: _Job, path: Path) -> Run:
     # The program's own precision could be bfloat16, which depends on the processor.
     compiled = openvino_core.core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
-    def run(images: Tensor) -> list[Tensor]:
+    def compute(images: Tensor) -> list[Tensor]:
         found = compiled({"images": images.numpy()})
         return [torch.from_numpy(found[name].copy()) for name in job.outputs]
 
-    return run
+    return compute
 
 
-def _torch_export(job: _Job, path: Path) -> Run:
+def _torch_export(job: _Job, path: Path) -> Compute:
     torch.export.save(job.program(job.dtype), path, extra_files={"metadata.json": json.dumps(job.metadata)})
     program = torch.export.load(path).module()
     return lambda images: as_list(program(images))
 
 
-def _safetensors(job: _Job, path: Path) -> Run:
+def _safetensors(job: _Job, path: Path) -> Compute:
     model = copy.deepcopy(job.model).float()
     save_weights(find_inner(job.model), path, job.metadata)
     for parameter in model.parameters():
@@ -162,7 +166,7 @@ def _safetensors(job: _Job, path: Path) -> Run:
     return lambda images: as_list(model(images))
 
 
-def _executorch(job: _Job, path: Path) -> Run:
+def _executorch(job: _Job, path: Path) -> Compute:
     for name in ("executorch.exir", "executorch.runtime"):
         optional(name, "the format executorch", "executorch")
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -179,7 +183,7 @@ def _executorch(job: _Job, path: Path) -> Run:
     return lambda images: list(method.execute([images.contiguous()]))
 
 
-def _coreml(job: _Job, path: Path) -> Run | None:
+def _coreml(job: _Job, path: Path) -> Compute | None:
     coremltools = optional("coremltools", "the format coreml", "coreml")
     program = job.program(torch.float32, MOST_IMAGES).run_decompositions({torch.ops.aten.addcmul.default: _addcmul})
     precision = coremltools.precision
@@ -199,20 +203,20 @@ def _coreml(job: _Job, path: Path) -> Run | None:
         return None
     loaded = coremltools.models.MLModel(str(path))
 
-    def run(images: Tensor) -> list[Tensor]:
+    def compute(images: Tensor) -> list[Tensor]:
         found = loaded.predict({"images": images.numpy()})
         return [torch.from_numpy(found[name]) for name in job.outputs]
 
-    return run
+    return compute
 
 
 def _addcmul(x: Tensor, a: Tensor, b: Tensor, value: float = 1) -> Tensor:
-    """Core ML's tools do not know the operator."""
+    """Compute `torch.addcmul`, which Core ML's tools do not know."""
     return x + value * a * b
 
 
 def _check_coreml(spec: Any, job: _Job) -> None:
-    """Raise where a specification has other inputs, outputs or layers than the model."""
+    """Raise an ExportError where a specification has other inputs, outputs or layers than the model."""
     (given,), outputs = spec.description.input, spec.description.output
     names = (given.name, *(output.name for output in outputs))
     if names != ("images", *job.outputs):
@@ -222,17 +226,17 @@ def _check_coreml(spec: Any, job: _Job) -> None:
     found = sum(operation.type in ("conv", "linear") for operation in block.operations)
     layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in job.model.modules())
     if found != layers:
-        raise ExportError(f"the file has {found} convolutions and products where the model has {layers}")
+        raise ExportError(f"the file has {found} convolutions and linear layers where the model has {layers}")
 
 
 @dataclass(frozen=True)
 class _Format:
     suffix: str
-    write: Callable[[_Job, Path], Run | None]
+    write: Callable[[_Job, Path], Compute | None]
     dtypes: tuple[torch.dtype, ...]
-    folds: bool  # by default, and whether it can
+    folds: bool  # whether it can hold a folded model, which it then does by default
     computes: bool = True  # in the type of its weights, rather than in float32
-    bounded: bool = False  # in the size of images, and in their number by MOST_IMAGES
+    bounded: bool = False  # the image size is fixed, and the batch at most MOST_IMAGES
 
 
 _HALF = (torch.float32, torch.float16)
@@ -246,7 +250,7 @@ FORMATS = {
 }
 
 
-# ---- the one function for all of them -------------------------------------------------------------------------------
+# ---- export ---------------------------------------------------------------------------------------------------------
 
 
 def export_model(
@@ -266,91 +270,114 @@ def export_model(
     The file takes float32 images (B, in_chans, H, W) named `images`, preprocessed as for the model, and returns float32
     `logits` (B, num_classes); of a model without a head `features`, of a feature extractor the maps of its blocks, each
     named by its block: `features_0`, ... B may be anything, for coreml and executorch 1 to 64. Label names and
-    preprocessing are in the file's metadata. The model stays as it is.
+    preprocessing are in the file's metadata. The model is unchanged.
 
     Args:
         model: A `ConvMixer`, a feature extractor of `create_model(features_only=True)`, or the "eager" copy that
-            `optimize` makes of one. Wrappers are looked into, as by `predict`.
-        path: The file to write, which ends in .onnx, .xml (OpenVINO, with a .bin beside it), .mlpackage (Core ML, a
-            folder), .pte (ExecuTorch), .pt2 (torch.export) or .safetensors; replaced as a whole or not at all.
+            `optimize` makes of one. It may be inside wrappers, as for `predict`.
+        path: The file to write, which ends in .onnx, .xml (OpenVINO, with a .bin next to it), .mlpackage (Core ML, a
+            folder), .pte (ExecuTorch), .pt2 (torch.export) or .safetensors; replaced completely or not at all.
         format: "onnx", "openvino", "coreml", "executorch", "torch-export" or "safetensors"; None goes by the ending.
-        dtype: Type of the weights, or its name: float32, but for executorch float16, and for torch-export and
-            safetensors bfloat16.
+        dtype: Type of the weights, or its name: float32; float16, except for executorch; bfloat16, for torch-export
+            and safetensors.
         fold: Fold every BatchNorm, as `optimize` does; None folds wherever the format holds a computation rather than a
             model's own weights.
-        normalization: The file takes images with values in [0, 1]: mean and std are folded, too.
+        normalization: Also fold mean and std: the file takes images with values in [0, 1].
         image_size: Side, or (height, width), in pixels; None takes the model's.
-        dynamic_size: Leave height and width open as well; neither coreml nor executorch.
+        dynamic_size: Leave height and width open as well; not for coreml and executorch.
         opset: Version of ONNX's operators, 18 or up to what PyTorch's exporter knows; None takes 18.
 
     Raises:
-        ArgumentError: Another kind of model, or a choice that does not go with the format.
+        ArgumentError: Another kind of model, or an argument that the format does not allow.
         DependencyError: The format's libraries are not installed.
-        WriteError: The file's folder takes no files.
+        WriteError: No file can be written to the folder.
         ExportError: The format cannot hold the model, or the file computes something else. Nothing is left behind.
     """
     path = Path(os.path.expanduser(path))
-    endings = {chosen.suffix: name for name, chosen in FORMATS.items()}
-    if format is None:
-        format = endings.get(path.suffix)
-        if format is None:
-            raise ArgumentError(f"cannot tell the format of {str(path)!r}: let it end in {', '.join(endings)}")
-    if format not in FORMATS:
-        raise ArgumentError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
-    chosen = FORMATS[format]
-    kind: Any = as_dtype(dtype)
+    format = _find_format(path, format)
     model = unwrap(model)
-    folded = isinstance(find_inner(model), FoldedConvMixer)
-    fold = chosen.folds if fold is None else fold
+    fold = FORMATS[format].folds if fold is None else fold
+    kind: Any = as_dtype(dtype)
     _check(model, path, format, kind, fold, normalization, dynamic_size, opset)
-    replaced = path.suffix == ".mlpackage" and (path / "Manifest.json").is_file()  # a folder that is such a file
-    check_writable(path.with_name(f"{path.name}.new") if replaced else path)
-    reference: Any = copy.deepcopy(model)
-    reference.to("cpu", torch.float32, memory_format=torch.contiguous_format).eval()
-    inner = find_inner(reference)
-    inner.channels_last = False
-    config = preprocessing(inner) if getattr(inner, "pretrained_cfg", None) else {}
-    size = _image_size(image_size, config, inner)
-    inside = torch.float32 if not chosen.computes else kind
+    _check_destination(path)
+    reference = _reference(model)
+    folded = isinstance(find_inner(model), FoldedConvMixer)
+    size = _image_size(image_size, reference)
+    inside = kind if FORMATS[format].computes else torch.float32
     if fold and not folded:
         computed = folding.fold(reference, normalization=normalization, dtype=inside)
-        config = find_inner(computed).pretrained_cfg if normalization else config
     else:
         computed = copy.deepcopy(reference).to(inside)
-    dimensions: dict[int, Any] = {0: torch.export.Dim("batch")}
+    dimensions: Dimensions = {0: torch.export.Dim("batch")}
     if dynamic_size:
         dimensions |= dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
     job = _Job(
         model=computed,
         dtype=kind,
-        example=torch.zeros(2, inner.in_chans, *size),
-        shapes={"images": dimensions},
+        example=torch.zeros(2, find_inner(reference).in_chans, *size),
+        dimensions=dimensions,
         outputs=_output_names(reference),
-        metadata=_metadata(inner, config, size, folded or fold, has_head=inner is reference),
+        metadata=_metadata(reference, _preprocessing(computed if normalization else reference), size, folded or fold),
         opset=opset or OPSET,
     )
-
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
-        try:
-            with tracing(), quietly():  # exporters warn of themselves and of what they need
-                run = chosen.write(job, written)
-                difference = math.nan
-                if run is not None:
-                    difference = _difference(run, reference, size, normalization, dynamic_size)
-        except ConvMixerError:
-            raise
-        except Exception as error:  # each exporter and runtime has its own
-            reason = first_line(error)
-            raise ExportError(f"the export to {format} failed: {type(error).__name__}: {reason}") from error
-        if run is not None and not difference <= TOLERANCE[kind]:
-            raise ExportError(
-                f"{path.name} differs from the model by {difference:.2g} of the largest output, where {kind} allows "
-                f"{TOLERANCE[kind]:g}: nothing was written"
-                + ("" if kind == torch.float32 else ". Export it as float32")
-            )
-        _place(Path(folder), path)
+        difference = _write(format, job, Path(folder) / path.name, reference, normalization)
+        _move(Path(folder), path)
     return Exported(path, format, kind, folded or fold, difference, job.outputs)
+
+
+def _find_format(path: Path, format: str | None) -> str:
+    """Return a format that was given, or else the one of a path's ending."""
+    if format is None:
+        endings = {chosen.suffix: name for name, chosen in FORMATS.items()}
+        if path.suffix not in endings:
+            raise ArgumentError(f"cannot tell the format of {str(path)!r}: let it end in {', '.join(endings)}")
+        return endings[path.suffix]
+    if format not in FORMATS:
+        raise ArgumentError(f"unknown format {format!r}; {nearest(format, FORMATS)}")
+    return format
+
+
+def _check_destination(path: Path) -> None:
+    """Raise a WriteError where the file cannot be written; a folder is only replaced by another Core ML model."""
+    replaced = path.suffix == ".mlpackage" and (path / "Manifest.json").is_file()
+    check_writable(path.with_name(f"{path.name}.new") if replaced else path)
+
+
+def _reference(model: nn.Module) -> Any:
+    """Return a copy of a model in float32 on the CPU, in evaluation mode."""
+    reference: Any = copy.deepcopy(model)
+    reference.to("cpu", torch.float32, memory_format=torch.contiguous_format).eval()
+    find_inner(reference).channels_last = False
+    return reference
+
+
+def _preprocessing(model: nn.Module) -> Mapping[str, Any]:
+    """Return a model's preprocessing; nothing where it does not say."""
+    inner = find_inner(model)
+    return preprocessing(inner) if getattr(inner, "pretrained_cfg", None) else {}
+
+
+def _write(format: str, job: _Job, file: Path, reference: nn.Module, normalization: bool) -> float:
+    """Write a file, and return how far its outputs are from the reference's; NaN where this system cannot run it."""
+    try:
+        with tracing(), quietly():  # exporters and what they import warn
+            compute = FORMATS[format].write(job, file)
+            if compute is None:
+                return math.nan
+            difference = _difference(compute, reference, job, normalization)
+    except ConvMixerError:
+        raise
+    except Exception as error:  # each exporter and runtime has its own
+        reason = first_line(error)
+        raise ExportError(f"the export to {format} failed: {type(error).__name__}: {reason}") from error
+    if not difference <= TOLERANCE[job.dtype]:
+        raise ExportError(
+            f"{file.name} differs from the model by {difference:.2g} of the largest output, where {job.dtype} allows "
+            f"{TOLERANCE[job.dtype]:g}: nothing was written"
+            + ("" if job.dtype == torch.float32 else ". Export it as float32")
+        )
+    return difference
 
 
 def _check(
@@ -363,7 +390,7 @@ def _check(
     dynamic_size: bool,
     opset: int | None,
 ) -> None:
-    """Raise an ArgumentError for what does not go together."""
+    """Raise an ArgumentError for arguments that contradict each other."""
     chosen = FORMATS[format]
     if path.suffix != chosen.suffix:
         raise ArgumentError(f"{str(path)!r}: a file of the format {format} ends in {chosen.suffix}")
@@ -383,8 +410,8 @@ def _check(
         raise ArgumentError("normalization is part of folding: give the model itself, with fold=True")
 
 
-def _place(folder: Path, path: Path) -> None:
-    """Move what was written in a folder to its path, and what belongs to it beside that."""
+def _move(folder: Path, path: Path) -> None:
+    """Move the files written in a folder to a path and next to it."""
     files = sorted(folder.iterdir())
     if len(files) > 1:
         path.unlink(missing_ok=True)  # an old graph must not meet new weights
@@ -403,29 +430,31 @@ def _output_names(model: Any) -> tuple[str, ...]:
     return ("logits",) if model.num_classes else ("features",)
 
 
-def _image_size(image_size: int | Sequence[int] | None, config: Mapping[str, Any], model: Any) -> tuple[int, int]:
+def _image_size(image_size: int | Sequence[int] | None, model: nn.Module) -> tuple[int, int]:
+    """Return height and width, as given or as the model's."""
     if image_size is None:
+        config = _preprocessing(model)
         if not config:
             raise ArgumentError("this model says nothing about its preprocessing: give image_size=(height, width)")
         height, width = config["input_size"][1:]
         return height, width
     sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or not all(type(side) is int and side >= model.patch_size for side in sides):
+    patch_size = find_inner(model).patch_size
+    if len(sides) != 2 or not all(type(side) is int and side >= patch_size for side in sides):
         raise ArgumentError(
-            f"image_size={image_size!r}: give one or two whole numbers of at least a patch, {model.patch_size} pixels"
+            f"image_size={image_size!r}: give one or two whole numbers of at least a patch, {patch_size} pixels"
         )
     return sides
 
 
-def _metadata(
-    model: Any, config: Mapping[str, Any], size: Sequence[int], folded: bool, *, has_head: bool
-) -> dict[str, str]:
-    """What a user of the file must know; lists and numbers as JSON."""
-    classes = model.num_classes if has_head else 0
+def _metadata(model: nn.Module, config: Mapping[str, Any], size: Sequence[int], folded: bool) -> dict[str, str]:
+    """Return what a user of the file must know; lists and numbers as JSON."""
+    inner = find_inner(model)
+    classes = inner.num_classes if inner is model else 0  # a feature extractor has none
     facts: dict[str, Any] = {"num_classes": classes, "batch_norm": "folded" if folded else "as in the model"}
-    facts |= {key: config[key] for key in ("architecture", "license", *_PREPROCESSING) if config.get(key) is not None}
-    facts["input_size"] = (model.in_chans, *size)
-    labels = known_labels(model) if classes else None
+    facts |= {key: config[key] for key in ("architecture", "license", *PREPROCESSING) if config.get(key) is not None}
+    facts["input_size"] = (inner.in_chans, *size)
+    labels = known_labels(inner) if classes else None
     if labels:
         facts["label_names"] = labels
     if classes == 1:
@@ -434,20 +463,22 @@ def _metadata(
 
 
 @torch.inference_mode()
-def _difference(run: Run, model: Any, size: Sequence[int], normalization: bool, dynamic_size: bool) -> float:
-    """The largest difference of outputs, relative to the largest output, over batches of smooth random images."""
+def _difference(compute: Compute, model: Any, job: _Job, normalization: bool) -> float:
+    """Return the largest difference of outputs for smooth random images, relative to the largest output."""
+    height, width = job.example.shape[2:]
+    dynamic_size = 2 in job.dimensions
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     inner = find_inner(model)
     for count, extra in ((1, 0), (3, inner.patch_size if dynamic_size else 0)):
         noise = torch.rand(count, inner.in_chans, 4, 4, generator=generator)
-        images = F.interpolate(noise, (size[0] + extra, size[1] + 2 * extra), mode="bilinear")
+        images = F.interpolate(noise, (height + extra, width + 2 * extra), mode="bilinear")
         normalized = images
         if getattr(inner, "pretrained_cfg", None):
             config = preprocessing(inner)
             mean, std = (images.new_tensor(config[name])[:, None, None] for name in ("mean", "std"))
             normalized = (images - mean) / std
-        answers = run(images if normalization else normalized)
+        answers = compute(images if normalization else normalized)
         for found, expected in zip(answers, as_list(model(normalized)), strict=True):
             if found.shape != expected.shape:
                 shapes = f"{tuple(found.shape)} where the model returns {tuple(expected.shape)}"

@@ -4,17 +4,18 @@ In evaluation mode a BatchNorm is `x = a*g + b` per channel, and a block of the 
 
     c = depthwise(x)    z = x + a1*act(c) + b1    g' = act(pointwise(z))    x' = a2*g' + b2
 
-The folded model carries `x/a = g + b/a` in place of x. Its a goes into the columns of both convolutions that read it,
+The folded model carries `x/a = g + b/a` instead of x. Its a goes into the columns of both convolutions that read it,
 b1 into the bias of the second one, and the residual becomes one multiply-add, `x/a + (a1/a)*act(c)`. What is left of
-the BatchNorm is the addition of b/a. It stays in front of the depthwise convolution because of that one's zero padding:
-0/a is still 0, so the border needs no correction at any image size or kernel. The other way, to carry g and to fold b
-into the depthwise bias, is right in the interior only and needs a map of corrections for the border, which costs an
-addition per element as well.
+the BatchNorm is the addition of b/a. It stays in front of the depthwise convolution because of the zero padding there:
+0/a is still 0, so the border needs no correction, whatever the image size and kernel. The alternative, to carry g and
+to fold b into the depthwise bias, is only right in the interior. It needs a map of corrections for the border, which
+costs an addition per element as well.
 
-Dividing by a moves exponents and loses no digits: every rounding stays relative to x, as it is in the BatchNorm itself.
-Only the range can end. A channel whose 1/a, b/a, a1/a or a exceeds the square root of the largest number, which leaves
-the other half of the exponents to weights and activations, is carried as x itself, by a multiply-add. Eight bits have
-no exponents: channels of very different size do not fit one range, so a model to be quantised carries x throughout.
+Dividing by a changes exponents and loses no digits: every rounding stays relative to x, as it is in the BatchNorm
+itself. Only the range can be exceeded. Where 1/a, b/a, a1/a or a of a channel is above the square root of the largest
+number, the channel is carried as x itself, by a multiply-add; so half of the exponents are left to weights and
+activations. Eight bits have no exponents: channels of very different size do not fit one range, so a model that will be
+quantized carries x throughout.
 """
 
 # Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError
@@ -33,24 +35,24 @@ from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """A copy in float64, on the CPU because not every device has that type."""
+    """Return a copy in float64, on the CPU because not every device has that type."""
     return tensor.detach().to("cpu", torch.float64, copy=True)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (dim,) each, of a BatchNorm in evaluation mode."""
+    """Return scale and shift, (dim,) each, of a BatchNorm in evaluation mode."""
     scale = _exact(norm.weight) / (_exact(norm.running_var) + norm.eps).sqrt()
     return scale, _exact(norm.bias) - _exact(norm.running_mean) * scale
 
 
 def _fill(layer: Any, weight: Tensor, bias: Tensor) -> Any:
-    """The layer, made on the meta device, with these values."""
+    """Give a layer, made on the meta device, these values."""
     layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
     return layer
 
 
 class _Affine(nn.Module):
-    """`scale*x + shift` per channel, (B, dim, H, W) -> (B, dim, H, W); without a scale the addition alone."""
+    """`scale*x + shift` per channel, (B, dim, H, W) -> (B, dim, H, W); without a scale only the addition."""
 
     scale: Tensor | None
     shift: Tensor
@@ -65,12 +67,12 @@ class _Affine(nn.Module):
 
 
 class _Block(nn.Module):
-    """One block, from activation to activation: the BatchNorm before it is its own, the one at its end the next one's.
+    """One block, from activation to activation: it owns the BatchNorm before it, and the next block the one at its end.
 
     Args:
         block: The block of the original.
         norm: The BatchNorm before it.
-        largest: Bound of what may be folded.
+        largest: Largest magnitude that may be folded.
     """
 
     gain: Tensor
@@ -108,7 +110,7 @@ class _Block(nn.Module):
 
 
 class FoldedConvMixer(nn.Module):
-    """What `fold` makes of a `ConvMixer`: equal outputs, no BatchNorm, for inference alone.
+    """What `fold` makes of a `ConvMixer`: equal outputs, no BatchNorm, only for inference.
 
     It has the original's `forward`, `forward_features`, `forward_head` and `forward_intermediates`, its `num_features`,
     `num_classes`, `in_chans`, `feature_info` and `pretrained_cfg`, but other parameters, which need no gradient.
@@ -147,17 +149,17 @@ class FoldedConvMixer(nn.Module):
         self.zero_grad()  # the copies of activations and head brought theirs
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last block's output, (B, dim, H // patch_size, W // patch_size)."""
+        """Map images (B, in_chans, H, W) to the last block's output, (B, dim, H // patch_size, W // patch_size)."""
         result: Tensor = self.norms[-1](self._activations(x))
         return result
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits (B, num_classes); with pre_logits the pooled features, (B, head_hidden_size)."""
+        """Map features to logits (B, num_classes); with pre_logits to pooled features, (B, head_hidden_size)."""
         x = self.global_pool(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> logits (B, num_classes)."""
+        """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
         x = self._activations(x)
         if self.global_pool.pool_type in ("avg", "fastavg"):
             x = x.mean((2, 3), keepdim=True)  # a mean commutes with the last BatchNorm, which is then cheap
@@ -180,7 +182,7 @@ class FoldedConvMixer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """Features after chosen blocks, as `ConvMixer.forward_intermediates` returns them."""
+        """Return features after chosen blocks, as `ConvMixer.forward_intermediates` does."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
         taken, last = take_indices(indices, len(self.blocks))
@@ -196,18 +198,18 @@ class FoldedConvMixer(nn.Module):
         return intermediates if intermediates_only else (self.norms[end - 1](x), intermediates)
 
     def get_classifier(self) -> nn.Module:
-        """The head: a Linear, or Identity without classes."""
+        """Return the head: a Linear, or Identity without classes."""
         return self.head
 
     def train(self, mode: bool = True) -> "FoldedConvMixer":
-        """Evaluation mode is the only one; `train()` is an error."""
+        """Raise an error unless `mode` is False: evaluation mode is the only one."""
         if mode:
             raise ArgumentError("an optimized model cannot be trained: train the original, then optimize it again")
         return super().train(False)
 
 
 def find_convmixer(model: nn.Module) -> ConvMixer:
-    """The `ConvMixer` itself, out of wrappers and timm's feature extractor; an ArgumentError for anything else."""
+    """Return the `ConvMixer` in wrappers and timm's feature extractor; raise an ArgumentError for anything else."""
     found = find_inner(model)
     if not isinstance(found, ConvMixer):
         raise ArgumentError(f"cannot optimize {describe(found)}, which is not a convmixer.ConvMixer: {ADVICE}")
@@ -216,11 +218,11 @@ def find_convmixer(model: nn.Module) -> ConvMixer:
 
 def fold(
     model: nn.Module, normalization: bool = False, dtype: torch.dtype | None = None, *, divide: bool = True
-) -> Any:
-    """The folded copy of a model; `optimize` of `convmixer.runtime.backends` says what the arguments mean.
+) -> FoldedConvMixer | FeatureGetterNet:
+    """Return a folded copy of a model; `convmixer.optimize` says what the arguments mean.
 
     Args:
-        divide: Carry x/a between blocks where the type's range allows it; without it x itself, for quantisation.
+        divide: Carry x/a between blocks where the type's range allows it; without it x itself, for quantization.
 
     Returns:
         A `FoldedConvMixer`; for a feature extractor timm's `FeatureGetterNet` around one.

@@ -1,10 +1,10 @@
-"""OpenVINO's Core: one for the process, loaded in no thread of the user.
+"""OpenVINO's Core: one per process, loaded in a thread of its own.
 
-Where there is AMX, OpenVINO's CPU plugin gives the thread that loads it an alternate signal stack. When it goes, it
-unmaps that stack and puts the one before back, if it still finds its own. Of two that go in the order in which they
-came, the second puts back the stack of the first, which is no longer mapped, and the next signal that has a handler
-in Python ends the process without a word. So the plugin is loaded once, and whatever loads it (NNCF does, too) runs in
-a thread that takes no signals and ends with its work.
+Where there is AMX, OpenVINO's CPU plugin gives the thread that loads it an alternate signal stack. When it is unloaded,
+it unmaps that stack and restores the previous one, if it still finds its own. Of two plugins that are unloaded in the
+order in which they were loaded, the second restores the stack of the first, which is no longer mapped, and the next
+signal that has a handler in Python ends the process without a message. So the plugin is loaded once, and whatever loads
+it (NNCF does, too) runs in a thread that takes no signals and ends with its work.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from convmixer.errors import DependencyError, optional
 T = TypeVar("T")
 _FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP")
 _LOCK = threading.Lock()
-_KEPT: list[tuple[int, Any]] = []  # with the process that made it
+_CORES: list[tuple[int, Any]] = []  # at most one, with the process that made it
 
 
 def refuse_forked() -> None:
-    """Raise DependencyError in a child by fork of a process that has used OpenVINO: it could wait for ever."""
-    if _KEPT and _KEPT[-1][0] != os.getpid():
+    """Raise a DependencyError in a forked child of a process that has used OpenVINO: it could wait forever."""
+    if _CORES and _CORES[-1][0] != os.getpid():
         raise DependencyError(
             "OpenVINO cannot be used in a process that was forked from one that has used it: start it by spawn, as in "
             "DataLoader(multiprocessing_context='spawn')"
@@ -34,7 +34,7 @@ def refuse_forked() -> None:
 
 
 def aside(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, done in a thread of its own."""
+    """Call `work` in a thread of its own, and return or raise what it does."""
     refuse_forked()
     result: Future[T] = Future()
 
@@ -52,7 +52,7 @@ def aside(work: Callable[[], T]) -> T:
 
 
 def core() -> Any:
-    """The process's `openvino.Core`, with the CPU plugin loaded; a DependencyError without OpenVINO."""
+    """Return the process's `openvino.Core`, with the CPU plugin loaded; raise a DependencyError without OpenVINO."""
     openvino = optional("openvino", "openvino", "export")
 
     def load() -> Any:
@@ -62,15 +62,15 @@ def core() -> Any:
 
     refuse_forked()
     with _LOCK:
-        if not _KEPT:
-            _KEPT.append((os.getpid(), aside(load)))
-        return _KEPT[-1][1]
+        if not _CORES:
+            _CORES.append((os.getpid(), aside(load)))
+        return _CORES[-1][1]
 
 
-def _start_anew() -> None:
+def _renew_lock() -> None:
     global _LOCK
     _LOCK = threading.Lock()  # another thread of the parent may have held it
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)
+    os.register_at_fork(after_in_child=_renew_lock)

@@ -464,7 +464,7 @@ def test_bytes_and_files_that_are_no_image(tmp_path):
 
 
 def test_what_opencv_gives_for_a_missing_file():
-    with pytest.raises(ImageError, match=r"None is no image\. cv2\.imread returns None where there is no such file"):
+    with pytest.raises(ImageError, match=r"None is not an image\. cv2\.imread returns None where there is no such"):
         read_image(None)
 
 

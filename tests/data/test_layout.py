@@ -242,7 +242,7 @@ def test_unlabelled_test_images(tmp_path):
     with pytest.raises(DataError, match=text):
         load_images(tmp_path / "a", "test", SIZE, classes=("cat", "dog"))
     lay(tmp_path / "b", *classes("train"), "test/unknown/1.png")
-    with pytest.raises(DataError, match=r"has the classes unknown; .*nobody has labelled is no class: give a table"):
+    with pytest.raises(DataError, match=r"has the classes unknown; .*nobody has labelled is not a class: give a table"):
         load_images(tmp_path / "b", "test", SIZE, classes=("cat", "dog"), report=len)
     assert len(open_split(tmp_path / "a", "test", labelled=False)) == 2  # as calibration needs them
 

@@ -74,7 +74,7 @@ def test_ways_to_name_an_image(pictures, tmp_path, name):
 
 
 def test_a_table_may_be_the_source_itself(pictures):
-    """Its images lie beside it."""
+    """Its images lie next to it."""
     write(pictures / "labels.csv", image=list(LABELS), label=list(LABELS.values()))
     assert read(pictures / "labels.csv") == LABELS
 
@@ -182,7 +182,7 @@ def test_the_same_name_twice(pictures, tmp_path):
 def test_what_is_no_table(pictures, tmp_path):
     with pytest.raises(DataError, match=r"no table at '.*none\.csv'"):
         open_split(pictures, "train", labels=tmp_path / "none.csv")
-    with pytest.raises(DataError, match=r"labels\.xlsx' is no table of labels: give a file that ends in \.csv, \.tsv"):
+    with pytest.raises(DataError, match=r"labels\.xlsx' is not a table of labels: give a file that ends in \.csv"):
         open_split(pictures, "train", labels=tmp_path / "labels.xlsx")
     with pytest.raises(DataError, match=r"labels='x\.csv' is for images in folders and tars: 'torch/cifar10' has"):
         open_split("torch/cifar10", "train", labels="x.csv")

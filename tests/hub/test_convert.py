@@ -106,7 +106,7 @@ def test_nesting_and_prefixes(tmp_path, nesting, prefix):
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("prefix", ["model.", "net.", "model.backbone.", "encoder._orig_mod."])
 def test_lightning_checkpoint(tmp_path, prefix, flat):
-    """A model inside a module, beside tensors of the loss and of metrics."""
+    """A model inside a module, next to tensors of the loss and of metrics."""
     theirs = paper_convmixer(256, 8, 5, 2, 10) if flat else TimmConvMixer(256, 8, 5, 2, num_classes=10)
     shake(theirs)
     state = {prefix + key: tensor for key, tensor in theirs.state_dict().items()}
@@ -139,7 +139,7 @@ def test_a_variant_that_is_asked_for(tmp_path):
     paths = tmp_path / "old.pth", tmp_path / "new.safetensors"
     assert convmixer.convert_checkpoint(*paths, variant="convmixer_256_8") == "convmixer_256_8"
     with pytest.raises(
-        WeightsError, match=r"is no convmixer_512_12, which has dim=512, .*: it has dim=256, depth=8, k"
+        WeightsError, match=r"is not a convmixer_512_12, which has dim=512, .*: it has dim=256, depth=8, k"
     ):
         convmixer.convert_checkpoint(*paths, variant="convmixer_512_12")
     with pytest.raises(convmixer.ConvMixerError, match="did you mean convmixer_256_8"):
@@ -224,10 +224,10 @@ def test_the_refusal_does_not_tell_to_run_the_code(tmp_path):
         ([1, 2], "holds no state dict: found list"),
         ({}, "holds no state dict"),
         ({"epoch": 1, "lr": 0.1}, "holds no tensors: its keys are epoch, lr"),
-        ({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, "is no ConvMixer: its keys are conv1.weight"),
-        ({"0.weight": torch.zeros(8, 3, 2, 2)}, "is no ConvMixer"),
-        ({"0.weight": torch.zeros(8, 3, 2, 2), "fc.bias": torch.zeros(3)}, "is no ConvMixer"),
-        ({"stem.0.weight": torch.zeros(()), "blocks.0.0.fn.0.weight": torch.zeros(())}, "is no ConvMixer"),
+        ({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, "is not a ConvMixer: its keys are conv1.weight"),
+        ({"0.weight": torch.zeros(8, 3, 2, 2)}, "is not a ConvMixer"),
+        ({"0.weight": torch.zeros(8, 3, 2, 2), "fc.bias": torch.zeros(3)}, "is not a ConvMixer"),
+        ({"stem.0.weight": torch.zeros(()), "blocks.0.0.fn.0.weight": torch.zeros(())}, "is not a ConvMixer"),
     ],
     ids=["list", "empty", "no tensors", "resnet", "one flat layer", "flat and named", "scalars"],
 )
@@ -275,7 +275,7 @@ def test_missing_source_and_missing_destination_folder(tmp_path):
 
 
 def as_mmpretrain(tensors, prefix=""):
-    """The names of mmpretrain's ImageClassifier: stem and stages in a backbone, a linear head beside it."""
+    """The names of mmpretrain's ImageClassifier: stem and stages in a backbone, a linear head next to it."""
     names = {"stem.": "backbone.stem.", "blocks.": "backbone.stages.", "head.": "head.fc."}
     return {
         prefix + next(new + key.removeprefix(old) for old, new in names.items() if key.startswith(old)): tensor

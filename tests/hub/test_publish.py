@@ -22,7 +22,7 @@ from wrapping import WRAPPERS
 
 import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsError
-from convmixer.hub import publish
+from convmixer.hub import architecture, publish, publishable, verify
 from convmixer.registry import Metric
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,7 @@ def test_stock_shapes_open_without_convmixer(name, tmp_path):
 @pytest.mark.parametrize("name", convmixer.list_models())
 def test_registered_shapes_keep_their_names(name):
     model = convmixer.create_model(name, device="meta")
-    assert publish.architecture(publish._shape(model)) == (name, {})
+    assert architecture.architecture(architecture.shape_of(model)) == (name, {})
 
 
 def test_timms_class_and_a_head_put_in_by_hand(tmp_path):
@@ -248,7 +248,7 @@ def test_a_full_disk_leaves_the_old_folder(small, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publish.client, "write_card", full)  # the weights are written before
+    monkeypatch.setattr(publish, "write_card", full)  # the weights are written before
     for place in folder, tmp_path / "new" / "folder":
         with pytest.raises(
             ConvMixerError, match=r"cannot write .*No space left on device.*What it held before is whole"
@@ -315,6 +315,20 @@ def test_own_text_of_a_card_is_kept(small, tmp_path):
     assert [result.metric_value for result in again.data.eval_results] == [75]
 
 
+def test_braces_and_fields_of_others_are_text(small, tmp_path):
+    """What users write is not filled in as a template, whatever it is called."""
+    (tmp_path / "README.md").write_text("---\ncard_data: 1\nplain: 2\n---\nMine: {{ 7 * 6 }} {% if %}\n")
+    convmixer.save_pretrained(
+        small, tmp_path, description="{{ 7 * 6 }}", recipe="{# none #}", label_names=["{%", "b", "c"]
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data["card_data"], card.data["plain"], card.data.library_name) == (1, 2, "timm")
+    assert "Mine: {{ 7 * 6 }} {% if %}" in card.text
+    assert "\n\n{{ 7 * 6 }}\n\n" in card.text
+    assert "Recipe: {# none #}." in card.text
+    assert "Classes: {%, b, c." in card.text
+
+
 def test_a_card_of_another_hand_is_kept_whole(small, tmp_path):
     (tmp_path / "README.md").write_text("# Flowers\n\nBy hand.\n")
     convmixer.save_pretrained(small, tmp_path)
@@ -372,7 +386,7 @@ def test_run(finished_run, tmp_path, monkeypatch):
     assert "(plots/history.png)" in card.text
 
 
-PLACES = {
+FOLDERS = {
     "/home/me/start.safetensors": "start.safetensors",
     r"C:\Users\me\start.safetensors": "start.safetensors",
     "../me/cats/": "cats",
@@ -387,9 +401,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_names_without_their_place(name):
-    assert publish._without_place(name) == PLACES[name]
+@pytest.mark.parametrize("name", FOLDERS)
+def test_names_without_their_folder(name):
+    assert publishable._without_folder(name) == FOLDERS[name]
 
 
 def test_nothing_of_this_computer_is_published(finished_run, tmp_path, monkeypatch):
@@ -486,23 +500,23 @@ def test_other_heads_and_places(small, tmp_path, finished_run):
         with pytest.raises(ArgumentError, match="is a folder in the Hub's form already"):
             convmixer.push_to_hub(folder, "me/x")
     (finished_run / "result.json").rename(tmp_path / "result.json")
-    with pytest.raises(DataError, match=r"is no folder of a finished run, whose end writes a result.json"):
+    with pytest.raises(DataError, match=r"is not the folder of a finished run, whose end writes a result.json"):
         convmixer.push_to_hub(finished_run, "me/x")
     (finished_run / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"has no model.safetensors, which the end of a run writes"):
         convmixer.push_to_hub(finished_run, "me/x")
-    with pytest.raises(DataError, match=r"is no folder of a run, which has a recipe.json"):
+    with pytest.raises(DataError, match=r"is not the folder of a run, which has a recipe.json"):
         convmixer.push_to_hub(tmp_path, "me/x")
 
 
 def test_other_logits_are_not_published(small, tmp_path, monkeypatch):
     def wrong(folder, x):
-        return publish._with_timm(folder, x)[0] + 1, None
+        return verify.with_timm(folder, x)[0] + 1, None
 
-    monkeypatch.setitem(publish._LIBRARIES, "timm", wrong)
+    monkeypatch.setitem(verify.LIBRARIES, "timm", wrong)
     with pytest.raises(WeightsError, match="timm opens what would be published, but its logits differ by 1 from"):
         convmixer.push_to_hub(small, "me/x", dry_run=True)
-    monkeypatch.setitem(publish._LIBRARIES, "timm", lambda folder, x: 1 / 0)
+    monkeypatch.setitem(verify.LIBRARIES, "timm", lambda folder, x: 1 / 0)
     with pytest.raises(WeightsError, match=r"timm cannot open what would be published. ZeroDivisionError"):
         convmixer.push_to_hub(small, "me/x", dry_run=True)
 
@@ -548,10 +562,10 @@ show("loaded", sums=[
     convmixer.create_model(name, pretrained=True, device="cpu").head.weight.sum().item()
     for name in ("hf-hub:me/flowers", "hf-hub:me/flowers@v2")
 ], expected=model.head.weight.sum().item())
-place = client.look("me/flowers")
+branch = client.read_branch("me/flowers")
 api.upload_file(repo_id="me/flowers", path_in_repo="notes.txt", path_or_fileobj=b"x")
 try:
-    client.commit(place, {{"config.json": Path(os.environ["RUN"]) / "recipe.json"}}, "Late", create_pr=False)
+    client.commit(branch, {{"config.json": Path(os.environ["RUN"]) / "recipe.json"}}, "Late", create_pr=False)
 except convmixer.ConvMixerError as error:
     show("late", error=f"{{type(error).__name__}}: {{error}}")
 push("reader", model, "me/flowers", token={READER!r} + "\\n", **card)

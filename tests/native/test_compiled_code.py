@@ -16,24 +16,24 @@ import convmixer
 from convmixer.errors import DependencyError
 from convmixer.native import compiled_code
 from convmixer.native import library as native
-from convmixer.runtime import backends
-from convmixer.runtime.backends import available_backends
+from convmixer.runtime import choose
+from convmixer.runtime.choose import available_backends, find_backend
 
 HAS_NATIVE = "native" in available_backends("cpu")
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="no C++ compiler, or no AVX-512")
-needs_compile = pytest.mark.skipif(backends._missing("compile") is not None, reason="no C++ compiler")
+needs_compile = pytest.mark.skipif(find_backend("compile").missing() is not None, reason="no C++ compiler")
 
 PROGRAM = """
 import sys
 import torch
 import convmixer
-from convmixer.runtime import backends
+from convmixer.runtime import choose
 from convmixer.native import library as native
 
 torch.manual_seed(0)
 model = convmixer.ConvMixer(64, 1, 3, 2, num_classes=3).eval()
 if "auto" in sys.argv:
-    backends.available_backends = lambda *_: ("compile", "eager")
+    choose.available_backends = lambda *_: ("compile", "eager")
 fast = convmixer.optimize(model, backend=sys.argv[1])
 x = torch.randn(2, 3, 8, 8)
 with torch.no_grad():
@@ -97,7 +97,7 @@ while [ $# -gt 0 ]; do if [ "$1" = -o ]; then cp {folder}/native.so "$2"; fi; sh
 
 @needs_native
 @pytest.mark.parametrize("damage", ["cut", "empty", "one bit", "foreign"])
-def test_a_damaged_library_is_compiled_anew(fresh, compiled, monkeypatch, damage):
+def test_a_damaged_library_is_compiled_again(fresh, compiled, monkeypatch, damage):
     calls = []
     monkeypatch.setattr(native, "_compile", lambda path: calls.append(path) or compiled)
     native.library()
@@ -144,7 +144,7 @@ def test_five_processes_at_once(copying, compiled, tmp_path):
 @needs_native
 @pytest.mark.parametrize("place", ["a file", "read-only", "no home", "not executable"])
 def test_native_without_a_cache(fresh, compiled, monkeypatch, tmp_path, caplog, request, place):
-    """The kernels are compiled for this process alone."""
+    """The kernels are compiled only for this process."""
     monkeypatch.setattr(native, "_compile", lambda _: compiled)
     if place == "a file":
         (tmp_path / "file").touch()
@@ -158,7 +158,7 @@ def test_native_without_a_cache(fresh, compiled, monkeypatch, tmp_path, caplog, 
         monkeypatch.setenv("XDG_CACHE_HOME", str(request.getfixturevalue("noexec")))
     with caplog.at_level(logging.WARNING):
         native.library()
-    assert "native kernels are compiled for this process alone, as" in caplog.text
+    assert "native kernels are compiled only for this process, as" in caplog.text
     assert "XDG_CACHE_HOME names another folder" in caplog.text
     kept = list(compiled_code.private_folder().iterdir())
     assert [file.suffix for file in kept] == [".so"]
@@ -194,7 +194,7 @@ def test_nowhere(fresh, compiled, monkeypatch):
     monkeypatch.setattr(native, "_compile", lambda _: compiled)
     monkeypatch.setattr(compiled_code, "unusable", lambda folder: f"{str(folder)!r}: Read-only file system")
     monkeypatch.setattr(native, "unusable", compiled_code.unusable)
-    monkeypatch.setattr(backends, "available_backends", lambda *_: ("native", "eager"))
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("native", "eager"))
     model = convmixer.ConvMixer(64, 1, 3, 2, num_classes=3).eval()
     for example in (None, torch.randn(1, 3, 8, 8)):
         choice = convmixer.optimize(model, backend="auto", example=example).choice
@@ -211,7 +211,7 @@ def test_a_read_only_home(copying, tmp_path):
     (tmp_path / "home").touch()
     done = program("native", XDG_CACHE_HOME=None, HOME=tmp_path / "home", TMPDIR=tmp_path, CXX=copying)
     assert done.returncode == 0, done.stderr
-    assert "compiled for this process alone" in done.stderr
+    assert "compiled only for this process" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
@@ -221,7 +221,7 @@ def test_compile_without_a_cache(noexec, tmp_path):
     """Where nothing may be run; where no folder can be made, torchvision itself cannot be imported."""
     done = program("compile", TORCHINDUCTOR_CACHE_DIR=noexec, TMPDIR=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "graphs of TorchInductor are compiled for this process alone" in done.stderr
+    assert "graphs of TorchInductor are compiled only for this process" in done.stderr
     assert not list(tmp_path.glob("convmixer-*"))
 
 

@@ -455,7 +455,7 @@ def test_second_derivatives_are_refused():
     _, fused = pair()
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
-    with pytest.raises(ConvMixerError, match=r"first derivatives alone: for second ones, .* set_fused\(False\)"):
+    with pytest.raises(ConvMixerError, match=r"only first derivatives: for second ones, .* set_fused\(False\)"):
         grad.sum().backward()
 
 
@@ -533,7 +533,10 @@ def test_models_that_cannot_be_fused(changes, text):
         (lambda m: _replace(m, "blocks.0.0.fn.1", nn.ReLU()), "its activations differ: GELU, ReLU"),
         (lambda m: _replace(m, "stem.1", nn.GELU("tanh")), "stem.1 is a GELU approximated by tanh"),
         (lambda m: _replace(m, "blocks.2.1", nn.Conv2d(12, 12, 1, bias=False)), "blocks.2.1 has no bias"),
-        (lambda m: _replace(m, "blocks.2.1", nn.Conv2d(12, 12, 1, groups=2)), "blocks.2.1 is no plain 1x1 convolution"),
+        (
+            lambda m: _replace(m, "blocks.2.1", nn.Conv2d(12, 12, 1, groups=2)),
+            "blocks.2.1 is not a plain 1x1 convolution",
+        ),
         (lambda m: m.blocks[1].append(nn.Identity()), "blocks.1 has 5 layers, not 4"),
         (lambda m: m.stem.register_forward_hook(lambda *_: None), "stem has hooks or a forward of its own"),
         (lambda m: m.blocks[2][0].fn[2].register_forward_pre_hook(lambda *_: None), "blocks.2.0.fn.2 has hooks"),

@@ -224,10 +224,9 @@ def test_elementwise(kernels, dtype, act, shape):
 
 @pytest.fixture(scope="module")
 def static():
-    spec = importlib.util.spec_from_file_location("kernels_static", ROOT / "benchmarks" / "kernels_static.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("kernels_static")
 
 
 def check_compiled(records):

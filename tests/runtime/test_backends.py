@@ -17,10 +17,13 @@ import convmixer
 from convmixer import optimize
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError
 from convmixer.hardware import bf16_is_faster, l2_cache
-from convmixer.native import library as native
-from convmixer.runtime import backends
-from convmixer.runtime.backends import OptimizedConvMixer, available_backends, fitting_chunk, pieces
+from convmixer.runtime import choose
+from convmixer.runtime import native as native_backend
+from convmixer.runtime.choose import available_backends, candidates, find_backend
+from convmixer.runtime.chunks import chunk_sizes, fitting_chunk
 from convmixer.runtime.folding import FoldedConvMixer
+from convmixer.runtime.optimized_model import OptimizedConvMixer
+from convmixer.runtime.quantize import calibration_images
 
 SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 RUNTIMES = [
@@ -48,7 +51,7 @@ def error(a, b):
 
 @pytest.fixture(scope="module")
 def shared():
-    """A model, and its copies per runtime with pieces of at most four images."""
+    """A model, and its copies per runtime with chunks of at most four images."""
     torch.manual_seed(0)
     model = make()
     found = [name for name in ("openvino", "onnxruntime") if importlib.util.find_spec(name)]
@@ -124,96 +127,6 @@ def test_predict(backend, cat):
     assert [p for _, p in got] == pytest.approx([p for _, p in expected], abs=1e-4)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
-@pytest.mark.parametrize("kernel_size", [1, 3, 4, 5, 7, 8, 9, 15, 16])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
-@torch.no_grad()
-def test_native_kernels(kernel_size, dtype, limit):
-    model = make(kernel_size=kernel_size, dim=128)
-    exact = copy.deepcopy(model).double()
-    fast = optimize(model, backend="native", dtype=dtype, threads=2)
-    for shape in ((1, 3, 2, 2), (3, 3, 26, 38), (2, 3, 9, 17), (2, 3, 70, 100)):
-        x = torch.randn(shape)
-        assert error(fast(x), exact(x.double())) < limit
-
-
-@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
-@pytest.mark.parametrize("threads", [4, 5, 7, 12])
-@torch.no_grad()
-def test_native_shares_one_image(threads):
-    """Among more threads than there are rows, or positions by 32."""
-    model = make()
-    for height, width in ((10, 10), (12, 32), (28, 28)):
-        x = torch.randn(1, 3, height, width)
-        for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
-            assert error(optimize(model, backend="native", dtype=dtype, threads=threads)(x), model(x)) < limit
-        if HAS_NATIVE_INT8:
-            fast = optimize(model, backend="native", dtype=torch.int8, calibration=x, threads=threads)
-            assert error(fast(x), model(x)) < 0.02
-
-
-@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
-@torch.no_grad()
-def test_native_without_tiles(monkeypatch):
-    """Compiled for AMX, and not permitted to use it."""
-    monkeypatch.setattr(native.library(), "convmixer_amx", lambda: 0)
-    model, x = make(), torch.randn(3, 3, 22, 36)
-    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 0.01)):
-        assert error(optimize(model, backend="native", dtype=dtype, threads=2)(x), model(x)) < limit
-    if HAS_NATIVE_INT8:
-        with pytest.raises(DependencyError, match=r"native computes int8 on AMX, which .* this system does not permit"):
-            optimize(model, backend="native", dtype=torch.int8, calibration=x)
-
-
-@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_native_keeps_nan(dtype):
-    """Of any kind, in its own image alone."""
-    model, x = make(), torch.randn(3, 3, 12, 12)
-    for bits in (0x7FC00000, -1, 0x7F800001):
-        spoilt = x.clone()
-        spoilt[1, 0, 3, 3] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-        got = optimize(model, backend="native", dtype=dtype, threads=1)(spoilt)
-        assert got[1].isnan().all()
-        assert error(got[::2], model(x)[::2]) < 0.01
-
-
-@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
-@pytest.mark.parametrize("pool", ["avg", "max", "catavgmax", "fastavg", ""])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_native_pools(pool, dtype):
-    """Without a classifier each channel counts for itself, so none may be out of place."""
-    model = make(global_pool=pool, num_classes=0)
-    fast, x = optimize(model, backend="native", dtype=dtype, threads=2), torch.randn(3, 3, 10, 12)
-    got, expected = fast(x), model(x)
-    assert got.shape == expected.shape
-    assert ((got - expected).abs().amax(0) < (1e-4 if dtype == torch.float32 else 0.1) * expected.abs().max()).all()
-
-
-@pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-3)])
-def test_native_gelu(dtype, limit):
-    """Far from zero, too: the model is made to pass 64 values through one GELU each."""
-    model = make(depth=1, kernel_size=1, patch_size=1, num_classes=0)
-    values = torch.linspace(-12, 12, 64)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.reset_parameters()
-                module.eps = 0.0
-        model.stem[0].weight.zero_()
-        model.stem[0].bias.copy_(values)
-        model.blocks[0][0].fn[0].weight.zero_()
-        model.blocks[0][0].fn[0].bias.zero_()
-        model.blocks[0][1].weight.zero_()
-        model.blocks[0][1].bias.copy_(values)
-        got = optimize(model, backend="native", dtype=dtype)(torch.zeros(1, 3, 2, 2))[0]
-    exact = torch.nn.functional.gelu(values.double())
-    assert ((got - exact).abs() <= limit * exact.abs().clamp_min(0.1)).all()
-
-
 def test_models_that_native_does_not_take():
     if not HAS_NATIVE:
         pytest.skip(NO_NATIVE)
@@ -223,28 +136,20 @@ def test_models_that_native_does_not_take():
     ):
         with pytest.raises(ArgumentError, match=text):
             optimize(make(**changes), backend="native")
-        assert "native" not in backends._candidates("auto", make(**changes), torch.device("cpu"), torch.float32)[0]
+        found, _ = candidates("auto", make(**changes), torch.device("cpu"), torch.float32)
+        assert "native" not in {backend.name for backend in found}
     with pytest.raises(ArgumentError, match="chunk=4: native computes single images; leave it out"):
         optimize(make(), backend="native", chunk=4)
     backbone = convmixer.create_model("convmixer_256_8", features_only=True, device="cpu")
-    with pytest.raises(ArgumentError, match="native returns the last output alone: use another backend"):
+    with pytest.raises(ArgumentError, match="native returns only the last output: use another backend"):
         optimize(backbone, backend="native")
-
-
-def test_compiler_that_fails(monkeypatch, tmp_path):
-    native.library.cache_clear()
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(DependencyError, match=r"false cannot compile the native kernels \(no message\): name another"):
-        native.library()
-    assert list((tmp_path / "convmixer").iterdir()) == []
 
 
 @torch.no_grad()
 def test_bfloat16_in_openvino():
     pytest.importorskip("openvino")
     if not bf16_is_faster(torch.device("cpu")):
-        with pytest.raises(ArgumentError, match=r"dtype=torch\.bfloat16: openvino finds no products"):
+        with pytest.raises(ArgumentError, match=r"dtype=torch\.bfloat16: openvino finds no matrix multiplication"):
             optimize(make(), backend="openvino", dtype=torch.bfloat16)
         return
     model, x = make(), torch.randn(4, 3, 12, 12)
@@ -253,7 +158,7 @@ def test_bfloat16_in_openvino():
     assert fast.choice.dtype == "bfloat16"
 
 
-@pytest.mark.skipif(backends._missing("compile") is not None, reason="no C++ compiler")
+@pytest.mark.skipif(find_backend("compile").missing() is not None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compile():
     model = make(depth=1)
@@ -293,7 +198,7 @@ def test_int8(turned, tmp_path, capfd, backend):
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file)
     x = torch.stack([convmixer.create_transform(model)(image) for image in turned])
-    assert torch.equal(backends.calibration_images(tmp_path, model).sum(0), x.sum(0))
+    assert torch.equal(calibration_images(tmp_path, model).sum(0), x.sum(0))
     fast = optimize(model, backend=backend, dtype=torch.int8, calibration=x)
     assert 1e-4 < error(fast(x), model(x)) < (0.1 if backend == "native" else 0.2)
     assert fast.choice.dtype.startswith("int8")
@@ -301,52 +206,6 @@ def test_int8(turned, tmp_path, capfd, backend):
     if backend == "openvino":
         types = {op.get_element_type().get_type_name() for op in fast.runtime.model.get_ops() if op.get_output_size()}
         assert "i8" in types
-
-
-@torch.no_grad()
-@pytest.mark.skipif(not HAS_NATIVE_INT8, reason="needs AMX, AVX512-VBMI, a compiler")
-@pytest.mark.parametrize(
-    ("kernel_size", "patch_size", "act_layer", "height", "width"),
-    [
-        (1, 2, "relu", 6, 70),
-        (3, 2, "gelu", 2, 2),
-        (4, 1, "gelu", 7, 19),
-        (5, 2, "gelu", 32, 32),
-        (7, 7, "relu", 56, 231),
-        (9, 2, "gelu", 34, 50),
-        (11, 1, "relu", 33, 16),
-        (13, 2, "gelu", 8, 70),
-    ],
-)
-def test_native_int8(kernel_size, patch_size, act_layer, height, width):
-    """Kernels of each number of rows in a tile, borders, strips, rows that fill no tile; pooled, and as a map."""
-    model = make(kernel_size=kernel_size, patch_size=patch_size, act_layer=act_layer)
-    model.blocks[0][0].fn[2].weight[::3] *= -1  # what is taken from x counts as what is added to it
-    x = torch.randn(3, 3, height, width)
-    outputs = []
-    for threads in (1, 2, 3):
-        fast = optimize(model, backend="native", dtype=torch.int8, calibration=x, threads=threads)
-        outputs.append(fast(x))
-        assert torch.equal(outputs[0], outputs[-1])
-    assert error(outputs[0], model(x)) < 0.03
-    model.global_pool.pool_type = "max"
-    assert error(optimize(model, backend="native", dtype=torch.int8, calibration=x)(x), model(x)) < 0.03
-
-
-@torch.no_grad()
-@pytest.mark.skipif(not HAS_NATIVE_INT8, reason="needs AMX, AVX512-VBMI, a compiler")
-def test_native_int8_where_residuals_take_as_much_as_they_add():
-    """Small values make GELU half of a line: what it adds to x and what it takes from x is of one size."""
-    model = make()
-    for block in model.blocks:
-        convolution, _, norm = block[0].fn
-        convolution.weight.mul_(0.05)
-        convolution.bias.mul_(0.05)
-        norm.running_mean.mul_(0.02)
-        norm.running_var.mul_(5e-5)
-    x = torch.randn(16, 3, 32, 32)
-    fast = optimize(model, backend="native", dtype=torch.int8, calibration=x)
-    assert error(fast(x), model(x)) < 0.03
 
 
 @pytest.mark.skipif(not HAS_NATIVE_INT8, reason="needs AMX, AVX512-VBMI, a compiler")
@@ -359,7 +218,7 @@ def test_int8_by_rule():
 
 
 def test_int8_without_tiles(monkeypatch):
-    monkeypatch.setattr(backends, "has_int8_tiles", lambda: False)
+    monkeypatch.setattr(native_backend, "has_int8_tiles", lambda: False)
     with pytest.raises(ArgumentError, match="native computes in int8 on CPUs with AMX and AVX512-VBMI; use openvino"):
         optimize(make(), backend="native", dtype=torch.int8, calibration=torch.zeros(1, 3, 8, 8))
 
@@ -390,7 +249,7 @@ def test_int8_needs_images():
     pytest.importorskip("nncf")
     with pytest.raises(ArgumentError, match=r"dtype=torch\.int8 needs images: give both"):
         optimize(make(), backend="openvino", dtype=torch.int8)
-    with pytest.raises(ArgumentError, match=r"calibration is for dtype=torch\.int8 alone"):
+    with pytest.raises(ArgumentError, match=r"calibration is only for dtype=torch\.int8"):
         optimize(make(), calibration=torch.zeros(1, 3, 8, 8))
     with pytest.raises(ArgumentError, match="calibration holds no images"):
         optimize(make(), backend="openvino", dtype=torch.int8, calibration=torch.zeros(0, 3, 8, 8))
@@ -405,7 +264,7 @@ def test_eager_is_the_default():
 
 
 def test_auto_says_what_it_took(caplog):
-    with caplog.at_level(logging.INFO, "convmixer.runtime.backends"):
+    with caplog.at_level(logging.INFO, "convmixer.runtime.optimize"):
         fast = optimize(make(), backend="auto", dtype="auto")
     dtype = torch.bfloat16 if bf16_is_faster(torch.device("cpu")) else torch.float32
     found = available_backends("cpu", dtype)
@@ -420,7 +279,7 @@ def test_auto_says_what_it_took(caplog):
 def test_auto_for_wide_models(monkeypatch, tiles, backend):
     if not {"native", "openvino"} <= set(available_backends()):
         pytest.skip("needs both")
-    monkeypatch.setattr(backends, "has_tiles", lambda: tiles)
+    monkeypatch.setattr(choose, "has_tiles", lambda: tiles)
     wide = convmixer.ConvMixer(576, 1, 3, 2, num_classes=2).eval()
     assert optimize(wide, backend="auto").choice.backend == backend
 
@@ -450,11 +309,11 @@ def test_auto_without_other_libraries(monkeypatch):
 @pytest.mark.parametrize("backend", FOREIGN)
 def test_measured_choice(backend):
     fast = optimize(make(), backend=backend, example=torch.randn(8, 3, 8, 8), threads=2)
-    assert re.match(rf"fastest for \(8, 3, 8, 8\): {backend} in pieces of at most \d+ images \d", fast.choice.reason)
+    assert re.match(rf"fastest for \(8, 3, 8, 8\): {backend} in chunks of at most \d+ images \d", fast.choice.reason)
 
 
 def test_eager_takes_part_in_measurements(monkeypatch):
-    monkeypatch.setattr(backends, "available_backends", lambda *_: ("eager",))
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("eager",))
     fast = optimize(make(), backend="auto", example=torch.randn(8, 3, 8, 8))
     assert isinstance(fast, OptimizedConvMixer)
     assert fast.choice.backend == "eager"
@@ -464,8 +323,8 @@ def test_auto_goes_on_where_a_library_fails(monkeypatch):
     def fail(*_):
         raise DependencyError("the compiler is broken")
 
-    monkeypatch.setattr(backends, "available_backends", lambda *_: ("native", "eager"))
-    monkeypatch.setattr(native, "Native", fail)
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("native", "eager"))
+    monkeypatch.setattr(native_backend, "Native", fail)
     for example in (None, torch.randn(2, 3, 8, 8)):
         fast = optimize(make(), backend="auto", example=example)
         assert fast.choice.backend == "eager"
@@ -475,8 +334,8 @@ def test_auto_goes_on_where_a_library_fails(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 64, 65, 1017])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 64])
 @pytest.mark.parametrize("threads", [1, 2, 16])
-def test_pieces(batch, chunk, threads):
-    sizes = pieces(batch, chunk, threads)
+def test_chunk_sizes(batch, chunk, threads):
+    sizes = chunk_sizes(batch, chunk, threads)
     assert sum(sizes) == batch
     assert max(sizes) <= chunk
     assert len(sizes) >= min(batch, threads)
@@ -525,7 +384,7 @@ def test_validate_measures_twice(cat, tmp_path):
         ({"backend": "auto", "chunk": 0}, "chunk=0: give a whole number of at least 1, or None"),
         ({"backend": "auto", "threads": True}, "threads=True: give a whole number of at least 1, or None"),
         ({"backend": "compile", "dtype": torch.int8}, "dtype=torch.int8: give a floating point type such as"),
-        ({"backend": "onnxruntime", "dtype": torch.bfloat16}, "in float32 alone; use openvino or compile"),
+        ({"backend": "onnxruntime", "dtype": torch.bfloat16}, "only in float32; use openvino or compile"),
         ({"backend": "openvino", "dtype": torch.float64}, "openvino computes in float32, bfloat16, float16 or int8"),
         ({"chunk": 4}, "chunk, threads and example need a backend other than 'eager'"),
         ({"dtype": "brain16"}, "dtype='brain16': give a floating point type"),
@@ -537,7 +396,7 @@ def test_arguments(arguments, text):
 
 
 def test_inputs_that_do_not_fit(monkeypatch):
-    monkeypatch.setattr(backends, "available_backends", lambda *_: ("eager",))
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("eager",))
     fast = optimize(make(), backend="auto")
     with pytest.raises(ImageError, match="has 4 channels, this model takes in_chans=3"):
         fast(torch.zeros(1, 4, 8, 8))

@@ -13,7 +13,10 @@ import convmixer
 from convmixer.errors import ArgumentError
 from convmixer.plots import plot_benchmark
 from convmixer.runtime import benchmark as benchmarks
-from convmixer.runtime.benchmark import benchmark, device_name, macs, timms
+from convmixer.runtime import candidates
+from convmixer.runtime.benchmark import benchmark, device_name, macs
+from convmixer.runtime.candidates import timms
+from convmixer.runtime.timing import PeakMemory
 
 QUICK = {"rounds": 2, "seconds": 0.001, "report": lambda line: None, "device": "cpu"}
 
@@ -23,10 +26,10 @@ def report():
     """One small case with our eager form and timm's two eager ones, the rest made to fail."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("Compiled", "OpenVINO", "OnnxRuntime"):
-            patch.setattr(benchmarks, name, lambda *_: 1 / 0)
-        patch.setattr(benchmarks, "GEMM_SIDE", 64)
+            patch.setattr(candidates, name, lambda *_: 1 / 0)
+        patch.setattr(candidates, "GEMM_SIDE", 64)
         for name in ("to_openvino", "to_onnx"):
-            patch.setattr(benchmarks, name, lambda module: None)
+            patch.setattr(candidates, name, lambda module: None)
         return benchmark("convmixer_256_8", batch_sizes=[2], backends=["eager"], dtypes=["float32"], **QUICK)
 
 
@@ -50,7 +53,7 @@ def test_report(report):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak")
 def test_peak_memory_counts_what_was_freed_again():
-    memory = benchmarks._Memory(torch.device("cpu"))
+    memory = PeakMemory(torch.device("cpu"))
     torch.ones(2**26)  # 256 MiB, of which some may lie where others did
     assert memory.growth() > 200
 
@@ -80,7 +83,7 @@ def test_macs(name, height, width):
 
 
 def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "GEMM_SIDE", 64)
+    monkeypatch.setattr(candidates, "GEMM_SIDE", 64)
     files = tmp_path / "speed.json", tmp_path / "speed.png"
     options = ("--batch-size", 1, "--batch-size", 3, "--image-size", 8, "--backend", "eager", "--dtype", "bfloat16")
     result = run(

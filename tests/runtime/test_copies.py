@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError
-from convmixer.runtime import backends
-from convmixer.runtime.backends import OptimizedConvMixer, available_backends
+from convmixer.runtime import onnxruntime, openvino
+from convmixer.runtime.choose import available_backends, find_backend
+from convmixer.runtime.optimized_model import OptimizedConvMixer
 
 CPU = [name for name in available_backends("cpu") if name != "compile"]
 INT8 = available_backends("cpu", torch.int8)
@@ -93,7 +94,7 @@ def test_runtimes_have_weights_of_their_own():
         assert fast(x[:1, :, :4]).isfinite().all()  # a shape that is compiled now
 
 
-@pytest.mark.skipif(backends._missing("compile") is not None, reason="no C++ compiler")
+@pytest.mark.skipif(find_backend("compile").missing() is not None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compiled():
     model, x = make(depth=1), torch.randn(2, 3, 8, 8)
@@ -150,7 +151,7 @@ def test_workers_of_a_data_loader(made, start):
     """By fork, the threads of each runtime stay behind in the parent, which has used them."""
     models, x = made
     if start == "fork":  # the next test is about OpenVINO
-        models = {n: m for n, m in models.items() if not isinstance(getattr(m, "runtime", None), backends.OpenVINO)}
+        models = {n: m for n, m in models.items() if not isinstance(getattr(m, "runtime", None), openvino.OpenVINO)}
     for model in models.values():
         model(x)
     loader = DataLoader(_Answers(models, x), batch_size=None, num_workers=1, multiprocessing_context=start, timeout=240)
@@ -194,8 +195,8 @@ def test_arrival_without_the_runtime(made, monkeypatch):
         raise DependencyError(f"{what} needs {module}, which is missing: pip install 'convmixer[{extra}]'")
 
     files = {name: pickle.dumps(made[0][name]) for name in ("openvino", "onnxruntime") if name in made[0]}
-    monkeypatch.setattr(backends, "optional", missing)
-    monkeypatch.setattr(backends.openvino_core, "optional", missing)
+    for module in (onnxruntime, openvino, openvino.openvino_core):
+        monkeypatch.setattr(module, "optional", missing)
     for name, file in files.items():
         with pytest.raises(DependencyError, match=rf"{name} needs {name}, which is missing: pip install"):
             pickle.loads(file)

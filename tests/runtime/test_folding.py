@@ -38,7 +38,7 @@ def make(dtype: torch.dtype = torch.float64, scales: tuple[float, ...] = SCALES,
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative to the largest value of each image and channel (or class) alone: a large channel hides no small one."""
+    """Relative to the largest value of each image and channel (or class): a large channel does not hide a small one."""
     assert a.shape == b.shape
     dims = tuple(range(2, b.ndim))
     largest = b.abs().amax(dims, keepdim=True) if dims else b.abs().amax(1, keepdim=True)
@@ -138,8 +138,8 @@ def test_intermediates():
         (a, several), (b, expected) = (m.forward_intermediates(x, **options) for m in (folded, model))
         assert error(a, b) < 1e-10
         assert all(error(y, z) < 1e-10 for y, z in zip(several, expected, strict=True))
-        alone = folded.forward_intermediates(x, **options, intermediates_only=True)
-        assert all(torch.equal(y, z) for y, z in zip(several, alone, strict=True))
+        intermediates = folded.forward_intermediates(x, **options, intermediates_only=True)
+        assert all(torch.equal(y, z) for y, z in zip(several, intermediates, strict=True))
 
 
 def test_truncated_backbones():

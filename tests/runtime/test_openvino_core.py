@@ -14,8 +14,10 @@ PROGRAM = """
 import ctypes, gc, os, pathlib, signal, sys, tempfile, threading
 import torch
 import convmixer
-from convmixer.runtime import backends
-from convmixer.runtime import openvino_core
+from convmixer.runtime import openvino, openvino_core
+from convmixer.runtime.convert import to_openvino
+from convmixer.runtime.folding import fold
+from convmixer.runtime.quantize import quantize
 
 
 class Stack(ctypes.Structure):
@@ -44,12 +46,12 @@ def work(step):
     elif step == "int8":
         make("int8", dtype=torch.int8, calibration=x)
     elif step == "quantized":
-        backends.quantize(backends.to_openvino(backends.fold(original, divide=False)), x)
+        quantize(to_openvino(fold(original, divide=False)), x)
     elif step == "export":
         with tempfile.TemporaryDirectory() as folder:
             convmixer.export_model(original, pathlib.Path(folder) / "m.xml", image_size=8)
     elif step == "types":
-        backends._openvino_types.__wrapped__()
+        openvino._processor_types.__wrapped__()
     elif step == "aside":
         thread = threading.Thread(target=make, args=("c",))
         thread.start()

@@ -9,7 +9,7 @@
 // In registers bfloat16 channels are float32, even channels in one register and odd ones in another: that is one shift
 // and one mask. Sums are float32 throughout; values are rounded to bfloat16 where they are stored.
 //
-// AMX multiplies bfloat16 alone, but a float32 is the exact sum of three bfloat16, and six of the nine products of two
+// AMX multiplies only bfloat16, but a float32 is the exact sum of three bfloat16, and six of the nine products of two
 // such sums hold all that float32 keeps: still more than twice as fast as multiplying float32.
 
 #include "cpu.h"
@@ -96,15 +96,15 @@ void depthwise(const T *in, long row, int width, int dim, int k, const Block &bl
     }
 }
 
-// ---- matrix products ------------------------------------------------------------------------------------------------
+// ---- matrix multiplication ------------------------------------------------------------------------------------------
 
-// Where results go: position m of the image, at its place within the border.
+// Where results are stored: position m of the image, inside the border.
 template <typename T>
 struct Target {
     T *origin;  // of position 0
     long row;
     int width, dim;
-    bool relu;  // the activation of what comes here
+    bool relu;  // the activation of the results, else GELU
     T *at(int m) const { return origin + (m / width) * row + (long)(m % width) * dim; }
 };
 
@@ -120,7 +120,7 @@ inline void finish(__m512 a, __m512 b, const Affine &end, int n, bool relu, T *t
 inline __m512 multiply(__m512 sum, const float *a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_set1_ps(*a), _mm512_castsi512_ps(b), sum);
 }
-inline __m512 multiply(__m512 sum, const uint16_t *a, __m512i b) {  // two products
+inline __m512 multiply(__m512 sum, const uint16_t *a, __m512i b) {  // two inputs
     int32_t both;
     std::memcpy(&both, a, 4);
     __m512i x = _mm512_set1_epi32(both);
@@ -155,7 +155,7 @@ inline void few_rows(const T *a, int inputs, const char *panel, const Affine &en
 }
 
 #ifdef CONVMIXER_TILES
-// float32 as sums of three bfloat16, the largest first, in tiles: (ROWS, inputs) -> (inputs / 32, 3, 2, 16, 32).
+// Write float32 as sums of three bfloat16, the largest first, in tiles: (ROWS, inputs) -> (inputs / 32, 3, 2, 16, 32).
 inline void split(const float *a, int inputs, int rows, uint16_t *parts) {
     auto float32 = [](__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); };
     for (int r = 0; r < rows; r++) {
@@ -173,13 +173,13 @@ inline void split(const float *a, int inputs, int rows, uint16_t *parts) {
 }
 
 // `weights` (outputs / 32, inputs / 32, 3, 2, 16, 16, 2): for each part the tiles of 16 outputs and 16 pairs of inputs.
-void product_split(const uint16_t *parts, int inputs, const char *weights, int outputs, const Affine &end,
+void multiply_split(const uint16_t *parts, int inputs, const char *weights, int outputs, const Affine &end,
                    const Target<float> &to, int first, int last) {
     alignas(64) float sums[2][ROWS * 32];
     const int rate = (ROWS * 32 + inputs - 1) / inputs;
     settle();
     for (int n = 0; n <= outputs; n += 32) {
-        // The sums of the outputs before are finished between the products of these.
+        // The sums of the previous outputs are finished between the multiplications of these.
         const float *ready = sums[n / 32 % 2];
         int row = first;
         auto finish_row = [&] {
@@ -225,14 +225,14 @@ void product_split(const uint16_t *parts, int inputs, const char *weights, int o
 
 // act(a @ weights + bias) * scale + shift for positions [first, last), of which `a` (ROWS, inputs) holds the inputs.
 template <typename T>
-void product(const T *a, int inputs, const void *weights, int outputs, const Affine &end, const Target<T> &to,
+void multiply_panel(const T *a, int inputs, const void *weights, int outputs, const Affine &end, const Target<T> &to,
              int first, int last, [[maybe_unused]] bool amx, [[maybe_unused]] uint16_t *parts) {
     const char *packed = static_cast<const char *>(weights);
 #ifdef CONVMIXER_TILES
     if constexpr (sizeof(T) == 4)
         if (amx) {
             split(a, inputs, last - first, parts);
-            return product_split(parts, inputs, packed, outputs, end, to, first, last);
+            return multiply_split(parts, inputs, packed, outputs, end, to, first, last);
         }
 #endif
     const long panel_bytes = (long)inputs * PANEL * sizeof(T);
@@ -283,7 +283,8 @@ struct Run {
                         assign(line[i++], corner[((long)c * image_height + y) * image_width + x]);
             for (; i < inputs; i++) line[i] = 0;
         }
-        product<T>(panel, inputs, model.stem, dim, model.stem_end, interior(to), first, last, model.amx, parts(panel));
+        multiply_panel<T>(panel, inputs, model.stem, dim, model.stem_end, interior(to), first, last, model.amx,
+                          parts(panel));
     }
 
     void block(const Block &b, int task, const T *from, T *panel, T *to) const {
@@ -295,7 +296,7 @@ struct Run {
             case 9: depthwise<T, 9>(from, row, width, dim, k, b, model.relu, first, last, panel); break;
             default: depthwise<T, 0>(from, row, width, dim, k, b, model.relu, first, last, panel);
         }
-        product<T>(panel, dim, b.pointwise, dim, b.end, interior(to), first, last, model.amx, parts(panel));
+        multiply_panel<T>(panel, dim, b.pointwise, dim, b.end, interior(to), first, last, model.amx, parts(panel));
     }
 
     void finish_image(int image, T *from, int first_channel, int last_channel) const {
@@ -305,7 +306,7 @@ struct Run {
         for (int c = first_channel; c < last_channel; c += 32) {
             Pair total{_mm512_setzero_ps(), _mm512_setzero_ps()};
             for (int m = 0; m < positions;) {
-                Pair sum{_mm512_setzero_ps(), _mm512_setzero_ps()};  // of some: sums of sums are exacter
+                Pair sum{_mm512_setzero_ps(), _mm512_setzero_ps()};  // of some positions: sums of sums are more exact
                 for (const int end = std::min(m + 256, positions); m < end; m++) {
                     Pair v = load(at.at(m) + c);
                     if (pooled) {
@@ -335,7 +336,7 @@ struct Run {
     long panel_size() const { return (long)ROWS * std::max(dim, (int)model.stem_inputs); }
     uint16_t *parts(T *panel) const { return reinterpret_cast<uint16_t *>(panel + panel_size()); }
 
-    // Two activations; what a border may hold is zeroed. False: there is no memory.
+    // Take two buffers of activations, with their borders zeroed. False: there is no memory.
     bool activations(Buffer &memory, T *&one, T *&two) const {
         const long bytes = (buffer_size * sizeof(T) + 63) / 64 * 64;
         char *data = memory.take(2 * bytes);
@@ -344,7 +345,7 @@ struct Run {
         one = reinterpret_cast<T *>(data), two = reinterpret_cast<T *>(data + bytes);
         return true;
     }
-    // And its parts.
+    // Take a panel, and with AMX the parts of its float32 values.
     T *panel(Buffer &memory) const {
         return reinterpret_cast<T *>(memory.take(panel_size() * (sizeof(T) + (model.amx ? 6 : 0))));
     }
@@ -363,21 +364,21 @@ struct Run {
 
 thread_local Buffer own_memory, own_panel;
 
-// False: there was no memory.
+// Compute a batch. False: there was no memory.
 template <typename T>
 bool forward(const Model &model, const float *images, int batch, int height, int width, float *out, bool pooled,
              int threads) {
     const Run<T> run(model, images, height, width, out, pooled);
     // Threads share images that do not fit a core's cache, if there is enough to share.
     const bool fits = 2 * run.buffer_size * (long)sizeof(T) <= cache() || run.tasks < 8 * threads;
-    const int alone = fits ? batch / threads * threads : 0;  // images that one thread computes
+    const int unshared = fits ? batch / threads * threads : 0;  // images that one thread computes
     T *shared_one = nullptr, *shared_two = nullptr;
     bool failed = false;
 #pragma omp parallel num_threads(threads)
     {
         T *one = nullptr, *two = nullptr, *panel = run.panel(own_panel);
         const bool first = omp_get_thread_num() == 0;
-        if (panel == nullptr || ((alone || first) && !run.activations(own_memory, one, two))) {
+        if (panel == nullptr || ((unshared || first) && !run.activations(own_memory, one, two))) {
 #pragma omp atomic write
             failed = true;
         }
@@ -386,17 +387,17 @@ bool forward(const Model &model, const float *images, int batch, int height, int
         if (!failed) {
             run.begin_thread();
 #pragma omp for schedule(dynamic) nowait
-            for (int image = 0; image < alone; image++) {
+            for (int image = 0; image < unshared; image++) {
                 T *from = one, *to = two;
                 for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
                 for (int b = 0; b < model.depth; b++, std::swap(from, to))
                     for (int task = 0; task < run.tasks; task++) run.block(model.blocks[b], task, from, panel, to);
                 run.finish_image(image, from, 0, model.dim);
             }
-            if (alone && alone < batch) {
+            if (unshared && unshared < batch) {
 #pragma omp barrier
             }
-            for (int image = alone; image < batch; image++) {  // the rest all threads compute together
+            for (int image = unshared; image < batch; image++) {  // all threads share what is left over
                 T *from = shared_one, *to = shared_two;
 #pragma omp for schedule(static)
                 for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
@@ -417,7 +418,11 @@ bool forward(const Model &model, const float *images, int batch, int height, int
 
 extern "C" {
 
-// Whether tiles may be used; Linux wants to be asked once per process.
+// In bytes; packing.py compares them with its own records.
+extern const int32_t convmixer_record_sizes[3];
+const int32_t convmixer_record_sizes[3] = {sizeof(Affine), sizeof(Block), sizeof(Model)};
+
+// Whether tiles may be used; on Linux a process has to ask once.
 int convmixer_amx() {
 #ifdef CONVMIXER_TILES
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;

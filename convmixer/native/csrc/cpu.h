@@ -1,4 +1,4 @@
-// What the kernels for x86 CPUs share: the model as library.py packs it, memory, bfloat16, activations.
+// What the kernels for x86 CPUs share: the model as packing.py packs it, memory, bfloat16, activations.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 #include <cstring>
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define CONVMIXER_TILES  // AMX can be compiled for; whether it is there says convmixer_amx
+#define CONVMIXER_TILES  // the compiler knows AMX; whether the processor has it, convmixer_amx says
 #endif
 
 struct Affine {  // of an epilogue: scale * act(x + bias) + shift
@@ -29,7 +29,7 @@ struct Block {
     const uint8_t *tables[2], *zeros, *lifts;
 };
 
-// The layout of these records, and how what they point to is packed, is known to library.py.
+// packing.py declares these records again, and packs what they point to.
 struct Model {
     int32_t dim, depth, kernel_size, patch_size, in_chans, relu, stem_inputs, amx;
     const void *stem;
@@ -96,7 +96,7 @@ inline void store(uint16_t *p, Pair v) {
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded(v.b)));
 #endif
 }
-// 32 channels in their own order, as a matrix product leaves them.
+// 32 channels in their own order, as a matrix multiplication leaves them.
 inline void store_ordered(float *p, __m512 a, __m512 b) { store(p, Pair{a, b}); }
 inline void store_ordered(uint16_t *p, __m512 a, __m512 b) {
 #ifdef __AVX512BF16__

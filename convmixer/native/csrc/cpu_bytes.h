@@ -1,11 +1,11 @@
 // A folded ConvMixer in int8 on AMX, as cpu_tiles.h does it in bfloat16; sums are int32.
 //
-// A block reads and writes x as unsigned bytes, in units of the channel, which are negative where more is taken from x
-// than added to it: a sum is then positive but for a little. What an activation gets is rounded to one of 256 values,
-// evenly spread over what the channel held in calibration, and a table of the channel says what becomes of it:
+// A block reads and writes x as unsigned bytes, in the scale of the channel; int8.py derives scales, zero points, tables
+// and lifts. What an activation gets is rounded to one of 256 values, evenly spread over the channel's range in
+// calibration, and a table of the channel gives the result:
 //
-//   depthwise  x + table[q(depthwise(x))] - lift, with saturation, in the units of x; lift is that little
-//   pointwise  table[q(pointwise)]: activation, BatchNorm, and the next block's units
+//   depthwise  x + table[q(depthwise(x))] - lift, with saturation, in the scale of x
+//   pointwise  table[q(pointwise)]: activation, BatchNorm, and the next block's scale
 //
 // So the activations cost two permutations of bytes for 64 values. A tile holds 64 neighbours, which is two to four rows
 // of the kernel. The patch embedding is computed in bfloat16.
@@ -247,7 +247,7 @@ class Bytes : Planar {
         const long half = dim * 16L;  // bytes of the weights of 16 outputs
         const auto [first, last, from, to] = share(task, threads);
         configure(SIDE, SIDE);
-        const int rate = (16 * 1024 + half - 1) / half;  // of rows for each product, two products for 32 of them
+        const int rate = (16 * 1024 + half - 1) / half;  // rows per step: two multiplications finish 32
         Ready ready{};
         int turn = 0;
         for (int n = from; n < to; n += 32) {

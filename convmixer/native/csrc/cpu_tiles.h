@@ -1,11 +1,12 @@
-// A folded ConvMixer in bfloat16 on AMX: both convolutions of a block are products of tiles, with float32 sums.
+// A folded ConvMixer in bfloat16 on AMX: both convolutions of a block multiply tiles, with float32 sums.
 //
 // Activations are planar, (dim, positions), each row of the image filled up to `columns`, a multiple of 16. A block has
 // two phases, and x is overwritten in the second:
 //
-//   depthwise  For 16 columns of up to 16 rows of one channel, each row of the kernel is a product: (rows, neighbours)
-//              of x times a Toeplitz matrix (neighbours, 16) that holds the row of the kernel once per column. With
-//              activation and residual it goes to a panel of positions, (positions / 16, dim / 2, 16, 2).
+//   depthwise  For 16 columns of up to 16 rows of one channel, each row of the kernel is a matrix multiplication:
+//              (rows, neighbours) of x times a Toeplitz matrix (neighbours, 16) that holds the row of the kernel once
+//              per column. With activation and residual it goes to a panel of positions,
+//              (positions / 16, dim / 2, 16, 2).
 //   pointwise  weights (outputs, inputs) times panel (inputs, positions), activation, scale and shift, into x.
 //
 // The neighbours of 16 columns are copied to rows of one cache line first, since tiles load far slower from elsewhere.
@@ -25,7 +26,7 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-// To come after writing to memory, and before loading tiles: gcc does not know that these read it.
+// Call this after writing to memory and before loading tiles: gcc does not know that these read it.
 inline void settle() { asm volatile("" ::: "memory"); }
 
 // Tiles 0 to 3 are sums, 4 and 5 left operands, 6 and 7 right ones; `inner` groups of four bytes are multiplied.
@@ -68,7 +69,7 @@ constexpr int LARGEST = 15;   // kernel size
 constexpr int RUN = 3 * SIDE; // pairs of values in the run that holds a Toeplitz matrix
 constexpr int AHEAD = 32;     // values before the activations, which masked loads may begin at
 
-// What the engines on tiles share: where activations lie, and how images and their parts go to threads.
+// What the engines on tiles share: the layout of activations, and how threads share images.
 class Planar {
   protected:
     const Model &model;
@@ -105,15 +106,15 @@ class Planar {
     struct Share {  // of a 1x1 convolution: positions in pairs of 16, outputs
         int first, last, begin, end;
     };
-    int products(int threads) const {  // how many such shares
+    int shares(int threads) const {  // how many there are
         const int parts = std::min(threads, positions / 32);
         return parts * ((threads + parts - 1) / parts);
     }
     Share share(int task, int threads) const {
-        const int pairs = positions / 32, parts = std::min(threads, pairs), shares = products(threads) / parts;
+        const int pairs = positions / 32, parts = std::min(threads, pairs), parts_of_outputs = shares(threads) / parts;
         const int i = task % parts, j = task / parts;
-        return {(int)((long)pairs * i / parts), (int)((long)pairs * (i + 1) / parts), dim / 32 * j / shares * 32,
-                dim / 32 * (j + 1) / shares * 32};
+        return {(int)((long)pairs * i / parts), (int)((long)pairs * (i + 1) / parts), dim / 32 * j / parts_of_outputs * 32,
+                dim / 32 * (j + 1) / parts_of_outputs * 32};
     }
 
     // Neighbours -before to 31 - before of a strip that lie in the image.
@@ -149,7 +150,7 @@ class Planar {
         const Model &model = engine.model;
         // Threads share images that do not fit a core's cache, if there is a tile for each of them.
         const bool fits = engine.bytes() <= cache() || engine.bands() * engine.strips < threads;
-        const int alone = fits ? batch / threads * threads : 0;  // images that one thread computes
+        const int unshared = fits ? batch / threads * threads : 0;  // images that one thread computes
         char *shared = nullptr;
         bool failed = false;
 #pragma omp parallel num_threads(threads)
@@ -157,8 +158,8 @@ class Planar {
             thread_local Buffer memory;
             typename Engine::Work work;
             const bool first = omp_get_thread_num() == 0;
-            char *own = alone || first ? memory.take(engine.bytes()) : nullptr;
-            if (own == nullptr && (alone || first)) {
+            char *own = unshared || first ? memory.take(engine.bytes()) : nullptr;
+            if (own == nullptr && (unshared || first)) {
 #pragma omp atomic write
                 failed = true;
             }
@@ -166,7 +167,7 @@ class Planar {
 #pragma omp barrier
             if (!failed) {
 #pragma omp for schedule(dynamic) nowait
-                for (int image = 0; image < alone; image++) {
+                for (int image = 0; image < unshared; image++) {
                     for (int task = 0; task < engine.tasks(1); task++) engine.fill(image, task, 1, engine.panel(own));
                     engine.embed(0, 1, own, work);
                     for (int b = 0; b < model.depth; b++) {
@@ -176,22 +177,22 @@ class Planar {
                     }
                     engine.finish(image, 0, model.dim, own);
                 }
-                if (alone && alone < batch) {
+                if (unshared && unshared < batch) {
 #pragma omp barrier
                 }
-                for (int image = alone; image < batch; image++) {  // the rest all threads compute together
+                for (int image = unshared; image < batch; image++) {  // all threads share what is left over
 #pragma omp for schedule(static)
                     for (int task = 0; task < engine.tasks(threads); task++)
                         engine.fill(image, task, threads, engine.panel(shared));
 #pragma omp for schedule(static)
-                    for (int task = 0; task < engine.products(threads); task++)
+                    for (int task = 0; task < engine.shares(threads); task++)
                         engine.embed(task, threads, shared, work);
                     for (int b = 0; b < model.depth; b++) {
 #pragma omp for schedule(static)
                         for (int task = 0; task < engine.tasks(threads); task++)
                             engine.depthwise(model.blocks[b], task, threads, shared, work);
 #pragma omp for schedule(static)
-                        for (int task = 0; task < engine.products(threads); task++)
+                        for (int task = 0; task < engine.shares(threads); task++)
                             engine.pointwise(model.blocks[b], task, threads, shared, work);
                     }
 #pragma omp for schedule(static)
@@ -204,7 +205,7 @@ class Planar {
     }
 };
 
-// Four products of 16 x 16 x 32 (bfloat16) each: of 32 outputs' weights and 32 positions.
+// Multiply the weights of 32 outputs with 32 positions, four tiles of 16 x 16 x 32 (bfloat16) at a time.
 inline void multiply_bfloat16(const char *a, long half, const char *b, long next, float *sums) {
     settle();
     clear();
@@ -360,20 +361,21 @@ class Tiles : Planar {
     // ---- pointwise --------------------------------------------------------------------------------------------------
 
     void embed(int task, int threads, char *memory, Work &work) const {
-        product(model.stem, model.stem_inputs, model.stem_end, task, threads, memory, work);
+        multiply_panel(model.stem, model.stem_inputs, model.stem_end, task, threads, memory, work);
     }
     void pointwise(const Block &block, int task, int threads, char *memory, Work &work) const {
-        product(block.pointwise, dim, block.end, task, threads, memory, work);
+        multiply_panel(block.pointwise, dim, block.end, task, threads, memory, work);
     }
 
-    void product(const void *packed, int inputs, const Affine &end, int task, int threads, char *memory, Work &work) const {
+    void multiply_panel(const void *packed, int inputs, const Affine &end, int task, int threads, char *memory,
+                        Work &work) const {
         const char *weights = static_cast<const char *>(packed);
         const long half = inputs * 32L;  // bytes of the weights of 16 outputs
         const auto [first, last, from, to] = share(task, threads);
         configure(SIDE, SIDE);
         // As many positions at a time as leave room for the weights in the cache.
-        const int pieces = (last - first) * 2 * bundle(2 * inputs) / (cache() / 2) + 1;
-        const int step = (last - first + pieces - 1) / pieces;
+        const int chunks = (last - first) * 2 * bundle(2 * inputs) / (cache() / 2) + 1;
+        const int step = (last - first + chunks - 1) / chunks;
         const int rate = (32 * 1024 + half - 1) / half;
         Ready ready{};
         int turn = 0;
@@ -408,7 +410,7 @@ class Tiles : Planar {
             for (int row = 0; row < 32; row++) ready.finish(row, end, plane);
     }
 
-    // Sums of 32 outputs at 32 positions: rows of them are finished between the products of the next ones.
+    // Sums of 32 outputs at 32 positions: their rows are finished between the multiplications of the next ones.
     struct Ready {
         uint16_t *to;
         const float *sums;
@@ -428,7 +430,7 @@ class Tiles : Planar {
             const uint16_t *x = activations(memory) + c * plane;
             __m512 total = _mm512_setzero_ps();
             for (int y = 0; y < height; y++) {
-                __m512 sum = _mm512_setzero_ps();  // of a row: sums of sums are exacter
+                __m512 sum = _mm512_setzero_ps();  // of a row: sums of sums are more exact
                 for (int left = 0; left < width; left += SIDE) {
                     const __mmask16 here = width - left < SIDE ? (1u << (width - left)) - 1 : 0xffff;
                     const __m512 v = _mm512_maskz_mov_ps(here, widened(x + (long)y * columns + left));

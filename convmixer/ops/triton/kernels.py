@@ -1,7 +1,11 @@
 """The Triton kernels that `launch.py` launches; that module says what they compute and how.
 
-Tuples of blocks are registers of a thread, indexed by loops that the compiler unrolls. An argument may be None, and
-what needs it is then compiled away. Pointers are named after what they point to.
+Tuples of blocks are registers of a thread, indexed by loops that the compiler unrolls. A pointer, `*_ptr`, may be None,
+and what needs it is then compiled away. In formulas each name stands for the tensor that its pointer points to.
+
+Shapes: B images of H x W positions with C channels, channels last, so that position (b, h, w) is row
+(b*H + h)*W + w of M = B*H*W rows. Names in capitals are constants of the compiled kernel; ROWS, COLUMNS, CHANNELS,
+OUTPUTS and INPUTS are sides of a tile.
 """
 
 import triton
@@ -10,7 +14,11 @@ import triton.language as tl
 
 @triton.jit
 def _tail(u):
-    """|u|, exp(-u²/2) and the tail of the normal distribution above |u|."""
+    """Return |u|, exp(-u²/2) and Q(|u|), the tail of the normal distribution above |u|; all of the shape of u.
+
+    Q(|u|) = exp(-u²/2) * t * (b1 + t*(b2 + ... + t*b5)) / sqrt(2*pi) with t = 1 / (1 + 0.2316419*|u|), by Abramowitz &
+    Stegun 26.2.17: within 7.5e-8.
+    """
     size = tl.abs(u)
     root = 1.0 + 0.2316419 * size
     t = tl.rsqrt(root * root)  # 1/root: cheaper than a division
@@ -21,7 +29,10 @@ def _tail(u):
 
 @triton.jit
 def _normal(u):
-    """The normal distribution up to u, within 1.4e-4, by a polynomial: special functions would take twice the time."""
+    """Return the normal distribution up to u, within 1.4e-4, in the shape of u.
+
+    P(u) = 1/2 + v*p(v²), a polynomial in v = u cut to [-4.2, 4.2]: special functions would take twice the time.
+    """
     v = tl.minimum(tl.maximum(u, -4.2), 4.2)
     s = v * v
     low = 3.98465900e-01 + s * (-6.55282412e-02 + s * (9.29824852e-03 + s * -9.50661885e-04))
@@ -31,7 +42,10 @@ def _normal(u):
 
 @triton.jit
 def _activate(u, ACT: tl.constexpr, EXACT: tl.constexpr):
-    """The activation: to the resolution of float32, or of 16 bits unless EXACT."""
+    """Return act(u) in the shape of u, float32: with EXACT to the resolution of float32, else to that of 16 bits.
+
+    gelu: u*P(u), computed as max(u, 0) - |u|*Q(|u|) with EXACT. relu: max(u, 0). identity: u.
+    """
     if ACT == "gelu":
         if EXACT:
             size, _, tail = _tail(u)
@@ -46,7 +60,10 @@ def _activate(u, ACT: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _activate_grad(u, ACT: tl.constexpr, EXACT: tl.constexpr):
-    """The activation and its derivative."""
+    """Return act(u) and act'(u), each in the shape of u, float32.
+
+    gelu: act'(u) = P(u) + u*exp(-u²/2)/sqrt(2*pi). relu: 1 where u > 0, else 0. identity: 1.
+    """
     if ACT == "gelu":
         if EXACT:
             size, e, tail = _tail(u)
@@ -61,51 +78,71 @@ def _activate_grad(u, ACT: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _finish(value, offset, ok, channel, fits, bias, center, scale, shift, residual, y, ACT: tl.constexpr):
-    """Bias, activation and what follows of one tile of outputs; stores it, and returns what it adds to the sums."""
-    exact: tl.constexpr = y.dtype.element_ty.primitive_bitwidth == 32
-    if bias is not None:
-        value += tl.load(bias + channel, mask=fits, other=0.0)
-    if center is not None:
-        c = value.to(y.dtype.element_ty)
-        tl.store(y + offset, c, mask=ok)
-        a = _activate(c.to(tl.float32), ACT, exact) - tl.load(center + channel, mask=fits, other=0.0)
+def _finish(
+    value, offset, ok, channel, fits, bias_ptr, center_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr,
+    ACT: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of outputs after bias and activation; return what it adds to the sums, in the tile's shape.
+
+        with center     y = value + bias                                          returns act(y) - center, 0 outside
+        without         y = scale*act(value + bias) + shift + residual            returns y
+
+    value, ok and offset, of the element in y: (positions, channels) of the tile. channel and fits: (1, channels).
+    Vectors (C,); y and residual are whole tensors.
+    """
+    exact: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 32
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + channel, mask=fits, other=0.0)
+    if center_ptr is not None:
+        c = value.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offset, c, mask=ok)
+        a = _activate(c.to(tl.float32), ACT, exact) - tl.load(center_ptr + channel, mask=fits, other=0.0)
         return tl.where(ok, a, 0.0)
     else:
         a = _activate(value, ACT, exact)
-        if scale is not None:
-            a *= tl.load(scale + channel, mask=fits, other=0.0)
-        if shift is not None:
-            a += tl.load(shift + channel, mask=fits, other=0.0)
-        if residual is not None:
-            a += tl.load(residual + offset, mask=ok, other=0.0).to(tl.float32)
-        tl.store(y + offset, a.to(y.dtype.element_ty), mask=ok)
+        if scale_ptr is not None:
+            a *= tl.load(scale_ptr + channel, mask=fits, other=0.0)
+        if shift_ptr is not None:
+            a += tl.load(shift_ptr + channel, mask=fits, other=0.0)
+        if residual_ptr is not None:
+            a += tl.load(residual_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offset, a.to(y_ptr.dtype.element_ty), mask=ok)
         return a
 
 
 @triton.jit
-def _taps(weight, i, channel, fits, C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr):
-    """Row i of the depthwise kernels, or of their mirror images: K blocks (1, CHANNELS)."""
+def _taps(weight_ptr, i, channel, fits, C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr):
+    """Load row i of the depthwise kernels: K blocks (1, CHANNELS), the weight[i, j] of each channel.
+
+    weight (K, K, C). FLIP: weight[K-1-i, K-1-j], the mirror image, with which a convolution's gradient is one.
+    """
     taps = ()
     for j in tl.static_range(K):
         at = (K - 1 - i) * K + (K - 1 - j) if FLIP else i * K + j
-        taps = taps + (tl.load(weight + (at * C + channel), mask=fits, other=0.0).to(tl.float32),)
+        taps = taps + (tl.load(weight_ptr + (at * C + channel), mask=fits, other=0.0).to(tl.float32),)
     return taps
 
 
 @triton.jit
 def _add_row(
-    x, row_ok, w, W, taps, acc,
+    x_ptr, row_ok, w, W, taps, acc,
     C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr, COLUMNS: tl.constexpr, FULL: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Add one row of inputs to the rows FIRST to LAST of outputs; `taps` holds K for each, `acc` COLUMNS."""
+    """Add a row of inputs to the rows FIRST to LAST of outputs, and return these.
+
+        acc[t, w] += sum over j of taps[t, j] x[w + j - BEFORE]
+
+    x points to the leftmost input of each group; w, (groups, 1), is the column of its first output. acc is a tuple of
+    COLUMNS blocks (groups, CHANNELS) for each row of outputs, taps one of K blocks (1, CHANNELS) for each. FULL: no
+    tile reaches over the right border.
+    """
     for s in tl.static_range(COLUMNS + K - 1):
         if FULL and s >= BEFORE and s < BEFORE + COLUMNS:
             ok = row_ok
         else:
             ok = row_ok & (w + (s - BEFORE) >= 0) & (w + (s - BEFORE) < W)
-        value = tl.load(x + s * C, mask=ok, other=0.0).to(tl.float32)
+        value = tl.load(x_ptr + s * C, mask=ok, other=0.0).to(tl.float32)
         updated = ()
         for t in tl.static_range(len(acc)):
             if t // COLUMNS >= FIRST and t // COLUMNS <= LAST and s - t % COLUMNS >= 0 and s - t % COLUMNS < K:
@@ -118,16 +155,22 @@ def _add_row(
 
 @triton.jit
 def depthwise(
-    x, weight, bias, center, scale, shift, residual, y, sums, H, W, tiles_h, tiles_w, tiles,
+    x_ptr, weight_ptr, bias_ptr, center_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr, sums_ptr,
+    H, W, tiles_h, tiles_w, tiles,
     C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr, FLIP: tl.constexpr, ACT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, CHANNELS: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """y[h, w] = sum of weight[i, j] x[h + i - BEFORE, w + j - BEFORE] per channel, and what `_finish` does to it.
+    """Depthwise convolution: y[h, w] = sum over i, j of weight[i, j] x[h + i - BEFORE, w + j - BEFORE] per channel.
 
-    x, y, residual (B, H, W, C); weight (K, K, C); sums (2, programs, C). A thread holds ROWS x COLUMNS outputs. It
-    loads each input once, and adds it to up to ROWS x K of them. A program computes every tile in its turn. FULL: no
-    tile reaches over the right border.
+    `_finish` adds bias and activation. With center, sums[0] and sums[1] are the sums of act(y) - center and of its
+    square over the positions of each program.
+
+    x, y, residual (B, H, W, C); weight (K, K, C); bias, center, scale, shift (C,); sums (2, programs, C).
+
+    A thread holds ROWS x COLUMNS outputs. It loads each input once and adds it to up to ROWS x K of them. A program
+    computes DOWN x ACROSS such groups of CHANNELS channels, tile after tile. FULL: no tile reaches over the right
+    border.
     """
     group = tl.arange(0, DOWN * ACROSS)[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -139,20 +182,20 @@ def depthwise(
         image = (tile // tiles_w // tiles_h).to(tl.int64) * H * W
         h = (tile // tiles_w % tiles_h * DOWN + group // ACROSS) * ROWS
         w = (tile % tiles_w * ACROSS + group % ACROSS) * COLUMNS
-        corner = x + (w - BEFORE) * C + channel
+        corner = x_ptr + (w - BEFORE) * C + channel
         acc = ()
         for t in tl.static_range(ROWS * COLUMNS):
             acc = acc + (tl.zeros((DOWN * ACROSS, CHANNELS), tl.float32),)
         taps = ()
         # Output row r meets input row s of the tile at kernel row s - r.
         for s in tl.static_range(ROWS - 1):
-            taps = _taps(weight, s, channel, fits, C, K, FLIP) + taps
+            taps = _taps(weight_ptr, s, channel, fits, C, K, FLIP) + taps
             row = h + (s - BEFORE)
             here = corner + (image + row.to(tl.int64) * W) * C
             row_ok = fits & (row >= 0) & (row < H)
             acc = _add_row(here, row_ok, w, W, taps, acc, C, K, BEFORE, COLUMNS, FULL, 0, s)
         for s in range(ROWS - 1, K):
-            current = _taps(weight, s, channel, fits, C, K, FLIP) + taps
+            current = _taps(weight_ptr, s, channel, fits, C, K, FLIP) + taps
             row = h + (s - BEFORE)
             here = corner + (image + row.to(tl.int64) * W) * C
             row_ok = fits & (row >= 0) & (row < H)
@@ -172,27 +215,34 @@ def depthwise(
             ok = fits & (row < H)
             if not FULL:
                 ok = ok & (w + t % COLUMNS < W)
-            a = _finish(acc[t], offset, ok, channel, fits, bias, center, scale, shift, residual, y, ACT)
-            if center is not None:
+            a = _finish(
+                acc[t], offset, ok, channel, fits, bias_ptr, center_ptr, scale_ptr, shift_ptr, residual_ptr, y_ptr, ACT
+            )  # fmt: skip
+            if center_ptr is not None:
                 first += a
                 second += a * a
-    if center is not None:
+    if center_ptr is not None:
         out = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        partial = sums + tl.program_id(0).to(tl.int64) * C + out
+        partial = sums_ptr + tl.program_id(0).to(tl.int64) * C + out
         tl.store(partial, tl.sum(first, 0), mask=out < C)
         tl.store(partial + tl.num_programs(0).to(tl.int64) * C, tl.sum(second, 0), mask=out < C)
 
 
 @triton.jit
 def depthwise_weight_gradient(
-    x, grad, sums, H, W, tiles_h, tiles_w, tiles,
+    x_ptr, grad_ptr, sums_ptr, H, W, tiles_h, tiles_w, tiles,
     C: tl.constexpr, K: tl.constexpr, BEFORE: tl.constexpr,
     KERNEL_ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """sums[i, j] = sum of grad[h, w] x[h + i - BEFORE, w + j - BEFORE] per channel; after them the sum of grad.
+    """Gradients of a depthwise convolution with respect to weight and bias, as sums over the tiles of each program.
 
-    x, grad (B, H, W, C); sums (programs, K*K + 1, C). A thread holds COLUMNS gradients and the sums of KERNEL_ROWS rows
-    of the kernel. FULL: no tile reaches over the right border.
+        sums[i*K + j] = sum over h, w of grad[h, w] x[h + i - BEFORE, w + j - BEFORE] per channel
+        sums[K*K]     = sum over h, w of grad[h, w]
+
+    x, grad (B, H, W, C); sums (programs, K*K + 1, C).
+
+    A thread holds COLUMNS gradients and the sums of KERNEL_ROWS rows of the kernel. FULL: no tile reaches over the
+    right border.
     """
     group = tl.arange(0, GROUPS)[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -207,7 +257,7 @@ def depthwise_weight_gradient(
         w = tile % tiles_w * COLUMNS + group * 0  # one for each group, as h
         h = tile // tiles_w % tiles_h * GROUPS + group
         image = (tile // tiles_w // tiles_h).to(tl.int64) * H * W
-        start = grad + (image + h.to(tl.int64) * W + w) * C + channel
+        start = grad_ptr + (image + h.to(tl.int64) * W + w) * C + channel
         grads = ()
         for t in tl.static_range(COLUMNS):
             ok = fits & (h < H)
@@ -218,7 +268,7 @@ def depthwise_weight_gradient(
             total += value
         for i in tl.static_range(KERNEL_ROWS):
             row = h + (first_row + i - BEFORE)
-            start = x + (image + row.to(tl.int64) * W + (w - BEFORE)) * C + channel
+            start = x_ptr + (image + row.to(tl.int64) * W + (w - BEFORE)) * C + channel
             row_ok = fits & (row >= 0) & (row < H)
             for s in tl.static_range(COLUMNS + K - 1):
                 ok = row_ok
@@ -233,7 +283,7 @@ def depthwise_weight_gradient(
                         updated = updated + (acc[t],)
                 acc = updated
     out = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    partial = sums + tl.program_id(0).to(tl.int64) * (K * K + 1) * C + out
+    partial = sums_ptr + tl.program_id(0).to(tl.int64) * (K * K + 1) * C + out
     for t in tl.static_range(KERNEL_ROWS * K):
         at = first_row * K + t
         tl.store(partial + at * C, tl.sum(acc[t], 0), mask=(out < C) & (at + out * 0 < K * K))
@@ -242,16 +292,22 @@ def depthwise_weight_gradient(
 
 @triton.jit
 def pointwise(
-    c, scale1, shift1, x, weight, bias, center, scale, shift, u, sums, M,
+    c_ptr, scale1_ptr, shift1_ptr, x_ptr, weight_ptr, bias_ptr, center_ptr, scale_ptr, shift_ptr, u_ptr, sums_ptr, M,
     C: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """u = weight z + bias and what follows of it, where z is c, or scale1*act(c) + shift1 + x.
+    """1x1 convolution, a matrix multiplication: u[m] = weight z[m], where z = c, or scale1*act(c) + shift1 + x.
 
-    c, x (M, C); weight (OUT, C); u (M, OUT); sums (2, tiles of ROWS positions, OUT).
+    `_finish` adds bias and activation. With center, sums[0] and sums[1] are the sums of act(u) - center and of its
+    square over the positions of each tile.
+
+    c, x (M, C); scale1, shift1 (C,); weight (OUT, C); u (M, OUT); bias, center, scale, shift (OUT,); sums (2, tiles,
+    OUT).
+
+    A program computes a tile of ROWS positions x OUTPUTS outputs, in steps of INPUTS channels.
     """
     # Programs of the same positions come one after the other: the positions are then read from the L2 cache.
-    exact: tl.constexpr = u.dtype.element_ty.primitive_bitwidth == 32
+    exact: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 32
     across: tl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
     tile = tl.program_id(0) // across
     m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -265,30 +321,34 @@ def pointwise(
             inside = inside & (k < C)[None, :]
             used = used & (k < C)[:, None]
         offset = m[:, None] * C + k[None, :]
-        z = tl.load(c + offset, mask=inside, other=0.0)
-        if x is not None:
-            gain = tl.load(scale1 + k, mask=k < C, other=0.0)[None, :]
-            a = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
-            a += tl.load(shift1 + k, mask=k < C, other=0.0)[None, :]
-            z = tl.fma(gain, _activate(z.to(tl.float32), ACT, exact), a).to(c.dtype.element_ty)
-        taps = tl.load(weight + n[None, :] * C + k[:, None], mask=used, other=0.0)
+        z = tl.load(c_ptr + offset, mask=inside, other=0.0)
+        if x_ptr is not None:
+            gain = tl.load(scale1_ptr + k, mask=k < C, other=0.0)[None, :]
+            a = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+            a += tl.load(shift1_ptr + k, mask=k < C, other=0.0)[None, :]
+            z = tl.fma(gain, _activate(z.to(tl.float32), ACT, exact), a).to(c_ptr.dtype.element_ty)
+        taps = tl.load(weight_ptr + n[None, :] * C + k[:, None], mask=used, other=0.0)
         acc = tl.dot(z, taps, acc, input_precision="tf32x3")
     outputs, fits = n[None, :], (n < OUT)[None, :]
     offset = m[:, None] * OUT + outputs
-    a = _finish(acc, offset, (m < M)[:, None] & fits, outputs, fits, bias, center, scale, shift, None, u, ACT)
-    if center is not None:
-        partial = sums + tile.to(tl.int64) * OUT + n
+    ok = (m < M)[:, None] & fits
+    a = _finish(acc, offset, ok, outputs, fits, bias_ptr, center_ptr, scale_ptr, shift_ptr, None, u_ptr, ACT)
+    if center_ptr is not None:
+        partial = sums_ptr + tile.to(tl.int64) * OUT + n
         tl.store(partial, tl.sum(a, 0), mask=n < OUT)
         tl.store(partial + (tl.num_programs(0) // across).to(tl.int64) * OUT, tl.sum(a * a, 0), mask=n < OUT)
 
 
 @triton.jit
 def normalize(
-    u, bias, scale, shift, x, scale_x, shift_x, out, M,
+    u_ptr, bias_ptr, scale_ptr, shift_ptr, x_ptr, scale_x_ptr, shift_x_ptr, out_ptr, M,
     C: tl.constexpr, ACT: tl.constexpr, ACT_X: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """out = scale*act(u + bias) + shift, and to it x, or scale_x*act_x(x) + shift_x; tensors (M, C), vectors (C,)."""
-    exact: tl.constexpr = u.dtype.element_ty.primitive_bitwidth == 32
+    """Activation and BatchNorm: out = scale*act(u + bias) + shift, plus x, or plus scale_x*act_x(x) + shift_x.
+
+    u, x, out (M, C); bias, scale, shift, scale_x, shift_x (C,). A program computes a tile of ROWS x CHANNELS.
+    """
+    exact: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 32
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     n = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     fits = n < C
@@ -296,47 +356,48 @@ def normalize(
     if C % CHANNELS:
         ok = ok & fits[None, :]
     offset = m * C + n[None, :]
-    value = tl.load(u + offset, mask=ok, other=0.0).to(tl.float32)
-    if bias is not None:
-        value += tl.load(bias + n, mask=fits, other=0.0)[None, :]
+    value = tl.load(u_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + n, mask=fits, other=0.0)[None, :]
     a = _activate(value, ACT, exact)
-    if scale is not None:
-        a *= tl.load(scale + n, mask=fits, other=0.0)[None, :]
-    if shift is not None:
-        a += tl.load(shift + n, mask=fits, other=0.0)[None, :]
-    if x is not None:
-        other = tl.load(x + offset, mask=ok, other=0.0).to(tl.float32)
-        if scale_x is not None:
-            a += tl.load(shift_x + n, mask=fits, other=0.0)[None, :]
-            a = tl.fma(_activate(other, ACT_X, exact), tl.load(scale_x + n, mask=fits, other=0.0)[None, :], a)
+    if scale_ptr is not None:
+        a *= tl.load(scale_ptr + n, mask=fits, other=0.0)[None, :]
+    if shift_ptr is not None:
+        a += tl.load(shift_ptr + n, mask=fits, other=0.0)[None, :]
+    if x_ptr is not None:
+        other = tl.load(x_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+        if scale_x_ptr is not None:
+            a += tl.load(shift_x_ptr + n, mask=fits, other=0.0)[None, :]
+            a = tl.fma(_activate(other, ACT_X, exact), tl.load(scale_x_ptr + n, mask=fits, other=0.0)[None, :], a)
         else:
             a += other
-    tl.store(out + offset, a.to(out.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + offset, a.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def sums_of_tiles(
-    u, grad, scale, center, grad_s, grad_q, out, sums, M, tiles,
+    u_ptr, grad_ptr, scale_ptr, center_ptr, grad_s_ptr, grad_q_ptr, out_ptr, sums_ptr, M, tiles,
     C: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Three functions of act(u) that end in sums per channel; which one follows from what is given.
+    """One of three functions of act(u) that end in sums per channel; what is given says which one.
 
         grad, scale     out = grad*scale*act'(u)                                        sums of grad*act(u) and grad
         grad, center    out = grad + act'(u)*(grad_s + 2*(act(u) - center)*grad_q)      sums of out
         center          no output                                     sums of act(u) - center and of its square
 
-    Tensors (M, C), vectors (C,), sums (2, programs, C). A program adds up every tile of ROWS positions in its turn.
+    u, grad, out (M, C); scale, center, grad_s, grad_q (C,); sums (2, programs, C), for one sum (1, programs, C).
+    A program adds up tiles of ROWS positions x CHANNELS channels, one after the other.
     """
-    exact: tl.constexpr = u.dtype.element_ty.primitive_bitwidth == 32
+    exact: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 32
     n = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     fits = n < C
-    if scale is not None:
-        gain = tl.load(scale + n, mask=fits, other=0.0)[None, :]
+    if scale_ptr is not None:
+        gain = tl.load(scale_ptr + n, mask=fits, other=0.0)[None, :]
     else:
-        mean = tl.load(center + n, mask=fits, other=0.0)[None, :]
-        if grad is not None:
-            push = tl.load(grad_s + n, mask=fits, other=0.0)[None, :]
-            twice = 2.0 * tl.load(grad_q + n, mask=fits, other=0.0)[None, :]
+        mean = tl.load(center_ptr + n, mask=fits, other=0.0)[None, :]
+        if grad_ptr is not None:
+            push = tl.load(grad_s_ptr + n, mask=fits, other=0.0)[None, :]
+            twice = 2.0 * tl.load(grad_q_ptr + n, mask=fits, other=0.0)[None, :]
     first = tl.zeros((ROWS, CHANNELS), tl.float32)
     second = first
     for turn in range(tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))):
@@ -345,23 +406,23 @@ def sums_of_tiles(
         if C % CHANNELS:
             ok = ok & fits[None, :]
         offset = m * C + n[None, :]
-        value = tl.load(u + offset, mask=ok, other=0.0).to(tl.float32)
-        if grad is not None:
-            above = tl.load(grad + offset, mask=ok, other=0.0).to(tl.float32)
+        value = tl.load(u_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+        if grad_ptr is not None:
+            above = tl.load(grad_ptr + offset, mask=ok, other=0.0).to(tl.float32)
             a, slope = _activate_grad(value, ACT, exact)
-            if scale is not None:
-                tl.store(out + offset, (above * gain * slope).to(out.dtype.element_ty), mask=ok)
+            if scale_ptr is not None:
+                tl.store(out_ptr + offset, (above * gain * slope).to(out_ptr.dtype.element_ty), mask=ok)
                 first += above * a
                 second += above
             else:
-                result = tl.fma(slope, tl.fma(a - mean, twice, push), above).to(out.dtype.element_ty)
-                tl.store(out + offset, result, mask=ok)
+                result = tl.fma(slope, tl.fma(a - mean, twice, push), above).to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + offset, result, mask=ok)
                 first += tl.where(ok, result.to(tl.float32), 0.0)
         else:
             a = tl.where(ok, _activate(value, ACT, exact) - mean, 0.0)
             first += a
             second += a * a
-    partial = sums + tl.program_id(0).to(tl.int64) * C + n
+    partial = sums_ptr + tl.program_id(0).to(tl.int64) * C + n
     tl.store(partial, tl.sum(first, 0), mask=fits)
-    if scale is not None or grad is None:
+    if scale_ptr is not None or grad_ptr is None:
         tl.store(partial + tl.num_programs(0).to(tl.int64) * C, tl.sum(second, 0), mask=fits)

@@ -31,12 +31,11 @@ try:
 except ImportError as error:
     raise DependencyError("the fused kernels need triton, which is missing: pip install triton") from error
 
-from convmixer.ops.dispatch import DTYPES, KERNEL_SIZES
+from convmixer.ops.limits import ACTIVATIONS, DTYPES, KERNEL_SIZES
 from convmixer.ops.triton import kernels
 from convmixer.ops.triton.tables import Direct, Elementwise, Gradient, Library, Product, Sums, pointwise_key, row
 
 INTERPRETED = not isinstance(kernels.normalize, triton.JITFunction)  # TRITON_INTERPRET=1 at the first import
-ACTIVATIONS = ("gelu", "relu", "identity")
 PROGRAMS = 2048  # of a weight gradient, about
 WARPS = 8192  # of a convolution with sums, at least: several times what a GPU computes at once
 
@@ -52,8 +51,8 @@ def _require(first: Tensor, act: str | None = None, **others: Tensor | None) -> 
         )
     if first.dim() != 4:
         raise ArgumentError(f"a tensor of shape {tuple(first.shape)}: (B, C, H, W) is needed")
-    if act is not None and act not in ACTIVATIONS:
-        raise ArgumentError(f"act={act!r}: the Triton kernels know {', '.join(ACTIVATIONS)}")
+    if act is not None and act not in ACTIVATIONS.values():
+        raise ArgumentError(f"act={act!r}: the Triton kernels know {', '.join(ACTIVATIONS.values())}")
     if first.dtype not in DTYPES:
         raise ArgumentError(f"input of {first.dtype}: the Triton kernels compute in bfloat16, float16 or float32")
     for name, tensor in others.items():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from convmixer.errors import ArgumentError
-from convmixer.ops.dispatch import KERNEL_SIZES
+from convmixer.ops.limits import KERNEL_SIZES
 
 
 class Direct(NamedTuple):
@@ -93,7 +93,7 @@ WEIGHT_GRADIENT: Table = {
 }
 # By `pointwise_key`.
 POINTWISE: Table = {
-    # 12.0 has the shared memory of 8.6, and 10.0 another product with an accumulator of its own.
+    # 12.0 has the shared memory of 8.6, and 10.0 another matrix multiplication, with an accumulator of its own.
     **{(capability, z, 2): Product(128, 128, 32, 8, 3, z > 1) for capability in (80, 120) for z in range(4)},
     **{(capability, z, 4): Product(64, 64, 32, 4, 2, z > 1) for capability in (80, 120) for z in range(4)},
     (90, 0, 2): Product(128, 128, 64, 8, 3),

@@ -4,8 +4,8 @@
     python -m convmixer.ops.triton.tune 64x1536x32x32k9 --dtype float16
 
 Processes compile candidates first, the promising ones before others, until their time is up. Then one process measures
-what was compiled, alone on the GPU, several calls to a CUDA graph. The fastest rows go to `tables.tuned_file`, where
-the kernels of this user look first.
+what was compiled, with nothing else on the GPU, several calls to a CUDA graph. The fastest rows go to
+`tables.tuned_file`, where the kernels of this user look first.
 """
 
 from __future__ import annotations

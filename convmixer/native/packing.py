@@ -1,0 +1,225 @@
+"""A folded model in the records and the order of weights that the kernels in `csrc/` read, and the call to them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from convmixer.errors import DependencyError
+from convmixer.native.library import library
+
+if TYPE_CHECKING:
+    from convmixer.runtime.folding import FoldedConvMixer
+
+PANEL = 64  # output channels that are packed together; PANEL in cpu.cpp
+LARGEST = 15  # kernel size on tiles; LARGEST in cpu_tiles.h
+LARGEST_BYTES = 13  # kernel size in int8; LARGEST_BYTES in cpu_bytes.h
+
+
+def refusal(model: Any, dtype: torch.dtype) -> str | None:
+    """Say why the kernels do not take a `ConvMixer` in a type; None if they do."""
+    act, kernel_size = model.stem[1], model.blocks[0][0].fn[0].kernel_size[0]
+    if model.dim % PANEL:
+        return f"native takes models whose dim is a multiple of {PANEL}, this one has {model.dim}"
+    if type(act) not in (nn.GELU, nn.ReLU) or getattr(act, "approximate", "none") != "none":
+        return f"native takes the activations gelu and relu, this model has {act}"
+    if dtype == torch.int8 and kernel_size > LARGEST_BYTES:
+        return f"native takes kernels of at most {LARGEST_BYTES} in int8, this model has {kernel_size}"
+    return None
+
+
+# ---- records, as cpu.h declares them --------------------------------------------------------------------------------
+
+
+class AffineRecord(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("bias", "scale", "shift")]
+
+
+class BlockRecord(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("kernel", "bias", "gain", "pointwise")),
+        ("end", AffineRecord),
+        ("tables", ctypes.c_void_p * 2),
+        ("zeros", ctypes.c_void_p),
+        ("lifts", ctypes.c_void_p),
+    ]
+
+
+_NUMBERS = ("dim", "depth", "kernel_size", "patch_size", "in_chans", "relu", "stem_inputs", "amx")
+
+
+class ModelRecord(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in _NUMBERS),
+        ("stem", ctypes.c_void_p),
+        ("stem_end", AffineRecord),
+        ("blocks", ctypes.POINTER(BlockRecord)),
+        ("last", ctypes.c_void_p),
+    ]
+
+
+_RECORDS = (AffineRecord, BlockRecord, ModelRecord)
+
+
+def check_records(kernels: Any) -> None:
+    """Raise a RuntimeError where a record here has not the size that it has in C++."""
+    expected = list((ctypes.c_int32 * len(_RECORDS)).in_dll(kernels, "convmixer_record_sizes"))
+    found = [ctypes.sizeof(record) for record in _RECORDS]
+    if found != expected:
+        names = ", ".join(record.__name__ for record in _RECORDS)
+        raise RuntimeError(f"{names} in packing.py have {found} bytes, in cpu.h {expected}: declare the same fields")
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+class Native:
+    """A folded model in the native kernels. Each thread takes one image; all threads share the images left over.
+
+    Args:
+        folded: In float32 on the CPU.
+        dtype: Type of activations and weights, float32 or bfloat16. Sums are float32.
+        threads: Number of threads.
+    """
+
+    def __init__(self, folded: FoldedConvMixer, dtype: torch.dtype, threads: int) -> None:
+        self.folded, self.dtype, self.threads = folded, dtype, threads
+        kernels = library()
+        check_records(kernels)
+        if dtype == torch.int8 and not (hasattr(kernels, "convmixer_int8") and kernels.convmixer_amx()):
+            raise DependencyError(
+                "native computes int8 on AMX, which this compiler does not know or this system does not permit: "
+                "choose openvino, or name another compiler in CXX"
+            )
+        self._forward = getattr(kernels, f"convmixer_{str(dtype).removeprefix('torch.')}")
+        block: Any = folded.blocks[0]
+        kernel_size: int = block.depthwise.kernel_size[0]
+        self._amx = bool(kernels.convmixer_amx()) and (dtype == torch.float32 or kernel_size <= LARGEST)
+        self._packed_tensors: list[Tensor] = []  # which the record points to
+        self._record = self._pack(folded, kernel_size)
+
+    def after_fork(self) -> None:
+        """Go on in one thread: OpenMP would wait for threads that are gone."""
+        self.threads = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pack again in copies and pickles: a record holds addresses."""
+        return type(self), (self.folded, self.dtype, self.threads)
+
+    @property
+    def planar(self) -> bool:
+        """Whether activations are planar, computed by tiles; otherwise they are channels-last."""
+        return self._amx and self.dtype != torch.float32
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        x = x.detach().float().contiguous()
+        batch, _, height, width = x.shape
+        pooled = self.folded.global_pool.pool_type in ("avg", "fastavg")
+        patch = self.folded.patch_size
+        sides: Sequence[int] = () if pooled else (height // patch, width // patch)
+        dim = self._record.dim
+        out = torch.empty(batch, dim, *sides) if self.planar else torch.empty(batch, *sides, dim)
+        images, result = x.data_ptr(), out.data_ptr()
+        if not self._forward(ctypes.byref(self._record), images, batch, height, width, result, pooled, self.threads):
+            raise MemoryError(f"too little memory for images of {height} x {width}")
+        out = self._dequantize(out)
+        features = out[:, :, None, None] if pooled else out if self.planar else out.permute(0, 3, 1, 2)
+        with torch.no_grad():
+            return [self.folded.forward_head(self.folded.norms[-1](features))]
+
+    def _dequantize(self, out: Tensor) -> Tensor:
+        return out
+
+    # ---- packing ----------------------------------------------------------------------------------------------------
+
+    def _pack(self, folded: FoldedConvMixer, kernel_size: int) -> ModelRecord:
+        stem: Any = folded.stem[0]
+        blocks: list[Any] = list(folded.blocks)
+        dim, inputs = stem.out_channels, stem.weight[0].numel()
+        padded = -(-inputs // 32) * 32
+        weight = nn.functional.pad(stem.weight.reshape(dim, inputs).contiguous(), (0, padded - inputs))
+        norms = [*(block.norm for block in blocks), None]
+        records = (BlockRecord * len(blocks))()
+        for i, (record, block) in enumerate(zip(records, blocks, strict=True)):
+            self._fill(record, block, norms[i + 1], i)
+        return ModelRecord(
+            dim=dim,
+            depth=len(blocks),
+            kernel_size=kernel_size,
+            patch_size=folded.patch_size,
+            in_chans=folded.in_chans,
+            relu=isinstance(folded.stem[1], nn.ReLU),
+            stem_inputs=padded,
+            amx=self._amx,
+            stem=self._address(self._matrix(weight)),
+            stem_end=self._epilogue(stem.bias, norms[0]),
+            blocks=records,
+        )
+
+    def _fill(self, record: BlockRecord, block: Any, next_norm: Any, _: int) -> None:
+        """Fill the record of a block; `next_norm` is what is left of the BatchNorm that follows it."""
+        dim = len(block.gain)
+        record.kernel = self._address(self._kernels(block.depthwise.weight[:, 0]))
+        record.bias = self._address(self._registers(block.depthwise.bias[:, None]))
+        record.gain = self._address(self._registers(block.gain.reshape(dim, 1)))
+        record.pointwise = self._address(self._matrix(block.pointwise.weight.reshape(dim, dim)))
+        record.end = self._epilogue(block.pointwise.bias, next_norm)
+
+    def _epilogue(self, bias: Tensor, norm: Any) -> AffineRecord:
+        """Pack the bias of a convolution, and what is left of the BatchNorm after its activation."""
+        return AffineRecord(*(self._address(tensor) for tensor in (bias, *scale_and_shift(norm, bias))))
+
+    def _address(self, tensor: Tensor) -> int:
+        """Return the address of a contiguous copy, which lives as long as this object."""
+        # A copy, because a parameter moves when the model is sent to another process.
+        self._packed_tensors.append(tensor.detach().clone(memory_format=torch.contiguous_format))
+        return int(self._packed_tensors[-1].data_ptr())
+
+    def _kernels(self, weight: Tensor) -> Tensor:
+        """(dim, k, k) -> on tiles (dim, k, 16), reversed rows followed by zeros; else in the order of registers."""
+        if self.planar:
+            return nn.functional.pad(weight.flip(2), (0, 16 - weight.shape[2])).to(torch.bfloat16)
+        return self._registers(weight.flatten(1))
+
+    def _registers(self, values: Tensor) -> Tensor:
+        """(dim, n) -> (dim/32, n, 2, 16): two registers of 16 channels; in bfloat16 even channels and odd ones."""
+        if self.planar:
+            return values
+        if self.dtype == torch.bfloat16:
+            return values.reshape(len(values) // 32, 16, 2, -1).permute(0, 3, 2, 1)
+        return values.reshape(len(values) // 32, 2, 16, -1).permute(0, 3, 1, 2)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """(outputs, inputs) -> tiles as cpu_tiles.h and cpu.cpp read them, else (outputs/PANEL, inputs, PANEL).
+
+        In the latter two inputs lie next to each other in bfloat16.
+        """
+        outputs, inputs = weight.shape
+        if self.planar:
+            return weight.to(torch.bfloat16).reshape(outputs // 16, 16, inputs // 32, 32).permute(0, 2, 1, 3)
+        if self._amx:
+            tiles = torch.stack(_three_bfloat16(weight)).reshape(3, outputs // 32, 2, 16, inputs // 32, 16, 2)
+            return tiles.permute(1, 4, 0, 2, 5, 3, 6)
+        if self.dtype == torch.bfloat16:
+            pairs = weight.to(torch.bfloat16).reshape(outputs // PANEL, PANEL, inputs // 2, 2)
+            return pairs.permute(0, 2, 1, 3)
+        return weight.reshape(outputs // PANEL, PANEL, inputs).permute(0, 2, 1)
+
+
+def _three_bfloat16(x: Tensor) -> list[Tensor]:
+    """Split a float32 tensor into three in bfloat16 whose sum it is exactly."""
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(torch.bfloat16))
+        x = x - parts[-1]
+    return parts
+
+
+def scale_and_shift(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what is left of a BatchNorm, (dim,) each; ones and zeros where nothing is."""
+    scale = torch.ones_like(like) if norm is None or norm.scale is None else norm.scale.flatten()
+    return scale, torch.zeros_like(like) if norm is None else norm.shift.flatten()

@@ -1,0 +1,77 @@
+"""The backend "eager", a module as PyTorch computes it, and what the other backends in PyTorch share with it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from convmixer.ops import prefers_channels_last
+from convmixer.runtime.chunks import ChunkRule, SharedChunk, as_list, join_chunks
+from convmixer.runtime.cuda_graphs import GRAPH_BYTES, Replayed, SmallFeatureMaps
+from convmixer.runtime.folding import fold
+from convmixer.runtime.protocol import Backend, Built, Prepared, Request, Runtime
+from convmixer.wrappers import find_inner
+
+
+class Eager:
+    """A module as it is, a chunk at a time. PyTorch's own threads share each chunk.
+
+    Args:
+        module: In evaluation mode.
+        chunk_rule: Images in a chunk; None: whole batches.
+    """
+
+    def __init__(self, module: nn.Module, chunk_rule: ChunkRule | None = None) -> None:
+        self.module, self.chunk_rule = module, chunk_rule
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.chunk_rule)
+
+    def after_fork(self) -> None:
+        """PyTorch looks after its own threads: there is nothing to do."""
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            chunk = len(x) if self.chunk_rule is None else self.chunk_rule(*x.shape[2:])
+            return join_chunks([self.compute(part) for part in x.split(chunk)])
+
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """Compute the outputs of one chunk."""
+        return as_list(self.module(x))
+
+
+class EagerBackend(Backend):
+    """A folded module on any device."""
+
+    name = "eager"
+    runtime: ClassVar[type[Eager]] = Eager
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype == torch.int8:
+            return f"dtype={dtype}: give a floating point type such as torch.bfloat16, or backend='auto' with it"
+        return None
+
+    def prepare(self, request: Request) -> Prepared:
+        folded = fold(request.model, request.normalization, request.dtype)
+        kernel_size = find_inner(folded).blocks[0].depthwise.kernel_size[0]
+        find_inner(folded).channels_last = prefers_channels_last(request.device, request.dtype, kernel_size)
+        return Prepared(folded)
+
+    def build(self, request: Request, prepared: Prepared, chunk: int | None) -> Built:
+        rule, threads = request.chunk_rule(chunk), 0
+        if request.device.type == "cpu":
+            threads = torch.get_num_threads()
+            rule = rule and SharedChunk(rule)
+        runtime: Runtime = self.runtime(prepared.folded, rule)
+        if request.graphs and request.device.type == "cuda":
+            inner = find_inner(prepared.folded)
+            most = sys.maxsize if request.graphs is True else GRAPH_BYTES
+            runtime = Replayed(runtime, SmallFeatureMaps(inner.num_features, inner.patch_size, most))
+        chunks = request.describe_chunks(chunk and chunk * max(threads, 1))
+        return Built(runtime, self.layout(prepared.folded), threads, chunks)
+
+    def layout(self, folded: nn.Module) -> str:
+        return "channels_last" if find_inner(folded).channels_last else "contiguous"

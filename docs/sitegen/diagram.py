@@ -1,0 +1,155 @@
+"""The architecture of a variant as a drawing in SVG, for light and for dark pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+
+from convmixer.registry import Variant
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of text and lines, and of boxes: (fill, outline) of each kind of layer."""
+
+    text: str
+    quiet: str
+    plain: tuple[str, str]
+    patches: tuple[str, str]
+    depthwise: tuple[str, str]
+    pointwise: tuple[str, str]
+
+
+PALETTES = {
+    "light": Palette(
+        text="#1f2328",
+        quiet="#59636e",
+        plain=("#f6f8fa", "#818b98"),
+        patches=("#ddf4ff", "#0969da"),
+        depthwise=("#fff1e5", "#bc4c00"),
+        pointwise=("#dafbe1", "#1a7f37"),
+    ),
+    "dark": Palette(
+        text="#f0f6fc",
+        quiet="#9198a1",
+        plain=("#21262d", "#6e7681"),
+        patches=("#0c2d6b", "#58a6ff"),
+        depthwise=("#4d2100", "#f0883e"),
+        pointwise=("#0b3a1e", "#3fb950"),
+    ),
+}
+WIDTH, HEIGHT = 750, 330
+FONTS = "system-ui, 'DejaVu Sans', sans-serif"
+ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
+
+
+class _Drawing:
+    """SVG elements, one after the other, in the colours of one palette."""
+
+    def __init__(self, palette: Palette) -> None:
+        self.palette = palette
+        self.elements: list[str] = []
+
+    def text(self, x: float, y: float, words: str, *, quiet: bool = False, bold: bool = False, size: int = 13) -> None:
+        colour = self.palette.quiet if quiet else self.palette.text
+        weight = ' font-weight="600"' if bold else ""
+        self.elements.append(
+            f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{colour}" text-anchor="middle"{weight}>'
+            f"{escape(words)}</text>"
+        )
+
+    def box(self, x: float, y: float, width: float, height: float, kind: str, title: str, *lines: str) -> None:
+        fill, outline = getattr(self.palette, kind)
+        self.elements.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" fill="{fill}" '
+            f'stroke="{outline}" stroke-width="1.5"/>'
+        )
+        middle = y + height / 2 + 4.5 - 8 * len(lines)
+        self.text(x + width / 2, middle, title, bold=True)
+        for i, line in enumerate(lines, 1):
+            self.text(x + width / 2, middle + 16 * i, line, size=12)
+
+    def path(self, points: str, *, arrow: bool = False, dashed: bool = False) -> None:
+        style = ' stroke-dasharray="4 4"' if dashed else ""
+        tip = ' marker-end="url(#tip)"' if arrow else ""
+        self.elements.append(
+            f'<path d="{points}" fill="none" stroke="{self.palette.quiet}" stroke-width="1.5"{style}{tip}/>'
+        )
+
+    def image(self, x: float, y: float, side: float, cells: int) -> None:
+        """A square cut into patches."""
+        fill, outline = self.palette.patches
+        self.elements.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" fill="{fill}" stroke="{outline}" '
+            'stroke-width="1.5"/>'
+        )
+        lines = "".join(
+            f"M{x + i * side / cells:g} {y:g}v{side:g}M{x:g} {y + i * side / cells:g}h{side:g}" for i in range(1, cells)
+        )
+        self.elements.append(f'<path d="{lines}" stroke="{outline}" stroke-width="0.75"/>')
+
+    def plus(self, x: float, y: float) -> None:
+        fill, outline = self.palette.depthwise
+        self.elements.append(
+            f'<circle cx="{x:g}" cy="{y:g}" r="11" fill="{fill}" stroke="{outline}" stroke-width="1.5"/>'
+        )
+        self.elements.append(
+            f'<path d="M{x - 6:g} {y:g}h12M{x:g} {y - 6:g}v12" stroke="{outline}" stroke-width="1.5"/>'
+        )
+
+    def svg(self, title: str) -> str:
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+            f'height="{HEIGHT}" font-family="{FONTS}" role="img">\n'
+            f"<title>{escape(title)}</title>\n"
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+            f'orient="auto"><path d="M0 0L8 4L0 8z" fill="{self.palette.quiet}"/></marker></defs>\n'
+            + "\n".join(self.elements)
+            + "\n</svg>\n"
+        )
+
+
+def _network(drawing: _Drawing, v: Variant) -> None:
+    """The upper row: image, patches, blocks, mean, linear layer, with the shapes between them."""
+    channels, height, width = v.input_size
+    rows, columns = height // v.patch_size, width // v.patch_size
+    act = ACTIVATIONS.get(v.act_layer, v.act_layer)
+    stride = f"{v.patch_size}x{v.patch_size}, stride {v.patch_size}"
+    drawing.image(14, 34, 64, 4)
+    drawing.text(46, 118, "image", bold=True)
+    drawing.text(46, 134, f"{channels} x {height} x {width}", quiet=True, size=12)
+    drawing.box(120, 28, 142, 76, "patches", "patch embedding", stride, f"{act}, BatchNorm")
+    drawing.box(308, 28, 150, 76, "plain", f"{v.depth} blocks", "ConvMixer block", "the size stays the same")
+    drawing.box(504, 38, 100, 56, "plain", "mean", "over positions")
+    drawing.box(642, 38, 94, 56, "plain", "linear", f"{v.num_classes:,} classes")
+    for start, end in ((80, 118), (263, 306), (459, 502), (605, 640)):
+        drawing.path(f"M{start} 66H{end}", arrow=True)
+    for x in (285, 481):
+        drawing.text(x, 20, f"{v.dim} x {rows} x {columns}", quiet=True, size=12)
+    drawing.text(623, 20, f"{v.dim}", quiet=True, size=12)
+
+
+def _block(drawing: _Drawing, v: Variant) -> None:
+    """The lower row: the layers of one block."""
+    act = ACTIVATIONS.get(v.act_layer, v.act_layer)
+    top, middle = 206, 236
+    drawing.path("M308 106L14 160M458 106L736 160", dashed=True)
+    drawing.path("M14 160H736V316H14Z", dashed=True)
+    drawing.box(72, top, 136, 60, "depthwise", f"depthwise {v.kernel_size}x{v.kernel_size}", "mixes positions")
+    drawing.box(232, top, 100, 60, "plain", act, "BatchNorm")
+    drawing.plus(374, middle)
+    drawing.box(418, top, 142, 60, "pointwise", "1x1 convolution", "mixes channels")
+    drawing.box(584, top, 100, 60, "plain", act, "BatchNorm")
+    for start, end in ((22, 70), (209, 230), (333, 361), (386, 416), (561, 582), (685, 728)):
+        drawing.path(f"M{start} {middle}H{end}", arrow=True)
+    drawing.path(f"M44 {middle}V182H374V223", arrow=True)
+    drawing.text(209, 176, "residual", quiet=True, size=12)
+    drawing.text(374, 304, "one ConvMixer block", bold=True)
+
+
+def draw(variant: Variant, palette: Palette) -> str:
+    """SVG of the whole network above, and of one of its blocks below."""
+    drawing = _Drawing(palette)
+    _network(drawing, variant)
+    _block(drawing, variant)
+    return drawing.svg(f"Architecture of {variant.name}: patch embedding, {variant.depth} blocks, mean, linear layer")
