@@ -18,7 +18,7 @@ from convmixer.errors import ArgumentError, WeightsError, brief
 from convmixer.factory import open_model
 from convmixer.model import ConvMixer
 from convmixer.registry import list_models
-from convmixer.runtime.backends import optimize
+from convmixer.runtime.optimize import optimize
 from convmixer.wrappers import find_inner, in_channels
 
 
@@ -90,7 +90,7 @@ def _open(name: str, device: torch.device) -> nn.Module:
     ours = name in list_models() or name.split(".")[0] in list_models()
     if not ours and timm.is_model(name):
         try:
-            model = timm.create_model(name, pretrained=True)
+            model: nn.Module = timm.create_model(name, pretrained=True)
         except Exception as error:  # timm's, or of the Hub's client
             raise WeightsError(f"teacher={name!r}: timm cannot load its weights: {error}") from error
     else:
@@ -102,7 +102,8 @@ def _check_channels(model: nn.Module, name: str, config: dict[str, Any]) -> None
     taken = in_channels(model)
     if taken != len(config["mean"]):
         raise ArgumentError(
-            f"teacher={name!r} takes images of {taken} channels, the student {len(config['mean'])}: set in_chans={taken}"
+            f"teacher={name!r} takes images of {taken} channels, the student of {len(config['mean'])}: set "
+            f"in_chans={taken}"
         )
 
 
@@ -110,20 +111,20 @@ def _order(
     model: nn.Module, name: str, classes: Sequence[str], device: torch.device, report: Callable[[str], None]
 ) -> Tensor | None:
     """Return where the teacher has each class; None if in the same order."""
-    labels = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    labels = list((getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ())
     count = getattr(model, "num_classes", None)
-    if labels is None and count == len(classes):
+    if not labels and count == len(classes):
         report(f"the teacher {name!r} names no classes: its {count} are taken to be those of the images, in order")
         return None
-    if sorted(labels or ()) != sorted(classes):
+    if sorted(labels) != sorted(classes):
         theirs = f"{len(labels)} classes: {brief(', '.join(labels))}" if labels else f"{count} classes without names"
         raise ArgumentError(
             f"teacher={name!r} knows {theirs}; the images have {len(classes)}: {brief(', '.join(classes))}. Give a "
             "teacher that was trained on these classes"
         )
-    if tuple(labels) == tuple(classes):
+    if labels == list(classes):
         return None
-    return torch.tensor([list(labels).index(label) for label in classes], device=device)
+    return torch.tensor([labels.index(label) for label in classes], device=device)
 
 
 def _fastest(model: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

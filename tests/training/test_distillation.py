@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import SMALL_MODEL, write_digits
 
 import convmixer
 from convmixer.errors import ArgumentError, UnknownModelError, WeightsError
+from convmixer.training import get_recipe, train
 from convmixer.training.distillation import Teacher, distillation_loss
 
 CPU = torch.device("cpu")
@@ -81,7 +83,7 @@ def test_a_teacher_of_timm(monkeypatch):
             ArgumentError,
             r"knows 10 classes: airplane, .* the images have 3: bird",
         ),
-        ("convmixer_256_8.cifar10", CLASSES, 1, ArgumentError, r"of 3 channels, the student 1: set in_chans=3"),
+        ("convmixer_256_8.cifar10", CLASSES, 1, ArgumentError, r"of 3 channels, the student of 1: set in_chans=3"),
         ("convmixer_256_8.cifar11", CLASSES, 3, UnknownModelError, "convmixer_256_8.cifar10"),
         ("convmixer_512_12", CLASSES, 3, WeightsError, "convmixer_512_12 has no weights"),
         ("resnet18", CLASSES, 3, WeightsError, "teacher='resnet18': timm cannot load its weights"),
@@ -93,3 +95,35 @@ def test_teachers_that_cannot_be(monkeypatch, name, classes, channels, error, te
     config = config | {n: config[n][:channels] for n in ("mean", "std")}
     with pytest.raises(error, match=text):
         Teacher(name, config, classes, CPU, torch.float32)
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_student_learns_from_its_teacher_alone(tmp_path):
+    """Labels that say nothing: all that the student knows then comes from the teacher."""
+    digits = write_digits(tmp_path / "digits", 200, 100, ["digit 0", "digit 1"])
+    quick = {"epochs": 4, "batch_size": 20, "lr": 0.01, "flip": 0.0, **SMALL_MODEL}
+    teacher = train(get_recipe("cifar10", **quick), digits, tmp_path / "teacher", device="cpu", report=len)
+    shuffled = tmp_path / "shuffled"
+    for i, path in enumerate(sorted((digits / "train").rglob("*.png"))):
+        label = shuffled / "train" / f"digit {i % 2}"
+        label.mkdir(parents=True, exist_ok=True)
+        (label / f"{i}.png").write_bytes(path.read_bytes())
+    recipe = get_recipe("cifar10", **quick, teacher=str(tmp_path / "teacher"), distillation=1.0, temperature=1.0)
+    recipe = recipe.override(epochs=8)
+    student = train(recipe, shuffled, tmp_path / "student", tests=[digits / "test"], device="cpu", report=len)
+    (right,) = student.test_accuracy.values()
+    assert min(teacher.test_accuracy.values()) > 90
+    assert right > 85
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"distillation": 0.0}, r"recipe field distillation=0.0: give in \(0, 1\]"),
+        ({"temperature": 0.0}, r"recipe field temperature=0.0: give above 0"),
+        ({"teacher": None}, r"recipe field teacher=None: give the name of a model, or the folder of a run"),
+    ],
+)
+def test_fields_that_make_no_sense(fields, text):
+    with pytest.raises(ArgumentError, match=text):
+        get_recipe("cifar10", **fields)
