@@ -194,7 +194,7 @@ def train(name: str, model: nn.Module, run: Callable[[Tensor], Tensor], layout: 
 
 
 def largest(name: str, make: Callable[[], nn.Module]) -> int:
-    """Find the largest power of two of images whose forward and backward pass fits into memory, without an optimizer."""
+    """Find the largest power of two of images whose forward and backward pass fits in memory, without an optimizer."""
     batch = 0
     for power in range(2 if DRY else 16):
         try:
