@@ -29,7 +29,7 @@ CORE = [
     "ops/test_ops",
     "ops/test_fused",
 ]
-CORE += ["training/test_signals", "training/test_training"]
+CORE += ["training/test_recipe", "training/test_signals", "training/test_training"]
 TOOLS = ["setuptools", "pytest", "pytest-xdist", "hypothesis", "psutil", "scikit-image", "scikit-learn"]
 
 

@@ -370,8 +370,8 @@ def microseconds(call: Callable[[], Any], calls: int = 4) -> float:
 
 def epoch(data: Path) -> dict[str, float]:
     """Measure images per second of the second epoch of `convmixer train cifar10`, without validation."""
-    from convmixer.training.loop import train as run
-    from convmixer.training.recipes import get_recipe
+    from convmixer.training import get_recipe
+    from convmixer.training import train as run
 
     recipe = get_recipe("cifar10", epochs=2, validation_fraction=0.1)
     with tempfile.TemporaryDirectory() as folder:

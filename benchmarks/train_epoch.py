@@ -19,8 +19,8 @@ from PIL import Image
 import convmixer
 from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe, get_recipe, train
-from convmixer.training.loop import _no_denormals, autocast
 from convmixer.training.optimizers import create_optimizer
+from convmixer.training.precision import autocast, flush_denormals
 
 
 def write_images(folder: Path, count: int, side: int, classes: int = 10) -> None:
@@ -64,7 +64,7 @@ def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str,
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    with _no_denormals(device):  # as in training
+    with flush_denormals(device):  # as in training
         steps(WARM_UP + 1)
         begun = time.perf_counter()
         steps(count)

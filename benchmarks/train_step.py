@@ -27,8 +27,8 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 import convmixer
 from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe
-from convmixer.training.loop import autocast
 from convmixer.training.optimizers import create_optimizer
+from convmixer.training.precision import autocast
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
 

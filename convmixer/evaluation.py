@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from convmixer.data.readers import ShardSplit, Split, open_split
 from convmixer.errors import ArgumentError, DataError
+from convmixer.factory import open_model
 from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, preparation
 from convmixer.model import evaluation_view
+from convmixer.runtime.optimize import optimize
+from convmixer.runtime.quantize import calibration_images
 from convmixer.tracing import computing
-from convmixer.training.loop import autocast
+from convmixer.training.precision import autocast, choose_precision
 from convmixer.wrappers import find_model
 
 
@@ -153,6 +156,78 @@ def validate(
         classes=_per_class(log_p, truth, names),
         flip=_scores(torch.logaddexp(log_p, torch.cat(mirrored)) - math.log(2), truth) if flip else None,
     )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model as it is and, if that was asked for, optimized.
+
+    Attributes:
+        settings: What was measured, and how.
+        original: Of the model as it is.
+        optimized: Of its optimized copy, or None.
+        choice: The backend of that copy.
+    """
+
+    settings: dict[str, Any]
+    original: Evaluation
+    optimized: Evaluation | None
+    choice: str
+
+    def record(self) -> dict[str, Any]:
+        """Return all of it as JSON can hold it."""
+        optimized = {"optimized": {"choice": self.choice} | asdict(self.optimized)} if self.optimized else {}
+        return self.settings | optimized | asdict(self.original)
+
+
+def compare(
+    model: str,
+    data: str,
+    *,
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    backend: str | None = None,
+    int8: bool = False,
+    calibration: str | None = None,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    report: Callable[[str], None] = print,
+    **options: Any,
+) -> Comparison:
+    """Measure a model on a split, and with a backend also its optimized copy, which keeps the same precision.
+
+    Args:
+        model: What `open_model` takes, with `checkpoint` and `device`.
+        data: As for `validate`.
+        backend: A backend of `optimize`, or None to measure only the model as it is.
+        int8: Optimize to int8.
+        calibration: Source of the images for int8.
+        progress: Called as `progress(iterable, description)`, for a progress bar.
+        report: Takes a line about what was taken for the split.
+        options: Further arguments of `validate`.
+
+    Raises:
+        ArgumentError: As `optimize` and `validate` do, or a precision that the device lacks.
+        DataError: As `validate` does.
+    """
+    opened = open_model(model, checkpoint=checkpoint, device=device)
+    precision = options.get("precision", "float32")
+    choose_precision(next(opened.parameters()).device, precision)  # an error of it comes before anything is computed
+    fast = None
+    if backend:
+        dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
+        images = calibration_images(calibration, opened, report=report) if int8 and calibration else calibration
+        fast = optimize(opened, backend=backend, dtype=dtype, calibration=images)
+    original = validate(opened, data, progress=lambda items: progress(items, "validating"), report=report, **options)
+    optimized, choice = None, ""
+    if fast is not None:
+        again = {**options, "precision": "float32"}  # the optimized model has its precision in itself
+        optimized = validate(
+            fast, data, progress=lambda items: progress(items, "optimized"), report=lambda _: None, **again
+        )
+        choice = str(getattr(fast, "choice", "eager, the folded module"))
+    settings = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
+    settings |= {"split": options.get("split", "test"), "labels": options.get("labels"), "precision": precision}
+    return Comparison(settings, original, optimized, choice)
 
 
 def _match(data: Split | ShardSplit, names: tuple[str, ...] | None, count: int) -> tuple[tuple[str, ...], Tensor]:

@@ -273,7 +273,8 @@ def open_run(
             f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or "
             f"load best.safetensors as the checkpoint of {recipe['model']}"
         )
-    return create_model(recipe["model"], checkpoint=weights, device=device)
+    sizes = dict(recipe.get("model_args", ()))
+    return create_model(recipe["model"], checkpoint=weights, device=device, **sizes)
 
 
 def read_recipe(run: Path) -> dict[str, Any]:
@@ -282,6 +283,8 @@ def read_recipe(run: Path) -> dict[str, Any]:
         recipe: dict[str, Any] = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
         if not isinstance(recipe["model"], str):
             raise TypeError("model is not a text")
+        if not all(isinstance(number, int) for number in dict(recipe.get("model_args", ())).values()):
+            raise TypeError("model_args has a size that is not a whole number")
     except (OSError, ValueError, KeyError, TypeError) as error:
         hint = "give a run, or a model's name such as those of `convmixer list`"
         if (run / "config.json").is_file():

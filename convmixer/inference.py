@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, overload
 
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from convmixer.data.images import Size, enough, is_one_image, read_image
-from convmixer.errors import ArgumentError
+from convmixer.data.layout import count_images, describe_left_out, list_folder
+from convmixer.errors import ArgumentError, ImageError
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, preprocessing
@@ -171,3 +174,57 @@ def _classify(model: nn.Module, batch: Tensor, topk: int, names: Sequence[str]) 
         values, indices = logits.softmax(1).topk(min(topk, len(names)))
     rows = zip(indices.tolist(), values.tolist(), strict=True)
     return [[(names[i], p) for i, p in zip(row, probabilities, strict=True)] for row, probabilities in rows]
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What became of an image file: its predictions, or the reason why it could not be read."""
+
+    image: str
+    predictions: Prediction = field(default_factory=list)
+    error: ImageError | None = None
+
+
+def find_images(sources: Iterable[str], *, report: Callable[[str], None] = print) -> list[str]:
+    """Return paths and URLs as they are, and instead of each folder all images that it holds.
+
+    `report` takes a line about each folder that holds other files, too.
+
+    Raises:
+        ImageError: A folder without images.
+    """
+    found: list[str] = []
+    for source in sources:
+        if not os.path.isdir(source):
+            found.append(source)
+            continue
+        folder = list_folder(source)
+        left_out = describe_left_out(folder.left_out)
+        if not folder.images:
+            raise ImageError(f"no images in the folder {source!r}" + (f"; it holds {left_out}" if left_out else ""))
+        if left_out:
+            report(f"{source}: {count_images(len(folder.images))}; left out: {left_out}")
+        found += [file.path for file in folder.images]
+    return found
+
+
+def predict_files(
+    model: nn.Module, images: Iterable[str], topk: int = 5, *, batch_size: int = 64, draft: bool = True
+) -> Iterator[FileResult]:
+    """Classify image files and URLs, a batch at a time; one that cannot be read does not stop the others.
+
+    Arguments are those of `predict`.
+    """
+    least, channels = least_size(model) if draft else None, in_channels(find_model(model))
+    paths = iter(images)
+    while batch := list(itertools.islice(paths, batch_size)):
+        pictures, errors = {}, {}
+        for i, path in enumerate(batch):
+            try:
+                pictures[i] = read_image(path, channels, least=least)
+            except ImageError as error:
+                errors[i] = error
+        answers = predict(model, list(pictures.values()), topk) if pictures else []
+        predictions = dict(zip(pictures, answers, strict=True))
+        for i, path in enumerate(batch):
+            yield FileResult(path, predictions.get(i, []), errors.get(i))

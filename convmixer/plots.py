@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from convmixer.data.images import read_image
+from convmixer.data.memory import fitting, load_images
 from convmixer.errors import ArgumentError, optional
 from convmixer.hub.checkpoints import write_atomically
 from convmixer.inference import class_logits, label_names
@@ -412,3 +413,44 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     right.set_title(f"activation for {_literal(names[index])}, {100 * probabilities[index]:.1f} %")
     figure.suptitle(f"predicted: {names[best]} {100 * probabilities[best]:.1f} %")
     return figure
+
+
+def model_figures(
+    model: nn.Module,
+    *,
+    data: str | Path | None = None,
+    image: Any = None,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+    report: Callable[[str], None] = print,
+) -> Iterator[tuple[str, Figure]]:
+    """Yield the name and the figure of all that can be drawn of a model.
+
+    Args:
+        model: A classifier from `create_model`.
+        data: Source of test images, for the confusion matrix and the mistakes; see `load_images`.
+        image: An image, for the class activation.
+        progress: Called as `progress(iterable, description)`, for a progress bar.
+        report: Takes a line about which images were taken.
+
+    Raises:
+        DataError: Test images that cannot be read.
+        ImageError: The image cannot be read.
+    """
+    yield "patch_embedding", plot_patch_embedding(model)
+    yield "depthwise_kernels", plot_depthwise_kernels(model)
+    if image:
+        yield "class_activation", plot_class_activation(model, image)
+    if data:
+        config = preprocessing(model)
+        images = load_images(
+            data,
+            "test",
+            config["input_size"],
+            classes=label_names(model),
+            progress=lambda items: progress(items, "reading test"),
+            report=report,
+            **fitting(config),
+        )
+        probabilities = class_probabilities(model, images.pixels, progress=lambda items: progress(items, "classifying"))
+        yield "confusion", plot_confusion(images.labels, probabilities.argmax(1), images.classes)
+        yield "mistakes", plot_mistakes(images.pixels, images.labels, probabilities, images.classes)

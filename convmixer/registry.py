@@ -8,7 +8,7 @@ has published in a form that can be checked is not in the table.
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,13 @@ class Variant:
         channels, height, width = self.input_size
         pixels = (height // p) * (width // p)
         return pixels * (channels * p * p * h + self.depth * (h * k * k + h * h)) + h * self.num_classes
+
+    def record(self) -> dict[str, Any]:
+        """Return all of it as JSON can hold it, with what follows from the fields."""
+        record = asdict(self) | {"parameters": self.parameters, "macs": self.macs}
+        for entry, weights in zip(record["weights"], self.weights, strict=True):
+            entry["source"] = weights.source
+        return record
 
 
 def _imagenet(name: str, top1: float, real: float, v2: float, recipe: str) -> tuple[Weights, ...]:

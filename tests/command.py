@@ -1,5 +1,7 @@
 """The command line inside the tests' own process."""
 
+import json
+
 from click.testing import CliRunner
 
 from convmixer.cli import main
@@ -14,3 +16,8 @@ def run(*arguments, status=0):
         raise result.exception
     assert result.exit_code == status, result.output
     return result
+
+
+def records(*arguments, **options):
+    """Run a command, and return the JSON that it prints."""
+    return json.loads(run(*arguments, **options).stdout)

@@ -18,6 +18,14 @@ import convmixer
 
 ROOT = Path(__file__).parent.parent
 
+# Fields of a recipe whose epoch takes less than a second.
+SMALL_MODEL = {
+    "model": "convmixer_128_8_ks7_p2",
+    "model_args": (("dim", 16), ("depth", 2)),
+    "input_size": (8, 8),
+    "rand_augment": (0, 0),
+}
+
 # The processes of `pytest -n` share the cores, and so do the programs that they start.
 _THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 torch.set_num_threads(_THREADS)
@@ -49,6 +57,12 @@ def photo() -> np.ndarray:
 
 
 @pytest.fixture
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal in which no table is folded."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
 def arrow() -> Image.Image:
     """A small image without any symmetry."""
     image = Image.new("RGB", (9, 6), "navy")
@@ -69,18 +83,12 @@ def data_folder() -> Path:
 
 
 @pytest.fixture
-def small_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training builds models of 8x8 images and two blocks and draws no curves: an epoch takes less than a second."""
-    from convmixer.training import loop
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training draws no curves, which take half a second."""
+    from convmixer.training import run
 
-    def create(name: str, pretrained: bool = False, **options: Any) -> convmixer.ConvMixer:
-        model = convmixer.create_model(name, pretrained, **{"depth": 2, "dim": 16, **options})
-        model.pretrained_cfg["input_size"] = (3, 8, 8)
-        return model
-
-    monkeypatch.setattr(loop, "create_model", create)
-    monkeypatch.setattr(loop, "write_figure", lambda _, path: path.touch())
-    monkeypatch.setattr(loop, "plot_history", lambda _: None)
+    monkeypatch.setattr(run, "write_figure", lambda _, path: path.touch())
+    monkeypatch.setattr(run, "plot_history", lambda _: None)
 
 
 def small(**changes: Any) -> convmixer.ConvMixer:

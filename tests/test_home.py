@@ -14,7 +14,7 @@ from convmixer.evaluation import validate
 from convmixer.plots import plot_patch_embedding, write_figure
 from convmixer.training.history import read_history, write_history
 from convmixer.training.recipes import get_recipe
-from convmixer.training.run import Run
+from convmixer.training.run import RunFolder
 
 NAME = "convmixer_256_8"
 
@@ -53,7 +53,7 @@ def test_functions(home):
     assert convmixer.convert_checkpoint("~/old.pth", "~/new.safetensors") == NAME
     assert convmixer.convert_checkpoint("~/old.pth", "~/converted") == f"local-dir:{home / 'converted'}"
     convmixer.save_pretrained("~/new.safetensors", "~/of a file")
-    assert Run("~/run", get_recipe("cifar10"), resume=False).folder == home / "run"
+    assert RunFolder("~/run", get_recipe("cifar10"), resume=False).path == home / "run"
     write_history(home / "metrics.csv", [])
     assert read_history("~/metrics.csv") == []
     with pytest.raises(convmixer.ConvMixerError, match=f"not in the local cache in '{home}/cache'"):

@@ -15,7 +15,7 @@ from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
 from convmixer.hub.verify import verify
 from convmixer.inference import label_names
-from convmixer.training.loop import evaluate
+from convmixer.training import evaluate
 
 
 @pytest.fixture

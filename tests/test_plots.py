@@ -79,14 +79,16 @@ def test_history_of_a_finished_run():
 def test_foreign_history(tmp_path, content, text):
     path = tmp_path / "foreign.csv"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"foreign\.csv' is no history of a run: .*" + re.escape(text)):
+    with pytest.raises(DataError, match=r"foreign\.csv' is not a history of a run: .*" + re.escape(text)):
         read_history(path)
 
 
 def test_history_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"no history at .*metrics\.csv': give the metrics\.csv of a run of convmixer"):
         read_history(tmp_path / "metrics.csv")
-    with pytest.raises(DataError, match=r"is no history of a run: .*Give the metrics\.csv that convmixer train wrote"):
+    with pytest.raises(
+        DataError, match=r"is not a history of a run: .*Give the metrics\.csv that convmixer train wrote"
+    ):
         read_history(tmp_path)
 
 

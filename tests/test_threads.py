@@ -22,7 +22,7 @@ from convmixer.evaluation import validate
 from convmixer.model import evaluation_view
 from convmixer.runtime.choose import available_backends
 from convmixer.tracing import computing, quietly, tracing
-from convmixer.training.loop import evaluate
+from convmixer.training import evaluate
 
 SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7, "device": "cpu"}
 

@@ -24,7 +24,7 @@ from convmixer.data.readers import open_split
 from convmixer.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
-    from convmixer.training.recipes import Recipe
+    from convmixer.training.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
 T = TypeVar("T", bound="Source")

@@ -32,7 +32,7 @@ from convmixer.data.readers import FileSplit, Prepare, ShardSplit, Split, open_s
 from convmixer.errors import DataError
 
 if TYPE_CHECKING:
-    from convmixer.training.recipes import Recipe
+    from convmixer.training.recipe import Recipe
 
 Decoded = tuple[Tensor | None, int, list[str]]  # pixels, or none if unreadable; label; what could not be read
 S = TypeVar("S", bound="_Workers")

@@ -158,7 +158,7 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
 
 def _facts_of_run(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """What recipe.json and result.json tell for a card, without the folders of this computer."""
-    from convmixer.training.recipes import Recipe  # imports all of training
+    from convmixer.training.recipe import Recipe  # imports all of training
 
     default = json.loads(json.dumps(asdict(Recipe())))
     changed = [f"`{k}={v!r}`" for k, v in recipe.items() if k != "note" and v != default.get(k)]

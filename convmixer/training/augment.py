@@ -1,10 +1,10 @@
-"""Random changes of training images, computed for a whole chunk of images at once, on the device where they are.
+"""Random changes of training images, computed for a chunk of images at once, on the device that holds them.
 
-What is drawn is apart from what is computed. All draws are made on the CPU. Those of an image follow from the seed, the
-epoch and the image's place in the order of the epoch: chunks, processes, parts of a step and devices change nothing.
-As the draws are known there, the images are sorted by operation without waiting for the device.
+Draws are separate from computation. The CPU makes all draws. Those of an image follow from the seed, the epoch and
+the position of the image in the order of the epoch: chunks, processes, parts of a step and devices change nothing.
+Since the CPU knows the draws, it sorts the images by operation without waiting for the device.
 
-Images stay uint8 between operations, and each operation gives what torchvision's gives for one image: the same for
+Images stay uint8 between operations. Each operation returns what torchvision's returns for one image: the same for
 posterize, solarize, autocontrast, equalize, the geometric ones, flips and shifts; for the others within one grey level.
 """
 
@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from convmixer.data.memory import Batch, Share, Source
 from convmixer.errors import ArgumentError
-from convmixer.training.recipes import Recipe
+from convmixer.training.recipe import Recipe
 
 LEVELS = 31  # of the magnitude of RandAugment and TrivialAugment
 NOISE = 2**20  # random numbers of an epoch from which each erased rectangle takes a stretch
@@ -61,34 +61,34 @@ class Op(IntEnum):
 
 
 class RandomNumbers:
-    """Random numbers for the N images of some parts of an epoch, each image with its own.
+    """Random numbers for the N images of some parts of an epoch; each image has its own.
 
     Args:
-        share: Of the epoch.
-        places: (step, part of the step) of each of the parts.
+        share: What this process takes of the epoch.
+        positions: (step, part of the step) of each of the parts.
     """
 
-    def __init__(self, share: Share, places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, share: Share, positions: Sequence[tuple[int, int]]) -> None:
         each = share.batch_size // share.parts
         self.count = share.batch_size
-        # Each part takes its own from the numbers of the whole step, so that it is the same however steps are shared.
+        # Each part takes its own from the numbers of the whole step: they are the same however processes share it.
         self.parts = [
             (np.random.default_rng((share.seed, share.epoch, step, 0)), slice(part * each, (part + 1) * each))
-            for step, part in places
+            for step, part in positions
         ]
 
     def uniform(self, rows: int) -> Array:
-        """(rows, N) in [0, 1)."""
-        return np.concatenate([rng.random((rows, self.count))[:, mine] for rng, mine in self.parts], axis=1)
+        """Return (rows, N) in [0, 1)."""
+        return np.concatenate([rng.random((rows, self.count))[:, own] for rng, own in self.parts], axis=1)
 
     def beta(self, alpha: float) -> Array:
-        """(N,) of the distribution Beta(alpha, alpha)."""
-        return np.concatenate([rng.beta(alpha, alpha, self.count)[mine] for rng, mine in self.parts])
+        """Return (N,) of the distribution Beta(alpha, alpha)."""
+        return np.concatenate([rng.beta(alpha, alpha, self.count)[own] for rng, own in self.parts])
 
 
 @functools.lru_cache
 def magnitudes(wide: bool, height: int, width: int) -> Array:
-    """The value of each operation of RandAugment at each level (14, 31), or with `wide` of TrivialAugmentWide.
+    """Return the value of each operation of RandAugment at each level (14, 31), or with `wide` of TrivialAugmentWide.
 
     Shears are tangents, translations pixels, rotations degrees; brightness, colour, contrast and sharpness are what is
     added to a factor of 1; posterize has the bits that stay, solarize the threshold in [0, 1].
@@ -113,7 +113,7 @@ class Operations(NamedTuple):
 
 
 def draw_operations(numbers: RandomNumbers, level: int | None, height: int, width: int) -> Operations:
-    """An operation of RandAugment for each image at a level, or one of TrivialAugmentWide at a level of its own."""
+    """Draw an operation of RandAugment for each image at a level, or one of TrivialAugmentWide at its own level."""
     random = numbers.uniform(3)
     op = (random[0] * 14).astype(np.int64)
     levels = (random[1] * LEVELS).astype(np.int64) if level is None else level
@@ -125,7 +125,7 @@ def draw_operations(numbers: RandomNumbers, level: int | None, height: int, widt
 
 
 def draw_jitter(numbers: RandomNumbers, strength: float) -> list[Operations]:
-    """Brightness, contrast, saturation and hue in random order, each with its own factor."""
+    """Draw brightness, contrast, saturation and hue in random order, each with its own factor."""
     random = numbers.uniform(8)
     order = random[:4].argsort(axis=0)
     low = max(0.0, 1 - strength)
@@ -138,7 +138,7 @@ def draw_jitter(numbers: RandomNumbers, strength: float) -> list[Operations]:
 def _draw_boxes(
     random: Array, area: tuple[float, float], ratio: float, shape: tuple[int, int], most: tuple[int, int]
 ) -> tuple[Array, Array]:
-    """Boxes (4, N) as top, left, height and width at a random place in an image of `shape`, from `random` (22, N).
+    """Return boxes (4, N) as top, left, height and width, at random in an image of `shape`, from `random` (22, N).
 
     Their part of the area is uniform in `area`, the logarithm of their aspect ratio between those of 1 / ratio and
     ratio. Ten are drawn, and the first not larger than `most` is taken; the second result says where there is one.
@@ -154,7 +154,7 @@ def _draw_boxes(
 
 
 def draw_crops(numbers: RandomNumbers, least: float, height: int, width: int) -> Array:
-    """Boxes (4, N) of at least a part of the area; where ten draws do not fit, the largest central box."""
+    """Draw boxes (4, N) of at least a part of the area; where ten draws do not fit, the largest central box."""
     boxes, found = _draw_boxes(numbers.uniform(22), (least, 1.0), 4 / 3, (height, width), (height, width))
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     central = np.array([(height - h) // 2, (width - w) // 2, h, w])
@@ -162,7 +162,7 @@ def draw_crops(numbers: RandomNumbers, least: float, height: int, width: int) ->
 
 
 class Erasing(NamedTuple):
-    """`image` (K,) has the numbers of the images, `box` (4, K) the rectangles, `start` (K,) places in the noise."""
+    """`image` (K,) has the indices of the images, `box` (4, K) the rectangles, `start` (K,) positions in the noise."""
 
     image: Array
     box: Array
@@ -170,7 +170,7 @@ class Erasing(NamedTuple):
 
 
 def draw_erasing(numbers: RandomNumbers, probability: float, height: int, width: int) -> Erasing:
-    """As timm's RandomErasing: 2 to 33 % of the area, an aspect ratio of 0.3 to 3.3."""
+    """Draw what timm's RandomErasing does: 2 to 33 % of the area, an aspect ratio of 0.3 to 3.3."""
     random = numbers.uniform(24)
     image = np.flatnonzero(random[0] < probability)
     random = random[1:, image]
@@ -187,16 +187,16 @@ class Mixing(NamedTuple):
 
 
 def draw_mixing(numbers: RandomNumbers, recipe: Recipe, height: int, width: int) -> Mixing:
-    """Mixup or cutmix for each image with probability `mix_prob`; both are as likely where the recipe has both."""
+    """Draw mixup or cutmix for each image with probability `mix_prob`; both are as likely if the recipe has both."""
     random = numbers.uniform(4)
     cut = random[1] < bool(recipe.cutmix) / (bool(recipe.cutmix) + bool(recipe.mixup))
-    kept = [numbers.beta(alpha) if alpha else 1.0 for alpha in (recipe.cutmix, recipe.mixup)]
-    weight = np.where(cut, kept[0], kept[1])
+    weights = [numbers.beta(alpha) if alpha else 1.0 for alpha in (recipe.cutmix, recipe.mixup)]
+    weight = np.where(cut, *weights)
     mixed = random[0] < recipe.mix_prob
     edges = []
-    for side, place in ((height, random[2]), (width, random[3])):
+    for side, position in ((height, random[2]), (width, random[3])):
         length = np.rint(np.sqrt(1 - weight) * side)
-        first = np.floor(np.floor(place * side) - length / 2)
+        first = np.floor(np.floor(position * side) - length / 2)
         edges.append((np.clip(first, 0, side), np.clip(first + length, 0, side)))
     (top, bottom), (left, right) = edges
     box = np.stack([top, left, bottom - top, right - left]).astype(np.int64)
@@ -206,13 +206,13 @@ def draw_mixing(numbers: RandomNumbers, recipe: Recipe, height: int, width: int)
 
 @dataclass(frozen=True)
 class Draws:
-    """What is to happen to each of the N images of a chunk; what a recipe leaves out is empty or None.
+    """The draws for each of the N images of a chunk; what a recipe leaves out is empty or None.
 
     Attributes:
         crops: Boxes (4, N) as top, left, height and width.
         operations: Applied one after the other, each a set of one for every image.
-        flips: Whether left and right change places (N,).
-        vertical_flips: Whether top and bottom do (N,).
+        flips: Whether to flip horizontally (N,).
+        vertical_flips: Whether to flip vertically (N,).
         shifts: Pixels (2, N) by which the view moves down and right.
         erasing: Rectangles that become noise.
         mixing: How images of a part are mixed.
@@ -232,8 +232,8 @@ def draw(recipe: Recipe, numbers: RandomNumbers, shape: tuple[int, int], seen: t
 
     Args:
         numbers: For the images.
-        shape: Their (height, width).
-        seen: That of the images that the model gets.
+        shape: (height, width) of the images.
+        seen: (height, width) of what the model gets.
         mixing: Whether this part of the run mixes images.
     """
     crops = draw_crops(numbers, recipe.crop_scale, *shape) if recipe.crop_scale < 1 and not recipe.stream else None
@@ -254,30 +254,32 @@ def draw(recipe: Recipe, numbers: RandomNumbers, shape: tuple[int, int], seen: t
 
 
 def _parameters(op: Array, value: Array, height: int, width: int) -> Array:
-    """What the operations take (N, 6) float32.
+    """Return what the operations take (N, 6) float32.
 
-    Geometric ones take the matrix [a, b, c, d, e, f] that maps a place in the output to one in the input, in pixels
-    from the centre; the blending ones (factor, 1 - factor), the others one number.
+    Geometric ones take the matrix [a, b, c, d, e, f] that maps a position in the output to one in the input, in pixels
+    from the centre; the blending ones take (factor, 1 - factor), the others one number.
     """
-    found = np.zeros((len(op), 6))
-    found[:, 0] = value
-    found[:, 1] = 1 - value
+    parameters = np.zeros((len(op), 6))
+    parameters[:, 0] = value
+    parameters[:, 1] = 1 - value
     moved = (op >= Op.SHEAR_X) & (op <= Op.ROTATE)
-    found[moved] = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+    parameters[moved] = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
     chosen = {kind: op == kind for kind in Op}
     v = value[chosen[Op.SHEAR_X]]
-    found[chosen[Op.SHEAR_X], 1:3] = np.stack([v, v * height / 2], 1)  # about the upper left corner, as torchvision
+    parameters[chosen[Op.SHEAR_X], 1:3] = np.stack(
+        [v, v * height / 2], 1
+    )  # about the upper left corner, as torchvision
     v = value[chosen[Op.SHEAR_Y]]
-    found[chosen[Op.SHEAR_Y], 3] = v
-    found[chosen[Op.SHEAR_Y], 5] = v * width / 2
-    found[chosen[Op.TRANSLATE_X], 2] = -value[chosen[Op.TRANSLATE_X]]
-    found[chosen[Op.TRANSLATE_Y], 5] = -value[chosen[Op.TRANSLATE_Y]]
+    parameters[chosen[Op.SHEAR_Y], 3] = v
+    parameters[chosen[Op.SHEAR_Y], 5] = v * width / 2
+    parameters[chosen[Op.TRANSLATE_X], 2] = -value[chosen[Op.TRANSLATE_X]]
+    parameters[chosen[Op.TRANSLATE_Y], 5] = -value[chosen[Op.TRANSLATE_Y]]
     turn = np.radians(value[chosen[Op.ROTATE]])
     cos, sin, zero = np.cos(turn), np.sin(turn), np.zeros_like(turn)
-    found[chosen[Op.ROTATE]] = np.stack([cos, -sin, zero, sin, cos, zero], 1)
-    found[chosen[Op.POSTERIZE], 0] = 256 - 2.0 ** (8 - value[chosen[Op.POSTERIZE]])  # a mask of the bits that stay
-    found[chosen[Op.SOLARIZE], 0] = np.ceil(np.float32(255 * value[chosen[Op.SOLARIZE]]))
-    return found.astype(np.float32)
+    parameters[chosen[Op.ROTATE]] = np.stack([cos, -sin, zero, sin, cos, zero], 1)
+    parameters[chosen[Op.POSTERIZE], 0] = 256 - 2.0 ** (8 - value[chosen[Op.POSTERIZE]])  # a mask of the bits that stay
+    parameters[chosen[Op.SOLARIZE], 0] = np.ceil(np.float32(255 * value[chosen[Op.SOLARIZE]]))
+    return parameters.astype(np.float32)
 
 
 def _column(p: Tensor, index: int = 0) -> Tensor:
@@ -285,17 +287,17 @@ def _column(p: Tensor, index: int = 0) -> Tensor:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """To uint8 as torchvision does, downwards. `x` is overwritten."""
+    """Round down to uint8, as torchvision does; `x` is overwritten."""
     return x.clamp_(0, 255).to(torch.uint8)
 
 
 def _blend(x: Tensor, other: Tensor, p: Tensor) -> Tensor:
-    # No fused multiply-add: its rounding depends on the place in memory, so that a resumed run would not be exact.
+    # No fused multiply-add: its rounding depends on the address in memory, so that a resumed run would not be exact.
     return _bytes(x.float().mul_(_column(p)).add_(other * _column(p, 1)))
 
 
 def grey(x: Tensor) -> Tensor:
-    """Luminance (K, 1, H, W) in whole float32 numbers."""
+    """Return the luminance (K, 1, H, W) in whole float32 numbers."""
     if x.shape[1] == 1:
         return x.float()
     red, green, blue = x.unbind(1)
@@ -303,7 +305,7 @@ def grey(x: Tensor) -> Tensor:
 
 
 def affine(x: Tensor, p: Tensor, fill: Tensor) -> Tensor:
-    """Take each pixel from the nearest place; `fill` (C, 1, 1) is outside of the image."""
+    """Map images by nearest-neighbour sampling; `fill` (C, 1, 1) is outside of the image."""
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device).view(1, -1, 1) - (height - 1) / 2
     columns = torch.arange(width, device=x.device).view(1, 1, -1) - (width - 1) / 2
@@ -406,25 +408,25 @@ FUNCTIONS: dict[Op, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def crop(x: Tensor, boxes: Tensor) -> Tensor:
-    """Boxes (4, N) of images uint8 (N, C, H, W), resized to (H, W) by bilinear interpolation."""
+    """Cut boxes (4, N) out of images uint8 (N, C, H, W), and resize them to (H, W) by bilinear interpolation."""
     size = x.shape[2:]
-    places = []
+    positions = []
     for start, length, side in zip(boxes[:2], boxes[2:], size, strict=True):
         start, length = start.float().view(-1, 1), length.float().view(-1, 1)
-        place = (torch.arange(side, device=x.device) + 0.5) * (length / side) - 0.5
-        inside = torch.minimum(place.clamp_(min=0), length - 1) + start  # the border belongs to the box
-        places.append((2 * inside + 1) / side - 1)  # as `grid_sample` counts
-    rows, columns = places
+        position = (torch.arange(side, device=x.device) + 0.5) * (length / side) - 0.5
+        inside = torch.minimum(position.clamp_(min=0), length - 1) + start  # the border belongs to the box
+        positions.append((2 * inside + 1) / side - 1)  # as `grid_sample` counts
+    rows, columns = positions
     grid = torch.stack([columns[:, None, :].expand(-1, *size), rows[:, :, None].expand(-1, *size)], 3)
     result: Tensor = F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
     return result.round_().to(torch.uint8)
 
 
 def _sources(shift: Tensor, flip: Tensor, side: int) -> Tensor:
-    """Where each of `side` pixels of a line comes from (N, side): shifted with reflected borders, after a flip."""
-    place = (torch.arange(side, device=shift.device) + shift[:, None]).abs_()
-    place = side - 1 - (side - 1 - place).abs_()
-    return torch.where(flip[:, None] > 0, side - 1 - place, place)
+    """Return where `side` pixels of a line come from (N, side): shifted with reflected borders, after a flip."""
+    position = (torch.arange(side, device=shift.device) + shift[:, None]).abs_()
+    position = side - 1 - (side - 1 - position).abs_()
+    return torch.where(flip[:, None] > 0, side - 1 - position, position)
 
 
 def move(x: Tensor, moves: Tensor) -> Tensor:
@@ -438,7 +440,7 @@ def move(x: Tensor, moves: Tensor) -> Tensor:
 
 
 def _inside(box: Tensor, height: int, width: int) -> Tensor:
-    """Which pixels lie in boxes (4, N): (N, 1, height, width)."""
+    """Return which pixels lie in boxes (4, N): (N, 1, height, width)."""
     top, left, tall, wide = box.view(4, -1, 1)
     rows, columns = (torch.arange(side, device=box.device) for side in (height, width))
     down = (rows >= top) & (rows < top + tall)
@@ -454,7 +456,7 @@ class Part(NamedTuple):
     """What the model gets for a part of a step.
 
     Attributes:
-        inputs: Normalised float32 (B, C, S, S).
+        inputs: Normalized float32 (B, C, S, S).
         targets: Labels (B,) int64, or where images are mixed the share of each class (B, classes) float32.
         labels: Of the images themselves (B,) int64.
     """
@@ -465,7 +467,7 @@ class Part(NamedTuple):
 
 
 class Augment:
-    """Changes images at random as a recipe says, and normalises them.
+    """Changes images at random as a recipe says, and normalizes them.
 
     Args:
         recipe: Which changes, and how strong.
@@ -493,19 +495,19 @@ class Augment:
         self.noise: Tensor | None = None
 
     def seen(self, size: int | None) -> tuple[int, int]:
-        """(height, width) that the model gets when the shorter side is `size` pixels; None is the images' own."""
+        """Return (height, width) of what the model gets if the shorter side has `size` pixels; None: as it is."""
         if size is None:
             return self.shape
         height, width = (round(side * size / min(self.shape)) for side in self.shape)
         return height, width
 
     def prepared(self, source: Source, share: Share, done: Callable[[int], float]) -> Iterator[Part]:
-        """The parts of an epoch, ready for the model, one after the other; several are computed at once.
+        """Yield the parts of an epoch, ready for the model; several are computed at once.
 
         Args:
-            source: Of the images.
+            source: The images.
             share: What this process takes of the epoch.
-            done: The part of the run that is over before a step.
+            done: Returns the part of the run that is over before a step.
         """
         recipe = self.recipe
         if recipe.random_erasing:
@@ -520,16 +522,18 @@ class Augment:
 
         pixels = share.batch_size // share.parts * math.prod(self.shape)
         most = min(max(1, PIXELS.get(self.device.type, PIXELS_ELSEWHERE) // pixels), source.at_once)
-        places = ((step, part) for step in share.steps for part in share.mine)
-        batches = zip(source.parts(share), places, strict=False)  # the images end first, and close what they have open
+        positions = ((step, part) for step in share.steps for part in share.mine)
+        batches = zip(
+            source.parts(share), positions, strict=False
+        )  # the images end first, and close what they have open
         for (size, mixing), alike in itertools.groupby(batches, phase):
             while chunk := list(itertools.islice(alike, most)):
-                numbers = RandomNumbers(share, [place for _, place in chunk])
+                numbers = RandomNumbers(share, [position for _, position in chunk])
                 draws = draw(recipe, numbers, self.shape, self.seen(size), mixing)
                 yield from self.parts([batch for batch, _ in chunk], draws, size)
 
     def parts(self, batches: Sequence[Batch], draws: Draws, size: int | None) -> Iterator[Part]:
-        """Some parts of equal size, changed as drawn."""
+        """Yield some parts of equal size, changed as drawn."""
         count = len(batches)
         pixels, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
         inputs, targets = self(pixels, draws, size), labels
@@ -538,7 +542,7 @@ class Augment:
         yield from map(Part, inputs.chunk(count), targets.chunk(count), labels.chunk(count))
 
     def __call__(self, pixels: Tensor, draws: Draws, size: int | None = None) -> Tensor:
-        """uint8 (N, C, H, W) -> normalised float32 (N, C, S, S), unmixed; `size` is the shorter of the two sides."""
+        """uint8 (N, C, H, W) -> normalized float32 (N, C, S, S), unmixed; `size` is the shorter of the two sides."""
         x = pixels
         if draws.crops is not None:
             x = crop(x, self._send(draws.crops))
@@ -575,7 +579,7 @@ class Augment:
         return x
 
     def _move(self, x: Tensor, order: Array, draws: Draws) -> Tensor:
-        """Back into the order before the operations, with flips and shifts."""
+        """Put images back into the order before the operations, with flips and shifts."""
         image = order.argsort()
         if draws.flips is None and draws.vertical_flips is None and draws.shifts is None:
             return x.index_select(0, self._send(image)) if draws.operations else x
@@ -594,7 +598,7 @@ class Augment:
         x.index_copy_(0, image, torch.where(inside, noise, x.index_select(0, image)))
 
     def mix(self, x: Tensor, labels: Tensor, mixing: Mixing, parts: int) -> tuple[Tensor, Tensor]:
-        """Mix each image with the one at its mirror place in its part; x (N, C, S, S) is overwritten.
+        """Mix each image with the one that mirrors its position in its part; x (N, C, S, S) is overwritten.
 
         Returns:
             The images and the share of each class (N, classes).

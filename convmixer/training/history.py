@@ -1,4 +1,4 @@
-"""The course of a run, one row per epoch, as a CSV file."""
+"""The history of a run: one row per epoch, and its CSV file."""
 
 from __future__ import annotations
 
@@ -36,8 +36,20 @@ class Epoch:
         return "  ".join([f"epoch {self.epoch:3d}", *shown, speed])
 
 
+def best_epoch(history: Sequence[Epoch], min_delta: float) -> int:
+    """Return the number of the epoch with the lowest validation loss, or 0 if there is none.
+
+    A later epoch is better only if its loss is lower by more than `min_delta`.
+    """
+    best, lowest = 0, math.inf
+    for row in history:
+        if row.validation_loss < lowest - min_delta:
+            best, lowest = row.epoch, row.validation_loss
+    return best
+
+
 def write_history(path: Path, history: Sequence[Epoch]) -> None:
-    """Write all rows to `path`, in place of what was there."""
+    """Write all rows to `path`, and replace what was there."""
     text = io.StringIO(newline="")
     rows = csv.DictWriter(text, [field.name for field in dataclasses.fields(Epoch)])
     rows.writeheader()
@@ -48,7 +60,7 @@ def write_history(path: Path, history: Sequence[Epoch]) -> None:
 
 
 def read_history(path: str | Path) -> list[Epoch]:
-    """The rows that `write_history` wrote, to six decimals.
+    """Return the rows that `write_history` wrote, to six decimals.
 
     Raises:
         DataError: There is no such file, or it is another kind of file.
@@ -66,5 +78,5 @@ def read_history(path: str | Path) -> list[Epoch]:
         raise DataError(f"no history at {str(path)!r}: give the metrics.csv of a run of convmixer train") from error
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(
-            f"{str(path)!r} is no history of a run: {error}. Give the metrics.csv that convmixer train wrote"
+            f"{str(path)!r} is not a history of a run: {error}. Give the metrics.csv that convmixer train wrote"
         ) from error

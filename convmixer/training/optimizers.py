@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from convmixer.errors import ArgumentError
 from convmixer.model import ConvMixer
-from convmixer.training.recipes import LOOKAHEAD, Recipe
+from convmixer.training.recipe import LOOKAHEAD, Recipe
 
-MUON = {  # the rest is timm's default
+MUON = {  # other arguments are timm's defaults
     "momentum": 0.95,
     "nesterov": True,
     "ns_steps": 5,
@@ -35,8 +35,8 @@ MUON = {  # the rest is timm's default
 class MuonAdamW(Optimizer):
     """Muon for some parameter groups and AdamW for the others, as one optimizer with one state.
 
-    timm's Muon has an AdamW of its own, which launches a dozen kernels for each parameter. PyTorch's launches a few for
-    all of them.
+    timm's Muon has its own AdamW, which launches a dozen kernels for each parameter. PyTorch's launches a few for all
+    parameters.
 
     Args:
         matrices: Groups of parameters (out, in, 1, 1), for Muon.
@@ -60,7 +60,7 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let both work on the state and the groups of this optimizer, which are what is saved."""
+        """Let both work on the state and the groups of this optimizer, which are saved."""
         count = len(self.muon.param_groups)
         self.muon.param_groups, self.adamw.param_groups = self.param_groups[:count], self.param_groups[count:]
         self.muon.state = self.adamw.state = self.state
@@ -80,18 +80,18 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def create_optimizer(recipe: Recipe, model: ConvMixer, where: torch.device) -> Optimizer:
-    """The optimizer of a recipe: weight decay on weights of two or more dimensions, rates by `layer_decay`.
+def create_optimizer(recipe: Recipe, model: ConvMixer, device: torch.device) -> Optimizer:
+    """Return the optimizer of a recipe: weight decay on weights of two or more dimensions, rates by `layer_decay`.
 
-    Where `takes_tensors`, rates may be tensors, and on CUDA devices a graph can hold a step.
+    If `takes_tensors`, rates may be tensors, and on CUDA devices a graph can hold a step.
 
     Raises:
-        ArgumentError: It needs a package, or a device, that is not here.
+        ArgumentError: The optimizer needs a package, or a device, that is missing.
     """
     name = recipe.opt
     betas: dict[str, Any] = {"betas": recipe.betas} if recipe.betas else {}
     if name.removeprefix(LOOKAHEAD) == "muon":
-        muon = _create_muon(recipe, model, where, betas)
+        muon = _create_muon(recipe, model, device, betas)
         return Lookahead(muon) if name.startswith(LOOKAHEAD) else muon
     try:
         optimizer: Optimizer = create_optimizer_v2(
@@ -101,9 +101,9 @@ def create_optimizer(recipe: Recipe, model: ConvMixer, where: torch.device) -> O
             weight_decay=recipe.weight_decay,
             eps=recipe.eps,
             layer_decay=recipe.layer_decay if recipe.layer_decay < 1 else None,
-            fallback_list=_others(model) if name.endswith("muon") else (),
+            fallback_list=_not_matrices(model) if name.endswith("muon") else (),
             **betas,
-            **_ways(name, where),
+            **_tensor_arguments(name, device),
         )
     except (AssertionError, ImportError) as error:  # timm asserts that there is APEX, bitsandbytes or CUDA
         raise ArgumentError(
@@ -112,8 +112,8 @@ def create_optimizer(recipe: Recipe, model: ConvMixer, where: torch.device) -> O
     return optimizer
 
 
-def _create_muon(recipe: Recipe, model: ConvMixer, where: torch.device, betas: dict[str, Any]) -> MuonAdamW:
-    common = {"no_weight_decay_list": model.no_weight_decay(), "fallback_list": _others(model)}
+def _create_muon(recipe: Recipe, model: ConvMixer, device: torch.device, betas: dict[str, Any]) -> MuonAdamW:
+    common = {"no_weight_decay_list": model.no_weight_decay(), "fallback_list": _not_matrices(model)}
     groups: list[dict[str, Any]] = (
         param_groups_layer_decay(model, recipe.weight_decay, layer_decay=recipe.layer_decay, **common)
         if recipe.layer_decay < 1
@@ -126,58 +126,58 @@ def _create_muon(recipe: Recipe, model: ConvMixer, where: torch.device, betas: d
         divided[False],
         divided[True],
         lr=recipe.lr,
-        muon={**MUON, "capturable": where.type == "cuda"},
-        adamw={"eps": recipe.eps, **betas, **_ways("adamw", where)},
+        muon={**MUON, "capturable": device.type == "cuda"},
+        adamw={"eps": recipe.eps, **betas, **_tensor_arguments("adamw", device)},
     )
 
 
-def _others(model: ConvMixer) -> list[str]:
-    """Names of all parameters but the 1x1 weights of blocks."""
+def _not_matrices(model: ConvMixer) -> list[str]:
+    """Return the names of all parameters except the 1x1 weights of blocks."""
     matrices = [f"blocks.{i}.1.weight" for i in range(len(model.blocks))]
     return [name for name, _ in model.named_parameters() if name not in matrices]
 
 
-def takes_tensors(name: str, where: torch.device) -> bool:
-    """Whether an optimizer takes tensors for rates on a device. On CUDA devices it can be captured then, too."""
-    return bool(_ways("adamw" if name == "muon" else name, where))
+def takes_tensors(name: str, device: torch.device) -> bool:
+    """Return whether an optimizer takes tensors for rates on a device; on CUDA devices graphs can capture it then."""
+    return bool(_tensor_arguments("adamw" if name == "muon" else name, device))
 
 
-def _ways(name: str, where: torch.device) -> dict[str, Any]:
-    """Arguments that let an optimizer take tensors for rates; empty if there are none."""
+def _tensor_arguments(name: str, device: torch.device) -> dict[str, Any]:
+    """Return the arguments that let an optimizer take tensors for rates; empty if it cannot."""
     kind = None if name.startswith(LOOKAHEAD) else get_optimizer_info(name).opt_class
     if not isinstance(kind, type):  # Lookahead counts steps on the host; those of APEX and bitsandbytes are names
         return {}
-    ways = {}
-    if where.type in ("cpu", "cuda") and issubclass(kind, torch.optim.Adam | torch.optim.SGD):  # AdamW is an Adam
-        ways["fused"] = True
-    if where.type == "cuda" and "capturable" in inspect.signature(kind).parameters:
-        ways["capturable"] = True
-    return ways
+    arguments = {}
+    if device.type in ("cpu", "cuda") and issubclass(kind, torch.optim.Adam | torch.optim.SGD):  # AdamW is an Adam
+        arguments["fused"] = True
+    if device.type == "cuda" and "capturable" in inspect.signature(kind).parameters:
+        arguments["capturable"] = True
+    return arguments
 
 
 class Average:
     """An exponential moving average of the parameters and buffers of a model.
 
     Attributes:
-        module: A model that has them.
+        module: A model that holds the averages.
     """
 
     def __init__(self, model: ConvMixer, decay: float) -> None:
         self.module, self.decay = copy.deepcopy(model).eval(), decay
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-        self.floats = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
-        self.others = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
+        self.floats = [(average, value) for average, value in pairs if average.is_floating_point()]
+        self.counters = [(average, value) for average, value in pairs if not average.is_floating_point()]
 
     def weight(self, step: Tensor) -> Tensor:
-        """That of the new values after steps 1, 2, ...; larger at first, while the weights change fast."""
+        """Return the weight of the new values after steps 1, 2, ...: larger at first, while weights change fast."""
         return 1 - ((1 + step.double()) / (10 + step)).clamp(max=self.decay)
 
     @torch.no_grad()
     def update(self, weight: Tensor) -> None:
         """Move towards the model by a weight in [0, 1], a tensor () that a CUDA graph can read."""
-        mine, theirs = map(list, zip(*self.floats, strict=True))
-        change = torch._foreach_sub(theirs, mine)
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(mine, change)
-        for count, current in self.others:
-            count.copy_(current)
+        averages, values = map(list, zip(*self.floats, strict=True))
+        changes = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(changes, weight)
+        torch._foreach_add_(averages, changes)
+        for counter, value in self.counters:
+            counter.copy_(value)

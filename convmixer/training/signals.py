@@ -1,10 +1,10 @@
-"""SIGTERM and Ctrl-C while training: obeyed after the step at hand or, while `torch.compile` is at work, at once.
+"""SIGTERM and Ctrl-C while training: obeyed after the current step, or at once while `torch.compile` is at work.
 
 A compilation takes minutes, most of it in other processes: C++ compilers, and on GPUs a helper that compiles Triton
 kernels. A terminal's Ctrl-C reaches them, too; some versions of PyTorch then wait for the helper for ever, and all of
-them wait for the rest at the interpreter's end. So these processes are ended here. Python runs a handler in the main
-thread between two of its own instructions. Where that thread is inside PyTorch meanwhile, as it is while a backward
-pass compiles on a GPU, another thread, which the system tells of signals by a pipe, does what is to be done.
+them wait for the other processes when the interpreter exits. So this module ends these processes. Python runs a
+handler in the main thread, between two of its own instructions. If that thread is inside PyTorch, as it is while a
+backward pass compiles on a GPU, another thread, which learns of signals through a pipe, does the work.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch._dynamo
 
 from convmixer.errors import ConvMixerError
 
-PATIENCE = 2.0  # seconds until a compilation that has not noticed a signal loses its processes
-LIMIT = 7.0  # and until it loses this one
+PATIENCE = 2.0  # seconds until the processes of a compilation that ignores a signal are ended
+LIMIT = 7.0  # seconds until this process is ended
 
 
 class StoppedWhileCompilingError(BaseException):
     """A signal came during a compilation. Not an Exception, as compilers handle those.
 
     Attributes:
-        number: Of the signal.
+        number: The number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -40,13 +40,13 @@ class StoppedWhileCompilingError(BaseException):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the block SIGTERM and SIGINT are noted, not obeyed: the function given tells which came, or 0.
+    """Note SIGTERM and SIGINT within the block, instead of obeying them: the function given returns which came, or 0.
 
-    A second SIGINT interrupts as usual. Outside the main thread, which alone may set handlers, nothing is changed.
+    A second SIGINT interrupts as usual. Only the main thread may set handlers; in another, nothing changes.
 
     Raises:
-        StoppedWhileCompilingError: From the block, as a signal comes while `torch.compile` is at work. The processes
-            that it started have ended then. Where it cannot be interrupted, the whole process ends after some
+        StoppedWhileCompilingError: From the block, if a signal comes while `torch.compile` is at work. The processes
+            that it started have ended by then. If it cannot be interrupted, the whole process ends after some
             seconds, with status 128 + signal.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -79,7 +79,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 class _Stop:
-    """Which signal came, and whether a compilation is going on."""
+    """Which signal came, and whether a compilation is running."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -87,13 +87,13 @@ class _Stop:
         self.compiled = False  # when the signal came, or later
         self.leaving = False
         self.halting = False
-        self.again = False  # the next signal is our own
-        self.others: set[int] = set()  # processes from before the compilation
+        self.again = False  # whether the next signal is our own
+        self.older: set[int] = set()  # processes from before the compilation
         self.halted: dict[int, Any] = {}  # its processes when the signal came
 
     def note(self, number: int, _frame: Any = None) -> None:
-        """The handler, in the main thread."""
-        if self.leaving or self.halting:  # processes that are found, and not kept, would be left behind
+        """Handle a signal, in the main thread."""
+        if self.leaving or self.halting:  # processes that are found, and not recorded, would be left behind
             return
         if self.number and number == signal.SIGINT and not self.again:
             raise KeyboardInterrupt
@@ -102,7 +102,7 @@ class _Stop:
 
     def begin(self, *_: Any) -> None:
         if not self.running:
-            self.others = set(_descendants())
+            self.older = set(_descendants())
         self.running += 1
         if self.number:
             self._obey()
@@ -113,20 +113,20 @@ class _Stop:
     def _obey(self) -> None:
         if self.running and not self.leaving:
             self.compiled = True
-            # The exception makes `subprocess.run` kill the compiler, whose own processes are then nobody's children.
+            # The exception makes `subprocess.run` kill the compiler, and the processes of that lose their parent.
             self.halting = True
             try:
-                self.halted |= _halt(self.halted, self.others)
+                self.halted |= _halt(self.halted, self.older)
             finally:
                 self.halting = False
             raise StoppedWhileCompilingError(self.number)
 
     def end_compilers(self) -> None:
-        end_compilers(self.others, self.halted)
+        end_compilers(self.older, self.halted)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Another thread looks after a compilation that does not notice a signal."""
+        """Let another thread end a compilation that does not notice a signal."""
         read, write = os.pipe()
         if hasattr(os, "set_blocking"):  # on Windows from Python 3.12 on
             os.set_blocking(write, False)
@@ -163,29 +163,29 @@ class _Stop:
                 helpers, self.compiled = False, True
                 self.number = self.number or number
                 self.end_compilers()
-                if hasattr(signal, "pthread_kill"):  # an exception raised where none can go is lost: raise another
+                if hasattr(signal, "pthread_kill"):  # an exception that nothing can catch is lost: raise another
                     self.again = True
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
             elif waited > LIMIT:
-                message = "stopped while compiling, which could not be interrupted; what was saved before is whole"
+                message = "stopped while compiling, which could not be interrupted; what was saved before is intact"
                 with contextlib.suppress(OSError):
                     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
                 os._exit(128 + number)
 
 
 def _descendants() -> dict[int, Any]:
-    """Processes started by this one, and by them, by number."""
+    """Return the processes started by this one, and by those, by number."""
     import psutil  # accelerate needs it
 
     return {process.pid: process for process in psutil.Process().children(recursive=True)}
 
 
-def end_compilers(others: Container[int], halted: Mapping[int, Any] | None = None) -> None:
+def end_compilers(older: Container[int], halted: Mapping[int, Any] | None = None) -> None:
     """End the processes and threads of `torch.compile`, within some seconds.
 
     Args:
-        others: Numbers of processes that are none of its, but for helpers that it keeps.
-        halted: Those that are known and suspended.
+        older: Numbers of processes from before the compilation; only helpers of `torch.compile` among them are ended.
+        halted: Processes that are known and suspended.
     """
     import psutil
     from torch._inductor import async_compile
@@ -193,15 +193,15 @@ def end_compilers(others: Container[int], halted: Mapping[int, Any] | None = Non
     threads = None
     if async_compile.AsyncCompile.pool.cache_info().currsize:
         threads = async_compile.AsyncCompile.pool()
-        threads.shutdown(wait=False, cancel_futures=True)  # each job that it had left would start a compiler
+        threads.shutdown(wait=False, cancel_futures=True)  # each job that is left would start a compiler
         async_compile.AsyncCompile.pool.cache_clear()
-    # It says good-bye to the helper, and waits until that has ended.
-    farewell = threading.Thread(target=async_compile.shutdown_compile_workers, daemon=True)
-    farewell.start()
+    # It tells the helper to end, and waits for that.
+    shutdown = threading.Thread(target=async_compile.shutdown_compile_workers, daemon=True)
+    shutdown.start()
     begun = time.monotonic()
     found = dict(halted or {})  # also those whose parents have gone
     while time.monotonic() < begun + 4:
-        if fresh := _halt(found, others):
+        if fresh := _halt(found, older):
             found |= fresh
             continue
         for number, process in list(found.items()):
@@ -215,20 +215,20 @@ def end_compilers(others: Container[int], halted: Mapping[int, Any] | None = Non
                     process.kill()
             except psutil.Error:
                 del found[number]
-        working = farewell.is_alive() or any(thread.is_alive() for thread in getattr(threads, "_threads", ()))
+        working = shutdown.is_alive() or any(thread.is_alive() for thread in getattr(threads, "_threads", ()))
         if not found and not working:
             return
         time.sleep(0.05)
 
 
-def _halt(found: Container[int], others: Container[int]) -> dict[int, Any]:
-    """Suspend processes that are not among those found: one that ends while it starts another leaves that behind."""
+def _halt(found: Container[int], older: Container[int]) -> dict[int, Any]:
+    """Suspend and return processes that are not among those found: one that ends may have started another."""
     import psutil
 
     fresh = {}
     for number, process in _descendants().items():
         with contextlib.suppress(psutil.Error):
-            if number not in found and (number not in others or "compile_worker" in " ".join(process.cmdline())):
+            if number not in found and (number not in older or "compile_worker" in " ".join(process.cmdline())):
                 process.suspend()
                 if process.status() != psutil.STATUS_ZOMBIE:
                     fresh[number] = process

@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from convmixer import registry
-from convmixer.training import recipes
+from convmixer.training import Recipe, recipes
 from sitegen import docstrings, figures, pages
 from sitegen.records import RESULTS, WRITERS
 
@@ -24,7 +24,7 @@ class Records(SphinxDirective):
     def run(self) -> list[Node]:
         name, *arguments = " ".join(self.arguments).split()
         writer = WRITERS[name]
-        for source in (*map(inspect.getfile, (writer, registry, recipes)), *map(str, RESULTS.iterdir())):
+        for source in (*map(inspect.getfile, (writer, registry, Recipe, recipes)), *map(str, RESULTS.iterdir())):
             self.env.note_dependency(source)
         return self.parse_text_to_nodes(writer(*arguments))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_digits
+from conftest import SMALL_MODEL, write_digits
 from PIL import Image, ImageOps
 from processes import finish
 from safetensors.torch import load_file
@@ -28,8 +28,8 @@ from convmixer.evaluation import validate
 from convmixer.runtime.quantize import calibration_images
 from convmixer.training import evaluate, get_recipe, train
 
-pytestmark = pytest.mark.usefixtures("small_training")
-QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
+pytestmark = pytest.mark.usefixtures("no_curves")
+QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, **SMALL_MODEL}
 SIZE = (3, 8, 8)
 CLASSES = ("digit 0", "digit 1", "digit 2", "digit 3")
 
@@ -162,14 +162,14 @@ def test_training_from_a_stream_is_training_from_memory(digits, tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_a_stream_that_is_stopped_goes_on_exactly(digits, shards, tmp_path, monkeypatch, kind):
-    from convmixer.training import loop
+    from convmixer.training.trainer import Trainer
 
     source = digits if kind == "folder" else f"wds/{shards}"
     fields = {"stream": True, "batch_size": 16, "crop_scale": 0.5, "rand_augment": (1, 9), "validation_fraction": 0.0}
     recipe = get_recipe("cifar10", **{**QUICK, **fields})
     options = {"device": "cpu", "report": quiet, "workers": 2}
     whole = train(recipe, source, tmp_path / "whole", **options)
-    real, count = loop._Trainer.step, []
+    real, count = Trainer.step, []
 
     def step(self, *arguments):
         count.append(1)
@@ -177,7 +177,7 @@ def test_a_stream_that_is_stopped_goes_on_exactly(digits, shards, tmp_path, monk
             signal.raise_signal(signal.SIGTERM)
         return real(self, *arguments)
 
-    monkeypatch.setattr(loop._Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 9"):
         train(recipe, source, tmp_path / "parts", **options)
     if kind == "shards":
@@ -413,7 +413,7 @@ def test_shards_get_as_many_workers_as_they_can_feed(shards):
         ("wds/nowhere", {"stream": True, "class_weights": "balanced"}, {}, "class_weights='balanced' needs labels"),
         ("nowhere", {}, {"workers": 2}, "workers=2: give at least 0, and only with stream=True"),
         ("nowhere", {"stream": True}, {"workers": -1}, "workers=-1: give at least 0"),
-        ("nowhere", {"sync_batchnorm": True}, {}, "sync_batchnorm=True works on GPUs alone.* not on 'cpu'"),
+        ("nowhere", {"sync_batchnorm": True}, {}, "sync_batchnorm=True works only on GPUs.* not on 'cpu'"),
         ("nowhere", {}, {"precision": "float16"}, "'float16' needs a GPU, not 'cpu'; valid: auto, float32, bfloat16"),
     ],
 )
@@ -454,10 +454,10 @@ def test_images_that_do_not_fit_into_memory(digits, monkeypatch):
 
 
 def test_synchronised_batchnorm_shares_the_tensors_of_the_model():
-    from convmixer.training.loop import _synchronised
+    from convmixer.training.trainer import with_sync_batchnorm
 
     model = convmixer.ConvMixer(8, 2, 3, 2, num_classes=2)
-    twin = _synchronised(model)
+    twin = with_sync_batchnorm(model)
     kinds = [type(module) for module in twin.modules()]
     assert kinds.count(torch.nn.SyncBatchNorm) == 5
     assert torch.nn.BatchNorm2d not in kinds

@@ -8,16 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from capture import Tapes
+from conftest import SMALL_MODEL
 from PIL import Image
 
 import convmixer
 from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
 from convmixer.runtime.cuda_graphs import KEPT, WARM_UP, CudaGraphs, Graphed, Replayed
-from convmixer.training import get_recipe, loop
+from convmixer.training import get_recipe, train
+from convmixer.training.checks import why_no_graph
+from convmixer.training.machine import create_accelerator
+from convmixer.training.precision import PRECISIONS
+from convmixer.training.trainer import PartialEpoch, Trainer
+from convmixer.training.validation import no_progress
 
-pytestmark = pytest.mark.usefixtures("small_training")
-SMALL = {"epochs": 4, "batch_size": 16, "lr": 0.01, "model": "convmixer_128_8_ks7_p2", "rand_augment": (0, 0)}
+pytestmark = pytest.mark.usefixtures("no_curves")
+SMALL = {"epochs": 4, "batch_size": 16, "lr": 0.01, **SMALL_MODEL}
 STEPS = 6  # an epoch
 
 
@@ -95,18 +101,18 @@ def _trainer(tmp_path, graphs=None, device="cpu", precision="float32", **fields)
     options = {name: fields.pop(name, False) for name in ("compile", "fused")}
     recipe = get_recipe("cifar10", **{**SMALL, **fields})
     where = torch.device(device)
-    accelerator = loop._accelerator(where, (), tmp_path, loop.PRECISIONS[precision])
+    accelerator = create_accelerator(where, (), tmp_path, PRECISIONS[precision])
     torch.manual_seed(7)
-    trainer = loop._Trainer(recipe, _images(), where, accelerator, graphs=graphs, not_captured=_never, **options)
+    trainer = Trainer(recipe, _images(), where, accelerator, graphs=graphs, not_captured=_never, **options)
     assert trainer.steps == STEPS
     return trainer
 
 
-def _train(trainer: loop._Trainer, epochs: int = 4, begin: int = 0) -> dict[str, torch.Tensor]:
+def _train(trainer: Trainer, epochs: int = 4, begin: int = 0) -> dict[str, torch.Tensor]:
     """Everything that a run keeps; losses are in it as "losses"."""
     losses = []
     for epoch in range(begin, begin + epochs):
-        place, _ = trainer.epoch(epoch, loop._Place(), lambda: 0, loop._no_progress)
+        place, _ = trainer.epoch(epoch, PartialEpoch(), lambda: 0, no_progress)
         losses += [place.loss, place.correct]
     state = copy.deepcopy(trainer.state())
     kept = {f"{part}.{k}": v for part in ("model", "average") for k, v in (state[part] or {}).items()}
@@ -186,14 +192,12 @@ def test_a_state_that_does_not_fit_is_named(tmp_path):
         (folder / "train" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (8 * i, 0, 0)).save(folder / "train" / f"{i % 2}" / f"{i}.png")
     recipe = get_recipe("cifar10", **{**SMALL, "epochs": 1, "validation_fraction": 0.0})
-    loop.train(recipe, folder, tmp_path / "run", device="cpu", report=lambda line: None)
+    train(recipe, folder, tmp_path / "run", device="cpu", report=lambda line: None)
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     state["optimizer"]["param_groups"].pop()
     torch.save(state, tmp_path / "run" / "last.pt")
-    with pytest.raises(convmixer.ConvMixerError, match=r"cannot resume from .*groups\. Another version .* start anew"):
-        loop.train(
-            recipe.override(epochs=2), folder, tmp_path / "run", device="cpu", resume=True, report=lambda _: None
-        )
+    with pytest.raises(convmixer.ConvMixerError, match=r"cannot resume from .*groups\. Another version .* start again"):
+        train(recipe.override(epochs=2), folder, tmp_path / "run", device="cpu", resume=True, report=lambda _: None)
 
 
 def test_a_graph_that_cannot_be_is_refused(tmp_path):
@@ -203,7 +207,7 @@ def test_a_graph_that_cannot_be_is_refused(tmp_path):
         ("yes", "graph='yes'; valid: True, False, 'auto'"),
     ):
         with pytest.raises(ArgumentError, match=text):
-            loop.train(recipe, "nowhere", tmp_path / "run", device="cpu", graph=graph)
+            train(recipe, "nowhere", tmp_path / "run", device="cpu", graph=graph)
     assert not (tmp_path / "run").exists()
 
 
@@ -221,7 +225,7 @@ def test_a_graph_that_cannot_be_is_refused(tmp_path):
 )
 def test_why_a_step_is_not_a_graph(fields, precision, processes, text):
     recipe = get_recipe("cifar10", **{**SMALL, **fields})
-    assert loop._no_graph(recipe, torch.device("cuda"), precision, processes) == text
+    assert why_no_graph(recipe, torch.device("cuda"), precision, processes) == text
 
 
 def _read_in_each_step(trainer, monkeypatch) -> list[str]:

@@ -38,17 +38,17 @@ def one_thread():
 
 @functools.lru_cache
 def photographs(count: int, channels: int, height: int, width: int) -> torch.Tensor:
-    """Pieces of two photographs, among them pieces in which all pixels are equal and of two values only."""
+    """Crops of two photographs, some with equal pixels or only two values."""
     photos = [torch.tensor(image).permute(2, 0, 1) for image in load_sample_images().images]
     rng = np.random.default_rng(0)
-    pieces = []
+    crops = []
     for i in range(count):
         photo, scale = photos[i % 2], int(rng.integers(1, 8))
         top, left = (
             int(rng.integers(side - scale * s)) for side, s in zip(photo.shape[1:], (height, width), strict=True)
         )
-        pieces.append(photo[:, top : top + scale * height : scale, left : left + scale * width : scale])
-    images = torch.stack(pieces)[:, :channels].clone()
+        crops.append(photo[:, top : top + scale * height : scale, left : left + scale * width : scale])
+    images = torch.stack(crops)[:, :channels].clone()
     images[0] = 77
     images[1, :, ::2], images[1, :, 1::2] = 0, 255
     return images

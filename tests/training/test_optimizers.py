@@ -11,8 +11,11 @@ from timm.optim import Lookahead
 import convmixer
 from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
-from convmixer.training import get_recipe, loop
+from convmixer.training import get_recipe
+from convmixer.training.machine import create_accelerator
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
+from convmixer.training.trainer import PartialEpoch, Trainer
+from convmixer.training.validation import no_progress
 
 CPU = torch.device("cpu")
 MUON = get_recipe("cifar10", opt="muon", lr=0.01, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-3)
@@ -194,15 +197,16 @@ def test_the_average_follows_its_formula():
 @pytest.mark.slow
 def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
     """The same model, images and schedule: loss by loss, and the averaged weights at the end."""
-    monkeypatch.setattr(loop, "create_model", lambda *a, **k: convmixer.create_model(*a, **k, depth=3, dim=32))
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images * 15).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
     images = Images(pixels[:1600].contiguous(), torch.from_numpy(bunch.target[:1600]), tuple("0123456789"))
     recipe = MUON.override(
-        model="convmixer_128_8_ks7_p2", epochs=6, batch_size=32, warmup=0.1, knee=(1.0, 0.0), ema_decay=0.95,
+        model="convmixer_128_8_ks7_p2", model_args=(("depth", 3), ("dim", 32)),
+        epochs=6, batch_size=32, warmup=0.1, knee=(1.0, 0.0), ema_decay=0.95,
         label_smoothing=0.1, flip=0.0, rand_augment=(0, 0),
     )  # fmt: skip
-    trainer = loop._Trainer(recipe, images, CPU, loop._accelerator(CPU, (), tmp_path, "no"), compile=False, fused=False)
+    accelerator = create_accelerator(CPU, (), tmp_path, "no")
+    trainer = Trainer(recipe, images, CPU, accelerator, compile=False, fused=False)
     model, batches, found = copy.deepcopy(trainer.model), [], []
     part, compute = trainer._part, trainer._compute
 
@@ -218,14 +222,14 @@ def test_300_steps_follow_a_plain_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_part", noted_part)
     monkeypatch.setattr(trainer, "_compute", noted_compute)
     for epoch in range(recipe.epochs):
-        trainer.epoch(epoch, loop._Place(), lambda: 0, loop._no_progress)
+        trainer.epoch(epoch, PartialEpoch(), lambda: 0, no_progress)
 
     expected, average = _plain_loop(model, recipe, [(x, y) for x, y, _ in batches])
     assert len(found) == len(expected) == 300
     found, expected = (torch.tensor(losses).view(10, 30).mean(1) for losses in (found, expected))
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
     assert found[-1] < 0.8 < 1.6 < found[0]
-    same = [(trainer.kept(x).argmax(1) == average(x).argmax(1)).float().mean() for x, *_ in batches[:50]]
+    same = [(trainer.eval_model(x).argmax(1) == average(x).argmax(1)).float().mean() for x, *_ in batches[:50]]
     assert torch.stack(same).mean() > 0.99
 
 

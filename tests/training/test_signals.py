@@ -17,17 +17,13 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are P
 TORCH = tuple(map(int, version("torch").split(".")[:2]))
 
 TRAIN = """
-import sys, convmixer
+import sys
 from convmixer.errors import TrainingStopped
-from convmixer.training import get_recipe, loop, train
-def create(name, pretrained=False, **options):
-    model = convmixer.create_model(name, pretrained, **{**options, "depth": 1, "dim": 4})
-    model.pretrained_cfg["input_size"] = (3, 8, 8)
-    return model
-loop.create_model, loop.plot_history, loop.write_figure = create, lambda _: None, lambda _, path: path.touch()
+from convmixer.training import get_recipe, run, train
+run.plot_history, run.write_figure = lambda _: None, lambda _, path: path.touch()
 data, folder, epochs = sys.argv[1:]
 recipe = get_recipe("cifar10", epochs=int(epochs), batch_size=2, rand_augment=(0, 0), model="convmixer_128_8_ks7_p2")
-recipe = recipe.override(validation_fraction=0.0)
+recipe = recipe.override(model_args=(("depth", 1), ("dim", 4)), input_size=(8, 8), validation_fraction=0.0)
 try:
     train(recipe, data, folder, device="cpu", precision="float32", compile=epochs != "1", resume=epochs != "1")
 except TrainingStopped as stop:
@@ -120,7 +116,7 @@ def test_a_compilation_that_does_not_notice(inside):
         output, errors = process.communicate(timeout=240)
     if inside:
         assert process.returncode == 128 + signal.SIGTERM
-        assert "stopped while compiling, which could not be interrupted; what was saved before is whole" in errors
+        assert "stopped while compiling, which could not be interrupted; what was saved before is intact" in errors
     else:
         assert (process.returncode, output) == (0, f"noticed {signal.SIGTERM}\n"), errors
 

@@ -1,4 +1,4 @@
-"""Recipes, data and the loop, on real images: scikit-learn's digits."""
+"""Data and the whole of a training run, on real images: scikit-learn's digits."""
 
 import contextlib
 import csv
@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import write_digits
+from conftest import SMALL_MODEL, write_digits
 from PIL import Image
 from processes import finish, started, wait_for
 from safetensors.torch import load_file
@@ -35,14 +35,16 @@ from convmixer.data.memory import Images, Share, class_weights, hold_out, load_i
 from convmixer.data.readers import has_split
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
+from convmixer.factory import open_model
 from convmixer.native import library as native
-from convmixer.training import RECIPES, Recipe, evaluate, get_recipe, train
+from convmixer.training import Recipe, evaluate, get_recipe, train
 from convmixer.training.history import Epoch
-from convmixer.training.loop import _diagnose, _no_denormals
-from convmixer.training.run import Run
+from convmixer.training.precision import flush_denormals
+from convmixer.training.run import RunFolder
+from convmixer.training.trainer import Trainer, find_nonfinite
 
-pytestmark = pytest.mark.usefixtures("small_training")
-QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, "rand_augment": (0, 0), "model": "convmixer_128_8_ks7_p2"}
+pytestmark = pytest.mark.usefixtures("no_curves")
+QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, **SMALL_MODEL}
 
 
 @pytest.fixture(scope="session")
@@ -53,82 +55,6 @@ def digits(tmp_path_factory) -> Path:
 
 def quiet(*_: object) -> None:
     pass
-
-
-# ---- recipes --------------------------------------------------------------------------------------------------------
-
-
-def test_published_recipe():
-    recipe = RECIPES["cifar10"]
-    assert (recipe.epochs, recipe.batch_size, recipe.opt, recipe.lr, recipe.weight_decay) == (
-        25,
-        512,
-        "adamw",
-        0.05,
-        0.005,
-    )
-    assert (recipe.rand_augment, recipe.validation_fraction) == ((2, 12), 0.1)
-
-
-def test_triangular_schedule():
-    recipe = RECIPES["cifar10"]
-    at = [recipe.learning_rate(p) for p in (0, 0.2, 0.4, 0.6, 0.8, 0.9, 1)]
-    assert at == pytest.approx([0, 0.025, 0.05, 0.02625, 0.0025, 0.00125, 0])
-    assert Recipe(warmup=0.0, knee=(1.0, 0.0)).learning_rate(0) == 0.05
-
-
-def test_image_sizes_change_at_their_part_of_the_run():
-    recipe = Recipe(image_sizes=((0.0, 16), (0.5, 32)))
-    assert [recipe.image_size(p) for p in (0, 0.49, 0.5, 1)] == [16, 16, 32, 32]
-    assert Recipe().image_size(0.5) is None
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"epoch": 3}, "unknown recipe field 'epoch'; did you mean epochs"),
-        ({"epochs": 0}, "recipe field epochs=0: give at least 1"),
-        ({"lr": -1.0}, "recipe field lr=-1.0"),
-        ({"flip": 2}, "recipe field flip=2: give in [0, 1]"),
-        ({"rand_augment": (2, 31)}, "recipe field rand_augment=(2, 31)"),
-        ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
-        ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
-        ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
-        ({"mix_prob": 1.5}, "recipe field mix_prob=1.5: give in [0, 1]"),
-        ({"mix_until": -0.1}, "recipe field mix_until=-0.1: give in [0, 1]"),
-        ({"fill": "white"}, 'recipe field fill=\'white\': give "black" or "mean"'),
-        ({"trivial_augment": 1}, "recipe field trivial_augment=1: give True or False"),
-        (
-            {"trivial_augment": True},
-            "contradictory recipe: trivial_augment=True takes the place of rand_augment=(2, 12): give "
-            "rand_augment=(0, 0), or trivial_augment=False",
-        ),
-        (
-            {"trivial_augment": True, "rand_augment": (0, 0), "stream": True, "auto_augment": "v0"},
-            "contradictory recipe: auto_augment='v0' takes the place of trivial_augment=True: leave one of them out",
-        ),
-        ({"in_chans": 2}, "recipe field in_chans=2: give 3 or 1"),
-        ({"input_size": (8,)}, "recipe field input_size=(8,): give height and width"),
-        ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give in (0, 1]"),
-        ({"patience": 3, "validation_fraction": 0.0}, "contradictory recipe: patience needs validation images"),
-        ({"frozen": 0.5}, "contradictory recipe: frozen=0.5 keeps a backbone that was never trained"),
-        ({"accumulate": 3}, "contradictory recipe: batch_size=512 does not divide into accumulate=3 parts"),
-        ({"mixup": 0.1, "batch_size": 9}, "contradictory recipe: mixup and cutmix pair images: batch_size=9"),
-        ({"class_weights": "even"}, "recipe field class_weights='even': give \"balanced\", or a number of at least 0"),
-        ({"class_weights": (1.0, -1.0)}, "recipe field class_weights=(1.0, -1.0): give"),
-        ({"class_weights": (0, 0)}, "recipe field class_weights=(0, 0): give"),
-        ({"balanced": 1}, "recipe field balanced=1: give True or False"),
-        ({"balanced": True, "class_weights": "balanced"}, "both make up for rare classes: give one of them"),
-    ],
-)
-def test_senseless_recipes(fields, text):
-    with pytest.raises(ArgumentError, match=re.escape(text)):
-        get_recipe("cifar10", **fields)
-
-
-def test_unknown_recipe():
-    with pytest.raises(ArgumentError, match="unknown recipe 'cifar'; did you mean cifar10"):
-        get_recipe("cifar")
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -295,10 +221,10 @@ def test_hold_out_is_a_partition_that_the_seed_decides():
 
 
 def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import run
 
-    monkeypatch.setattr(loop, "write_figure", plots.write_figure)
-    monkeypatch.setattr(loop, "plot_history", plots.plot_history)
+    monkeypatch.setattr(run, "write_figure", plots.write_figure)
+    monkeypatch.setattr(run, "plot_history", plots.plot_history)
     lines: list[str] = []
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 6, "flip": 0.0})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=lines.append)
@@ -317,9 +243,8 @@ def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
     record = json.loads((tmp_path / "run" / "result.json").read_text())
     assert record["test_accuracy"] == result.test_accuracy
     assert any("validation loss" in line for line in lines)
-    model = convmixer.create_model(
-        "convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu", depth=2, dim=16
-    ).eval()
+    model = open_model(str(tmp_path / "run"), device="cpu").eval()  # of other sizes than its variant
+    assert (model.dim, len(model.blocks)) == (16, 2)
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(model(x), result.model.eval()(x))
     assert model.pretrained_cfg["label_names"] == ("digit 0", "digit 1", "digit 2", "digit 3")
@@ -331,13 +256,17 @@ def test_learns_and_leaves_its_records(digits, tmp_path, monkeypatch):
     assert result.test_accuracy[digits.name] == pytest.approx(correct)
 
 
-def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+@pytest.mark.parametrize("sizes", [3, ["depth"], [["depth", "two"]]])
+def test_sizes_in_the_record_of_a_run_are_checked(tmp_path, sizes):
+    (tmp_path / "recipe.json").write_text(json.dumps({"model": "convmixer_256_8", "model_args": sizes}))
+    with pytest.raises(DataError, match=r"which has a recipe\.json that names a model"):
+        open_model(str(tmp_path), device="cpu")
 
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+
+def test_grey_images_that_are_not_square(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "in_chans": 1, "input_size": (8, 12), "image_sizes": ((0.0, 6),)})
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
-    model = convmixer.create_model("convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu")
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", checkpoint=result.weights, device="cpu", depth=2, dim=16)
     assert model.in_chans == 1
     assert model.pretrained_cfg["input_size"] == (1, 8, 12)
     found = validate(model, digits)
@@ -345,10 +274,7 @@ def test_grey_images_that_are_not_square(digits, tmp_path, monkeypatch):
     assert found.top1 == pytest.approx(result.test_accuracy[digits.name], abs=2)  # Pillow and torchvision round apart
 
 
-def test_a_checkpoint_brings_its_image_size(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
-
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+def test_a_checkpoint_brings_its_image_size(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "input_size": (8, 8)})
     first = train(recipe, digits, tmp_path / "first", device="cpu", report=quiet)
     second = recipe.override(input_size=(), checkpoint=str(first.weights), lr=1e-9)
@@ -380,32 +306,21 @@ def test_images_are_fitted_as_the_transform_of_timm_does(tmp_path, mode, shape):
 
 
 def test_without_validation_the_test_images_are_looked_at_once(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import session
 
-    real, seen = loop.evaluate, []
+    real, seen = session.evaluate, []
 
     def spy(model, images, **options):
         seen.append(len(images))
         return real(model, images, **options)
 
-    monkeypatch.setattr(loop, "evaluate", spy)
+    monkeypatch.setattr(session, "evaluate", spy)
     recipe = get_recipe("cifar10", **QUICK, validation_fraction=0.0)
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     assert seen == [0, 0, 60]
     assert list(result.test_accuracy) == [digits.name]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["training_images"] == 300
     assert not (tmp_path / "run" / "best.safetensors").exists()
-
-
-def test_best_recipes_hold_out_no_images_and_differ_in_little():
-    best, small, fine = (RECIPES[f"cifar10-best{name}"] for name in ("", "-128", "-p1"))
-    assert {recipe.validation_fraction for recipe in (best, small, fine)} == {0.0}
-    assert (best.opt, best.lr, best.weight_decay, best.batch_size, best.epochs) == ("muon", 0.01, 0.1, 256, 200)
-    assert (best.mixup, best.cutmix, best.mix_prob, best.mix_until) == (0.5, 0.5, 0.5, 0.8)
-    assert (small.weight_decay, small.random_erasing, small.mixup, small.cutmix) == (0.05, 0.1, 0.0, 0.0)
-    assert (fine.batch_size, fine.epochs) == (128, 200)
-    # A rise over a tenth of the run, then a line to 0.
-    assert [best.learning_rate(p) for p in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.005, 0.01, 0.005, 0.0])
 
 
 def test_classes_without_a_test_split(digits, tmp_path):
@@ -622,13 +537,13 @@ def test_a_loss_that_explodes_stops_the_run(digits, tmp_path):
 def test_the_layer_that_overflows_is_named():
     model = convmixer.ConvMixer(8, 3, 3, 2, num_classes=2).eval()
     images = torch.randn(2, 3, 8, 8)
-    assert "gradients" in _diagnose(model, images)
-    assert _diagnose(model, images * math.nan) == "the images are not finite"
+    assert "gradients" in find_nonfinite(model, images)
+    assert find_nonfinite(model, images * math.nan) == "the images are not finite"
     model.blocks[1][1].bias.data.fill_(3e38)
     model.blocks[1][1].weight.data.fill_(3e38)
-    assert _diagnose(model, images) == "the output of blocks.1.1 is not finite"
+    assert find_nonfinite(model, images) == "the output of blocks.1.1 is not finite"
     model.head.bias.data.fill_(math.inf)
-    assert _diagnose(model, images) == "head.bias is not finite"
+    assert find_nonfinite(model, images) == "head.bias is not finite"
 
 
 def test_early_stopping_restores_the_best_weights(digits, tmp_path):
@@ -649,12 +564,8 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
 
 
 def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
+    from convmixer.training import trainer
 
-    created = []
-    monkeypatch.setattr(
-        loop, "create_model", lambda *a, **k: created.append(convmixer.create_model(*a, **k)) or created[-1]
-    )
     tiny = {"image_sizes": ((0.0, 8),), "epochs": 1, "batch_size": 135}
     frozen = get_recipe("finetune", frozen=1.0, **tiny)
     result = train(frozen, digits, tmp_path / "frozen", device="cpu", report=quiet)
@@ -663,7 +574,7 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
         assert torch.equal(value, source[key]) or key.startswith("head.")
 
     rates = {}
-    real = loop.create_optimizer
+    real = trainer.create_optimizer
 
     def spy(recipe, model, where):
         optimizer = real(recipe, model, where)
@@ -671,7 +582,7 @@ def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
         rates.update({names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]})
         return optimizer
 
-    monkeypatch.setattr(loop, "create_optimizer", spy)
+    monkeypatch.setattr(trainer, "create_optimizer", spy)
     train(get_recipe("finetune", layer_decay=0.5, **tiny), digits, tmp_path / "decay", device="cpu", report=quiet)
     assert rates["head.weight"] == 1
     assert rates["blocks.7.1.weight"] / rates["blocks.6.1.weight"] == pytest.approx(2)
@@ -744,10 +655,7 @@ def _assert_equal(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
-
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, tmp_path):
     train(COMMANDED.override(epochs=8), digits, tmp_path / "whole", device="cpu", report=quiet)
     folder, rows = tmp_path / "run", 0
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -770,12 +678,10 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
 
 
 def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
-
     fields = {"rand_augment": (1, 9), "drop_rate": 0.1, "mixup": 0.2, "cutmix": 0.5, "mix_prob": 0.7, "mix_until": 0.8}
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 2, **fields})
     whole = train(recipe, digits, tmp_path / "whole", device="cpu", report=quiet)
-    real, count = loop._Trainer.step, []
+    real, count = Trainer.step, []
 
     def step(self, *arguments):
         count.append(1)
@@ -783,7 +689,7 @@ def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monk
             signal.raise_signal(signal.SIGTERM)
         return real(self, *arguments)
 
-    monkeypatch.setattr(loop._Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(TrainingStopped, match="stopped in epoch 2 after step 3 of 8, and saved") as stop:
         train(recipe, digits, tmp_path / "parts", device="cpu", report=quiet)
     assert stop.value.signal == signal.SIGTERM
@@ -798,7 +704,7 @@ def test_stopping_in_the_middle_of_an_epoch_loses_nothing(digits, tmp_path, monk
 def test_a_folder_is_trained_in_once_at_a_time(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
     refused = pytest.raises(ArgumentError, match=r"another process is training in .*: wait for it or choose another")
-    with Run(tmp_path / "run", recipe, resume=False).locked(), refused:
+    with RunFolder(tmp_path / "run", recipe, resume=False).locked(), refused:
         train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
 
@@ -814,7 +720,7 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
 
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(ConvMixerError, match=r"cannot write .*safe.*What was saved before is whole: make room"):
+        with pytest.raises(ConvMixerError, match=r"cannot write .*safe.*What was saved before is intact: make room"):
             train(recipe, digits, tmp_path / "run", device="cpu", report=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -826,10 +732,7 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
     assert len(result.history) == 3
 
 
-def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
-
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     common = ["--set", "epochs=3", "--set", "drop_rate=0.1", "--set", "mixup=0.2", "--set", "batch_size=88"]
     done = finish(_command(digits, tmp_path / "two", *common, launcher=launcher))
@@ -862,12 +765,9 @@ def test_too_few_images(digits, tmp_path):
         train(get_recipe("cifar10"), digits, tmp_path / "run", report=quiet)
 
 
-def test_fine_tuning_starts_from_the_weights(digits, tmp_path, monkeypatch):
-    from convmixer.training import loop
-
-    monkeypatch.setattr(loop, "create_model", convmixer.create_model)
+def test_fine_tuning_starts_from_the_weights(digits, tmp_path):
     recipe = get_recipe("cifar10", **{**QUICK, "model": "convmixer_256_8.cifar10", "epochs": 1, "lr": 1e-9})
-    recipe = recipe.override(image_sizes=((0.0, 8),))
+    recipe = recipe.override(model_args=(), input_size=(), image_sizes=((0.0, 8),))
     result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     source = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
     for a, b in zip(result.model.blocks.parameters(), source.blocks.parameters(), strict=True):
@@ -927,7 +827,7 @@ def test_on_a_gpu(digits, tmp_path):
 def test_tiny_numbers_are_zero_while_training():
     # A processor takes up to 100 times as long over them.
     seen = []
-    with _no_denormals(torch.device("cpu")):
+    with flush_denormals(torch.device("cpu")):
         seen.append(float(torch.full((1000,), 1e-30).mul(1e-10).max()))
     assert seen == [0]
     assert float(torch.full((1000,), 1e-30).mul(1e-10).max()) == pytest.approx(1e-40, rel=1e-3)

@@ -1,0 +1,123 @@
+"""The images of a run: training, validation and test, at the size that its model takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convmixer.data.memory import Fit, Source, fitting, hold_out, load_images
+from convmixer.data.readers import READERS, SHARDS, has_split
+from convmixer.data.stream import open_stream
+from convmixer.factory import create_model
+from convmixer.training.checks import check_hold_out
+from convmixer.training.recipe import Recipe
+from convmixer.training.validation import Progress
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the images of a run come from, and how they are read: the arguments of `train` of these names."""
+
+    data: str | Path
+    val: str | Path | None
+    tests: Sequence[str | Path]
+    labels: str | Path | None
+    data_root: str | Path | None
+    download: bool
+    skip_unreadable: bool
+    workers: int | None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images that a run trains on, validates after every epoch, and tests at the end, the last by name."""
+
+    training: Source
+    validation: Source
+    tests: dict[str, Source]
+
+    def record(self) -> dict[str, Any]:
+        """Return what must be the same when the run is resumed."""
+        return self.training.record() | {"validation": len(self.validation)}
+
+    def __str__(self) -> str:
+        tests = ", ".join(f"{len(images)} test images ({name})" for name, images in self.tests.items())
+        return f"{len(self.training)} training, {len(self.validation)} validation images, {tests or 'no test images'}"
+
+
+def source_name(source: str | Path) -> str:
+    """Return the name of a data set without the folder that holds it."""
+    return str(source) if str(source).startswith((*READERS, SHARDS)) else Path(source).name
+
+
+def read_splits(
+    sources: Sources, recipe: Recipe, processes: int, progress: Progress, report: Callable[[str], None]
+) -> Splits:
+    """Read all splits, and report which images were taken for what.
+
+    Args:
+        processes: Number of processes that share a stream.
+    """
+    read = _reader(sources, recipe, processes, progress, report)
+    images = read(sources.data, "train", labels=sources.labels)
+    has_own = {
+        split: has_split(sources.data, split, labels=sources.labels, root=sources.data_root)
+        for split in ("validation", "test")
+    }
+    training = images
+    if sources.val is not None:
+        validation = read(sources.val, "validation", classes=images.classes)
+    elif has_own["validation"]:
+        validation = read(sources.data, "validation", classes=images.classes, labels=sources.labels)
+    else:
+        check_hold_out(recipe, str(sources.data))
+        training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
+        held_out = f"{len(validation):,} of the training images, held out by validation_fraction"
+        report(f"validation: {held_out if len(validation) else 'no images'}")
+    tests: dict[str, Source] = {}
+    if has_own["test"]:
+        tests[source_name(sources.data)] = read(sources.data, "test", classes=images.classes, labels=sources.labels)
+    for source in sources.tests:
+        name = source_name(source)
+        tests[str(source) if name in tests else name] = read(source, "test", classes=images.classes)
+    if not tests:
+        report("test: no images")
+    return Splits(training.balanced() if recipe.balanced else training, validation, tests)
+
+
+def _reader(
+    sources: Sources, recipe: Recipe, processes: int, progress: Progress, report: Callable[[str], None]
+) -> Callable[..., Source]:
+    """Return `read(source, split, classes=None, labels=None)`, into memory or as a stream as the recipe says."""
+    checkpoint = recipe.checkpoint or None  # may bring an image size of its own
+    model = create_model(recipe.model, checkpoint=checkpoint, device="meta", **recipe.sizes)
+    config: dict[str, Any] = model.pretrained_cfg
+    height, width = recipe.input_size or config["input_size"][1:]
+    fit = Fit((recipe.in_chans, height, width), **fitting(config), draft=recipe.draft)
+    options: dict[str, Any] = {
+        "skip_unreadable": sources.skip_unreadable,
+        "root": sources.data_root,
+        "download": sources.download,
+        "report": report,
+    }
+    if recipe.stream:
+        mean = config["mean"] if recipe.in_chans == 3 else (sum(config["mean"]) / len(config["mean"]),)
+        options |= {"mean": mean, "workers": sources.workers, "processes": processes}
+        return functools.partial(open_stream, recipe=recipe, fit=fit, **options)
+
+    def read(source: str | Path, split: str, **labelling: Any) -> Source:
+        return load_images(
+            source,
+            split,
+            fit.size,
+            draft=recipe.draft,
+            progress=lambda items: progress(items, f"reading {split}"),
+            **fitting(config),
+            **options,
+            **labelling,
+        )
+
+    return read

@@ -1,0 +1,57 @@
+"""Loss and accuracy of a model over a split, without augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from convmixer.data.memory import Source
+from convmixer.inference import class_logits
+from convmixer.model import ConvMixer, evaluation_view
+from convmixer.tracing import computing
+from convmixer.training.precision import autocast
+from convmixer.transforms import normalization, preprocessing
+from convmixer.wrappers import find_model
+
+Progress = Callable[..., Iterable[Any]]
+
+
+def no_progress(items: Iterable[Any], _description: str = "") -> Iterable[Any]:
+    """Show nothing."""
+    return items
+
+
+@torch.inference_mode()
+def evaluate(
+    model: ConvMixer,
+    images: Source,
+    *,
+    batch_size: int = 64,  # larger activations are mapped again for every batch on a CPU
+    precision: str = "float32",
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Measure loss and top-1 accuracy over a split, without augmentation; the model may be in wrappers.
+
+    Returns:
+        `{"loss": mean cross entropy, "top1": percent, "count": images}`.
+    """
+    model = find_model(model)
+    device = next(model.parameters()).device
+    normalize = normalization(preprocessing(model))
+    loss = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    seen = 0
+    view = evaluation_view(model)
+    for pixels, labels in progress(images.in_order(batch_size), "validating"):
+        with computing(), autocast(device, precision):
+            logits = class_logits(view(normalize(pixels.to(device))).float())
+        labels = labels.to(device)
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+    count = seen or math.nan  # no images, no figures
+    return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": seen}
