@@ -109,7 +109,7 @@ def seconds(call: Callable[[], Any], least: float) -> float:
 
 
 def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], Any]:
-    """Some calls as one CUDA graph."""
+    """Capture some calls as one CUDA graph."""
     if DRY:
         return call
     stream = torch.cuda.Stream()
@@ -170,7 +170,7 @@ def infer(
 
 
 def train(name: str, model: nn.Module, run: Callable[[Tensor], Tensor], layout: torch.memory_format) -> dict[str, Any]:
-    """A training step, launched one kernel after the other and as a graph; peak memory is the former's."""
+    """Time a training step, launched one kernel after the other and as a graph; peak memory is the former's."""
     batch = MODELS[name].batch
     x = images(name, batch, layout, torch.float32)
     labels = torch.zeros(batch, dtype=torch.long, device=DEVICE)
@@ -194,7 +194,7 @@ def train(name: str, model: nn.Module, run: Callable[[Tensor], Tensor], layout: 
 
 
 def largest(name: str, make: Callable[[], nn.Module]) -> int:
-    """The largest power of two of images whose forward and backward pass the memory holds, without an optimizer."""
+    """Find the largest power of two of images whose forward and backward pass fits in memory, without an optimizer."""
     batch = 0
     for power in range(2 if DRY else 16):
         try:
@@ -280,7 +280,7 @@ def memory_jobs(name: str) -> Iterator[Job]:
 
 
 def kernel_jobs(name: str) -> Iterator[Job]:
-    """Each operation of a block, and what PyTorch has for it, for the images of a training step."""
+    """Yield each operation of a block, and what PyTorch has for it, for the images of a training step."""
     dim, _, size, patch, _, side, _, batch = MODELS[name]
     side, before, after = side // patch, (size - 1) // 2, size // 2
 
@@ -369,7 +369,7 @@ def microseconds(call: Callable[[], Any], calls: int = 4) -> float:
 
 
 def epoch(data: Path) -> dict[str, float]:
-    """Images per second of the second epoch of `convmixer train cifar10`, validation left out."""
+    """Measure images per second of the second epoch of `convmixer train cifar10`, without validation."""
     from convmixer.training import get_recipe
     from convmixer.training import train as run
 
@@ -384,7 +384,7 @@ def epoch(data: Path) -> dict[str, float]:
 
 
 def jobs(data: Path | None) -> list[Job]:
-    """What matters most first."""
+    """List all measurements, what matters most first."""
     found: list[Job] = []
     for name in MODELS:
         found += model_jobs(name)

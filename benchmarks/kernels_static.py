@@ -46,7 +46,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @contextlib.contextmanager
 def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
-    """What the functions of `convmixer.ops.triton.launch` would launch on a GPU, recorded instead of run."""
+    """Record what the functions of `convmixer.ops.triton.launch` would launch on a GPU, and run nothing."""
     recorded: list[dict[str, Any]] = []
 
     def record(kernel: Any, grid: Any, *arguments: Any, warps: int, stages: int = 1, **constants: Any) -> None:
@@ -67,7 +67,7 @@ def launches(capability: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def compile_launch(launch: dict[str, Any], capability: int) -> Any:
-    """The compiled kernel, specialised as Triton does at a launch."""
+    """Compile a kernel, specialised as Triton does at a launch."""
     names = launch["kernel"].arg_names
     values = named(launch) | launch["constants"]
     signature, constants, attributes = {}, {}, {}
@@ -166,17 +166,17 @@ def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple
 
 
 def named(launch: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a launch by name."""
+    """Return the arguments of a launch by name."""
     return dict(zip(launch["kernel"].arg_names, launch["arguments"], strict=False))
 
 
 def tiles(launch: dict[str, Any]) -> float:
-    """How many tiles a program computes."""
+    """Return how many tiles a program computes."""
     return float(named(launch)["tiles"] / launch["grid"][0])
 
 
 def trips(launch: dict[str, Any]) -> float:
-    """How often the main loop of a launch runs, for each tile of `depthwise`."""
+    """Return how often the main loop of a launch runs, for each tile of `depthwise`."""
     constants, kernel = launch["constants"], launch["kernel"].__name__
     if kernel == "depthwise":
         return float(constants["K"] - constants["ROWS"] + 1)
@@ -188,7 +188,7 @@ def trips(launch: dict[str, Any]) -> float:
 def report(
     capability: int, dtype: torch.dtype, variant: str, names: Collection[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A record per kernel of a block; of those named."""
+    """Yield a record for each kernel of a block, or for those named."""
     shape, _ = get_variant(variant)
     with launches(capability) as recorded:
         everything = cases(shape.dim, shape.kernel_size, harness.feature_side(variant), dtype)

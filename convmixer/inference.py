@@ -33,7 +33,11 @@ def imagenet_labels() -> tuple[str, ...]:
 
 
 def count_classes(model: nn.Module) -> int:
-    """How many classes a model tells apart: by one output two, else one for each. An ArgumentError without a head."""
+    """Return how many classes a model tells apart: two by one output, else one for each output.
+
+    Raises:
+        ArgumentError: A model without a head.
+    """
     outputs: int = getattr(model, "num_classes", 0)
     if not outputs:
         raise ArgumentError("this model has no classes: build it without features_only and with num_classes above 0")
@@ -46,10 +50,13 @@ def class_logits(logits: Tensor) -> Tensor:
 
 
 def known_labels(model: nn.Module) -> tuple[str, ...] | None:
-    """The model's class names by index; None where nothing says what they are. An ArgumentError without a head.
+    """Return the model's class names by index; None if nothing says what they are.
 
     A model with one output has two classes, and its `label_names` name both, or only the second, whose probability is
     the sigmoid of the output: from "cat" follow "not cat" and "cat".
+
+    Raises:
+        ArgumentError: A model without a head.
     """
     count = count_classes(model)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
@@ -64,19 +71,19 @@ def known_labels(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def label_names(model: nn.Module) -> tuple[str, ...]:
-    """The model's class names by index; "class 0", ... where nothing says what they are."""
+    """Return the model's class names by index; "class 0", ... if nothing says what they are."""
     return known_labels(model) or tuple(f"class {i}" for i in range(count_classes(model)))
 
 
 def least_size(model: nn.Module) -> Size:
-    """The (width, height) at which a photograph is large enough for the model's transform, twice what that keeps."""
+    """Return the (width, height) from which on an image is large enough for a model: twice what its transform keeps."""
     config = preprocessing(model)
     _, height, width = config["input_size"]
     return enough(height, width, config["crop_pct"])
 
 
 def preparation(model: nn.Module, *, draft: bool = True) -> Callable[[Any], Tensor]:
-    """What makes of an image, as `read_image` takes it, the tensor (C, H, W) that `predict` gives the model.
+    """Build the function from an image, as `read_image` takes it, to the tensor (C, H, W) that `predict` computes.
 
     Args:
         model: A classifier from `create_model`.

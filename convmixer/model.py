@@ -442,7 +442,7 @@ class ConvMixer(nn.Module):
     # ---- forward ------------------------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last block's output, (B, dim, H // patch_size, W // patch_size)."""
+        """Compute the last block's output: (B, in_chans, H, W) -> (B, dim, H // patch_size, W // patch_size)."""
         if not torch.jit.is_scripting():
             check_input(x, self.in_chans, self.patch_size)
             if self._runs_fused(x):
@@ -462,7 +462,7 @@ class ConvMixer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> logits (B, num_classes)."""
+        """Compute logits: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     @overload
@@ -628,7 +628,7 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def get_classifier(self) -> nn.Module:
-        """The head: a Linear, or Identity without classes."""
+        """Return the head: a Linear, or Identity without classes."""
         return self.head
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
@@ -651,7 +651,7 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay, besides biases and norms, which timm's optimizer factory exempts: none."""
+        """Return further parameters without weight decay: none. timm's optimizers exempt biases and norms."""
         return set()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -113,7 +113,7 @@ def class_probabilities(
     batch_size: int = 64,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Tensor:
-    """What a classifier makes of images that are decoded already, as `load_images` does.
+    """Compute the class probabilities of images that are already decoded, as by `load_images`.
 
     Args:
         model: A classifier from `create_model`; wrappers are looked into, as by `predict`.
@@ -184,7 +184,7 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
 def plot_mistakes(
     images: Tensor, labels: Array, probabilities: Array, classes: Sequence[str], count: int = 25
 ) -> Figure:
-    """The misclassified images whose wrong class got the highest probability, most confident first.
+    """Draw the misclassified images whose wrong class got the highest probability, most confident first.
 
     Args:
         images: uint8 (N, C, H, W), C 1 or 3.
@@ -227,7 +227,7 @@ def plot_mistakes(
 
 
 def plot_benchmark(report: Mapping[str, Any]) -> Figure:
-    """Images per second of each candidate of `convmixer bench`, a panel for each case; lines from worst to best round.
+    """Draw images per second of each candidate of `convmixer bench`, a panel for each case; lines span all rounds.
 
     Args:
         report: The record that `convmixer bench --json` writes.
@@ -299,7 +299,7 @@ def _mosaic(tiles: npt.NDArray[Any], gap: float) -> npt.NDArray[Any]:
 
 
 def plot_patch_embedding(model: nn.Module) -> Figure:
-    """The filters of the stem as colour tiles, as the paper shows them in its Figure 4 (arXiv:2201.09792).
+    """Draw the filters of the stem as colour tiles, as the paper shows them in its Figure 4 (arXiv:2201.09792).
 
     Each filter is scaled by itself, its lowest weight to 0 and its highest to 1 over all its channels, so that hues
     within a filter are true and strengths of different filters cannot be compared. Three channels are shown as red,
@@ -325,7 +325,7 @@ def plot_patch_embedding(model: nn.Module) -> Figure:
 
 
 def plot_depthwise_kernels(model: nn.Module, block: int | None = None) -> Figure:
-    """The first 256 depthwise kernels of one block, or of up to four blocks from the first to the last.
+    """Draw the first 256 depthwise kernels of one block, or of up to four blocks from the first to the last.
 
     Colours run from blue (negative) through white (0) to red; their range is that of the panel's largest weight.
 

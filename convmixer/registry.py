@@ -329,7 +329,7 @@ _BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
 def get_variant(name: str) -> tuple[Variant, Weights | None]:
-    """The variant, and the weights that `variant.tag` names; without a tag its default weights, or None.
+    """Return the variant, and the weights that `variant.tag` names; without a tag its default weights, or None.
 
     Raises:
         UnknownModelError: No such variant, or no such weights of it.

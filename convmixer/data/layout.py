@@ -78,7 +78,7 @@ class Folder:
         return self.name[:-1] if self.name.endswith(".tar/") else self.name
 
     def walk(self, above: str = "") -> Iterator[File]:
-        """All files, named by their paths below this folder."""
+        """Yield all files, named by their paths below this folder."""
         for name, file in self.files.items():
             yield file._replace(name=above + name)
         for name, folder in self.folders.items():
@@ -216,7 +216,7 @@ class Layout:
     other: tuple[str, ...] = ()
 
     def place(self, split: str) -> Folder:
-        """Where a split lies; a source without splits is all of any.
+        """Return where a split lies; a source without splits is all of any split.
 
         A DataError if it has others, or several for this one. Validation images stand in for missing test images.
         """
@@ -241,7 +241,7 @@ class Layout:
         return found[0]
 
     def check_classes(self) -> None:
-        """A DataError if top folders hold only folders, and mostly of the same names: splits, or classes in parts?"""
+        """Raise DataError if the top folders hold only folders, mostly of equal names: splits, or classes in parts?"""
         tops = self.top.folders
         if self.splits or len(tops) < 2 or any(not f.folders or _images(f.files) for f in tops.values()):
             return
@@ -256,7 +256,7 @@ class Layout:
 
 
 def find_layout(source: str | Path) -> Layout:
-    """What a folder or a tar holds.
+    """Find what a folder or a tar holds.
 
     Raises:
         DataError: Nothing there, or no folder and no tar.
@@ -315,7 +315,7 @@ def count_images(count: int) -> str:
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:
-    """The first five."""
+    """List the first five, for a message."""
     return separator.join(names[:5]) + (f"{separator}..." if len(names) > 5 else "")
 
 
@@ -340,7 +340,7 @@ class Listing:
 
 
 def list_classes(place: Folder) -> Listing:
-    """The images of class folders, however deep: the top folder is the class."""
+    """List the images of class folders, however deep: the top folder is the class."""
     left_out: Counter[str] = Counter()
     found: list[tuple[File, str]] = []
     for name, folder in place.folders.items():
@@ -353,7 +353,7 @@ def list_classes(place: Folder) -> Listing:
 
 
 def list_labelled(found: Iterable[tuple[File, str]], left_out: Counter[str]) -> Listing:
-    """Images of which each has the name of its class."""
+    """List images of which each has the name of its class."""
     pairs = sorted(found, key=lambda pair: natural(pair[0].name))
     classes = tuple(sorted({label for _, label in pairs}, key=natural))
     index = {name: i for i, name in enumerate(classes)}
@@ -361,12 +361,12 @@ def list_labelled(found: Iterable[tuple[File, str]], left_out: Counter[str]) -> 
 
 
 def list_folder(path: str | Path) -> Listing:
-    """All images in a folder on a disk, without labels."""
+    """List all images in a folder on a disk, without labels."""
     return list_images(_DiskFolder(str(path), ""))
 
 
 def list_images(place: Folder) -> Listing:
-    """All images of a place, without labels."""
+    """List all images of a folder, without labels."""
     left_out: Counter[str] = Counter()
     images = sorted(_take_images(place.walk(), left_out), key=lambda file: natural(file.name))
     left_out["link that leads nowhere"] += place.count_links()
@@ -374,7 +374,7 @@ def list_images(place: Folder) -> Listing:
 
 
 def natural(name: str) -> tuple[object, str]:
-    """The key of an order in which 2 comes before 10, as in timm."""
+    """Return the key of an order in which 2 comes before 10, as in timm."""
     return natural_key(name), name
 
 

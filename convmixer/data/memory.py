@@ -59,7 +59,7 @@ class Share:
     steps: range
 
     def index(self, count: int, device: torch.device | str = "cpu", odds: Tensor | None = None) -> Iterator[Tensor]:
-        """The parts of this process, one after the other, of an epoch over `count` images in an order of its own.
+        """Yield the parts of this process of an epoch over `count` images in an order of its own.
 
         With odds (`count`,) each image of a step is drawn by them, with replacement.
         """
@@ -91,25 +91,25 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def to(self: T, device: torch.device) -> T:
-        """The same with batches on a device."""
+        """Return the same with batches on a device."""
 
     def subset(self: T, index: Tensor) -> T:
-        """The images with these numbers."""
+        """Return the images with these numbers."""
 
     def targets(self) -> Tensor:
-        """The label of each image (N,), which is read without decoding any."""
+        """Return the label of each image (N,), without decoding any."""
 
     def balanced(self: T) -> T:
-        """The same, drawn for training with replacement so that all classes are as frequent."""
+        """Return the same, drawn for training with replacement so that all classes are as frequent."""
 
     def record(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed."""
+        """Return what must be the same when a run is resumed."""
 
     def parts(self, share: Share) -> Iterator[Batch]:
-        """Training images of an epoch, part after part."""
+        """Yield training images of an epoch, part after part."""
 
     def in_order(self, batch_size: int) -> Iterable[Batch]:
-        """All images as they are for validation; the last batch may be smaller."""
+        """Yield all images as they are for validation; the last batch may be smaller."""
 
 
 @dataclass
@@ -236,7 +236,7 @@ def load_images(
 
 
 def shorten(errors: Iterable[str]) -> str:
-    """The first five."""
+    """List the first five, for a message."""
     return some(list(errors), "; ")
 
 
@@ -276,7 +276,7 @@ class Fit:
 
 
 def digest(labels: Tensor) -> str:
-    """A few letters that stand for labels in their order."""
+    """Return a few letters that stand for labels in their order."""
     return hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 
@@ -292,7 +292,7 @@ def balancing_odds(images: Source) -> Tensor:
 
 
 def class_weights(recipe: Recipe, images: Source) -> Tensor | None:
-    """What the loss of each class is multiplied by, as a recipe says (C,); None where all classes are alike.
+    """Return what a recipe multiplies the loss of each class by, (C,); None if all classes are alike.
 
     "balanced" is the number of images over that of classes times that of the images of the class.
 
@@ -313,7 +313,7 @@ def class_weights(recipe: Recipe, images: Source) -> Tensor | None:
 
 
 def fitting(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `load_images` and `Fit` by which images are fitted as a model's configuration says."""
+    """Return the arguments of `load_images` and `Fit` that fit images as a model's configuration says."""
     return {name: config[name] for name in ("interpolation", "crop_mode", "crop_pct")}
 
 

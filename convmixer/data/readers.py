@@ -84,7 +84,7 @@ class _Labelled(abc.ABC):
         return torch.tensor([classes.index(label) for label in self.classes])
 
     def check_classes(self) -> None:
-        """A DataError if these are too few classes to train on."""
+        """Raise DataError if these are too few classes to train on."""
         if len(self.classes) < 2:
             raise DataError(
                 f"{self.name!r} has {len(self.classes)} class, {', '.join(self.classes)}, and training needs at least "
@@ -101,11 +101,11 @@ class Split(_Labelled):
 
     @abc.abstractmethod
     def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
-        """What `prepare` makes of an image, and its label. A DataError if the image cannot be read."""
+        """Return what `prepare` makes of an image, and its label; raise DataError if the image cannot be read."""
 
     @abc.abstractmethod
     def targets(self) -> Tensor:
-        """The label of each image (N,)."""
+        """Return the label of each image (N,)."""
 
     def each(self, prepare: Prepare) -> Iterator[Sample]:
         for index in range(len(self)):
@@ -197,7 +197,7 @@ class ShardSplit(_Labelled):
         return self.count
 
     def samples(self, urls: Iterable[str], rng: random.Random | None = None) -> Iterator[dict[str, Any]]:
-        """What tars hold, as bytes by ending; with a generator of random numbers shuffled."""
+        """Yield what tars hold, as bytes by ending; shuffled if a generator of random numbers is given."""
         import webdataset
         from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -209,7 +209,7 @@ class ShardSplit(_Labelled):
         yield from webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=rng)(read()) if rng else read()
 
     def decode(self, sample: dict[str, Any], prepare: Prepare) -> tuple[Tensor, int]:
-        """What `prepare` makes of a sample's image, and its label. A DataError if it cannot be read."""
+        """Return what `prepare` makes of a sample's image, and its label; raise DataError if it cannot be read."""
         try:
             keys = [suffix[1:] for suffix in SUFFIXES if suffix in image_suffixes()]
             content = next((sample[key] for key in keys if key in sample), None)
@@ -291,7 +291,7 @@ def open_split(
 def has_split(
     source: str | Path, split: str, *, labels: str | Path | None = None, root: str | Path | None = None
 ) -> bool:
-    """Whether a source has a split of its own, besides the training images."""
+    """Return whether a source has a split of its own, besides the training images."""
     name, root = str(source), root and os.path.expanduser(root)
     if name.startswith("torch/"):
         return split != "validation"

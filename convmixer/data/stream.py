@@ -234,7 +234,7 @@ class Stream(_Workers):
         return super().record() | ({"labels": digest(self.targets())} if files else {})
 
     def parts(self, share: Share) -> Iterator[Batch]:
-        """Training images part after part; with `skip_unreadable` others take the place of unreadable ones."""
+        """Yield training images part after part; with `skip_unreadable` others replace unreadable ones."""
         keys = (
             [(i, (share.seed, share.epoch, i)) for i in part.tolist()]
             for part in share.index(len(self), odds=self.odds)
@@ -351,7 +351,7 @@ class Shards(_Workers):
         return len(self.split)
 
     def subset(self, index: Tensor) -> Shards:
-        """All of them or none: `train` refuses to hold out a part of what has no numbers."""
+        """Return all of them or none: `train` refuses to hold out a part of what has no numbers."""
         return self if len(index) else replace(self, split=replace(self.split, urls=(), count=0))
 
     def targets(self) -> Tensor:
@@ -364,7 +364,7 @@ class Shards(_Workers):
         return {**super().record(), "streams": self.processes * max(self.workers, 1)}
 
     def parts(self, share: Share) -> Iterator[Batch]:
-        """Training images part after part; with `skip_unreadable` others of a part stand in for unreadable ones."""
+        """Yield training images part after part; with `skip_unreadable` others of a part replace unreadable ones."""
         return self._load(_ShardReader(self, share, 0), training=True, batch_size=None)
 
     def in_order(self, batch_size: int) -> Iterable[Batch]:

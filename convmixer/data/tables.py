@@ -89,14 +89,14 @@ def _cell(value: object, missing: bool) -> str:
 
 
 def has_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> bool:
-    """Whether a table has rows for a split that has a name or a place of its own."""
+    """Return whether a table has rows for a split that has a name or a folder of its own."""
     if any(row.split for row in rows):
         return any(row.split == split for row in rows)
     return split in layout.splits and bool(list_rows(layout, rows, split, table)[1].images)
 
 
 def list_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> tuple[Folder, Listing]:
-    """Where the images of a split lie, and those of them that a table has rows for.
+    """Return where the images of a split lie, and those of them that a table has rows for.
 
     The column split decides where there is one; else the folder of the split, where the source has one.
 

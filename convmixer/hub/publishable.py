@@ -147,8 +147,8 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
             f"{str(run)!r} is not the folder of a finished run, whose end writes a result.json: {error}. Finish it "
             "with --resume, or load its weights with create_model(..., checkpoint=...) and publish that model"
         ) from error
-    recipe["checkpoint"] = _without_folder(recipe.get("checkpoint", ""))
-    recipe["model"] = _without_folder(recipe["model"])
+    for name in ("model", "checkpoint", "teacher"):
+        recipe[name] = _without_folder(recipe.get(name, ""))
     extra = {"recipe.json": (json.dumps(recipe, indent=2) + "\n").encode()}
     for path in ("metrics.csv", "plots/history.png"):
         if (run / path).is_file():

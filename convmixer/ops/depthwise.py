@@ -49,7 +49,7 @@ def _fits(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
 
 
 def prefers_channels_last(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
-    """Whether depthwise layers are known to run faster in channels_last.
+    """Return whether depthwise layers are known to run faster in channels_last.
 
     They do on CPUs, and on CUDA devices by this package's kernels. By cuDNN 5x5 and 7x7 kernels do; 9x9 ones took five
     times as long as in NCHW (bfloat16, H200).
@@ -65,7 +65,7 @@ def _device_kind(x: Tensor) -> str:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type in which a convolution of x computes: autocast's where that is on."""
+    """Return the type in which a convolution of x computes: autocast's if that is on."""
     kind = x.device.type
     casts = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves alone
     return torch.get_autocast_dtype(kind) if casts else x.dtype
@@ -79,7 +79,7 @@ def _is_transformed() -> bool:
 
 
 def runs_on_kernels(x: Tensor, weight: Tensor, training: bool) -> bool:
-    """Whether `depthwise_conv2d` is the faster way for a layer.
+    """Return whether `depthwise_conv2d` is the faster way for a layer.
 
     Args:
         x: (B, C, H, W).

@@ -54,7 +54,7 @@ def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int])
 
 
 def kernels(x: Tensor) -> Any:
-    """The module whose functions, those of `reference.py`, compute on the device of x."""
+    """Return the module with the functions of `reference.py` for the device of x."""
     if x.device.type == "cuda":
         from convmixer.ops.triton import launch
 

@@ -104,7 +104,7 @@ def sum_normalized(
 
 
 def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `normalize_act` for u, scale and shift."""
+    """Return the gradients of `normalize_act` for u, scale and shift."""
     grads, scales, shifts = [], [], []
     for part, u_part in _parts(grad, u):
         wide, values = _wide(part), _wide(u_part)
@@ -160,7 +160,7 @@ def depthwise_infer(
 
 
 def depthwise_input_grad(grad: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Gradient of `depthwise` for x, of that for c; plus `residual`."""
+    """Return the gradient of `depthwise` for x, given that for c; plus `residual`."""
     before, after = _borders(weight.shape[-1])
     # The transpose of a correlation is one with the flipped kernel, padded the other way round.
     result = _correlate(grad, weight.flip(-2, -1), None, after, before)
@@ -168,7 +168,7 @@ def depthwise_input_grad(grad: Tensor, weight: Tensor, residual: Tensor | None =
 
 
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-    """Gradients of `depthwise` for weight and bias, of x and the gradient for c.
+    """Return the gradients of `depthwise` for weight and bias, given x and the gradient for c.
 
     PyTorch's own is slow on CPUs. Compiled, one multiplication and sum per kernel tap becomes a single pass over both
     tensors; in eager mode, multiplications of matrices that hold a row of an image in each line are faster.

@@ -12,6 +12,7 @@ from convmixer.errors import ArgumentError
 from convmixer.hardware import bf16_is_faster
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # in accelerate's words
+DTYPES = {word: getattr(torch, name) for name, word in PRECISIONS.items()}
 
 
 def choose_precision(device: torch.device, precision: str) -> str:

@@ -53,6 +53,10 @@ class Recipe:
         cutmix: Alpha of cutmix; 0 leaves it out. Each mixed image has its own rectangle.
         mix_prob: Probability that an image is mixed, with mixup or cutmix.
         mix_until: Part of the run after which no images are mixed.
+        teacher: A trained model whose answers are learnt besides the labels: a name of `create_model`, the folder of a
+            run, or a name of timm; see `convmixer.training.distillation`. Empty: there is none.
+        distillation: Part of the loss, in (0, 1], that is the distance from the teacher.
+        temperature: What both models' logits are divided by in that distance.
         clip_grad: Largest gradient norm; 0 does not clip.
         ema_decay: Decay of the average of the weights, which is validated and saved; after t steps it is at most
             (1 + t) / (10 + t). 0 validates and saves the weights themselves.
@@ -112,6 +116,9 @@ class Recipe:
     cutmix: float = 0.0
     mix_prob: float = 1.0
     mix_until: float = 1.0
+    teacher: str = ""
+    distillation: float = 0.5
+    temperature: float = 2.0
     clip_grad: float = 0.0
     ema_decay: float = 0.0
     flip: float = 0.5
@@ -285,10 +292,10 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("stream sync_batchnorm trivial_augment balanced draft", lambda v: isinstance(v, bool), "True or False"),
     ("epochs batch_size accumulate", lambda v: _is_whole(v, 1), "at least 1"),
     ("seed patience", lambda v: _is_whole(v, 0), "a whole number of at least 0"),
-    ("lr eps", lambda v: 0 < v < math.inf, "above 0"),
+    ("lr eps temperature", lambda v: 0 < v < math.inf, "above 0"),
     ("weight_decay clip_grad shift color_jitter mixup cutmix min_delta", lambda v: v >= 0, "at least 0"),
     ("flip vertical_flip random_erasing frozen mix_prob mix_until", lambda v: 0 <= v <= 1, "in [0, 1]"),
-    ("layer_decay crop_scale", lambda v: 0 < v <= 1, "in (0, 1]"),
+    ("layer_decay crop_scale distillation", lambda v: 0 < v <= 1, "in (0, 1]"),
     ("label_smoothing warmup validation_fraction ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("drop_rate block_drop_rate drop_path_rate", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("in_chans", lambda v: v in (1, 3), "3 or 1"),
@@ -303,6 +310,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "two whole numbers (operations >= 0, magnitude 0 to 30)",
     ),
     ("image_sizes", _are_image_sizes, "pairs of numbers: rising parts of the run from 0, sides above 0"),
+    ("teacher", lambda v: isinstance(v, str), "the name of a model, or the folder of a run"),
     ("fill", lambda v: v in ("black", "mean"), '"black" or "mean"'),
     ("auto_augment", _is_policy, 'a policy of timm such as "rand-m9-mstd0.5-inc1"'),
     (

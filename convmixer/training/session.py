@@ -200,6 +200,7 @@ class _Session:
             fused=machine.fused,
             graphs=CudaGraphs(machine.device) if machine.uses_graphs else None,
             not_captured=self._not_captured,
+            report=self.say,
         )
         if not state:
             return

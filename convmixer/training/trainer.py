@@ -20,7 +20,9 @@ from convmixer.factory import create_model
 from convmixer.model import ConvMixer, mirror
 from convmixer.runtime.cuda_graphs import Graphed, Graphs
 from convmixer.training.augment import Augment, Part
+from convmixer.training.distillation import Teacher, distillation_loss
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
+from convmixer.training.precision import DTYPES
 from convmixer.training.recipe import Recipe
 from convmixer.training.validation import Progress
 from convmixer.transforms import preprocessing
@@ -121,6 +123,7 @@ class Trainer:
         fused: Use fused blocks; "auto" if native kernels can compute them.
         graphs: Captures steps, or None to launch every kernel of each step.
         not_captured: Takes the error of a capture that failed; if it returns, training goes on without graphs.
+        report: Takes what is assumed of a teacher.
 
     Attributes:
         model: The model that learns.
@@ -140,6 +143,7 @@ class Trainer:
         fused: bool | Literal["auto"],
         graphs: Graphs | None = None,
         not_captured: Callable[[RuntimeError], None] = lambda error: None,
+        report: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.recipe, self.device, self.accelerator, self.compile = recipe, device, accelerator, compile
         self.graphs, self.not_captured = graphs, not_captured
@@ -157,6 +161,10 @@ class Trainer:
         self.augment = Augment(recipe, preprocessing(self.model), len(images.classes), device)
         weights = class_weights(recipe, images)
         self.class_weights = None if weights is None else weights.to(device)
+        self.teacher: Teacher | None = None
+        if recipe.teacher:
+            dtype = DTYPES[accelerator.mixed_precision]
+            self.teacher = Teacher(recipe.teacher, preprocessing(self.model), images.classes, device, dtype, report)
         self.parts_per_step = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
         self.head_only: bool | None = None
@@ -334,6 +342,9 @@ class Trainer:
                 logits: Tensor = self.compiled(inputs)
                 smoothing = self.recipe.label_smoothing
                 loss = F.cross_entropy(logits.float(), targets, self.class_weights, label_smoothing=smoothing)
+            if self.teacher:
+                distance = distillation_loss(logits.float(), self.teacher(inputs), self.recipe.temperature)
+                loss = torch.lerp(loss, distance, self.recipe.distillation)
             self.accelerator.backward(loss / self.recipe.accumulate)
         correct = (logits.detach().argmax(1) == labels).sum()
         self.sums += torch.stack([loss.detach() / self.parts_per_step, correct])

@@ -1,5 +1,6 @@
 """One folder that opens everywhere, its card, and publishing it with the Hub's real client."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -479,7 +480,7 @@ class Other(nn.ReLU):
 )
 def test_errors(small, tmp_path, change, options, text):
     with pytest.raises(ArgumentError, match=re.escape(text)):
-        convmixer.save_pretrained(change(small), tmp_path / "folder", **options)
+        convmixer.save_pretrained(change(copy.deepcopy(small)), tmp_path / "folder", **options)
     assert not (tmp_path / "folder").exists()
 
 

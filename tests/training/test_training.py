@@ -486,8 +486,13 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("fields", [{}, {"balanced": True, "class_weights": (1.0, 2.0, 1.0, 0.5)}])
+@pytest.mark.parametrize("fields", [{}, {"balanced": True, "class_weights": (1.0, 2.0, 1.0, 0.5)}, {"teacher": "run"}])
 def test_resume_is_exact(digits, tmp_path, fields):
+    if "teacher" in fields:
+        recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+        fields = {
+            "teacher": str(train(recipe, digits, tmp_path / "teacher", device="cpu", report=quiet).weights.parent)
+        }
     changes = {**QUICK, "epochs": 3, "rand_augment": (1, 9), "random_erasing": 0.5, "drop_rate": 0.1, "shift": 1}
     changes |= fields
     recipe = get_recipe("cifar10", **changes)

@@ -117,7 +117,7 @@ def _floats(x: Tensor, *shape: int) -> Tensor:
 
 
 def options(warps: int, stages: int) -> dict[str, Any]:
-    """Of Triton's compiler, for every kernel; `tune` and the benchmarks compile with the same."""
+    """Return the options of Triton's compiler for every kernel; `tune` and the benchmarks use the same."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
@@ -260,7 +260,7 @@ def _normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tup
 
 
 def normalize_act_grad(grad: Tensor, u: Tensor, scale: Tensor, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `normalize_act` with respect to u (of u's type), scale and shift (float32)."""
+    """Return the gradients of `normalize_act` with respect to u (of u's type), scale and shift (float32)."""
     out, sums = _normalize_act_grad(grad, u, scale, act)
     return out, sums[0], sums[1]
 
@@ -278,7 +278,7 @@ def _stats_grad(
 def stats_grad(
     grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tensor, grad_q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the two sums of `stats` add to a gradient.
+    """Add to a gradient what the two sums of `stats` contribute.
 
     Returns:
         `grad_u + act'(u)*(grad_s + 2*(act(u) - center)*grad_q)`, (B, C, H, W) of u's type, and its sum over B, H and W,
@@ -401,7 +401,7 @@ def depthwise_infer(
     lambda grad, weight, residual=None: _empty(grad),
 )
 def depthwise_input_grad(grad: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """Gradient of the depthwise convolution with respect to its input, of grad's type, plus `residual`."""
+    """Return the gradient of the depthwise convolution with respect to its input, of grad's type, plus `residual`."""
     return _convolve(grad, weight, None, "identity", residual=residual, transpose=True)[0]
 
 
@@ -412,7 +412,7 @@ def _fake_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Tensor
 
 @_operator("(Tensor x, Tensor grad, int kernel_size) -> (Tensor, Tensor)", _fake_weight_grad)
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-    """Gradients of the depthwise convolution with respect to weight (C, 1, k, k) and bias (C,), in float32."""
+    """Return the float32 gradients of the depthwise convolution with respect to weight (C, 1, k, k) and bias (C,)."""
     return _correlate(x, grad, kernel_size)
 
 
@@ -550,7 +550,7 @@ def pointwise(
     act: str,
     center: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """1x1 convolution of `z = scale1*act(c) + shift1 + x`, and sums of its activation.
+    """Compute the 1x1 convolution of `z = scale1*act(c) + shift1 + x`, and sums of its activation.
 
     Args:
         c, x: (B, C, H, W).

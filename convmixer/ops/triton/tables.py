@@ -129,7 +129,7 @@ def pointwise_key(outputs: int, formed: bool) -> int:
 
 
 def row(operation: str, key: int, tensor: Tensor) -> Any:
-    """The row of an operation for a tensor (B, C, H, W).
+    """Return the row of an operation for a tensor (B, C, H, W).
 
     Raises:
         ArgumentError: A GPU below compute capability 8.0.
@@ -163,7 +163,7 @@ def _row(operation: str, key: int, itemsize: int, channels: int, positions: int,
 
 
 def tuned_file(name: str) -> Path:
-    """Where `tune` writes the rows of a GPU of that name, for the installed Triton."""
+    """Return the file in which `tune` writes the rows of a GPU of that name, for the installed Triton."""
     import triton
 
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convmixer"
@@ -172,7 +172,7 @@ def tuned_file(name: str) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def tuned(name: str) -> list[dict[str, Any]]:
-    """The records that `tune` has written for a GPU of that name; none if there are none, or if they make no sense."""
+    """Read the records that `tune` has written for a GPU of that name; none if there are none or they make no sense."""
     try:
         file = tuned_file(name)
     except RuntimeError:  # no home, in which nothing can have been kept

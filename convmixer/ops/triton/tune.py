@@ -150,7 +150,7 @@ def tasks(blocks: Iterable[Block]) -> list[Task]:
 
 
 def call(task: Task, dtype: torch.dtype) -> Callable[[], Any]:
-    """A call of the operation with random operands on the GPU, by the task's row."""
+    """Build a call of the operation with random operands on the GPU, by the task's row."""
     batch, channels, height, width, size = task.block
     x = torch.randn(batch, channels, height, width, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
     vector = torch.rand(channels, device="cuda")
@@ -203,7 +203,7 @@ def _compile(share: list[Task], dtype: torch.dtype, seconds: float) -> list[Task
 
 
 def compile_all(todo: list[Task], dtype: torch.dtype, seconds: float, workers: int) -> list[Task]:
-    """`_compile` in several processes, which deal the candidates out among them."""
+    """Run `_compile` in several processes, which share the candidates."""
     if workers == 1:
         return _compile(todo, dtype, seconds)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
