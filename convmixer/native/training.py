@@ -68,7 +68,7 @@ class _Step(ctypes.Structure):
 
 @functools.lru_cache(maxsize=1)
 def kernels() -> Any:
-    """The compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
+    """Return the compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
     loaded = library.load(SOURCES)
     sizes = (ctypes.c_int * 2)()
     loaded.convmixer_sizes(sizes)
@@ -88,7 +88,7 @@ def _lacking() -> str | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def lacking() -> str | None:
-    """Why the kernels do not run on this machine; None where they do."""
+    """Return why the kernels do not run on this machine; None where they do."""
     return _lacking()  # torch.compile warns of a cached function that it meets itself
 
 
@@ -98,14 +98,20 @@ _free: list[mmap.mmap] = []  # what no tensor uses
 
 
 def _memory(size: int) -> Tensor:
-    """Bytes, not initialised, of memory that is used again when the tensor is gone."""
+    """Return bytes, not initialised, of memory that is used again when the tensor is gone."""
     fitting = [region for region in _free if len(region) >= size]
     try:
         region = min(fitting, key=len)
         _free.remove(region)
     except ValueError:  # there is none, or another thread took it
         _free.clear()  # of what is too small nothing stays
-        region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise ConvMixerError(
+                f"{size / 2**20:.0f} MiB for feature maps cannot be had ({error.strerror}): give fewer images at a time, "
+                "or keep less by set_grad_checkpointing()"
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a system without large pages
                 region.madvise(mmap.MADV_HUGEPAGE)
@@ -240,7 +246,7 @@ def _forward(
         images: (B, in_chans, H, W), contiguous float32, as all tensors here.
         parameters: Of each layer (the stem, then depthwise and pointwise of each block) weight and bias, and those of
             its BatchNorm.
-        running: Mean and variance for each BatchNorm, (layers, 2, dim); those of the batch are used in place of some.
+        running: Mean and variance for each BatchNorm, (layers, 2, dim); not read where those of the batch are used.
         settings: The fields of `Network`.
 
     Returns:
@@ -318,7 +324,7 @@ def set_native_training(enabled: bool) -> None:
 
 
 def refusal(stem: Any, blocks: Any, dtype: torch.dtype, sync_batchnorm: bool = False) -> str | None:
-    """Why the kernels do not compute a stem and blocks, as `fused.check` expects them to be; None if they do.
+    """Return why the kernels do not compute a stem and blocks, as `fused.check` expects them; None if they do.
 
     Args:
         stem: Convolution, activation, BatchNorm.
@@ -409,7 +415,7 @@ class _Stack(Function):
 def features(
     stem: Any, blocks: Any, images: Tensor, *, checkpointing: bool = False, channels_last: bool = False
 ) -> Tensor:
-    """What the last block makes of images, (B, C, h, w), as `fused.features` computes it.
+    """Return what the last block makes of images, (B, C, h, w), as `fused.features` computes it.
 
     Args:
         stem: Convolution, activation, BatchNorm.

@@ -244,6 +244,18 @@ def test_memory_is_used_again():
     assert len(native._free) == 2  # what is too small goes
 
 
+def test_too_little_memory(monkeypatch):
+    _, fused = pair()
+    native._free.clear()
+
+    def none(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(native.mmap, "mmap", none)
+    with pytest.raises(ConvMixerError, match=r"1 MiB for feature maps cannot be had .Cannot allocate.*fewer images"):
+        fused(torch.randn(4, 3, 32, 32))
+
+
 def test_two_forward_passes_before_their_backward_passes():
     plain, fused = pair()
     inputs = [torch.randn(2, 3, 20, 20, dtype=torch.float64) for _ in range(2)]
