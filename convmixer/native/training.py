@@ -109,8 +109,8 @@ def _memory(size: int) -> Tensor:
             region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise ConvMixerError(
-                f"{size / 2**20:.0f} MiB for feature maps cannot be had ({error.strerror}): give fewer images at a time, "
-                "or keep less by set_grad_checkpointing()"
+                f"{size / 2**20:.0f} MiB for feature maps cannot be had ({error.strerror}): give fewer images at a "
+                "time, or keep less by set_grad_checkpointing()"
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a system without large pages
