@@ -327,7 +327,7 @@ def test_auto(caplog):
     ]
 
 
-def test_losses_go_down_as_with_the_layers():
+def test_losses_go_down_as_with_layers_in_float32():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     images = torch.from_numpy(digits.images[:1024]).float().unsqueeze(1) / 8 - 1
     labels = torch.from_numpy(digits.target[:1024])
@@ -340,7 +340,7 @@ def test_losses_go_down_as_with_the_layers():
         last = []
         for step in range(200):
             chosen = torch.arange(step * 32, step * 32 + 32) % len(images)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fused):  # in float32 losses vary less
                 loss = F.cross_entropy(model(images[chosen]).float(), labels[chosen])
             optimizer.zero_grad()
             loss.backward()

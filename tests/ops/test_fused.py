@@ -220,7 +220,7 @@ def test_200_steps_end_at_the_same_loss():
         last = []
         for step in range(200):
             chosen = torch.arange(step * 32, step * 32 + 32) % len(images)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fused):  # in float32 losses vary less
                 loss = F.cross_entropy(model(images[chosen]).float(), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
