@@ -77,7 +77,7 @@ def load(sources: Sequence[Path]) -> Any:
 
 
 def _find(sources: Sequence[Path]) -> Any:
-    """A library from the cache, else compiled and put there, else compiled for this process alone."""
+    """A library from the cache, else compiled and put there, else compiled only for this process."""
     path = compiler()
     if path is None:
         raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")

@@ -151,7 +151,7 @@ class Recipe:
         self._check("knee", self.warmup < self.knee[0] <= 1 and 0 <= self.knee[1] <= 1, "(after warmup .. 1, 0 .. 1)")
         count = _count_betas(self.opt)
         valid = f"{count} numbers in [0, 1), or none" if count else f"none: {self.opt!r} has no betas"
-        self._check("betas", len(self.betas) in (0, count), valid)
+        self._check("betas", _are(self.betas, lambda b: _is_number(b) and 0 <= b < 1, 0, count), valid)
         self._check_conflicts()
 
     def _check(self, name: str, holds: bool, valid: str) -> None:
@@ -302,7 +302,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("input_size", lambda v: _are(v, lambda n: _is_whole(n, 1), 0, 2), "height and width in pixels"),
     ("model_args", _are_model_args, f"pairs of one of {', '.join(SIZES)} and a whole number of at least 1"),
     ("opt", _is_optimizer, "an optimizer of timm.optim.list_optimizers()"),
-    ("betas", lambda v: _are(v, lambda b: _is_number(b) and 0 <= b < 1), "numbers in [0, 1)"),
     ("knee", lambda v: _are(v, _is_number, 2), "two numbers"),
     (
         "rand_augment",

@@ -514,7 +514,7 @@ def test_optimize_refuses_what_it_cannot_run(monkeypatch):
     with pytest.raises(ArgumentError, match="float64: triton computes in"):
         optimize(ConvMixer(4, 1, 3, 2), backend="triton", dtype=torch.float64)
     features = create_model("convmixer_256_8", features_only=True, device="cpu")
-    with pytest.raises(ArgumentError, match=r"triton returns the last output alone.*such as compile"):
+    with pytest.raises(ArgumentError, match=r"triton returns only the last output.*such as compile"):
         optimize(features, backend="triton")
 
 
