@@ -335,6 +335,8 @@ class _Session:
             self._report_unreadable(images, f"they are left out of the test {name}")
         accuracy = {name: score["top1"] for name, score in scores.items()}
         self.accelerator.end_training()
+        if self.machine.fused == "auto":
+            model.set_fused(False)  # nobody asked for fused blocks, which take no hooks
         return TrainingResult(model, self.history, accuracy, self.folder.weights)
 
     def _test_and_record(self, model: ConvMixer, data: str) -> dict[str, dict[str, float]]:

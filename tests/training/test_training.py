@@ -351,6 +351,7 @@ def test_validation_images_of_its_own_are_used_and_none_held_out(digits, tmp_pat
     assert lines[3].endswith("300 training, 60 validation images, no test images")
     assert result.test_accuracy == {}
     images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    result.model.set_fused("auto")  # as it was validated
     assert result.history[0].validation_loss == pytest.approx(
         evaluate(result.model, images, precision="auto")["loss"], rel=1e-5
     )
@@ -563,6 +564,7 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
     assert len(losses) == best + 3
     images = load_images(digits, "train", (3, 8, 8))
     validation = hold_out(images, recipe.validation_fraction, recipe.seed)[1]
+    result.model.set_fused("auto")  # as it was validated
     assert evaluate(result.model, validation, precision="auto")["loss"] == pytest.approx(losses[best], rel=1e-5)
     kept, named = load_file(result.weights), load_file(tmp_path / "run" / "best.safetensors")
     assert all(torch.equal(kept[key], named[key]) for key in kept)
