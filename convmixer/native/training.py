@@ -62,7 +62,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_int32) for name in _NUMBERS),
         ("images", ctypes.c_void_p),
         ("layers", ctypes.POINTER(_Layer)),
-        *((name, ctypes.c_void_p) for name in ("kept", "gradient", "features")),
+        *((name, ctypes.c_void_p) for name in ("kept", "scratch", "features")),
     ]
 
 
@@ -74,6 +74,7 @@ def kernels() -> Any:
     loaded.convmixer_sizes(sizes)
     if list(sizes) != [ctypes.sizeof(_Layer), ctypes.sizeof(_Step)]:
         raise ConvMixerError(f"records of {list(sizes)} bytes in train.h are not those of native/training.py")
+    loaded.convmixer_bytes.restype = ctypes.c_int64
     return loaded
 
 
@@ -166,7 +167,7 @@ def _map_bytes(images: Tensor, dim: int, patch_size: int, half: bool) -> Any:
 
 def _kept_bytes(images: Tensor, dim: int, norms: int, patch_size: int, half: bool, keep: int) -> Any:
     depth = norms // 2
-    maps = {0: 3, 1: depth + 2, 2: 2 * depth + 1}[keep]
+    maps = {0: 2, 1: depth + 1, 2: 2 * depth + 1}[keep]
     return maps * _map_bytes(images, dim, patch_size, half) + norms * 5 * 4 * ((dim + 31) // 32 * 32)
 
 
@@ -180,7 +181,7 @@ def _record(
     *,
     kept: Tensor,
     features: Tensor,
-    gradient: Tensor | None = None,
+    scratch: Tensor | None,
 ) -> _Step:
     count = len(network.eps)
     layers = (_Layer * count)()
@@ -208,7 +209,7 @@ def _record(
         images=images.data_ptr(),
         layers=layers,
         kept=kept.data_ptr(),
-        gradient=None if gradient is None else gradient.data_ptr(),
+        scratch=None if scratch is None else scratch.data_ptr(),
         features=features.data_ptr(),
     )
 
@@ -257,17 +258,15 @@ def _forward(
     features, moments = _outputs(images, parameters, network)
     sizes = len(parameters[0]), len(network.eps), network.patch_size, network.half, network.keep
     kept = _memory(_kept_bytes(images, *sizes))
-    record = _record(images, parameters, network, running, moments.unbind(), kept=kept, features=features)
-    _check_size(record, network.half, len(kept))
+    scratch = None if network.keep == 2 else _memory(_map_bytes(images, sizes[0], network.patch_size, network.half))
+    record = _record(
+        images, parameters, network, running, moments.unbind(), kept=kept, features=features, scratch=scratch
+    )
+    library_size = kernels().convmixer_bytes(ctypes.byref(record), ctypes.c_int(network.half))
+    if library_size != len(kept):
+        raise ConvMixerError(f"train.cpp keeps {library_size} bytes and native/training.py {len(kept)}")
     _call(kernels().convmixer_forward, record, network.half)
     return features, moments, kept
-
-
-def _check_size(record: _Step, half: bool, size: int) -> None:
-    kept, gradient = ctypes.c_int64(), ctypes.c_int64()
-    kernels().convmixer_bytes(ctypes.byref(record), ctypes.c_int(half), ctypes.byref(kept), ctypes.byref(gradient))
-    if kept.value != size:
-        raise ConvMixerError(f"train.cpp keeps {kept.value} bytes and native/training.py {size}")
 
 
 def _fake_forward(
@@ -289,8 +288,9 @@ def _backward(
     """Gradients of the parameters; `grad` is that of the features, of their type and contiguous."""
     network = Network(*settings)
     grads = [torch.empty_like(parameter) for parameter in parameters]
-    gradient = _memory(_map_bytes(images, len(parameters[0]), network.patch_size, network.half))
-    record = _record(images, parameters, network, grads=grads, kept=kept, features=grad, gradient=gradient)
+    size = _map_bytes(images, len(parameters[0]), network.patch_size, network.half)
+    scratch = _memory(size if network.keep == 2 else 2 * size)
+    record = _record(images, parameters, network, grads=grads, kept=kept, features=grad, scratch=scratch)
     _call(kernels().convmixer_backward, record, network.half)
     return grads
 

@@ -56,6 +56,7 @@ template <typename T>
 struct Kept {
     std::vector<Vectors> vectors;
     std::vector<T *> u, c;  // of each layer that has it: u of the stem and the blocks, c of the blocks
+    T *gradient;
     long bytes;
 
     Kept(const Step &step, const Grid &grid, char *memory) {
@@ -66,8 +67,12 @@ struct Kept {
                 of.push_back(i < distinct ? carver.take<T>(grid.values(step.batch)) : of[i - distinct]);
         };
         maps(u, step.depth + 1, step.keep ? step.depth + 1 : 2);
-        maps(c, step.depth, step.keep == 2 ? step.depth : 1);
+        if (step.keep == 2) maps(c, step.depth, step.depth);
         bytes = carver.bytes();
+        // The rest lies elsewhere: c of one block at a time, if it is not kept, and the gradient.
+        Carver scratch(step.scratch);
+        if (step.keep < 2) c.assign(step.depth, scratch.take<T>(grid.values(step.batch)));
+        gradient = scratch.take<T>(grid.values(step.batch));
     }
 };
 
@@ -131,7 +136,7 @@ class Trainer {
     const int k, before, dim, channels, inputs;  // of the stem, filled up
     const long plane_row, plane;                 // values of a plane
     const double count;                          // values per channel
-    T *const gradient;
+    T *const gradient;  // of the map that comes next
 
     Value *weights;                   // of the layer that comes next, packed
     float *grad_scale, *grad_shift, *grad_value;  // gradient of act(u): scale * gradient + value * act(u) + shift
@@ -142,7 +147,7 @@ class Trainer {
         : step(s), grid(s, sizeof(Value)), kept(s, grid, s.kept), k(s.kernel_size), before((k - 1) / 2), dim(s.dim),
           channels(grid.channels), inputs(rounded_up(s.in_chans * s.patch_size * s.patch_size, BLOCK)),
           plane_row(rounded_up(grid.columns + SIDE, BLOCK)), plane((grid.bands * SIDE + k - 1) * plane_row),
-          count((double)s.batch * grid.height * grid.width), gradient(reinterpret_cast<T *>(s.gradient)) {}
+          count((double)s.batch * grid.height * grid.width), gradient(kept.gradient) {}
 
     // False: there was no memory.
     bool forward() {
@@ -733,11 +738,10 @@ int convmixer_sizes(int *sizes) {  // of the records
 
 int convmixer_tiles() { return enabled(); }
 
-// Bytes of `kept`, and of `gradient`.
-void convmixer_bytes(const Step *step, int half, int64_t *kept, int64_t *gradient) {
+// Of `kept`.
+int64_t convmixer_bytes(const Step *step, int half) {
     const Grid grid(*step, half ? 2 : 4);
-    *kept = half ? Kept<uint16_t>(*step, grid, nullptr).bytes : Kept<float>(*step, grid, nullptr).bytes;
-    *gradient = grid.values(step->batch) * (half ? 2 : 4);
+    return half ? Kept<uint16_t>(*step, grid, nullptr).bytes : Kept<float>(*step, grid, nullptr).bytes;
 }
 
 // Each returns 0 where there was too little memory, else 1. Maps are bfloat16 where `half`, else float32.

@@ -31,7 +31,7 @@ struct Step {
     const float *images;  // (B, in_chans, height, width)
     const Layer *layers;  // the stem's, then depthwise and pointwise of each block
     char *kept;           // what the backward pass needs, `convmixer_kept_bytes` of it
-    char *gradient;       // backward: room for one feature map
+    char *scratch;        // room for c, one map, if it is not kept; then, backward, for the gradient
     void *features;       // (B, dim, h, w); forward: the output, backward: its gradient
 };
 
