@@ -100,6 +100,7 @@ _free: list[mmap.mmap] = []  # what no tensor uses
 
 def _memory(size: int) -> Tensor:
     """Return bytes, not initialised, of memory that is used again when the tensor is gone."""
+    size = max(size, 1)  # there may be no images
     fitting = [region for region in _free if len(region) >= size]
     try:
         region = min(fitting, key=len)

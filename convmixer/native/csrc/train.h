@@ -30,7 +30,7 @@ struct Step {
     int32_t keep;        // 2: both maps of each block, 1: u alone and c is computed anew, 0: for no backward pass
     const float *images;  // (B, in_chans, height, width)
     const Layer *layers;  // the stem's, then depthwise and pointwise of each block
-    char *kept;           // what the backward pass needs, `convmixer_kept_bytes` of it
+    char *kept;           // what the backward pass needs, `convmixer_bytes` of it
     char *scratch;        // room for c, one map, if it is not kept; then, backward, for the gradient
     void *features;       // (B, dim, h, w); forward: the output, backward: its gradient
 };
