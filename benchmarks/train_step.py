@@ -104,7 +104,7 @@ class Way:
         return sum(storages.values())
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="convmixer_256_8", help="a variant; images of its size")
     parser.add_argument("--only", nargs="+", default=[""], help="the ways whose names contain one of these words")
@@ -118,18 +118,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.dry_run:
         arguments.batch_size, arguments.rounds = 4, 1
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    if arguments.cpu_time:
-        torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = convmixer.create_model(arguments.model, device="cpu", num_classes=10)
-    images = torch.randn(arguments.batch_size, *model.pretrained_cfg["input_size"], device=arguments.device)
-    labels = torch.randint(10, (arguments.batch_size,), device=arguments.device)
+    return arguments
+
+
+def make_ways(arguments: argparse.Namespace, model: convmixer.ConvMixer) -> dict[str, Way]:
+    """The ways whose names were asked for, with equal weights in the shape of a model."""
     kernel_size = model.blocks[0][0].fn[0].kernel_size[0]
     shape = {"dim": model.dim, "depth": len(model.blocks), "kernel_size": kernel_size, "patch_size": model.patch_size}
-    shape["num_classes"] = 10
-    if arguments.dry_run:
-        shape |= {"dim": 16, "depth": 1}
+    shape |= {"num_classes": 10, **({"dim": 16, "depth": 1} if arguments.dry_run else {})}
     state = convmixer.ConvMixer(**shape).state_dict()
 
     def way(ours: bool, layout: torch.memory_format, compile: bool, fused: bool = False, **options: Any) -> Way:
@@ -160,7 +156,14 @@ def main() -> None:
         for name, options in kinds.items():
             for opt in ("adamw", "muon"):
                 makers[f"{name}, {opt}, graph"] = functools.partial(way, True, LAST, graph=True, opt=opt, **options)
-    ways = {name: make() for name, make in makers.items() if any(word in name for word in arguments.only)}
+    return {name: make() for name, make in makers.items() if any(word in name for word in arguments.only)}
+
+
+def time_steps(
+    ways: dict[str, Way], images: torch.Tensor, labels: torch.Tensor, arguments: argparse.Namespace
+) -> dict[str, list[float]]:
+    """The seconds of each way's steps; the ways take turns."""
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     untimed = 1 if arguments.dry_run else WARM_UP + 1  # they compile, warm up and capture
     for round_ in range(arguments.rounds + untimed):
@@ -168,29 +171,49 @@ def main() -> None:
             duration = it.step(images, labels, clock)
             if round_ >= untimed:
                 seconds[name].append(duration)
+    return seconds
+
+
+def compare(seconds: dict[str, list[float]], memory: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print each way beside timm's best; return the figures."""
     rates = {name: arguments.batch_size / statistics.median(times) for name, times in seconds.items()}
-    memory = {name: it.kept(images, labels) / arguments.batch_size / 2**20 for name, it in ways.items()}
-    best = max((name for name in ways if name.startswith("timm")), key=rates.__getitem__, default=next(iter(ways)))
+    best = max((name for name in rates if name.startswith("timm")), key=rates.__getitem__, default=next(iter(rates)))
     ratios = {
-        name: statistics.median(theirs / ours for theirs, ours in zip(seconds[best], seconds[name], strict=True))
-        for name in ways
+        name: statistics.median(theirs / ours for theirs, ours in zip(seconds[best], times, strict=True))
+        for name, times in seconds.items()
     }
-    least = min((memory[name] for name in ways if name.startswith("timm eager")), default=memory[best])
-    for name in ways:
+    least = min((memory[name] for name in memory if name.startswith("timm eager")), default=memory[best])
+    for name in rates:
         print(
             f"{name:40} {rates[name]:6.1f} images/s, {ratios[name]:.2f} of {best}; "
             f"{memory[name]:6.2f} MiB/image, {memory[name] / least:.2f} of timm eager"
         )
+    return {
+        "batch_size": arguments.batch_size,
+        "precision": arguments.precision,
+        "images_per_second": rates,
+        "activation_mib_per_image": memory,
+        "best_of_timm": best,
+        "ratios": ratios,
+        "model": arguments.model,
+        "cpu_time_of_one_thread": arguments.cpu_time,
+        "ratio": max(ratios.values()),
+    }
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = convmixer.create_model(arguments.model, device="cpu", num_classes=10)
+    images = torch.randn(arguments.batch_size, *model.pretrained_cfg["input_size"], device=arguments.device)
+    labels = torch.randint(10, (arguments.batch_size,), device=arguments.device)
+    ways = make_ways(arguments, model)
+    seconds = time_steps(ways, images, labels, arguments)
+    memory = {name: it.kept(images, labels) / arguments.batch_size / 2**20 for name, it in ways.items()}
+    result = compare(seconds, memory, arguments)
     if arguments.json:
-        result = {"batch_size": arguments.batch_size, "precision": arguments.precision, "images_per_second": rates}
-        result |= {
-            "activation_mib_per_image": memory,
-            "best_of_timm": best,
-            "ratios": ratios,
-            "model": arguments.model,
-            "cpu_time_of_one_thread": arguments.cpu_time,
-            "ratio": max(ratios.values()),
-        }
         harness.write(arguments.json, result, arguments.device)
 
 
