@@ -26,6 +26,7 @@ CORE = [
     "runtime/test_folding",
     "runtime/test_backends",
     "native/test_kernels",
+    "native/test_native_training",
     "ops/test_ops",
     "ops/test_fused",
 ]
