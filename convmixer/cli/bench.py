@@ -17,7 +17,7 @@ from convmixer.cli import options
 from convmixer.cli.console import ERR, OUT, Command, plain, say
 from convmixer.files import check_writable, write_atomically
 from convmixer.runtime.benchmark import Report, Result, benchmark
-from convmixer.runtime.candidates import DTYPES
+from convmixer.runtime.benchmark_cases import DTYPES
 from convmixer.runtime.choose import BACKENDS
 
 

@@ -6,7 +6,7 @@
       ->  eager, compile, triton, openvino, onnxruntime, native .py  each a Backend and the runtime that it builds
       ->  optimized_model.py  the module around the runtime, which callers get
     export.py  writes a file, opens it again and compares the outputs
-    benchmark.py  times candidates.py, by timing.py
+    benchmark.py  times benchmark_cases.py, by timing.py
 
 What several backends share: `chunks.py` splits batches, `graph_cache.py` keeps compiled graphs by shape,
 `cuda_graphs.py` replays calls, `convert.py` is the one way to ONNX and OpenVINO, `quantize.py` has calibration images

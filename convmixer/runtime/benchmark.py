@@ -25,7 +25,7 @@ from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.factory import create_model, open_model, resolve_device
 from convmixer.hardware import cpu_field, cpu_name
 from convmixer.registry import get_variant
-from convmixer.runtime.candidates import DTYPES, Call, Candidate, gemm, gemm_side, our_candidates, timm_candidates
+from convmixer.runtime.benchmark_cases import DTYPES, Call, Candidate, gemm, gemm_side, our_candidates, timm_candidates
 from convmixer.runtime.choose import BACKENDS
 from convmixer.runtime.folding import find_convmixer
 from convmixer.runtime.quantize import calibration_images

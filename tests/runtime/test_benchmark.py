@@ -13,9 +13,9 @@ import convmixer
 from convmixer.errors import ArgumentError
 from convmixer.plots import plot_benchmark
 from convmixer.runtime import benchmark as benchmarks
-from convmixer.runtime import candidates
+from convmixer.runtime import benchmark_cases
 from convmixer.runtime.benchmark import benchmark, device_name, macs
-from convmixer.runtime.candidates import timms
+from convmixer.runtime.benchmark_cases import timms
 from convmixer.runtime.timing import PeakMemory
 
 QUICK = {"rounds": 2, "seconds": 0.001, "report": lambda line: None, "device": "cpu"}
@@ -26,10 +26,10 @@ def report():
     """One small case with our eager form and timm's two eager ones, the rest made to fail."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("Compiled", "OpenVINO", "OnnxRuntime"):
-            patch.setattr(candidates, name, lambda *_: 1 / 0)
-        patch.setattr(candidates, "GEMM_SIDE", 64)
+            patch.setattr(benchmark_cases, name, lambda *_: 1 / 0)
+        patch.setattr(benchmark_cases, "GEMM_SIDE", 64)
         for name in ("to_openvino", "to_onnx"):
-            patch.setattr(candidates, name, lambda module: None)
+            patch.setattr(benchmark_cases, name, lambda module: None)
         return benchmark("convmixer_256_8", batch_sizes=[2], backends=["eager"], dtypes=["float32"], **QUICK)
 
 
@@ -83,7 +83,7 @@ def test_macs(name, height, width):
 
 
 def test_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(candidates, "GEMM_SIDE", 64)
+    monkeypatch.setattr(benchmark_cases, "GEMM_SIDE", 64)
     files = tmp_path / "speed.json", tmp_path / "speed.png"
     options = ("--batch-size", 1, "--batch-size", 3, "--image-size", 8, "--backend", "eager", "--dtype", "bfloat16")
     result = run(
