@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.client
 import importlib
 import io
 import math
 import os
 import re
-import string
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +17,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from convmixer.errors import ArgumentError, ImageError, brief
+from convmixer.data.download import download
+from convmixer.errors import ArgumentError, ImageError
 
 # File types of images; `image_suffixes` says which of them Pillow opens here.
 SUFFIXES: tuple[str, ...] = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif")
@@ -31,8 +26,6 @@ SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif")
 
 LARGE = 1_000_000  # pixels from which on a photograph may be decoded at a reduced scale
 MARGIN = 2  # times as many pixels per side as are needed then remain
-MOST_BYTES = 64 * 2**20  # of a download
-MOST_SILENCE, MOST_SECONDS = 10, 60  # without a byte, and for a whole download
 
 _ORIENTATION = 0x0112  # of EXIF; from 5 on width and height change places
 # Files whose 16-bit greys open in mode I, which has 32 bits.
@@ -112,7 +105,7 @@ def read_image(
 def _as_file(source: Any) -> Any:
     """What Pillow opens; None for what is not a file."""
     if isinstance(source, str) and re.match("https?://", source, re.IGNORECASE):
-        return io.BytesIO(_download(source))
+        return io.BytesIO(download(source))
     if isinstance(source, str | os.PathLike):
         return os.path.expanduser(source)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -240,35 +233,6 @@ def _from_array(source: Any) -> Image.Image:
         raise ImageError(f"array of shape {array.shape}: give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
     what = f"{'float ' if array.dtype.kind == 'f' else ''}array of {array.dtype}"
     return _to_8_bit(Image.fromarray(np.ascontiguousarray(_to_bytes(array, what))), None)
-
-
-def _download(url: str) -> bytes:
-    """The body of an answer, within limits of size and time."""
-    shown, deadline = brief(url, 200), time.monotonic() + MOST_SECONDS
-    too_large = f"{shown} is larger than {MOST_BYTES / 2**20:g} MiB: download it, and give its path"
-    body = bytearray()
-    try:
-        quoted = urllib.parse.quote(url, safe=string.punctuation)
-        request = urllib.request.Request(quoted, headers={"User-Agent": "convmixer"})  # some refuse the default
-        with urllib.request.urlopen(request, timeout=MOST_SILENCE) as answer:
-            length = answer.headers.get("Content-Length") or ""
-            expected = int(length) if length.isdecimal() else 0
-            if expected > MOST_BYTES:
-                raise ImageError(too_large)
-            while chunk := answer.read1(2**16):  # returns what has come, so that the limits are looked at
-                body += chunk
-                if len(body) > MOST_BYTES:
-                    raise ImageError(too_large)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not done after {MOST_SECONDS} seconds")
-    except urllib.error.HTTPError as error:
-        raise ImageError(f"cannot fetch {shown}: the server answers {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = str(getattr(error, "reason", "") or error) or type(error).__name__
-        raise ImageError(f"cannot fetch {shown}: {reason}") from error
-    if len(body) < expected:
-        raise ImageError(f"cannot fetch {shown}: it broke off after {len(body)} of {expected} bytes")
-    return bytes(body)
 
 
 def is_one_image(source: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from hub_server import serving
 from PIL import Image, features
 
-from convmixer.data import images
+from convmixer.data import download
 from convmixer.data.images import enough, image_suffixes, is_one_image, read_image
 from convmixer.errors import ArgumentError, ImageError
 
@@ -547,7 +547,7 @@ def test_an_address(server, photo, path):
 )
 def test_addresses_that_give_no_image(server, monkeypatch, path, text):
     for name, value in {"MOST_BYTES": 2**18, "MOST_SILENCE": 0.3, "MOST_SECONDS": 0.5}.items():
-        monkeypatch.setattr(images, name, value)
+        monkeypatch.setattr(download, name, value)
     begun = time.monotonic()
     with pytest.raises(ImageError, match=text):
         read_image(f"{server}/{path}")
