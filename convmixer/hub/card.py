@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from convmixer.errors import ArgumentError
-from convmixer.hub.architecture import num_classes, shape_of
 from convmixer.hub.publishable import Publishable
+from convmixer.hub.write_config import num_classes, shape_of
 from convmixer.registry import Metric
 from convmixer.transforms import preprocessing
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from convmixer.errors import ArgumentError, WeightsError
 from convmixer.factory import create_model
 from convmixer.files import check_writable, write_atomically
-from convmixer.hub.architecture import architecture
 from convmixer.hub.checkpoints import (
     PICKLES,
     check_finite,
@@ -31,6 +30,7 @@ from convmixer.hub.checkpoints import (
 )
 from convmixer.hub.foreign import find_tensors
 from convmixer.hub.publish import save_pretrained
+from convmixer.hub.write_config import architecture
 from convmixer.model import ConvMixer
 from convmixer.registry import SHAPE, get_variant
 from convmixer.tracing import computing

@@ -17,11 +17,11 @@ from torch import nn
 
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.hub import client
-from convmixer.hub.architecture import config_of, rebuild
 from convmixer.hub.card import write_card
 from convmixer.hub.checkpoints import check_keys, read_tensors, save_weights
 from convmixer.hub.publishable import Publishable, gather
 from convmixer.hub.verify import verify
+from convmixer.hub.write_config import config_of, rebuild
 from convmixer.registry import Metric
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from convmixer.errors import ArgumentError, DataError
 from convmixer.factory import open_model, open_run, read_recipe
-from convmixer.hub.architecture import num_classes
+from convmixer.hub.write_config import num_classes
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer
 from convmixer.registry import Metric, get_variant

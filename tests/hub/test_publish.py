@@ -23,7 +23,7 @@ from wrapping import WRAPPERS
 
 import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsError
-from convmixer.hub import architecture, publish, publishable, verify
+from convmixer.hub import publish, publishable, verify, write_config
 from convmixer.registry import Metric
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +196,7 @@ def test_stock_shapes_open_without_convmixer(name, tmp_path):
 @pytest.mark.parametrize("name", convmixer.list_models())
 def test_registered_shapes_keep_their_names(name):
     model = convmixer.create_model(name, device="meta")
-    assert architecture.architecture(architecture.shape_of(model)) == (name, {})
+    assert write_config.architecture(write_config.shape_of(model)) == (name, {})
 
 
 def test_timms_class_and_a_head_put_in_by_hand(tmp_path):
