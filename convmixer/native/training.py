@@ -84,6 +84,8 @@ def _lacking() -> str | None:
         kernels()
     except DependencyError as error:
         return str(error)
+    except OSError as error:  # nothing can be written, or a library that it needs is missing
+        return f"native kernels cannot be loaded: {error}"
     return None
 
 
@@ -96,6 +98,11 @@ def lacking() -> str | None:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 _free: list[mmap.mmap] = []  # what no tensor uses
+
+
+def release_memory() -> None:
+    """Give back to the system what the kernels keep for their next call, and no tensor uses."""
+    _free.clear()
 
 
 def _memory(size: int) -> Tensor:
@@ -136,7 +143,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Network(NamedTuple):
-    """What the kernels are told of a model beside its tensors.
+    """What the kernels are told of a model besides its tensors.
 
     Attributes:
         relu: Its activations are ReLU, else GELU.
@@ -217,7 +224,9 @@ def _record(
 
 def _call(function: Any, record: _Step, half: bool) -> None:
     if not function(ctypes.byref(record), ctypes.c_int(half)):
-        raise ConvMixerError(f"too little memory for {record.batch} images of {record.height} x {record.width}")
+        raise ConvMixerError(
+            f"too little memory for {record.batch} images of {record.height} x {record.width}: give fewer at a time"
+        )
 
 
 _LIBRARY = torch.library.Library("convmixer", "FRAGMENT")
@@ -322,6 +331,8 @@ def set_native_training(enabled: bool) -> None:
     """
     global _enabled
     _enabled = enabled
+    if not enabled:
+        release_memory()
 
 
 def refusal(stem: Any, blocks: Any, dtype: torch.dtype, sync_batchnorm: bool = False) -> str | None:
@@ -348,6 +359,10 @@ def refusal(stem: Any, blocks: Any, dtype: torch.dtype, sync_batchnorm: bool = F
         return f"the native kernels take one kernel size from 1 to {KERNEL_SIZES[-1]}, this model has {sizes}"
     if geometry != (patch, patch, (0, 0), (1, 1)) or convolution.groups != 1:
         return "the stem's convolution has overlapping or padded patches, which the native kernels do not take"
+    dim = len(convolution.weight)
+    widths = {(len(block[0].fn[0].weight), *block[1].weight.shape[:2]) for block in blocks}
+    if widths != {(dim, dim, dim)} or any(module.num_features != dim for module in norms):
+        return f"the native kernels take {dim} channels in every layer, as the stem has, and this model has others"
     if any(fused.is_synchronised(module, sync_batchnorm) for module in norms):
         return "BatchNorm is synchronised between processes, which the native kernels do not do"
     reason: str | None = lacking()
@@ -374,14 +389,17 @@ def takes(stem: Any, blocks: Any, images: Tensor, taken: Sequence[int], sync_bat
     """Whether `features` computes these images; the log says why not."""
     if images.device.type != "cpu" or stem[0].weight.device.type != "cpu":
         return False
-    dtype = compute_dtype(images)
+    patch, in_chans = stem[0].kernel_size[0], stem[0].weight.shape[1]
+    if images.ndim != 4 or images.shape[1] != in_chans or images.shape[2] < patch or images.shape[3] < patch:
+        return False  # PyTorch says what is wrong with them
+    dtype, parameters = compute_dtype(images), stem[0].weight.dtype
     reason = refusal(stem, blocks, dtype, sync_batchnorm)
     if list(taken) != [len(blocks) - 1]:
         reason = "features of several blocks are wanted, and the native kernels give the last one's"
     elif images.requires_grad and torch.is_grad_enabled():
         reason = "a gradient of the images is wanted, which the native kernels do not compute"
-    elif stem[0].weight.dtype not in (dtype, torch.float32):
-        reason = f"images of {images.dtype} and parameters of {stem[0].weight.dtype} do not go together"
+    elif parameters != images.dtype and not (torch.is_autocast_enabled("cpu") and parameters in (dtype, torch.float32)):
+        reason = f"images of {images.dtype} and parameters of {parameters} do not go together"
     chosen: bool = _chosen(reason, dtype)
     return chosen
 

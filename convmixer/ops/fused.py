@@ -251,10 +251,11 @@ def is_synchronised(module: Any, asked: bool) -> bool:
 
 def check_count(shape: Sequence[int]) -> None:
     """Raise ArgumentError for features (B, C, H, W) whose variance BatchNorm cannot take."""
-    if shape[0] * shape[2] * shape[3] == 1:
+    count = shape[0] * shape[2] * shape[3]
+    if count < 2:
         raise ArgumentError(
             "BatchNorm in training mode needs more than 1 value per channel, and features of shape "
-            f"{tuple(shape)} have 1: give more images, or larger ones"
+            f"{tuple(shape)} have {count}: give more images, or larger ones"
         )
 
 

@@ -33,8 +33,8 @@ def check_fused(recipe: Recipe, *, compile: bool) -> None:
     rates = {name: getattr(recipe, name) for name in ("block_drop_rate", "drop_path_rate")}
     if any(rates.values()):
         raise ArgumentError(
-            f"fused=True with {', '.join(f'{n}={rate}' for n, rate in rates.items() if rate)} of the recipe: fused "
-            "blocks have neither; leave fused out, or set them to 0"
+            f"{', '.join(f'{n}={rate}' for n, rate in rates.items() if rate)} of the recipe: fused blocks have "
+            "neither; set them to 0, or leave fused out"
         )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, WeightsError, brief
@@ -19,6 +18,7 @@ from convmixer.factory import open_model
 from convmixer.model import ConvMixer
 from convmixer.registry import list_models
 from convmixer.runtime.optimize import optimize
+from convmixer.transforms import preprocessing
 from convmixer.wrappers import find_inner, in_channels
 
 
@@ -64,10 +64,10 @@ class Teacher:
         dtype: torch.dtype,
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.model = _open(name, device)
-        own = resolve_data_config({}, getattr(self.model, "pretrained_cfg", None) or config)
-        _check_channels(self.model, name, config)
-        self.order = _order(self.model, name, classes, device, report)
+        model = _open(name, device)
+        own = preprocessing(model) if getattr(model, "pretrained_cfg", None) else config
+        _check_channels(model, name, config)
+        self.order = _order(model, name, classes, device, report)
         # x -> scale*x + shift takes the student's normalisation to the teacher's.
         mean, std, own_mean, own_std = (
             torch.tensor(values, device=device)[:, None, None]
@@ -75,7 +75,7 @@ class Teacher:
         )
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
         self.same = bool((self.scale == 1).all() and (self.shift == 0).all())
-        self.compute = _fastest(self.model, dtype)
+        self.compute = _fastest(model, dtype)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -92,7 +92,10 @@ def _open(name: str, device: torch.device) -> nn.Module:
         try:
             model: nn.Module = timm.create_model(name, pretrained=True)
         except Exception as error:  # timm's, or of the Hub's client
-            raise WeightsError(f"teacher={name!r}: timm cannot load its weights: {error}") from error
+            raise WeightsError(
+                f"teacher={name!r}: timm cannot load its weights: {error}. Give the folder of a run, or a name of "
+                "`convmixer list`"
+            ) from error
     else:
         model = open_model(name, device=device)
     return model.to(device).eval().requires_grad_(False)

@@ -229,15 +229,20 @@ class _Session:
             self.accelerator.init_trackers("convmixer")
         processes = f"{machine.processes} x " if machine.processes > 1 else ""
         self.say(f"{self.recipe.model} on {processes}{machine.device.type}: {self.splits}")
-        if self.trainer.model.fused and machine.fused == "auto":
-            self.say("blocks are fused, by native kernels")
-        elif machine.device.type == "cpu" and (machine.fused == "auto" or machine.fused_obstacle):
-            model = self.trainer.model
-            reason = machine.fused_obstacle or native.refusal(model.stem, model.blocks, torch.float32)
-            self.say(f"blocks are not fused: {reason or 'the log of convmixer.model says why'}")
+        if machine.device.type == "cpu":
+            self._say_fused()
         if machine.graph and machine.device.type == "cuda":
             obstacle = machine.graph_obstacle
             self.say(f"steps are not CUDA graphs: {obstacle}" if obstacle else "steps are CUDA graphs")
+
+    def _say_fused(self) -> None:
+        """Say what computes the blocks on a CPU, if it is fused blocks or was to be."""
+        model, obstacle = self.trainer.model, self.machine.fused_obstacle
+        reason = obstacle or native.refusal(model.stem, model.blocks, torch.float32, model.sync_batchnorm)
+        if model.fused:
+            self.say(f"blocks are fused, by {f'PyTorch: {reason}' if reason else 'native kernels'}")
+        elif self.machine.fused == "auto" or obstacle:
+            self.say(f"blocks are not fused: {reason or 'the log of convmixer.model says why'}")
 
     # ---- run the epochs ---------------------------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.native import library
 from convmixer.native import training as native
 
-pytestmark = pytest.mark.skipif(native.lacking() is not None, reason=str(native.lacking()))
+pytestmark = pytest.mark.skipif(
+    library.compiler() is None or not torch.cpu._is_avx512_supported(), reason="no C++ compiler, or no AVX-512"
+)
 SHAPE = {"dim": 32, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 0.03}
 
@@ -461,3 +463,57 @@ def test_no_images():
     x = torch.empty(0, 3, 12, 12)
     with torch.no_grad():
         assert fused.eval()(x).shape == plain.eval()(x.double()).shape == (0, 7)
+
+
+@pytest.mark.parametrize("march", ["skylake-avx512", "cooperlake", "sapphirerapids"])
+def test_processors_without_this_one_s_instructions(march):
+    """AVX-512 alone, with bfloat16, and with AMX: the sources compile for each."""
+    flags = [flag for flag in library.FLAGS if flag not in ("-march=native", "-shared")]
+    for source in (native.SOURCES[0], library.SOURCES[0]):
+        command = [library.compiler(), *flags, f"-march={march}", "-fsyntax-only", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("size", [(2, 4, 12, 12), (2, 1, 12, 12), (2, 3, 1, 12), (2, 3, 12)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_images_that_do_not_fit_the_stem(native_calls, size, compiled):
+    _, fused = pair()
+    torch._dynamo.reset()
+    call = torch.compile(fused, backend="aot_eager") if compiled else fused
+    with pytest.raises(Exception, match=r"."):  # PyTorch's or ours; a crash is what must not be
+        call(torch.randn(size))
+    assert native_calls["forward"] == 0
+
+
+def test_layers_of_other_widths(native_calls):
+    """As structural pruning leaves them: PyTorch computes them."""
+    plain, fused = pair()
+    for model in (plain, fused):
+        dtype = model.head.weight.dtype
+        model.blocks[1][1] = nn.Conv2d(32, 48, 1, dtype=dtype)
+        model.blocks[1][3] = nn.BatchNorm2d(48, dtype=dtype)
+        model.head = nn.Linear(48, 7, dtype=dtype)
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 12, 12)
+    assert_near({"features": fused(x)}, {"features": plain(x.double())}, 3e-5)
+    assert native_calls["forward"] == 0
+    assert "32 channels in every layer" in native.refusal(fused.stem, fused.blocks, torch.float32)
+
+
+def test_no_images_in_training():
+    _, fused = pair()
+    before = copy.deepcopy(fused.state_dict())
+    with pytest.raises(ArgumentError, match=r"more than 1 value per channel, .* have 0: give more images"):
+        fused(torch.empty(0, 3, 12, 12))
+    assert all(torch.equal(before[name], tensor) for name, tensor in fused.state_dict().items())
+
+
+def test_memory_is_given_back():
+    _, fused = pair()
+    fused(torch.randn(2, 3, 12, 12)).sum().backward()
+    native.set_native_training(False)
+    try:
+        assert not native._free
+    finally:
+        native.set_native_training(True)

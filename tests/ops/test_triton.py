@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,7 +267,8 @@ def test_registers_suffice(static, capability):
 def test_other_sizes_and_gpus_compile(static, monkeypatch, capability, size, shape):
     if interpreted():
         pytest.skip("nothing is compiled")
-    monkeypatch.setitem(static.BLOCKS, "other", (shape[1], size, shape[2]))
+    monkeypatch.setattr(static, "get_variant", lambda name: (SimpleNamespace(dim=shape[1], kernel_size=size), None))
+    monkeypatch.setattr(static.harness, "feature_side", lambda name: shape[2])
     monkeypatch.setattr(static, "BATCH", shape[0])
     records = list(static.report(capability, torch.float16, "other"))
     assert len(records) == 12

@@ -9,6 +9,7 @@ from conftest import SMALL_MODEL, write_digits
 
 import convmixer
 from convmixer.errors import ArgumentError, UnknownModelError, WeightsError
+from convmixer.hub import client
 from convmixer.training import get_recipe, train
 from convmixer.training.distillation import Teacher, distillation_loss
 
@@ -60,6 +61,18 @@ def test_a_teacher_answers_what_its_model_does(folder, classes, dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+def test_a_grey_teacher(tmp_path):
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", num_classes=3, in_chans=1, device="cpu")
+    model.pretrained_cfg |= {"label_names": CLASSES}
+    convmixer.save_pretrained(model, tmp_path / "grey")
+    config = student()
+    config |= {name: (sum(config[name]) / 3,) for name in ("mean", "std")}
+    found = Teacher(f"local-dir:{tmp_path / 'grey'}", config, CLASSES, CPU, torch.float32)
+    inputs = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(found(inputs), model.eval()(inputs), rtol=0, atol=1e-4)
+
+
 def test_a_teacher_of_timm(monkeypatch):
     """Its classes have no names, which is said; images keep their size."""
     made = timm.create_model("resnet10t", num_classes=3).eval()
@@ -90,7 +103,7 @@ def test_a_teacher_of_timm(monkeypatch):
     ],
 )
 def test_teachers_that_cannot_be(monkeypatch, name, classes, channels, error, text):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(client.constants, "HF_HUB_OFFLINE", True)
     config = student()
     config = config | {n: config[n][:channels] for n in ("mean", "std")}
     with pytest.raises(error, match=text):
@@ -98,7 +111,7 @@ def test_teachers_that_cannot_be(monkeypatch, name, classes, channels, error, te
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_a_student_learns_from_its_teacher_alone(tmp_path):
+def test_a_student_learns_only_from_its_teacher(tmp_path):
     """Labels that say nothing: all that the student knows then comes from the teacher."""
     digits = write_digits(tmp_path / "digits", 200, 100, ["digit 0", "digit 1"])
     quick = {"epochs": 4, "batch_size": 20, "lr": 0.01, "flip": 0.0, **SMALL_MODEL}

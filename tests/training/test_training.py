@@ -37,6 +37,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, DataError, Dependenc
 from convmixer.evaluation import validate
 from convmixer.factory import open_model
 from convmixer.native import library as native
+from convmixer.native import training as training_kernels
 from convmixer.training import Recipe, evaluate, get_recipe, train
 from convmixer.training.history import Epoch
 from convmixer.training.precision import flush_denormals
@@ -763,7 +764,7 @@ def test_fused_blocks_train_alike(digits, tmp_path):
         assert result.model.fused is fused
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     recipe = get_recipe("cifar10", **QUICK, drop_path_rate=0.1)
-    with pytest.raises(ArgumentError, match=r"fused=True with drop_path_rate=0\.1 of the recipe: .* set them to 0"):
+    with pytest.raises(ArgumentError, match=r"drop_path_rate=0\.1 of the recipe: .* set them to 0"):
         train(recipe, digits, tmp_path / "refused", device="cpu", fused=True, report=quiet)
 
 
@@ -844,3 +845,25 @@ def test_a_line_without_validation_images_says_nothing_of_them():
     line = "epoch   3  train loss 0.5000 accuracy 80.00 %  2 s (50 images/s)"
     assert str(Epoch(3, 0.1, 0.5, 80.0, math.nan, math.nan, 2.0, 50.0)) == line
     assert "  validation loss 0.2500 accuracy 90.00 %  " in str(Epoch(3, 0.1, 0.5, 80.0, 0.25, 90.0, 2.0, 50.0))
+
+
+@pytest.mark.parametrize("fused", [True, "auto", False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_what_computes_the_blocks_is_said(digits, tmp_path, fused, enabled):
+    if reason := training_kernels.lacking():
+        pytest.skip(reason)
+    lines: list[str] = []
+    training_kernels.set_native_training(enabled)
+    try:
+        recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+        train(recipe, digits, tmp_path / "run", device="cpu", fused=fused, report=lines.append)
+    finally:
+        training_kernels.set_native_training(True)
+    off = "set_native_training(False) was called"
+    expected = {
+        (True, True): ["blocks are fused, by native kernels"],
+        ("auto", True): ["blocks are fused, by native kernels"],
+        (True, False): [f"blocks are fused, by PyTorch: {off}"],
+        ("auto", False): [f"blocks are not fused: {off}"],
+    }
+    assert [line for line in lines if line.startswith("blocks are")] == expected.get((fused, enabled), [])

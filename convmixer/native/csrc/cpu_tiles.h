@@ -16,6 +16,13 @@
 
 #include "cpu.h"
 
+namespace {
+
+constexpr int SIDE = 16;     // columns of a tile, and at most as many rows
+constexpr int LARGEST = 15;  // kernel size
+
+}  // namespace
+
 #ifdef CONVMIXER_TILES
 
 namespace {
@@ -64,8 +71,6 @@ inline void store_square(void *sums) {
     _tile_stored(3, to + 2112, 128);
 }
 
-constexpr int SIDE = 16;      // columns of a tile, and at most as many rows
-constexpr int LARGEST = 15;   // kernel size
 constexpr int RUN = 3 * SIDE; // pairs of values in the run that holds a Toeplitz matrix
 constexpr int AHEAD = 32;     // values before the activations, which masked loads may begin at
 

@@ -8,7 +8,7 @@
 //   phase      task             reads                       writes    computes
 //   embed      image, part      images                      u         patch embedding
 //   spatial    images, channel  u before                    c         x, depthwise
-//   mix        image, part      c, u before                 u         z, product with W
+//   mix        image, part      c, u before                 u         z, u = W z
 //   finish     image, channel   u                           features
 //
 //   begin      image, channel   features' gradient, u       gradient
@@ -21,6 +21,8 @@
 // order of the threads, so that the same number of threads gives the same bits.
 
 #include <sys/syscall.h>
+
+#include <new>
 
 #include "train_amx.h"
 #include "train_fma.h"
@@ -204,6 +206,7 @@ class Trainer {
         if (memory == nullptr) return false;
         lay_out(Carver(memory));
         const long bytes = Scratch<Compute>(grid, k, inputs, plane, nullptr).bytes;
+        scratch.reserve(step.threads);  // nothing may be thrown between threads
         bool failed = false;
 #pragma omp parallel num_threads(step.threads)
         {
@@ -474,7 +477,7 @@ class Trainer {
     // u of a layer: the packed weights times the panel, and the sums of act(u).
     void multiply(int l, T *map, int image, int first, int length, int count, Scratch<Compute> &own) const {
         const float *bias = step.layers[l].bias, *center = kept.vectors[l].center;
-        Compute::product(
+        Compute::multiply(
             Compute::packed(weights, count), own.panel, count, channels, length, [&](int n, int p, __m512 v, __m512 w) {
                 const __m512 add = all(n < dim ? bias[n] : 0), middle = all(center[n]);
                 const __mmask32 real = grid.masks[(first + p) / BLOCK];
@@ -648,7 +651,7 @@ class Trainer {
         activation_gradient<true>(2 * i + 2, image, first, length, own);
         fill_transposed(channels, first, length, own, [&](int n) { return mixed(i, image, n); });
         Compute::accumulate(Compute::rows(own.rows, length), own.transposed, length, channels, channels, own.products);
-        Compute::product(
+        Compute::multiply(
             Compute::packed(weights, channels), own.panel, channels, channels, length,
             [&](int n, int p, __m512 v, __m512 w) {  // zeros where positions are not real, and c may be anything
                 const T *c = at(kept.c[i], image, n) + first + p;
@@ -727,6 +730,15 @@ int dispatch(const Step &step, bool half, Run run) {
     return half ? chosen(uint16_t(), Fma()) : chosen(float(), Fma());
 }
 
+template <class Call>
+int guarded(Call call) {
+    try {
+        return call();
+    } catch (const std::bad_alloc &) {
+        return 0;
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -746,9 +758,9 @@ int64_t convmixer_bytes(const Step *step, int half) {
 
 // Each returns 0 where there was too little memory, else 1. Maps are bfloat16 where `half`, else float32.
 int convmixer_forward(const Step *step, int half) {
-    return dispatch(*step, half, [](auto trainer) { return (int)trainer.forward(); });
+    return guarded([&] { return dispatch(*step, half, [](auto trainer) { return (int)trainer.forward(); }); });
 }
 int convmixer_backward(const Step *step, int half) {
-    return dispatch(*step, half, [](auto trainer) { return (int)trainer.backward(); });
+    return guarded([&] { return dispatch(*step, half, [](auto trainer) { return (int)trainer.backward(); }); });
 }
 }

@@ -27,7 +27,7 @@ struct Layer {
 struct Step {
     int32_t batch, dim, depth, kernel_size, patch_size, in_chans, height, width;  // of images
     int32_t relu, threads;
-    int32_t keep;        // 2: both maps of each block, 1: u alone and c is computed anew, 0: for no backward pass
+    int32_t keep;        // 2: both maps of each block, 1: only u, and c is computed anew, 0: for no backward pass
     const float *images;  // (B, in_chans, height, width)
     const Layer *layers;  // the stem's, then depthwise and pointwise of each block
     char *kept;           // what the backward pass needs, `convmixer_bytes` of it
@@ -38,7 +38,7 @@ struct Step {
 namespace {
 
 constexpr int LANES = 16;   // float32 values in a register
-constexpr int BLOCK = 32;   // outputs and columns of one block of a matrix product
+constexpr int BLOCK = 32;   // outputs and columns of one block of a matrix multiplication
 constexpr int TAPS = 16;    // room for a row of a depthwise kernel
 
 inline int rounded_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
@@ -146,7 +146,7 @@ inline double total(const Lane &sum) {
 // Where the values of a feature map lie, and the parts in which it is computed.
 struct Grid {
     int height, width, strips, columns, bands, positions, channels;
-    int tile, tiles;    // positions in a part of a matrix product, and how many parts an image has
+    int tile, tiles;    // positions in a part of a matrix multiplication, and how many parts an image has
     int group, groups;  // images whose depthwise convolutions are computed together, and how many such groups
     std::vector<__mmask32> masks;  // real positions of each 32
 

@@ -1,6 +1,6 @@
 // The convolutions of a training step in bfloat16 on AMX, with float32 sums.
 //
-// A panel, the right operand of a matrix product, holds bundles of 16 columns: (columns / 16, inputs / 2, 16, 2). The left
+// A panel, the right operand of a matrix multiplication, holds bundles of 16 columns: (columns / 16, inputs / 2, 16, 2). The left
 // operand is rows of 32 inputs, either packed to whole tiles of 1 KiB or with a stride.
 //
 // Depthwise. A plane is the image of one channel with zeros around it, rows `stride` values apart. One row of a kernel
@@ -75,7 +75,7 @@ struct Amx {
         for (int n = 0; n < 16; n++) _mm512_store_si512(bundle + (i / 2 + n) * 64L, lines[n]);
     }
 
-    // ---- matrix products --------------------------------------------------------------------------------------------
+    // ---- matrix multiplication ------------------------------------------------------------------------------------------
 
     static void four(const Left &a, const char *left, const char *right, long bundle) {
         _tile_loadd(4, left, a.row);
@@ -88,9 +88,9 @@ struct Amx {
         _tile_dpbf16ps(3, 5, 7);
     }
 
-    // `finish(row, column, v)` gets each row of 32 columns; between the products of the next block.
+    // `finish(row, column, v)` gets each row of 32 columns; between the multiplications of the next block.
     template <class Finish>
-    static void product(const Left &a, const char *panel, int inputs, int outputs, int columns, Finish finish) {
+    static void multiply(const Left &a, const char *panel, int inputs, int outputs, int columns, Finish finish) {
         alignas(64) float sums[2][BLOCK * BLOCK];
         const int steps = inputs / 32, rate = (BLOCK + steps - 1) / steps;
         int ready = -1, ready_n = 0, ready_m = 0;  // which of the sums are finished next, and where they belong

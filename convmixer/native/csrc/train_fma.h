@@ -1,7 +1,7 @@
 // The convolutions of a training step in float32 on AVX-512, for maps in float32 and, where there is no AMX, bfloat16.
 //
 // The interface is that of train_amx.h. A bundle of a panel is (inputs, 16 columns), a left operand is rows of inputs. A
-// product computes 8 rows of 32 columns in registers. Depthwise, a row of 16 outputs adds up shifted rows of the plane.
+// multiplication computes 8 rows of 32 columns in registers. Depthwise, a row of 16 outputs adds up shifted rows of the plane.
 
 #pragma once
 
@@ -54,7 +54,7 @@ struct Fma {
         }
     }
 
-    // ---- matrix products --------------------------------------------------------------------------------------------
+    // ---- matrix multiplication ------------------------------------------------------------------------------------------
 
     // `take(row, a, b)` gets the sums of each row of a block, which begin with what `start(row)` gives.
     template <class Start, class Take>
@@ -80,7 +80,7 @@ struct Fma {
     }
 
     template <class Finish>
-    static void product(const Left &a, const char *panel, int inputs, int outputs, int columns, Finish finish) {
+    static void multiply(const Left &a, const char *panel, int inputs, int outputs, int columns, Finish finish) {
         for (int n = 0; n < outputs; n += BLOCK)
             for (int m = 0; m < columns; m += BLOCK)
                 block(
