@@ -142,3 +142,21 @@ def write_digits(root: Path, train: int, test: int, names: Sequence[str]) -> Pat
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i:04}.png")
     return root
+
+
+def loss_after_200_steps(model: nn.Module, *, bfloat16: bool) -> float:
+    """Train on grey digits of 8 x 8 pixels; the mean loss over the last pass over the images."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    images = torch.from_numpy(digits.images[:1024]).float().unsqueeze(1) / 8 - 1
+    labels = torch.from_numpy(digits.target[:1024])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(200):
+        chosen = torch.arange(step * 32, step * 32 + 32) % len(images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = nn.functional.cross_entropy(model(images[chosen]).float(), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-32:]) / 32
