@@ -19,7 +19,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -105,7 +104,7 @@ class Way:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = harness.arguments(__doc__)
     parser.add_argument("--model", default="convmixer_256_8", help="a variant; images of its size")
     parser.add_argument("--only", nargs="+", default=[""], help="the ways whose names contain one of these words")
     parser.add_argument("--device", default="cpu", type=torch.device)
@@ -113,7 +112,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--cpu-time", action="store_true", help="one thread, in processor time: for a busy machine")
-    parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     if arguments.dry_run:
@@ -164,24 +162,16 @@ def time_steps(
 ) -> dict[str, list[float]]:
     """The seconds of each way's steps; the ways take turns."""
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    calls = {name: functools.partial(it.step, images, labels, clock) for name, it in ways.items()}
     untimed = 1 if arguments.dry_run else WARM_UP + 1  # they compile, warm up and capture
-    for round_ in range(arguments.rounds + untimed):
-        for name, it in ways.items():
-            duration = it.step(images, labels, clock)
-            if round_ >= untimed:
-                seconds[name].append(duration)
-    return seconds
+    return harness.take_turns(calls, arguments.rounds, warm_up=untimed, clock=lambda step: step())
 
 
 def compare(seconds: dict[str, list[float]], memory: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
     """Print each way beside timm's best; return the figures."""
     rates = {name: arguments.batch_size / statistics.median(times) for name, times in seconds.items()}
     best = max((name for name in rates if name.startswith("timm")), key=rates.__getitem__, default=next(iter(rates)))
-    ratios = {
-        name: statistics.median(theirs / ours for theirs, ours in zip(seconds[best], times, strict=True))
-        for name, times in seconds.items()
-    }
+    ratios = {name: harness.ratio(seconds[best], times) for name, times in seconds.items()}
     least = min((memory[name] for name in memory if name.startswith("timm eager")), default=memory[best])
     for name in rates:
         print(
@@ -213,8 +203,7 @@ def main() -> None:
     seconds = time_steps(ways, images, labels, arguments)
     memory = {name: it.kept(images, labels) / arguments.batch_size / 2**20 for name, it in ways.items()}
     result = compare(seconds, memory, arguments)
-    if arguments.json:
-        harness.write(arguments.json, result, arguments.device)
+    harness.write(arguments.json, result, arguments.device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import timm
 import torch
 from command import run
 from PIL import Image
-from processes import started
+from processes import started, wait_for
 from sklearn.datasets import load_digits
 
 import convmixer
@@ -40,8 +39,7 @@ def test_digits(digits, tmp_path, monkeypatch):
         train += ["--set", f"{name}={value}"]
     log = tmp_path / "run" / "metrics.csv"
     with started([sys.executable, "-m", "convmixer", *train]) as process:
-        while not (log.exists() and len(log.read_text().splitlines()) > 2) and process.poll() is None:
-            time.sleep(0.05)
+        wait_for(process, log, rows=2)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert process.returncode == -signal.SIGKILL

@@ -19,6 +19,7 @@ from convmixer.errors import ArgumentError, DataError
 from convmixer.evaluation import calibration_error, validate
 from convmixer.training import evaluate, get_recipe, train
 
+pytestmark = pytest.mark.usefixtures("wide_terminal")
 LABELS = ("gamma", "beta", "zeta", "alpha", "epsilon", "delta", "nobody")
 PRESENT = sorted(LABELS[:-1])
 
@@ -278,11 +279,6 @@ def test_a_model_without_a_head(data):
 
 def run(*arguments, status=0):
     return command.run("validate", *arguments, "--device", "cpu", status=status)
-
-
-@pytest.fixture(autouse=True)
-def _wide_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
 
 
 @pytest.fixture(scope="module")

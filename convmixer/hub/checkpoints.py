@@ -149,13 +149,13 @@ def variant_of(path: str | Path) -> str:
         WeightsError: It has those of none; the text says what can be done with it.
     """
     shapes, named = read_shapes(path), repr(str(path))
-    advice = _advice(path)
     try:
         variant = matching_variant(recognise(shapes, named))
     except WeightsError as error:
+        advice = _advice(path)
         raise (WeightsError(f"{error}. {advice}") if advice else error) from None
     if variant is None:
-        raise WeightsError(f"{named} is of no variant. {advice}")
+        raise WeightsError(f"{named} is of no variant. {_advice(path)}")
     return variant.name
 
 

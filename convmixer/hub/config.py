@@ -19,7 +19,7 @@ from timm.models import PretrainedCfg
 from convmixer.errors import UnknownModelError, WeightsError, brief, nearest
 from convmixer.hub.untrusted import MAX_BYTES, json_excess
 from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
-from convmixer.registry import CROP_MODES, INTERPOLATIONS, VARIANTS, Variant
+from convmixer.registry import CROP_MODES, INTERPOLATIONS, SHAPE, VARIANTS, Variant
 
 MAX_PARAMETERS = 10**9  # 20 times the largest variant
 MAX_SIDE = 4096  # pixels
@@ -168,7 +168,7 @@ def read_config(path: Path, name: str) -> Config:
     channels = model_args.setdefault("in_chans", size[0])
     preprocessing["input_size"] = (channels, *size[1:])
     sizes = {**variant.architecture, **model_args}
-    shape = {key: sizes[key] for key in ("dim", "depth", "kernel_size", "patch_size")}
+    shape = {key: sizes[key] for key in SHAPE}
     count = dataclasses.replace(
         variant, **shape, num_classes=preprocessing["num_classes"], input_size=preprocessing["input_size"]
     ).parameters

@@ -115,8 +115,7 @@ def convert_checkpoint(
         file = Path(temporary) / "model.safetensors"
         write(file)
         base = match.name if match else architecture({n: arguments[n] for n in (*SHAPE, "act_layer")})[0]
-        changes = {name: arguments[name] for name in (*SHAPE, "act_layer", "num_classes", "in_chans")}
-        save_pretrained(create_model(base, checkpoint=file, device="cpu", **changes), destination)
+        save_pretrained(create_model(base, checkpoint=file, device="cpu", **arguments), destination)
     return f"local-dir:{destination}"
 
 

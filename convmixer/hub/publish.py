@@ -199,7 +199,7 @@ def push_to_hub(
         branch = client.read_branch(repo_id, revision=revision, token=token)
         if not dry_run:
             branch = client.ensure_branch(branch, private=private, create_pr=create_pr)
-        card = write_card(source, name, f"hf-hub:{repo_id}", repo_id, branch.card)
+        card = _card_of_folder(source, folder, repo_id, branch.card)
         with _writing(folder):
             (folder / "README.md").write_text(card, encoding="utf-8")
         paths = {path: folder / path for path in files}

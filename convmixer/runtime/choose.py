@@ -56,8 +56,7 @@ def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = 
 
 def _usual_order(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     if device.type == "cpu":
-        order = ("native", "openvino", "onnxruntime", "compile", "eager")
-        return order if dtype == torch.float32 else tuple(name for name in order if name != "onnxruntime")
+        return ("native", "openvino", "onnxruntime", "compile", "eager")
     if device.type != "cuda":
         return ("eager",)
     if dtype == torch.float32:  # for which Triton adds up three matrix multiplications in TF32

@@ -470,13 +470,12 @@ def _difference(compute: Compute, model: Any, job: _Job, normalization: bool) ->
     dynamic_size = 2 in job.dimensions
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
-    inner = find_inner(model)
+    inner, config = find_inner(model), _preprocessing(model)
     for count, extra in ((1, 0), (3, inner.patch_size if dynamic_size else 0)):
         noise = torch.rand(count, inner.in_chans, 4, 4, generator=generator)
         images = F.interpolate(noise, (height + extra, width + 2 * extra), mode="bilinear")
         normalized = images
-        if getattr(inner, "pretrained_cfg", None):
-            config = preprocessing(inner)
+        if config:
             mean, std = (images.new_tensor(config[name])[:, None, None] for name in ("mean", "std"))
             normalized = (images - mean) / std
         answers = compute(images if normalization else normalized)

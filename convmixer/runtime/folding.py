@@ -160,7 +160,10 @@ class FoldedConvMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
-        x = self._activations(x)
+        return self.classify(self._activations(x))
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Map what the last BatchNorm takes, (B, dim, h, w), to logits (B, num_classes)."""
         if self.global_pool.pool_type in ("avg", "fastavg"):
             x = x.mean((2, 3), keepdim=True)  # a mean commutes with the last BatchNorm, which is then cheap
         return self.forward_head(self.norms[-1](x))

@@ -54,9 +54,7 @@ class Triton(Eager):
         for (weight, bias, act, gain), pointwise in self._blocks:
             x = self._depthwise(x, weight, bias, act, gain, None, x)
             x = self._pointwise(x, *pointwise)
-        if folded.global_pool.pool_type in ("avg", "fastavg"):
-            x = x.mean((2, 3), keepdim=True)  # a mean commutes with the last BatchNorm
-        return [folded.forward_head(folded.norms[-1](x))]
+        return [folded.classify(x)]
 
 
 class TritonBackend(EagerBackend):

@@ -13,9 +13,9 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from convmixer.data.stream import policy
 from convmixer.errors import ArgumentError, nearest
+from convmixer.registry import SHAPE
 
 LOOKAHEAD = "lookahead_"  # a prefix of the name of any optimizer of timm
-SIZES = ("dim", "depth", "kernel_size", "patch_size")  # of a model, which `Recipe.model_args` may change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _are_image_sizes(value: Any) -> bool:
 
 def _are_model_args(value: Any) -> bool:
     return _are(
-        value, lambda row: isinstance(row, tuple) and len(row) == 2 and row[0] in SIZES and _is_whole(row[1], 1)
+        value, lambda row: isinstance(row, tuple) and len(row) == 2 and row[0] in SHAPE and _is_whole(row[1], 1)
     )
 
 
@@ -300,7 +300,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("drop_rate block_drop_rate drop_path_rate", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("in_chans", lambda v: v in (1, 3), "3 or 1"),
     ("input_size", lambda v: _are(v, lambda n: _is_whole(n, 1), 0, 2), "height and width in pixels"),
-    ("model_args", _are_model_args, f"pairs of one of {', '.join(SIZES)} and a whole number of at least 1"),
+    ("model_args", _are_model_args, f"pairs of one of {', '.join(SHAPE)} and a whole number of at least 1"),
     ("opt", _is_optimizer, "an optimizer of timm.optim.list_optimizers()"),
     ("knee", lambda v: _are(v, _is_number, 2), "two numbers"),
     (

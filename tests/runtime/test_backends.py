@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from command import run
-from conftest import vary_norms
+from runtimes import HAS_NATIVE, HAS_NATIVE_INT8, NO_NATIVE, error, make
 
 import convmixer
 from convmixer import optimize
@@ -25,28 +25,12 @@ from convmixer.runtime.folding import FoldedConvMixer
 from convmixer.runtime.optimized_model import OptimizedConvMixer
 from convmixer.runtime.quantize import calibration_images
 
-SMALL = {"dim": 64, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 RUNTIMES = [
     pytest.param(name, marks=pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"no {name}"))
     for name in ("openvino", "onnxruntime")
 ]
-NO_NATIVE = "no C++ compiler, or no AVX-512"
-HAS_NATIVE = "native" in available_backends("cpu")
-HAS_NATIVE_INT8 = "native" in available_backends("cpu", torch.int8)
 FOREIGN = [*RUNTIMES]
 RUNTIMES.append(pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)))
-
-
-def make(**changes):
-    """With statistics and scales that training could have left."""
-    model = convmixer.ConvMixer(**{**SMALL, **changes}).eval()
-    vary_norms(model, std=0.5, variance=(0.5, 2), scale=(0.5, 1.5))
-    return model
-
-
-def error(a, b):
-    assert a.shape == b.shape
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.fixture(scope="module")
