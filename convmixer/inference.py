@@ -149,9 +149,7 @@ def predict(
     """
     model = find_model(model)
     names = label_names(model)
-    for argument, value in {"topk": topk, "batch_size": batch_size}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{argument}={value!r}: give a whole number of at least 1")
+    _check_counts(topk=topk, batch_size=batch_size)
     one, prepare = is_one_image(images), preparation(model, draft=draft)
     sources = iter([images] if one else images)
 
@@ -162,6 +160,12 @@ def predict(
     if one:
         return next(answer())
     return list(answer()) if isinstance(images, list | tuple) else answer()
+
+
+def _check_counts(**counts: int) -> None:
+    for argument, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{argument}={value!r}: give a whole number of at least 1")
 
 
 @torch.inference_mode()
@@ -215,16 +219,18 @@ def predict_files(
 
     Arguments are those of `predict`.
     """
-    least, channels = least_size(model) if draft else None, in_channels(find_model(model))
-    paths = iter(images)
+    model = find_model(model)
+    names = label_names(model)
+    _check_counts(topk=topk, batch_size=batch_size)
+    prepare, paths = preparation(model, draft=draft), iter(images)
     while batch := list(itertools.islice(paths, batch_size)):
-        pictures, errors = {}, {}
+        prepared, errors = {}, {}
         for i, path in enumerate(batch):
             try:
-                pictures[i] = read_image(path, channels, least=least)
+                prepared[i] = prepare(path)
             except ImageError as error:
                 errors[i] = error
-        answers = predict(model, list(pictures.values()), topk) if pictures else []
-        predictions = dict(zip(pictures, answers, strict=True))
+        answers = _classify(model, torch.stack(list(prepared.values())), topk, names) if prepared else []
+        predictions = dict(zip(prepared, answers, strict=True))
         for i, path in enumerate(batch):
             yield FileResult(path, predictions.get(i, []), errors.get(i))

@@ -575,16 +575,16 @@ class ConvMixer(nn.Module):
                 raise
             _LOGGER.info("fused='auto': off, %s", error)
             return
-        if enable == "auto" and weight.device.type != "cuda":
-            lacking: str | None = "it saves memory but not time"
-            if weight.device.type == "cpu":
+        if enable == "auto":
+            kind, lacking = weight.device.type, None
+            if kind == "cpu":
                 lacking = native.refusal(self.stem, self.blocks, weight.dtype)
+            elif kind != "cuda":
+                lacking = "it saves memory but not time"
             if lacking:
-                _LOGGER.info("fused='auto': off, on %s: %s", weight.device.type, lacking)
+                _LOGGER.info("fused='auto': off, on %s: %s", kind, lacking)
                 return
-            _LOGGER.info("fused='auto': on, by native kernels")
-        elif enable == "auto":
-            _LOGGER.info("fused='auto': on, by Triton")
+            _LOGGER.info("fused='auto': on, by %s", "Triton" if kind == "cuda" else "native kernels")
         self.fused, self.sync_batchnorm = True, sync_batchnorm
 
     def _fused_features(self, x: Tensor, blocks: nn.Sequential, taken: list[int]) -> list[Tensor]:

@@ -166,17 +166,21 @@ def _places(images: Tensor, patch_size: int) -> tuple[Any, Any]:
     return images.shape[2] // patch_size, images.shape[3] // patch_size
 
 
+def _rounded_up(n: Any, unit: int) -> Any:
+    return (n + unit - 1) // unit * unit
+
+
 def _map_bytes(images: Tensor, dim: int, patch_size: int, half: bool) -> Any:
     """Of one feature map: rows are filled up to 16, positions and channels to 32."""
     height, width = _places(images, patch_size)
-    positions = (height * ((width + 15) // 16 * 16) + 31) // 32 * 32
-    return images.shape[0] * ((dim + 31) // 32 * 32) * positions * (2 if half else 4)
+    positions = _rounded_up(height * _rounded_up(width, 16), 32)
+    return images.shape[0] * _rounded_up(dim, 32) * positions * (2 if half else 4)
 
 
 def _kept_bytes(images: Tensor, dim: int, norms: int, patch_size: int, half: bool, keep: int) -> Any:
     depth = norms // 2
     maps = {0: 2, 1: depth + 1, 2: 2 * depth + 1}[keep]
-    return maps * _map_bytes(images, dim, patch_size, half) + norms * 5 * 4 * ((dim + 31) // 32 * 32)
+    return maps * _map_bytes(images, dim, patch_size, half) + norms * 5 * 4 * _rounded_up(dim, 32)
 
 
 def _record(
@@ -199,7 +203,7 @@ def _record(
     for i, layer in enumerate(layers):
         layer.eps, layer.batch = network.eps[i], network.batch[i]
         for fields, tensors in groups:
-            for name, tensor in zip(fields, tensors[len(fields) * i :], strict=False):
+            for name, tensor in zip(fields, tensors[len(fields) * i : len(fields) * (i + 1)], strict=False):
                 setattr(layer, name, tensor.data_ptr())
     batch, in_chans, height, width = images.shape
     return _Step(
@@ -313,8 +317,8 @@ def _fake_backward(
 
 _LIBRARY.impl("native_forward", _forward, "CPU")
 _LIBRARY.impl("native_backward", _backward, "CPU")
-torch.library.register_fake("convmixer::native_forward", _fake_forward, lib=_LIBRARY)
-torch.library.register_fake("convmixer::native_backward", _fake_backward, lib=_LIBRARY)
+_LIBRARY.impl("native_forward", _fake_forward, "Meta")  # `register_fake` would take a third of the import's time
+_LIBRARY.impl("native_backward", _fake_backward, "Meta")
 forward = torch.ops.convmixer.native_forward.default
 backward = torch.ops.convmixer.native_backward.default
 
@@ -344,15 +348,15 @@ def refusal(stem: Any, blocks: Any, dtype: torch.dtype, sync_batchnorm: bool = F
         dtype: Of feature maps.
         sync_batchnorm: In training, BatchNorm sees the images of all processes.
     """
-    convolution, act, norm = stem
-    sizes = fused.kernel_sizes(blocks)
-    norms = [norm, *(module for block in blocks for module in (block[0].fn[2], block[3]))]
-    patch = (convolution.kernel_size[0],) * 2
-    geometry = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
     if not _enabled:
         return "set_native_training(False) was called"
     if dtype not in DTYPES:
         return f"the native kernels compute in float32 and bfloat16, not {dtype}"
+    convolution, act, _ = stem
+    sizes = fused.kernel_sizes(blocks)
+    norms = [norm for _, norm in fused.layers(stem, blocks)]
+    patch = (convolution.kernel_size[0],) * 2
+    geometry = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
     if type(act) not in (nn.GELU, nn.ReLU):
         return f"the native kernels take GELU and ReLU, this model has {type(act).__name__}"
     if len(set(sizes)) != 1 or sizes[0] not in KERNEL_SIZES:
@@ -443,8 +447,7 @@ def features(
         checkpointing: Keep one feature map per block, u, and compute c anew.
         channels_last: Give the features in channels_last.
     """
-    layers = [(stem[0], stem[2])]
-    layers += [pair for block in blocks for pair in ((block[0].fn[0], block[0].fn[2]), (block[1], block[3]))]
+    layers = fused.layers(stem, blocks)
     batch = tuple(norm.training or norm.running_mean is None for _, norm in layers)
     parameters: list[Tensor] = []
     running: list[Tensor] = []
@@ -470,7 +473,8 @@ def features(
     parameters = [parameter.to(torch.float32).contiguous() for parameter in parameters]
     kept = torch.stack(running).to(torch.float32).unflatten(0, (len(layers), 2))
     result, moments, _ = _Stack.apply(images.detach().to(torch.float32).contiguous(), kept, network, *parameters)
-    for (_, norm), its in zip(layers, moments.unbind(), strict=True):
-        fused.track(norm, fused.Moments(*its.unbind()))
+    if any(batch):
+        for (_, norm), its in zip(layers, moments.unbind(), strict=True):
+            fused.track(norm, fused.Moments(*its.unbind()))
     found: Tensor = result.contiguous(memory_format=torch.channels_last) if channels_last else result
     return found

@@ -71,7 +71,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts else x.dtype
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work, for which the kernels have no rules."""
     if torch.compiler.is_compiling():
         return False
@@ -88,7 +88,7 @@ def runs_on_kernels(x: Tensor, weight: Tensor, training: bool) -> bool:
     """
     kind = _device_kind(x)
     alike = weight.device == x.device and (weight.dtype == x.dtype or torch.is_autocast_enabled(kind))
-    if not alike or x.dim() != 4 or _is_transformed():
+    if not alike or x.dim() != 4 or is_transformed():
         return False
     if kind == "cuda":
         return _enabled and _fits(x.device, compute_dtype(x), weight.shape[-1])

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.ops import dispatch, reference
+from convmixer.ops.depthwise import is_transformed
 from convmixer.ops.limits import ACTIVATIONS
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -354,7 +355,7 @@ def track(module: Any, moments: Moments) -> None:
     """Move running statistics as nn.BatchNorm2d does in training."""
     if module.training and module.running_mean is not None:
         running = module.running_mean, module.running_var, module.num_batches_tracked, module.momentum
-        move = _Track.forward if torch.compiler.is_compiling() else _Track.apply
+        move = _Track.apply if is_transformed() else _Track.forward
         move(moments.mean, moments.unbiased, *running)
 
 
@@ -414,8 +415,7 @@ def features(
         run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     found: list[Tensor]
     found, moments = run(images)
-    modules = [stem[2], *(module for block in blocks for module in (block[0].fn[2], block[3]))]
-    for module, its in zip(modules, moments, strict=True):
+    for (_, module), its in zip(layers(stem, blocks), moments, strict=True):
         track(module, its)  # here and not where a checkpoint would do it twice
     return found
 
@@ -504,6 +504,14 @@ def cannot_compile() -> str | None:
         here = torch.__version__
         return f"torch.compile of fused blocks needs torch 2.8, this is {here}: set_fused(False), or no compile"
     return None
+
+
+def layers(stem: Any, blocks: Any) -> list[tuple[Any, Any]]:
+    """Return each convolution with its BatchNorm: the stem's, then depthwise and pointwise of each block."""
+    found = [(stem[0], stem[2])]
+    for block in blocks:
+        found += [(block[0].fn[0], block[0].fn[2]), (block[1], block[3])]
+    return found
 
 
 def kernel_sizes(blocks: Any) -> list[int]:

@@ -14,7 +14,6 @@
 
 #include "cpu.h"
 
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "cpu_bytes.h"
@@ -422,15 +421,7 @@ extern "C" {
 extern const int32_t convmixer_record_sizes[3];
 const int32_t convmixer_record_sizes[3] = {sizeof(Affine), sizeof(Block), sizeof(Model)};
 
-// Whether tiles may be used; on Linux a process has to ask once.
-int convmixer_amx() {
-#ifdef CONVMIXER_TILES
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-#else
-    return 0;
-#endif
-}
+int convmixer_amx() { return tiles_permitted(); }
 
 // Each returns 0 where there was too little memory, else 1.
 int convmixer_float32(const Model *model, const float *images, int batch, int height, int width, float *out, int pooled,

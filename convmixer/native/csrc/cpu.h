@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 #include <cstring>
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define CONVMIXER_TILES  // the compiler knows AMX; whether the processor has it, convmixer_amx says
+#define CONVMIXER_TILES  // the compiler knows AMX; whether the processor has it, tiles_permitted says
 #endif
 
 struct Affine {  // of an epilogue: scale * act(x + bias) + shift
@@ -39,6 +40,16 @@ struct Model {
 };
 
 namespace {
+
+inline bool tiles_permitted() {  // on Linux a process has to ask once
+#ifdef CONVMIXER_TILES
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    static const bool permitted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return permitted;
+#else
+    return false;
+#endif
+}
 
 inline long cache() {  // of a core, the second level
     static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);

@@ -20,8 +20,6 @@
 // gradient map is overwritten in place. Each thread adds up its own sums and weight gradients; they are added in the
 // order of the threads, so that the same number of threads gives the same bits.
 
-#include <sys/syscall.h>
-
 #include <new>
 
 #include "train_amx.h"
@@ -117,15 +115,6 @@ struct Scratch {
   private:
     long sums_end, planes_start, planes_end;
 };
-
-inline bool enabled() {  // Linux wants to be asked once per process
-#ifdef CONVMIXER_TILES
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-#else
-    return false;
-#endif
-}
 
 template <typename T, class Compute, bool RELU>
 class Trainer {
@@ -725,7 +714,7 @@ int dispatch(const Step &step, bool half, Run run) {
         return run(Trainer<T, Compute, false>(step));
     };
 #ifdef CONVMIXER_TILES
-    if (half && enabled()) return chosen(uint16_t(), Amx());
+    if (half && tiles_permitted()) return chosen(uint16_t(), Amx());
 #endif
     return half ? chosen(uint16_t(), Fma()) : chosen(float(), Fma());
 }
@@ -748,7 +737,7 @@ int convmixer_sizes(int *sizes) {  // of the records
     return 0;
 }
 
-int convmixer_tiles() { return enabled(); }
+int convmixer_tiles() { return tiles_permitted(); }
 
 // Of `kept`.
 int64_t convmixer_bytes(const Step *step, int half) {
