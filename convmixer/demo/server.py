@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,8 +47,8 @@ def serve(
         app = create_app(models, device=device, backends=backends)
         name, port = listener.getsockname()[:2]
         shown = f"[{name}]" if ":" in name else name
-        everywhere = "" if name in (HOST, "::1") else ". Other machines may reach it"
-        report(f"http://{shown}:{port}{everywhere}. Ctrl-C ends it")
+        others = "" if ipaddress.ip_address(name).is_loopback else "other machines may reach it; "
+        report(f"http://{shown}:{port} ({others}Ctrl-C ends it)")
         with contextlib.suppress(KeyboardInterrupt):
             server(app).run(sockets=[listener])
 

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -58,7 +59,7 @@ def header(folder):
 
 
 def start(folder, *, seconds=300):
-    """Run app.py in a process as a Space does, and return what its first page says of itself."""
+    """Run app.py in a process as a Space does, and return what the page says of itself; Ctrl-C ends it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
@@ -69,7 +70,10 @@ def start(folder, *, seconds=300):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
             try:
                 connection.request("GET", "/config")
-                return json.loads(connection.getresponse().read())
+                config = json.loads(connection.getresponse().read())
+                process.send_signal(signal.SIGINT)  # Ctrl-C
+                assert process.wait(seconds) == 0
+                return config
             except ConnectionRefusedError:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
