@@ -142,10 +142,14 @@ def open_classifiers(
         backends: As in `Classifier`.
 
     Raises:
+        ArgumentError: A text instead of a list of names.
         UnknownModelError: There is no such folder, file or model.
         ConvMixerError: A model that cannot be opened, or as `Classifier`.
     """
-    named = models if isinstance(models, Mapping) else {name: name for name in models or packaged_models()}
+    if isinstance(models, str):
+        raise ArgumentError(f"models={models!r}: give a list of names, or a mapping from names for people")
+    models = models or packaged_models()
+    named = models if isinstance(models, Mapping) else {name: name for name in models}
     return {name: Classifier(_open(source, device), backends=backends) for name, source in named.items()}
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from convmixer.demo.classifier import open_classifiers
+from convmixer.demo.classifier import Classifier, open_classifiers
 from convmixer.errors import ArgumentError, optional
 
 HOST, PORT = "127.0.0.1", 7860
@@ -71,6 +73,13 @@ def create_app(
     """Build the page and the application that serves it; arguments are those of `serve`."""
     gradio = optional("gradio", "the page", "demo")
     classifiers = open_classifiers(models, device=device, backends=backends)
+    # In a thread whose event loop runs: elsewhere Gradio sets loops of its own, and leaves them open.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _mount(gradio, classifiers)).result()
+
+
+async def _mount(gradio: Any, classifiers: Mapping[str, Classifier]) -> Any:
+    """Return an application with the page at its root."""
     import fastapi  # with Gradio
 
     from convmixer.demo.page import CSS, PHOTOGRAPHS, build_page, theme

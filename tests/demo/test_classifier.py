@@ -110,8 +110,9 @@ def test_a_backend_that_fails_stops_no_other(classifier, monkeypatch):
     assert well.milliseconds > 0
 
 
-def test_without_a_name_the_packaged_weights():
-    assert list(open_classifiers(device="cpu", backends=())) == [
+@pytest.mark.parametrize("nothing", [(), {}])
+def test_without_a_name_the_packaged_weights(nothing):
+    assert list(open_classifiers(nothing, device="cpu", backends=())) == [
         "convmixer_256_8.cifar10",
         "convmixer_128_8_ks7_p2.cifar10",
         "convmixer_256_8_ks9_p1.cifar10",
@@ -141,6 +142,8 @@ def test_models_that_cannot_answer(run):
     (run / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"has no model\.safetensors, which the end of a run writes"):
         open_classifiers([str(run)], device="cpu")
+    with pytest.raises(ArgumentError, match="models='convmixer_256_8': give a list of names"):
+        open_classifiers("convmixer_256_8")
     with pytest.raises(ArgumentError, match="this model has no classes"):
         Classifier(convmixer.create_model(NAME, num_classes=0, device="cpu"))
     with pytest.raises(ArgumentError, match="takes images with 4 channels: a picture has 3, or 1 if grey"):

@@ -53,14 +53,23 @@ def address(tmp_path_factory):
     """A page with two models, by a server in this process, which works in an empty folder."""
     sys.addaudithook(_note)  # it stays until the process ends
     ADDRESSES.clear()
-    server = module.server(module.create_app(NAMES, device="cpu", backends=["eager"]))
-    with pytest.MonkeyPatch.context() as patch, module.listen("127.0.0.1", 0) as listener:
+    with pytest.MonkeyPatch.context() as patch, serving() as address:
         patch.chdir(tmp_path_factory.mktemp("working"))
+        yield address
+
+
+@contextmanager
+def serving():
+    """Serve a page with two models as long as the block lasts."""
+    server = module.server(module.create_app(NAMES, device="cpu", backends=["eager"]))
+    with module.listen("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @contextmanager
@@ -178,6 +187,20 @@ def test_only_uploaded_files_are_read(address, cat, stream):
         with pytest.raises(BlockingIOError):  # nobody has connected
             other.socket.accept()
     del ADDRESSES[before:]  # Gradio asks a name server about a host that a request names
+
+
+def test_pictures_are_deleted_when_the_server_ends(tmp_path, monkeypatch, cat):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with serving() as address:
+        before = set(tmp_path.rglob("*.*"))
+        head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="cat.png"\r\n\r\n'
+        headers = {"Content-Type": "multipart/form-data; boundary=b"}
+        body = head + cat.read_bytes() + b"\r\n--b--\r\n"
+        with urlopen(Request(f"{address}/gradio_api/upload", body, headers), timeout=60) as response:
+            (path,) = json.load(response)
+        assert "confidence" in call(address, [NAMES[0], {"path": path, "meta": {"_type": "gradio.FileData"}}])
+        assert {file.name for file in set(tmp_path.rglob("*.*")) - before} == {"cat.png", "image.webp"}
+    assert set(tmp_path.rglob("*.*")) <= before
 
 
 def call(address, data):

@@ -1,11 +1,13 @@
-"""Where the page listens, what it says in words, and what the command refuses; no browser and no Gradio."""
+"""Where the page listens, what it says in words, and what the command refuses; no browser, and nearly no Gradio."""
 
 import contextlib
+import gc
 import http.client
 import re
 import socket
 import sys
 import threading
+import warnings
 from types import ModuleType
 
 import pytest
@@ -74,6 +76,15 @@ def test_a_typo_ends_the_command_before_it_serves():
     assert not said.stdout
     assert "no folder or file 'convmixer_265_8', and no model: unknown model" in said.stderr
     assert "did you mean convmixer_256_8" in " ".join(said.stderr.split())
+
+
+def test_no_event_loop_is_left_open():
+    pytest.importorskip("gradio")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.create_app(["convmixer_128_8_ks7_p2"], device="cpu", backends=())
+        gc.collect()
+    assert not [str(w.message) for w in caught if w.category is ResourceWarning and "loop" in str(w.message)]
 
 
 def test_classes_of_one_name_have_bars_of_their_own():
