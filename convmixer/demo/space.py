@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -71,19 +72,21 @@ def write_space(folder: str | Path, model: str = "convmixer_256_8.cifar10") -> P
         raise ArgumentError(f"folder={str(folder)!r} is {what}: give a folder that is empty or does not exist")
     optional("gradio", "a Space", "demo")
     open_classifiers([model], device="cpu", backends=())  # what fails here would fail there
+    written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Inside the folder, which may be a file system of its own: so files move into place without copying.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
             staging = Path(temporary)
             _write(staging, model)
-            for path in staging.iterdir():
-                path.replace(folder / path.name)
+            for path in list(staging.iterdir()):
+                written.append(path.replace(folder / path.name))
     except BaseException as error:
-        for path in folder.iterdir() if existed else ():
+        for path in written:  # others may have put files there meanwhile
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         if isinstance(error, OSError) and not isinstance(error, ConvMixerError):
             raise ConvMixerError(f"cannot write {str(folder)!r}: {error.strerror or error}. Choose another") from error
         raise

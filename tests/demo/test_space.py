@@ -1,6 +1,7 @@
 """The files of a Space: what they hold, that the application in them starts, and what is refused."""
 
 import ast
+import errno
 import http.client
 import json
 import os
@@ -196,6 +197,12 @@ def test_what_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "space").exists()
 
 
+def fill_disk(staging):
+    """Write one file of two."""
+    (staging / "app.py").write_text("half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.mark.usefixtures("gradio")
 def test_nothing_is_left_behind(tmp_path, monkeypatch, trained):
     with pytest.raises(UnknownModelError, match="no folder or file 'convmixer_265_8'"):
@@ -208,6 +215,14 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, trained):
     assert not (tmp_path / "space").exists()
     assert names(tmp_path / "empty") == []
     assert (tmp_path / "empty").is_dir()
+    monkeypatch.setattr(module, "_write", lambda staging, _: fill_disk(staging))
+    for folder in ("space", "empty"):
+        with pytest.raises(
+            ConvMixerError, match=rf"cannot write '.*{folder}': No space left on device\. Choose another"
+        ):
+            write_space(tmp_path / folder, NAME)
+    assert not (tmp_path / "space").exists()
+    assert names(tmp_path / "empty") == []
     (tmp_path / "letter").write_text("dear")
     with pytest.raises(ConvMixerError, match=r"cannot write '.*/letter/space': Not a directory\. Choose another"):
         write_space(tmp_path / "letter" / "space", NAME)
