@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from convmixer.data.images import read_image
@@ -39,6 +41,7 @@ MOST_CELL_TEXTS = 20  # classes up to which a confusion matrix has room for figu
 MOST_TICK_LABELS = 150
 MOST_KERNELS = 256  # of one block
 _DTYPES = ("float32", "bfloat16", "int8")  # of benchmarks
+COLOURS = "inferno"  # of class activation
 SHOWN_SIDE = 224  # pixels; smaller inputs are drawn from the same part of the image at a higher resolution
 
 
@@ -360,17 +363,51 @@ def plot_depthwise_kernels(model: nn.Module, block: int | None = None) -> Figure
 # ---- class activation -----------------------------------------------------------------------------------------------
 
 
-def plot_class_activation(model: nn.Module, image: Any, target: int | None = None) -> Figure:
-    """Grad-CAM: which places of an image speak for a class, by the last block's output and its gradient.
+@dataclass(frozen=True)
+class ClassActivation:
+    """Where an image speaks for a class, by `class_activation`.
 
-    On the left is what the model sees; on the right the activation, scaled to at most 1 and interpolated between the
-    centres of the patches, over the same part of the image. Method: Selvaraju et al., "Grad-CAM", arXiv:1610.02391;
-    captum's `LayerGradCam` computes it.
+    Attributes:
+        probabilities: Of all classes, float32 (N).
+        target: Index of the class that the map is of.
+        seen: What the model sees, before it is normalised: values in [0, 1], (h, w, C).
+        picture: The same part of the image in more pixels, (H, W, C).
+        heat: The activation, from 0 to at most 1, (H, W).
+    """
+
+    probabilities: Tensor
+    target: int
+    seen: npt.NDArray[Any]
+    picture: npt.NDArray[Any]
+    heat: npt.NDArray[Any]
+
+    @property
+    def opacity(self) -> npt.NDArray[Any]:
+        """How much of the picture the map covers, (H, W): where nothing speaks for the class, the picture shows."""
+        opacity: npt.NDArray[Any] = 0.8 * self.heat**0.5
+        return opacity
+
+    def overlay(self) -> Image.Image:
+        """Lay the map over the picture, in matplotlib's colours "inferno": an RGB image of (W, H)."""
+        colours = optional("matplotlib", "this figure", "train").colormaps[COLOURS](self.heat)[..., :3]
+        share = self.opacity[..., None]
+        pixels = (1 - share) * self.picture + share * colours  # a grey picture becomes RGB
+        return Image.fromarray(np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8))
+
+
+def class_activation(
+    model: nn.Module, image: Any, target: int | None = None, *, side: int = SHOWN_SIDE
+) -> ClassActivation:
+    """Compute Grad-CAM: which places of an image speak for a class, by the last block's output and its gradient.
+
+    The activation is scaled to at most 1 and interpolated between the centres of the patches. Method: Selvaraju et al.,
+    "Grad-CAM", arXiv:1610.02391; captum's `LayerGradCam` computes it.
 
     Args:
         model: A classifier from `create_model`, in any mode, which stays as it is.
-        image: Whatever `read_image` takes; it is preprocessed as by `predict`.
+        image: Whatever `read_image` takes; it is preprocessed as by `predict(draft=False)`.
         target: Index of the class; None takes the most probable one.
+        side: Least pixels of a side of the picture and of the map, which have a whole multiple of the model's pixels.
 
     Raises:
         ImageError: An image that cannot be read.
@@ -378,9 +415,9 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     """
     model = find_model(model)
     _weight(model, "stem.0.weight")
-    names = label_names(model)
-    if target is not None and not 0 <= target < len(names):
-        raise ArgumentError(f"target={target}: this model has the classes 0 to {len(names) - 1}")
+    count = len(label_names(model))
+    if target is not None and not 0 <= target < count:
+        raise ArgumentError(f"target={target}: this model has the classes 0 to {count - 1}")
     attribution = optional("captum.attr", "this figure", "train")
     channels = in_channels(model)
     opened, transform = read_image(image, channels), create_transform(model)
@@ -389,29 +426,50 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     view: Any = mirror(model).eval()  # captum hangs hooks on layers, which others may be using
     with computing():
         probabilities = class_logits(view(inputs).detach().float()).softmax(1)[0]
-        best = int(probabilities.argmax())
-        index = best if target is None else target
+        index = int(probabilities.argmax()) if target is None else target
         grad_cam = attribution.LayerGradCam(lambda x: class_logits(view(x)), view.blocks[-1])
         activation = grad_cam.attribute(inputs, target=index, relu_attributions=True).detach().float()
     height, width = inputs.shape[2:]
-    scale = math.ceil(SHOWN_SIDE / min(height, width))
+    scale = math.ceil(side / min(height, width))
     raw: dict[str, Any] = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
     seen, picture = (
         _array(create_transform(model, input_size=(channels, k * height, k * width), **raw)(opened).permute(1, 2, 0))
         for k in (1, scale)
     )
-    overlay = attribution.LayerAttribution.interpolate(activation, picture.shape[:2], "bilinear")[0, 0]
+    heat = attribution.LayerAttribution.interpolate(activation, picture.shape[:2], "bilinear")[0, 0]
+    heat = _array(heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny))
+    return ClassActivation(probabilities.cpu(), index, seen, picture, heat)
+
+
+def plot_class_activation(model: nn.Module, image: Any, target: int | None = None) -> Figure:
+    """Draw Grad-CAM: which places of an image speak for a class.
+
+    On the left is what the model sees; on the right the activation over the same part of the image. `class_activation`
+    computes it.
+
+    Args:
+        model: A classifier from `create_model`, in any mode, which stays as it is.
+        image: Whatever `read_image` takes; it is preprocessed as by `predict(draft=False)`.
+        target: Index of the class; None takes the most probable one.
+
+    Raises:
+        ImageError: An image that cannot be read.
+        ArgumentError: A model without a head, or no such class.
+    """
+    found, names = class_activation(model, image, target), label_names(find_model(model))
+    best = int(found.probabilities.argmax())
     figure = _figure(9, 4.6)
     left, right = figure.subplots(1, 2)
-    for axes, pixels in ((left, seen), (right, picture)):
+    for axes, pixels in ((left, found.seen), (right, found.picture)):
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=1)
         axes.set_axis_off()
-    overlay = _array(overlay / overlay.max().clamp(min=torch.finfo(overlay.dtype).tiny))
-    shown = right.imshow(overlay, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * overlay**0.5)
+    shown = right.imshow(found.heat, cmap=COLOURS, vmin=0, vmax=1, alpha=found.opacity)
     figure.colorbar(shown, ax=right, label="activation, relative", shrink=0.8)
+    height, width = found.seen.shape[:2]
     left.set_title(f"the model's input, {width}x{height}")
-    right.set_title(f"activation for {_literal(names[index])}, {100 * probabilities[index]:.1f} %")
-    figure.suptitle(f"predicted: {names[best]} {100 * probabilities[best]:.1f} %")
+    share = 100 * found.probabilities[found.target]
+    right.set_title(f"activation for {_literal(names[found.target])}, {share:.1f} %")
+    figure.suptitle(f"predicted: {_literal(names[best])} {100 * found.probabilities[best]:.1f} %")
     return figure
 
 

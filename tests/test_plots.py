@@ -363,6 +363,15 @@ def test_activation_of_grey_images_and_of_none(tmp_path):
     plots.write_figure(figure, tmp_path / "grey.png")
 
 
+def test_activation_of_names_with_dollar_signs():
+    """Which matplotlib would take for a formula."""
+    net = convmixer.create_model("convmixer_256_8", device="cpu", dim=2, depth=1, num_classes=2)
+    net.pretrained_cfg |= {"label_names": ("a $x$", "b $x$")}
+    figure = plots.plot_class_activation(net, np.zeros((8, 8, 3), dtype=np.uint8))
+    for title in (figure.get_suptitle(), figure.axes[1].get_title()):
+        assert re.search(r" [ab] \\\$x\\\$", title)
+
+
 def test_senseless_activation(model, cat, tmp_path):
     for target in (10, -1):
         with pytest.raises(ArgumentError, match=rf"target={target}: this model has the classes 0 to 9"):

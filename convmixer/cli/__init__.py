@@ -11,6 +11,7 @@ import torch
 from convmixer.cli.bench import bench
 from convmixer.cli.console import Group
 from convmixer.cli.convert import convert
+from convmixer.cli.demo import demo
 from convmixer.cli.export import export
 from convmixer.cli.info import info
 from convmixer.cli.list import list_command
@@ -24,9 +25,9 @@ from convmixer.cli.validate import validate
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="convmixer")
 def main() -> None:
-    """ConvMixer models: list them, classify images, train, measure, publish, convert, export, draw figures."""
+    """ConvMixer models: list them, classify images, train, measure, publish, convert, export, draw, serve a page."""
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; in Python the flag is the caller's
 
 
-for _command in (list_command, info, predict, train, convert, push, validate, export, plot, bench):
+for _command in (list_command, info, predict, train, convert, push, validate, export, plot, bench, demo):
     main.add_command(_command)

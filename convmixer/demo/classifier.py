@@ -1,0 +1,160 @@
+"""What the page shows of one model: classes, the places that speak for the first of them, and times by backend."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from convmixer.data.images import read_image
+from convmixer.errors import ArgumentError, ConvMixerError, UnknownModelError
+from convmixer.factory import open_model
+from convmixer.inference import Prediction, label_names, predict
+from convmixer.plots import class_activation
+from convmixer.registry import get_variant, list_pretrained
+from convmixer.runtime.choose import available_backends, candidates, find_backend
+from convmixer.runtime.optimize import optimize
+from convmixer.runtime.timing import time_calls
+from convmixer.transforms import preprocessing
+from convmixer.wrappers import find_model, in_channels
+
+TOP = 5
+MAP_SIDE = 448  # pixels of the class activation map
+SECONDS = 0.2  # that the timed calls of a backend take together
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of an image.
+
+    Attributes:
+        predictions: `[(label, probability), ...]`, most probable first, at most five.
+        activation: The class activation of the first of them over what the model sees of the image.
+    """
+
+    predictions: Prediction
+    activation: Image.Image
+
+
+@dataclass(frozen=True)
+class BackendTime:
+    """How long a backend takes for one image, prepared and in memory.
+
+    Attributes:
+        backend: As in `optimize(backend=...)`.
+        milliseconds: Median of the calls; None if the backend failed.
+        failure: Why there is no time.
+    """
+
+    backend: str
+    milliseconds: float | None
+    failure: str = ""
+
+
+class Classifier:
+    """A model behind the page. Several threads may use it.
+
+    Args:
+        model: A classifier of images with 1 or 3 channels.
+        backends: To time; None: all that can compute the model here except "compile", which compiles for minutes.
+
+    Attributes:
+        labels: Class names by index.
+        backends: That `time_backends` times.
+
+    Raises:
+        ArgumentError: A model without classes or for other channels, or a backend that does not compute it here.
+        DependencyError: A backend that is not installed.
+    """
+
+    def __init__(self, model: nn.Module, *, backends: Sequence[str] | None = None) -> None:
+        self.model = find_model(model)
+        self.labels = label_names(self.model)
+        self.channels = in_channels(self.model)
+        if self.channels not in (1, 3):
+            raise ArgumentError(f"this model takes images with {self.channels} channels: a picture has 3, or 1 if grey")
+        weight = next(self.model.parameters())
+        if backends is None:
+            found = available_backends(weight.device, weight.dtype)
+            refuses = [name for name in found if find_backend(name).refuses(self.model, weight.dtype)]
+            backends = [name for name in found if name != "compile" and name not in refuses]
+        for name in backends:
+            candidates(name, self.model, weight.device, weight.dtype)  # raises
+        self.backends = tuple(backends)
+        self._optimized: dict[str, Any] = {}
+        self._building = threading.Lock()
+
+    def classify(self, image: Any) -> Answer:
+        """Return what the model says of an image; every pixel is decoded, as by `predict(draft=False)`.
+
+        Args:
+            image: Whatever `read_image` takes.
+
+        Raises:
+            ImageError: An image that cannot be read.
+        """
+        opened = read_image(image, self.channels)
+        activation = class_activation(self.model, opened, side=MAP_SIDE)
+        return Answer(predict(self.model, opened, TOP), activation.overlay())
+
+    def time_backends(self) -> Iterator[BackendTime]:
+        """Time each backend on one image of noise, built when it is asked for the first time.
+
+        A backend that fails stops none of the others.
+        """
+        for backend in self.backends:
+            try:
+                yield BackendTime(backend, self._milliseconds(backend))
+            except ConvMixerError as error:
+                yield BackendTime(backend, None, str(error))
+
+    @torch.inference_mode()
+    def _milliseconds(self, backend: str) -> float:
+        with self._building:
+            if backend not in self._optimized:
+                self._optimized[backend] = optimize(self.model, backend=backend)
+        weight, optimized = next(self.model.parameters()), self._optimized[backend]
+        image = torch.randn(1, *preprocessing(self.model)["input_size"], device=weight.device, dtype=weight.dtype)
+        return 1000 * statistics.median(time_calls(lambda: optimized(image), SECONDS, weight.device))
+
+
+def packaged_models() -> list[str]:
+    """Return the names of the weights that ship with the package, the default ones of `convmixer predict` first."""
+    names = [name for name in list_pretrained() if (weights := get_variant(name)[1]) and weights.path]
+    return sorted(names, key=lambda name: name != "convmixer_256_8.cifar10")
+
+
+def open_classifiers(
+    models: Sequence[str] | Mapping[str, str] = (), *, device: str = "auto", backends: Sequence[str] | None = None
+) -> dict[str, Classifier]:
+    """Open models, by the name that the page calls them.
+
+    Args:
+        models: Names of `create_model`, folders of finished runs of `convmixer train`, or .safetensors files; or a
+            mapping from a name for people to one of these. Without any, the weights that ship with the package.
+        device: As in `create_model`.
+        backends: As in `Classifier`.
+
+    Raises:
+        ArgumentError: A text instead of a list of names.
+        UnknownModelError: There is no such folder, file or model.
+        ConvMixerError: A model that cannot be opened, or as `Classifier`.
+    """
+    if isinstance(models, str):
+        raise ArgumentError(f"models={models!r}: give a list of names, or a mapping from names for people")
+    models = models or packaged_models()
+    named = models if isinstance(models, Mapping) else {name: name for name in models}
+    return {name: Classifier(_open(source, device), backends=backends) for name, source in named.items()}
+
+
+def _open(source: str, device: str) -> Any:
+    try:
+        return open_model(source, device=device)
+    except UnknownModelError as error:
+        raise UnknownModelError(f"no folder or file {source!r}, and no model: {error}") from error

@@ -1,0 +1,101 @@
+"""The page, in Gradio's components. Import this module only where Gradio is installed."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from convmixer.demo.classifier import TOP, BackendTime, Classifier
+from convmixer.demo.text import bars_by_label, describe, table_of_times
+from convmixer.errors import ConvMixerError
+
+PHOTOGRAPHS = Path(__file__).parent / "photographs"
+CSS = """
+.times.times table { width: 100%; border: none; }
+.times.times :is(tr, th, td) { border: none; border-bottom: 1px solid var(--border-color-primary); }
+[role="alert"] { margin: 0; color: var(--error-text-color); font-weight: 600; }
+"""
+KEPT = 3600  # seconds after which pictures that were dropped on the page are deleted
+
+
+def theme() -> Any:
+    """Return Gradio's theme "Soft" in the fonts of the reader's system, so that none is fetched."""
+    return gr.themes.Soft(
+        primary_hue="teal",
+        secondary_hue="teal",
+        font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
+        font_mono=[gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")],
+    )
+
+
+def build_page(classifiers: Mapping[str, Classifier]) -> Any:
+    """Build the page for models, by the names that it calls them; the first one is chosen at the beginning."""
+    names = list(classifiers)
+
+    def about_model(name: str) -> str:
+        return describe(classifiers[name])
+
+    def classify(name: str, file: dict[str, Any] | None) -> tuple[Any, ...]:
+        if file is None:
+            return {}, None, _alert(""), "", False
+        path = file["path"] or ""
+        try:
+            answer = classifiers[name].classify(Path(path))  # a text could be a URL
+        except ConvMixerError as error:
+            return {}, None, _alert(str(error).replace(path, os.path.basename(path))), "", False
+        return bars_by_label(answer.predictions), answer.activation, _alert(""), "", True
+
+    def time(name: str, answered: bool) -> Iterator[str]:
+        if not answered:  # no picture, or a broken one
+            yield ""
+            return
+        rows: list[BackendTime] = []
+        backends = classifiers[name].backends
+        yield table_of_times(name, rows, backends)
+        for row in classifiers[name].time_backends():
+            rows.append(row)
+            yield table_of_times(name, rows, backends[len(rows) :])
+
+    with gr.Blocks(title="convmixer", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+        gr.Markdown("# convmixer\nDrop a picture, and see what a ConvMixer takes it for, and why.")
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(label="Picture", sources=["upload", "webcam", "clipboard"], height=340, buttons=[])
+                alert = gr.HTML(visible=False)
+                gr.Examples([[str(path)] for path in sorted(PHOTOGRAPHS.glob("*.jpg"))], picture, cache_examples=False)
+                model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+                about = gr.Markdown(about_model(names[0]))
+            with gr.Column():
+                bars = gr.Label(label=f"Top {TOP}", num_top_classes=TOP)
+                activation = gr.Image(
+                    label="What speaks for it",
+                    height=340,
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    alt_text="The places of the picture that speak for the first class",
+                )
+                times = gr.Markdown(elem_classes="times")
+        answered = gr.State(False)
+        model.change(about_model, model, about, show_progress="hidden")
+        event = gr.on(
+            [picture.change, model.change],
+            classify,
+            [model, picture],
+            [bars, activation, alert, times, answered],
+            preprocess=False,  # Gradio checks the file's path; this package reads it, with its own errors
+            trigger_mode="always_last",
+            concurrency_limit=4,
+            show_progress="minimal",
+        )
+        # One at a time, whoever asks: backends that are timed together share the processor.
+        event.then(time, [model, answered], times, concurrency_limit=1, show_progress="minimal")
+    return page
+
+
+def _alert(text: str) -> Any:
+    return gr.update(value=f'<p role="alert">{html.escape(text)}</p>', visible=bool(text))

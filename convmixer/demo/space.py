@@ -1,0 +1,125 @@
+"""Write the files of a Hugging Face Space, which serves the page for one model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from convmixer.demo.classifier import open_classifiers
+from convmixer.errors import ArgumentError, ConvMixerError, optional
+from convmixer.hub.publish import save_pretrained
+from convmixer.registry import get_variant
+
+_README = """---
+{header}
+---
+
+# {title}
+
+Drop a picture, and see what this [ConvMixer](https://arxiv.org/abs/2201.09792) takes it for, and why.
+`app.py` serves the page, and `requirements.txt` names what it needs.
+"""
+_APP = '''"""A page to try a model, written by `convmixer demo --space`."""
+
+import os
+from pathlib import Path
+
+from convmixer.demo import serve
+
+HERE = Path(__file__).parent
+
+if __name__ == "__main__":
+    # A Space listens on this port, and forwards visitors to it.
+    port = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
+    serve({{{title}: {source}}}, host="0.0.0.0", port=port)
+'''
+
+
+def write_space(folder: str | Path, model: str = "convmixer_256_8.cifar10") -> Path:
+    """Write the files of a Space that serves a page to try a model: README.md, app.py and requirements.txt.
+
+    The weights of a run, of a file or of a folder are copied into the Space, as `save_pretrained` writes them. Weights
+    of the package come with it, and those on the Hub are fetched when the Space starts.
+
+    Args:
+        folder: To write; made if it does not exist.
+        model: Any name of `create_model`, the folder of a finished run of `convmixer train`, or a .safetensors file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArgumentError: The folder is not empty, or the model classifies no pictures.
+        DependencyError: Gradio, whose version the Space pins, is not installed.
+        ConvMixerError: The model cannot be opened, or the folder cannot be written. Nothing is left behind.
+
+    Example:
+        >>> from convmixer.demo import write_space
+        >>> folder = write_space("space", "convmixer_256_8")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['README.md', 'app.py', 'requirements.txt']
+    """
+    folder = Path(os.path.expanduser(folder))
+    existed = folder.exists()
+    if existed and (not folder.is_dir() or any(folder.iterdir())):
+        what = "not empty" if folder.is_dir() else "a file"
+        raise ArgumentError(f"folder={str(folder)!r} is {what}: give a folder that is empty or does not exist")
+    optional("gradio", "a Space", "demo")
+    open_classifiers([model], device="cpu", backends=())  # what fails here would fail there
+    written: list[Path] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Inside the folder, which may be a file system of its own: so files move into place without copying.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+            staging = Path(temporary)
+            _write(staging, model)
+            for path in list(staging.iterdir()):
+                written.append(path.replace(folder / path.name))
+    except BaseException as error:
+        for path in written:  # others may have put files there meanwhile
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, ConvMixerError):
+            raise ConvMixerError(f"cannot write {str(folder)!r}: {error.strerror or error}. Choose another") from error
+        raise
+    return folder
+
+
+def _write(folder: Path, model: str) -> None:
+    """Write all files of the Space for a model that can be opened."""
+    path = Path(os.path.expanduser(model.removeprefix("local-dir:"))).resolve()
+    header: dict[str, object] = {"sdk": "gradio", "sdk_version": metadata.version("gradio"), "app_file": "app.py"}
+    header["python_version"] = "{}.{}".format(*sys.version_info)
+    if model.startswith("hf-hub:"):
+        repository = model.removeprefix("hf-hub:").partition("@")[0]
+        title, source = repository.partition("/")[2], repr(model)
+        header["models"] = [repository]
+    elif model.startswith("local-dir:") or path.exists():
+        title, source = path.stem if path.is_file() else path.name, "f\"local-dir:{HERE / 'model'}\""
+        save_pretrained(model, folder / "model")
+    else:
+        variant, weights = get_variant(model)
+        assert weights is not None  # it has been opened
+        title = f"{variant.name}.{weights.tag}"
+        source = repr(title)
+        header["license"] = weights.licence.lower()
+        if weights.hub_id:
+            header["models"] = [weights.hub_id]
+    header = {"title": title, "emoji": "🖼️", "colorFrom": "green", "colorTo": "blue", **header}
+    yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items())
+    requirement = f"convmixer[demo]>={metadata.version('convmixer')}\n"
+    files = {
+        "README.md": _README.format(header=yaml, title=title),
+        "app.py": _APP.format(title=repr(title), source=source),
+        "requirements.txt": requirement,
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")

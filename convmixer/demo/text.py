@@ -1,0 +1,55 @@
+"""What the page says in words, in Markdown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from convmixer.demo.classifier import BackendTime, Classifier
+from convmixer.inference import Prediction
+from convmixer.transforms import preprocessing
+
+FEW_CLASSES = 20  # that are all named
+
+
+def bars_by_label(predictions: Prediction) -> dict[str, float]:
+    """Return probabilities by label; classes that share a name, such as the two cranes of ImageNet, are numbered."""
+    bars: dict[str, float] = {}
+    for label, probability in predictions:
+        name, number = label, 1
+        while name in bars:
+            number += 1
+            name = f"{label} ({number})"
+        bars[name] = probability
+    return bars
+
+
+def describe(classifier: Classifier) -> str:
+    """Say how large a model is, what it sees, and what it can answer."""
+    parameters = sum(p.numel() for p in classifier.model.parameters())
+    height, width = preprocessing(classifier.model)["input_size"][1:]
+    count = len(classifier.labels)
+    text = f"{parameters / 1e6:.2f} M parameters. It sees {width}x{height} pixels and knows {count:,} classes"
+    if count <= FEW_CLASSES:
+        text += f": {html.escape(', '.join(classifier.labels))}"
+    return f"{text}. It answers with one of them, whatever the picture shows."
+
+
+def table_of_times(name: str, rows: Sequence[BackendTime], left: Sequence[str]) -> str:
+    """Return a table of the backends that were timed, and of those that are left.
+
+    Args:
+        name: Of the model.
+        rows: What was timed.
+        left: Backends that are still to be timed, the next one first.
+    """
+    fastest = min((row.milliseconds for row in rows if row.milliseconds is not None), default=None)
+    lines = [f"Time for one image, `{name}`", "", "| backend | milliseconds | |", "| --- | --: | --- |"]
+    for row in rows:
+        if row.milliseconds is None:
+            lines.append(f"| {row.backend} | | {html.escape(row.failure).replace('|', '/')} |")
+        else:
+            note = "fastest" if row.milliseconds == fastest and not left else ""
+            lines.append(f"| {row.backend} | {row.milliseconds:.2f} | {note} |")
+    lines += [f"| {backend} | | {'waiting' if i else 'being timed'} |" for i, backend in enumerate(left)]
+    return "\n".join(lines)
