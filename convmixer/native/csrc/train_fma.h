@@ -1,4 +1,5 @@
-// The convolutions of a training step in float32 on AVX-512, for maps in float32 and, where there is no AMX, bfloat16.
+// The convolutions of a training step in float32 on AVX-512: matrix multiplications where there is no AMX, for maps in
+// float32 and bfloat16, and depthwise convolutions, for maps in float32 everywhere.
 //
 // The interface is that of train_amx.h. A bundle of a panel is (inputs, 16 columns), a left operand is rows of inputs. A
 // multiplication computes 8 rows of 32 columns in registers. Depthwise, a row of 16 outputs adds up shifted rows of the plane.
@@ -9,9 +10,11 @@
 
 namespace {
 
-struct Fma {
+constexpr int ROWS_AT_ONCE = 8;  // of sums, in registers
+
+struct FmaGemm {
     using Value = float;
-    static constexpr int ROWS = 8;  // computed together
+    static constexpr int PARTS = 1, ROWS = ROWS_AT_ONCE;
 
     static void begin() {}
     static void end() {}
@@ -41,14 +44,15 @@ struct Fma {
         _mm512_store_ps(to + bundle, a[1]);
         _mm512_store_ps(to + bundle + 64, b[1]);
     }
-    static void put_row(Value *to, const __m512 (&v)[2]) {
-        _mm512_store_ps(to, v[0]);
-        _mm512_store_ps(to + LANES, v[1]);
+    static void put_row(Value *row, int i, const __m512 (&v)[2]) {
+        _mm512_store_ps(row + i, v[0]);
+        _mm512_store_ps(row + i + LANES, v[1]);
     }
-    static void put_transposed(char *bundle, int i, const Value *from, long row) {
+    static void put_transposed(char *bundle, int i, const Value *from, int inputs) {
+        const long row = stride(inputs);
         for (int half = 0; half < 2; half++) {
             __m512i lines[16];
-            for (int n = 0; n < 16; n++) lines[n] = _mm512_load_si512(from + n * row + half * LANES);
+            for (int n = 0; n < 16; n++) lines[n] = _mm512_load_si512(from + n * row + i + half * LANES);
             transpose(lines);
             for (int n = 0; n < 16; n++) _mm512_store_si512(bundle + (i + half * LANES + n) * 64L, lines[n]);
         }
@@ -102,7 +106,11 @@ struct Fma {
                     });
     }
 
-    // ---- depthwise --------------------------------------------------------------------------------------------------
+};
+
+struct FmaDepthwise {
+    using Value = float;
+    static constexpr int ROWS = ROWS_AT_ONCE;
 
     struct Kernel {
         float taps[LARGEST * LARGEST] = {};
