@@ -1,9 +1,9 @@
-// The convolutions of a training step on AMX: matrix multiplications of bfloat16 or float32, depthwise of bfloat16. Sums
-// are float32.
+// The convolutions of a training step on AMX, with float32 sums: matrix multiplications of bfloat16 or float32, and
+// depthwise convolutions of bfloat16.
 //
-// A value consists of parts, each a bfloat16: one for a value in bfloat16, three for one in float32, of which each is
-// what the ones before leave, rounded; their sum is exact. Of the nine terms of a multiplication of float32, six are
-// added up, the smallest first. The others, second times third and third times third part, are at most 2^-24 of it.
+// A value consists of parts, each a bfloat16: one for a value in bfloat16, three for one in float32, each of which is
+// what the ones before leave, so that their sum is exact. Of the nine terms of a multiplication of float32, six are
+// added up, the smallest first. Those left out, of second and third parts, are below 2^-21 of it and of either sign.
 //
 // The right operand of a matrix multiplication is a panel, in bundles of 16 columns. A bundle holds a tile of 1 KiB for
 // each 32 inputs and part: (columns / 16, inputs / 32, parts, 16 pairs of inputs, 16, 2). The left operand is either
