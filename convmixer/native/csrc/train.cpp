@@ -79,8 +79,8 @@ struct Kept {
 // Memory of one thread.
 template <class Gemm, class Depthwise>
 struct Scratch {
-    using Factor = typename Gemm::Value;
-    using Value = typename Depthwise::Value;
+    using Factor = typename Gemm::Value;      // of operands of a matrix multiplication
+    using Value = typename Depthwise::Value;  // of planes
     Lane *first, *second, *bias;  // (channels) sums: of the gradient or act(u), of their product or its square
     Lane *taps;                   // (channels, k) of the gradient of depthwise kernels
     float *products;              // of the gradient of a pointwise convolution, or the stem: blocks
@@ -133,14 +133,14 @@ class Trainer {
     const double count;                          // values per channel
     T *const gradient;  // of the map that comes next
 
-    Factor *weights;                   // of the layer that comes next, packed
+    Factor *weights;                  // of the layer that comes next, packed
     float *grad_scale, *grad_shift, *grad_value;  // gradient of act(u): scale * gradient + value * act(u) + shift
-    std::vector<Scratch> scratch;        // of each thread
+    std::vector<Scratch> scratch;                 // of each thread
 
   public:
     explicit Trainer(const Step &s)
-        : step(s), grid(s, sizeof(Factor) * Gemm::PARTS), kept(s, grid, s.kept), k(s.kernel_size), before((k - 1) / 2), dim(s.dim),
-          channels(grid.channels), inputs(rounded_up(s.in_chans * s.patch_size * s.patch_size, BLOCK)),
+        : step(s), grid(s, sizeof(Factor) * Gemm::PARTS), kept(s, grid, s.kept), k(s.kernel_size),
+          before((k - 1) / 2), dim(s.dim), channels(grid.channels), inputs(rounded_up(s.in_chans * s.patch_size * s.patch_size, BLOCK)),
           plane_row(rounded_up(grid.columns + SIDE, BLOCK)), plane((grid.bands * SIDE + k - 1) * plane_row),
           count((double)s.batch * grid.height * grid.width), gradient(kept.gradient) {}
 
