@@ -7,8 +7,9 @@
 The same weights in timm's class and in ours (eager, and compiled as `convmixer train --compile` runs it; with and
 without fused blocks, these on a CPU by PyTorch and by native kernels), by AdamW. `--only` takes the ways whose names
 contain one of the words. All ways take turns in one process; ratios are medians over rounds, against timm's
-best. Memory is what autograd keeps between forward and backward, and its ratio is against timm's eager step. On Linux
-with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
+best. Memory is what autograd keeps between forward and backward, and its ratio is against timm's eager step. The share
+of the ceiling compares the arithmetic of a step with PyTorch's multiplication of two large matrices in the same
+precision, timed in the same rounds. On Linux with glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
 
 On a CUDA device ours run as CUDA graphs, too, as `convmixer train` runs them there, with AdamW and with Muon. A dry run
 makes two steps of a tiny model on four images, on a CPU with calls in place of graphs: it shows that all of it runs.
@@ -34,6 +35,7 @@ from convmixer.training.optimizers import create_optimizer
 from convmixer.training.precision import autocast
 
 PLAIN, LAST = torch.contiguous_format, torch.channels_last
+CEILING, MATRIX_SIDE = "matrix multiplication", 2048
 
 
 class Way:
@@ -157,18 +159,58 @@ def make_ways(arguments: argparse.Namespace, model: convmixer.ConvMixer) -> dict
     return {name: make() for name, make in makers.items() if any(word in name for word in arguments.only)}
 
 
+def operations(model: torch.nn.Module, images: torch.Tensor) -> int:
+    """Floating point operations of a step: those of the forward pass, and of gradients of inputs and weights.
+
+    Works for timm's class and ours. The images themselves get no gradient.
+    """
+    stem, *others = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    height, width = (side // stem.stride[0] for side in images.shape[2:])
+    per_position = 2 * stem.weight.numel() + 3 * sum(convolution.weight.numel() for convolution in others)
+    return 2 * len(images) * (height * width * per_position + 3 * model.head.weight.numel())
+
+
+def matrix_multiplication(arguments: argparse.Namespace, clock: Callable[[], float]) -> Callable[[], float]:
+    """A call that returns the seconds of one large matrix multiplication."""
+    side = 64 if arguments.dry_run else MATRIX_SIDE
+    a = torch.randn(side, side, device=arguments.device, dtype=getattr(torch, arguments.precision))
+    out = torch.empty_like(a)
+
+    def call() -> float:
+        start = clock()
+        torch.mm(a, a, out=out)
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+        return clock() - start
+
+    return call
+
+
 def time_steps(
     ways: dict[str, Way], images: torch.Tensor, labels: torch.Tensor, arguments: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """The seconds of each way's steps; the ways take turns."""
+    """The seconds of each way's steps, and of a matrix multiplication; they take turns."""
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     calls = {name: functools.partial(it.step, images, labels, clock) for name, it in ways.items()}
+    calls[CEILING] = matrix_multiplication(arguments, clock)
     untimed = 1 if arguments.dry_run else WARM_UP + 1  # they compile, warm up and capture
     return harness.take_turns(calls, arguments.rounds, warm_up=untimed, clock=lambda step: step())
 
 
-def compare(seconds: dict[str, list[float]], memory: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print each way beside timm's best; return the figures."""
+def compare(
+    seconds: dict[str, list[float]], memory: dict[str, float], work: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Print each way beside timm's best; return the figures.
+
+    Args:
+        seconds: From `time_steps`.
+        memory: MiB per image that each way keeps.
+        work: Floating point operations of a step.
+        arguments: Of the command line.
+    """
+    multiplications = seconds.pop(CEILING)
+    side = 64 if arguments.dry_run else MATRIX_SIDE
+    shares = {name: harness.ratio(multiplications, times) * work / (2 * side**3) for name, times in seconds.items()}
     rates = {name: arguments.batch_size / statistics.median(times) for name, times in seconds.items()}
     best = max((name for name in rates if name.startswith("timm")), key=rates.__getitem__, default=next(iter(rates)))
     ratios = {name: harness.ratio(seconds[best], times) for name, times in seconds.items()}
@@ -176,7 +218,8 @@ def compare(seconds: dict[str, list[float]], memory: dict[str, float], arguments
     for name in rates:
         print(
             f"{name:40} {rates[name]:6.1f} images/s, {ratios[name]:.2f} of {best}; "
-            f"{memory[name]:6.2f} MiB/image, {memory[name] / least:.2f} of timm eager"
+            f"{memory[name]:6.2f} MiB/image, {memory[name] / least:.2f} of timm eager; "
+            f"{100 * shares[name]:.0f} % of ceiling"
         )
     return {
         "batch_size": arguments.batch_size,
@@ -185,6 +228,8 @@ def compare(seconds: dict[str, list[float]], memory: dict[str, float], arguments
         "activation_mib_per_image": memory,
         "best_of_timm": best,
         "ratios": ratios,
+        "shares_of_ceiling": shares,
+        "ceiling_gflops": 2 * side**3 / statistics.median(multiplications) / 1e9,
         "model": arguments.model,
         "cpu_time_of_one_thread": arguments.cpu_time,
         "ratio": max(ratios.values()),
@@ -202,7 +247,8 @@ def main() -> None:
     ways = make_ways(arguments, model)
     seconds = time_steps(ways, images, labels, arguments)
     memory = {name: it.kept(images, labels) / arguments.batch_size / 2**20 for name, it in ways.items()}
-    result = compare(seconds, memory, arguments)
+    work = operations(next(iter(ways.values())).model, images)
+    result = compare(seconds, memory, work, arguments)
     harness.write(arguments.json, result, arguments.device)
 
 

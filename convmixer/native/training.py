@@ -376,8 +376,8 @@ def refusal(stem: Any, blocks: Any, dtype: torch.dtype, sync_batchnorm: bool = F
 @functools.lru_cache(maxsize=64)
 def _say(reason: str | None, dtype: torch.dtype) -> None:
     if reason is None:
-        tiles = dtype == torch.bfloat16 and kernels().convmixer_tiles()
-        _LOGGER.info("fused blocks in %s run on native kernels, on %s", dtype, "AMX" if tiles else "AVX-512")
+        units = "AMX" if kernels().convmixer_tiles() else "AVX-512"
+        _LOGGER.info("fused blocks in %s run on native kernels, on %s", dtype, units)
     else:
         _LOGGER.info("fused blocks in %s run on PyTorch: %s", dtype, reason)
 

@@ -123,6 +123,52 @@ def test_float32(native_calls, changes, size, threads):
     assert native_calls == {"forward": 1, "backward": 1}
 
 
+WIDE = ({"dim": 256, "depth": 1}, (2, 3, 32, 32))  # long sums; several tiles of weights
+
+
+@pytest.mark.parametrize(("changes", "size"), [*CASES, WIDE], ids=str)
+def test_float32_is_as_exact_as_the_layers(native_calls, changes, size):
+    """With AMX it multiplies parts of each value; errors against float64 are no larger than those of float32.
+
+    Without AMX it adds up one term after the other, which is less exact than how PyTorch does it.
+    """
+    torch.manual_seed(0)
+    plain, fused = pair(**changes)
+    layers = copy.deepcopy(plain).float()
+    x = torch.randn(size, dtype=torch.float64)
+    expected = results(plain, x)
+    found = [results(model, x.float()) for model in (fused, layers)]
+    ours, theirs = (
+        {name: error(each[name], expected[name]) for name in expected if expected[name].ndim > 1} for each in found
+    )
+    allowed = 1.25 if native.kernels().convmixer_tiles() else 2.0
+    assert sum(ours.values()) <= allowed * sum(theirs.values()), (ours, theirs)
+    assert all(ours[name] <= 2 * theirs[name] + 1e-7 for name in ours), (ours, theirs)
+    assert native_calls == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_float32_of_any_magnitude(scale):
+    """Its parts reach as far as its exponents: the stem's convolution of tiny or huge pixels, undone by the weights."""
+    plain, fused = pair()
+    for model in (plain, fused):
+        model.stem[0].weight.data /= scale
+    x = torch.randn(2, 3, 20, 20)
+    found, expected = results(fused, x * scale), results(plain, x.double() * scale)
+    assert error(found["features"], expected["features"]) <= TOLERANCES[torch.float32]
+    assert error(found["stem.0.weight"], expected["stem.0.weight"]) <= TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("bits", [0x7F800000, 0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], ids=hex)
+def test_what_is_not_finite_stays_so(dtype, bits):
+    """Infinities and each kind of NaN, of which rounding must not make numbers."""
+    _, fused = pair()
+    x = torch.randn(2, 3, 20, 20)
+    x.view(torch.int32)[1, 1, 5, 5] = bits - (bits >> 31 << 32)
+    assert results(fused, x, dtype)["features"].isnan().any()
+
+
 @pytest.mark.parametrize(("changes", "size"), CASES, ids=str)
 def test_bfloat16_is_as_good_as_the_layers(native_calls, changes, size):
     plain, fused = pair(**changes)
@@ -297,7 +343,8 @@ def test_what_they_do_not_take_runs_on_pytorch(native_calls, caplog):
         "the native kernels take GELU and ReLU, this model has Identity",
         "set_native_training(False) was called",
     ]
-    assert re.fullmatch("fused blocks in torch.float32 run on native kernels, on AVX-512", told[-1])
+    units = "AMX" if native.kernels().convmixer_tiles() else "AVX-512"
+    assert told[-1] == f"fused blocks in torch.float32 run on native kernels, on {units}"
 
 
 def test_one_value_per_channel():
@@ -364,14 +411,16 @@ torch.manual_seed(0)
 for changes, size in tests.CASES[:3]:
     plain, fused = tests.pair(**changes)
     x = torch.randn(size, dtype=torch.float64)
-    tests.assert_near_weights(tests.results(fused, x.float(), torch.bfloat16), tests.results(plain, x), 0.03)
+    expected = tests.results(plain, x)
+    for dtype, tolerance in tests.TOLERANCES.items():
+        tests.assert_near_weights(tests.results(fused, x.float(), dtype), expected, tolerance)
 print("computed")
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="seccomp is Linux's")
-def test_bfloat16_without_amx():
-    """Where the system refuses AMX, the kernels for AVX-512 compute bfloat16 maps."""
+def test_without_amx():
+    """Where the system refuses AMX, the kernels for AVX-512 compute maps of both types."""
     here = Path(__file__).parent
     command = [sys.executable, "-c", WITHOUT_TILES, str(here), str(here.parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -77,14 +77,15 @@ struct Kept {
 };
 
 // Memory of one thread.
-template <class Compute>
+template <class Gemm, class Depthwise>
 struct Scratch {
-    using Value = typename Compute::Value;
+    using Factor = typename Gemm::Value;      // of operands of a matrix multiplication
+    using Value = typename Depthwise::Value;  // of planes
     Lane *first, *second, *bias;  // (channels) sums: of the gradient or act(u), of their product or its square
     Lane *taps;                   // (channels, k) of the gradient of depthwise kernels
     float *products;              // of the gradient of a pointwise convolution, or the stem: blocks
     char *panel, *transposed;
-    Value *rows, *columns;
+    Factor *rows, *columns;
     Value *x, *grad;  // (2, group) and (group) planes
     float *acts;      // act of what x is made of
     long bytes;
@@ -96,10 +97,10 @@ struct Scratch {
         taps = carver.take<Lane>((long)n * k);
         products = carver.take<float>((long)n * most);
         sums_end = carver.bytes();
-        panel = carver.take<char>(grid.tile / SIDE * Compute::bundle(most));
-        transposed = carver.take<char>(most / SIDE * Compute::bundle(grid.tile));
-        rows = carver.take<Value>(n * Compute::stride(grid.tile));
-        columns = carver.take<Value>(SIDE * Compute::stride(grid.tile));
+        panel = carver.take<char>(grid.tile / SIDE * Gemm::bundle(most));
+        transposed = carver.take<char>(most / SIDE * Gemm::bundle(grid.tile));
+        rows = carver.take<Factor>(n * Gemm::stride(grid.tile));
+        columns = carver.take<Factor>(SIDE * Gemm::stride(grid.tile));
         planes_start = carver.bytes();
         x = carver.take<Value>(2 * grid.group * plane), grad = carver.take<Value>(grid.group * plane);
         planes_end = carver.bytes();
@@ -116,10 +117,13 @@ struct Scratch {
     long sums_end, planes_start, planes_end;
 };
 
-template <typename T, class Compute, bool RELU>
+// T: of maps. Gemm and Depthwise compute the two kinds of convolutions, see train_amx.h and train_fma.h.
+template <typename T, class Gemm, class Depthwise, bool RELU>
 class Trainer {
-    using Value = typename Compute::Value;
-    using Kernel = typename Compute::Kernel;
+    using Factor = typename Gemm::Value;
+    using Value = typename Depthwise::Value;
+    using Kernel = typename Depthwise::Kernel;
+    using Scratch = ::Scratch<Gemm, Depthwise>;
 
     const Step &step;
     const Grid grid;
@@ -129,20 +133,20 @@ class Trainer {
     const double count;                          // values per channel
     T *const gradient;  // of the map that comes next
 
-    Value *weights;                   // of the layer that comes next, packed
+    Factor *weights;                  // of the layer that comes next, packed
     float *grad_scale, *grad_shift, *grad_value;  // gradient of act(u): scale * gradient + value * act(u) + shift
-    std::vector<Scratch<Compute>> scratch;        // of each thread
+    std::vector<Scratch> scratch;                 // of each thread
 
   public:
     explicit Trainer(const Step &s)
-        : step(s), grid(s, sizeof(Value)), kept(s, grid, s.kept), k(s.kernel_size), before((k - 1) / 2), dim(s.dim),
-          channels(grid.channels), inputs(rounded_up(s.in_chans * s.patch_size * s.patch_size, BLOCK)),
+        : step(s), grid(s, sizeof(Factor) * Gemm::PARTS), kept(s, grid, s.kept), k(s.kernel_size),
+          before((k - 1) / 2), dim(s.dim), channels(grid.channels), inputs(rounded_up(s.in_chans * s.patch_size * s.patch_size, BLOCK)),
           plane_row(rounded_up(grid.columns + SIDE, BLOCK)), plane((grid.bands * SIDE + k - 1) * plane_row),
           count((double)s.batch * grid.height * grid.width), gradient(kept.gradient) {}
 
     // False: there was no memory.
     bool forward() {
-        return run([this](Scratch<Compute> &own) {
+        return run([this](Scratch &own) {
             prepare();
             pack(0, false);
             parts([&](int image, int first, int length) { embed(image, first, length, own); });
@@ -159,7 +163,7 @@ class Trainer {
     }
 
     bool backward() {
-        return run([this](Scratch<Compute> &own) {
+        return run([this](Scratch &own) {
             maps([&](int image, int n) { begin(image, n, own); });
             settle_gradients(2 * step.depth);
             for (int i = step.depth - 1; i >= 0; i--) {
@@ -187,37 +191,37 @@ class Trainer {
     bool run(Work work) {
         thread_local Buffer shared;
         const auto lay_out = [&](Carver carver) {
-            weights = carver.take<Value>((long)channels * std::max(channels, inputs));
+            weights = carver.take<Factor>((long)channels * std::max(channels, inputs) * Gemm::PARTS);
             for (float **vector : {&grad_scale, &grad_shift, &grad_value}) *vector = carver.take<float>(channels);
             return carver.bytes();
         };
         char *memory = shared.take(lay_out(Carver(nullptr)));
         if (memory == nullptr) return false;
         lay_out(Carver(memory));
-        const long bytes = Scratch<Compute>(grid, k, inputs, plane, nullptr).bytes;
+        const long bytes = Scratch(grid, k, inputs, plane, nullptr).bytes;
         scratch.reserve(step.threads);  // nothing may be thrown between threads
         bool failed = false;
 #pragma omp parallel num_threads(step.threads)
         {
 #pragma omp single
-            scratch.assign(omp_get_num_threads(), Scratch<Compute>(grid, k, inputs, plane, nullptr));
+            scratch.assign(omp_get_num_threads(), Scratch(grid, k, inputs, plane, nullptr));
             thread_local Buffer buffer;
             char *own = buffer.take(bytes);
             if (own == nullptr) {
 #pragma omp atomic write
                 failed = true;
             } else {
-                Scratch<Compute> &mine = scratch[omp_get_thread_num()];
-                mine = Scratch<Compute>(grid, k, inputs, plane, own);
+                Scratch &mine = scratch[omp_get_thread_num()];
+                mine = Scratch(grid, k, inputs, plane, own);
                 mine.clear(own);
             }
 #pragma omp barrier
             if (!failed) {
                 const unsigned modes = _mm_getcsr();
                 _mm_setcsr(modes | 0x8040);  // denormals count as zero, as AMX has it: with them all takes far longer
-                Compute::begin();
+                Gemm::begin();
                 work(scratch[omp_get_thread_num()]);
-                Compute::end();
+                Gemm::end();
                 _mm_setcsr(modes);
             }
         }
@@ -293,9 +297,9 @@ class Trainer {
         vectors.shift[n] = layer.norm_bias[n] - mean * layer.norm_weight[n] * deviation;
     }
 
-    double gather(Lane *Scratch<Compute>::*sums, long n) {  // of all threads; they begin anew
+    double gather(Lane *Scratch::*sums, long n) {  // of all threads; they begin anew
         double sum = 0;
-        for (Scratch<Compute> &each : scratch) {
+        for (Scratch &each : scratch) {
             sum += total((each.*sums)[n]);
             std::memset((each.*sums)[n], 0, sizeof(Lane));
         }
@@ -303,13 +307,13 @@ class Trainer {
     }
 
     void clear_sums() {
-        each(channels, [&](long n) { gather(&Scratch<Compute>::first, n), gather(&Scratch<Compute>::second, n); });
+        each(channels, [&](long n) { gather(&Scratch::first, n), gather(&Scratch::second, n); });
     }
 
     // Mean, variance, scale and shift, of the sums of act(u) about the center and of its square.
     void settle_statistics(int l) {
         each(channels, [&](long n) {
-            const double sum = gather(&Scratch<Compute>::first, n), squares = gather(&Scratch<Compute>::second, n);
+            const double sum = gather(&Scratch::first, n), squares = gather(&Scratch::second, n);
             const Layer &layer = step.layers[l];
             if (n >= dim || !layer.batch) return;
             const double offset = sum / count, var = std::max(squares / count - offset * offset, 0.0);
@@ -325,7 +329,7 @@ class Trainer {
     // Gradients of the BatchNorm, and how that of act(u) is made, of the sums of the gradient and of its product with act(u).
     void settle_gradients(int l) {
         each(channels, [&](long n) {
-            const double sum = gather(&Scratch<Compute>::first, n), product = gather(&Scratch<Compute>::second, n);
+            const double sum = gather(&Scratch::first, n), product = gather(&Scratch::second, n);
             const Layer &layer = step.layers[l];
             const Vectors &vectors = kept.vectors[l];
             const double deviation = vectors.deviation[n], scale = vectors.scale[n];
@@ -343,13 +347,13 @@ class Trainer {
     // Gradients of weight and bias of the stem or a pointwise convolution, which has `columns` inputs, `real` without filling.
     void settle_weights(int l, int columns, int real) {
         each(channels, [&](long n) {
-            const double sum = gather(&Scratch<Compute>::bias, n);
+            const double sum = gather(&Scratch::bias, n);
             const Layer &layer = step.layers[l];
             if (n < dim) layer.grad_bias[n] = sum;
             for (int m = 0; m < columns; m += BLOCK) {
                 const long place = (n / BLOCK * (columns / BLOCK) + m / BLOCK) * BLOCK * BLOCK + n % BLOCK * BLOCK;
                 float line[BLOCK] = {};
-                for (Scratch<Compute> &each : scratch) {
+                for (Scratch &each : scratch) {
                     for (int i = 0; i < BLOCK; i++) line[i] += each.products[place + i], each.products[place + i] = 0;
                 }
                 if (n < dim && m < real)
@@ -360,12 +364,12 @@ class Trainer {
 
     void settle_kernels(int l) {
         each(channels, [&](long n) {
-            const double sum = gather(&Scratch<Compute>::bias, n);
+            const double sum = gather(&Scratch::bias, n);
             const Layer &layer = step.layers[l];
             if (n < dim) layer.grad_bias[n] = sum;
             for (int y = 0; y < k; y++) {
                 Lane line = {};
-                for (Scratch<Compute> &each : scratch) {
+                for (Scratch &each : scratch) {
                     Lane &part = each.taps[n * k + y];
                     for (int i = 0; i < TAPS; i++) line[i] += part[i], part[i] = 0;
                 }
@@ -379,7 +383,7 @@ class Trainer {
         const float *weight = step.layers[l].weight;
         const int real = l ? dim : step.in_chans * step.patch_size * step.patch_size, columns = l ? channels : inputs;
         each(channels / LANES, [&](long i) {
-            Compute::pack(weights, columns, i * LANES, (i + 1) * LANES, [&](int n, int m) {
+            Gemm::pack(weights, columns, i * LANES, (i + 1) * LANES, [&](int n, int m) {
                 const bool inside = n < dim && m < real;
                 return !inside ? 0.0f : transposed ? weight[(long)m * dim + n] : weight[(long)n * real + m];
             });
@@ -434,40 +438,40 @@ class Trainer {
     // The panel of `sources(i)`, one for each input.
     template <class Sources>
     void fill(int count, int first, int length, char *panel, Sources sources) const {
-        const long bundle = Compute::bundle(count);
+        const long bundle = Gemm::bundle(count);
         for (int i = 0; i < count; i += 2) {
             const auto one = sources(i), two = sources(i + 1);
             for (int p = 0; p < length; p += BLOCK) {
                 const __mmask32 real = grid.masks[(first + p) / BLOCK];
                 const __m512 a[2] = {one(first + p, real), one(first + p + LANES, real >> LANES)};
                 const __m512 b[2] = {two(first + p, real), two(first + p + LANES, real >> LANES)};
-                Compute::put(panel, bundle, i, p, a, b);
+                Gemm::put(panel, bundle, i, p, a, b);
             }
         }
     }
     // Its transpose, whose columns are the inputs.
     template <class Sources>
-    void fill_transposed(int count, int first, int length, Scratch<Compute> &own, Sources sources) const {
-        const long row = Compute::stride(length);
+    void fill_transposed(int count, int first, int length, Scratch &own, Sources sources) const {
+        const long row = Gemm::stride(length);
         char *panel = own.transposed;
-        for (int i = 0; i < count; i += SIDE, panel += Compute::bundle(length)) {
+        for (int i = 0; i < count; i += SIDE, panel += Gemm::bundle(length)) {
             for (int j = 0; j < SIDE; j++) {
                 const auto source = sources(i + j);
                 for (int p = 0; p < length; p += BLOCK) {
                     const __mmask32 real = grid.masks[(first + p) / BLOCK];
                     const __m512 v[2] = {source(first + p, real), source(first + p + LANES, real >> LANES)};
-                    Compute::put_row(own.columns + j * row + p, v);
+                    Gemm::put_row(own.columns + j * row, p, v);
                 }
             }
-            for (int p = 0; p < length; p += BLOCK) Compute::put_transposed(panel, p, own.columns + p, row);
+            for (int p = 0; p < length; p += BLOCK) Gemm::put_transposed(panel, p, own.columns, length);
         }
     }
 
     // u of a layer: the packed weights times the panel, and the sums of act(u).
-    void multiply(int l, T *map, int image, int first, int length, int count, Scratch<Compute> &own) const {
+    void multiply(int l, T *map, int image, int first, int length, int count, Scratch &own) const {
         const float *bias = step.layers[l].bias, *center = kept.vectors[l].center;
-        Compute::multiply(
-            Compute::packed(weights, count), own.panel, count, channels, length, [&](int n, int p, __m512 v, __m512 w) {
+        Gemm::multiply(
+            Gemm::packed(weights, count), own.panel, count, channels, length, [&](int n, int p, __m512 v, __m512 w) {
                 const __m512 add = all(n < dim ? bias[n] : 0), middle = all(center[n]);
                 const __mmask32 real = grid.masks[(first + p) / BLOCK];
                 T *to = at(map, image, n) + first + p;
@@ -481,8 +485,8 @@ class Trainer {
 
     // The gradient of u of a layer as rows and, for a block, as a panel; its sums.
     template <bool PANEL>
-    void activation_gradient(int l, int image, int first, int length, Scratch<Compute> &own) const {
-        const long bundle = Compute::bundle(channels), row = Compute::stride(length);
+    void activation_gradient(int l, int image, int first, int length, Scratch &own) const {
+        const long bundle = Gemm::bundle(channels), row = Gemm::stride(length);
         for (int n = 0; n < channels; n += 2)
             for (int p = 0; p < length; p += BLOCK) {
                 const __mmask32 real = grid.masks[(first + p) / BLOCK];
@@ -496,28 +500,28 @@ class Trainer {
                             _mm512_fmadd_ps(scale, load_row(g + half * LANES), _mm512_fmadd_ps(value, a.value, shift));
                         grads[j][half] = _mm512_maskz_mul_ps(real >> half * LANES, a.slope, of_act);
                     }
-                    Compute::put_row(own.rows + (n + j) * row + p, grads[j]);
+                    Gemm::put_row(own.rows + (n + j) * row, p, grads[j]);
                     add_to(own.bias[n + j], _mm512_add_ps(grads[j][0], grads[j][1]));
                 }
-                if (PANEL) Compute::put(own.panel, bundle, n, p, grads[0], grads[1]);
+                if (PANEL) Gemm::put(own.panel, bundle, n, p, grads[0], grads[1]);
             }
     }
 
     // ---- forward ----------------------------------------------------------------------------------------------------
 
-    void embed(int image, int first, int length, Scratch<Compute> &own) const {
+    void embed(int image, int first, int length, Scratch &own) const {
         fill(inputs, first, length, own.panel, [&](int i) { return patch(image, i); });
         multiply(0, kept.u[0], image, first, length, inputs, own);
     }
 
-    void mix(int i, int image, int first, int length, Scratch<Compute> &own) const {
+    void mix(int i, int image, int first, int length, Scratch &own) const {
         fill(channels, first, length, own.panel, [&](int n) { return mixed(i, image, n); });
         multiply(2 * i + 2, kept.u[i + 1], image, first, length, channels, own);
     }
 
     // x of a channel of some images, as planes whose border is `before` wide; and, where wanted, act(u).
     template <bool ACTS>
-    void set_planes(int i, int image, int images, int n, Value *planes, Scratch<Compute> &own) const {
+    void set_planes(int i, int image, int images, int n, Value *planes, Scratch &own) const {
         const Vectors &carried = kept.vectors[2 * i];
         const __m512 scale = all(carried.scale[n]), shift = all(carried.shift[n]);
         float *acts = own.acts;
@@ -556,7 +560,7 @@ class Trainer {
     void convolve(const Value *planes, const Kernel &kernel, const Place (&places)[4], Sums &sums) const {
         const Value *corners[4];
         for (int t = 0; t < 4; t++) corners[t] = planes + corner(places[t]);
-        Compute::convolve(corners, plane_row, kernel, k, sums);
+        Depthwise::convolve(corners, plane_row, kernel, k, sums);
     }
     // Calls `take(image, place in the map, mask, sums)` for each row of outputs.
     template <class Take>
@@ -571,7 +575,7 @@ class Trainer {
     }
 
     // Channels n and n + 1: tiles must wait until what they load has left the store buffer, and there is more to do.
-    void spatial(int i, int image, int images, int n, Scratch<Compute> &own) const {
+    void spatial(int i, int image, int images, int n, Scratch &own) const {
         const Layer &layer = step.layers[2 * i + 1];
         Kernel kernels[2];
         Value *const planes[2] = {own.x, own.x + grid.group * plane};
@@ -612,7 +616,7 @@ class Trainer {
     // ---- backward ---------------------------------------------------------------------------------------------------
 
     // Takes over the gradient of the features.
-    void begin(int image, int n, Scratch<Compute> &own) const {
+    void begin(int image, int n, Scratch &own) const {
         const T *u = at(kept.u[step.depth], image, n);
         T *to = at(gradient, image, n);
         if (n >= dim) {
@@ -635,13 +639,13 @@ class Trainer {
     static __m512 load_some(const float *p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
     static __m512 load_some(const uint16_t *p, __mmask16 m) { return widened(_mm256_maskz_loadu_epi16(m, p)); }
 
-    void unmix(int i, int image, int first, int length, Scratch<Compute> &own) const {
+    void unmix(int i, int image, int first, int length, Scratch &own) const {
         const float *center = kept.vectors[2 * i + 1].center;
         activation_gradient<true>(2 * i + 2, image, first, length, own);
         fill_transposed(channels, first, length, own, [&](int n) { return mixed(i, image, n); });
-        Compute::accumulate(Compute::rows(own.rows, length), own.transposed, length, channels, channels, own.products);
-        Compute::multiply(
-            Compute::packed(weights, channels), own.panel, channels, channels, length,
+        Gemm::accumulate(Gemm::rows(own.rows, length), own.transposed, length, channels, channels, own.products);
+        Gemm::multiply(
+            Gemm::packed(weights, channels), own.panel, channels, channels, length,
             [&](int n, int p, __m512 v, __m512 w) {  // zeros where positions are not real, and c may be anything
                 const T *c = at(kept.c[i], image, n) + first + p;
                 T *to = at(gradient, image, n) + first + p;
@@ -655,7 +659,7 @@ class Trainer {
             });
     }
 
-    void unspatial(int i, int image, int images, int n, Scratch<Compute> &own) const {
+    void unspatial(int i, int image, int images, int n, Scratch &own) const {
         const int l = 2 * i + 1, after = k / 2;
         const __m512 scale = all(grad_scale[n]), value = all(grad_value[n]), shift = all(grad_shift[n]);
         const __m512 center = all(kept.vectors[2 * i].center[n]);
@@ -676,7 +680,7 @@ class Trainer {
         Kernel kernel;
         if (n < dim) kernel.set(step.layers[l].weight + (long)n * k * k, k, true);
         alignas(64) Sums sums;
-        typename Compute::Operands operands;
+        typename Depthwise::Operands operands;
         tiles(images, [&](const Place(&places)[4], int count) {
             const Value *corners[4], *grads[4];
             for (int t = 0; t < 4; t++) {
@@ -684,9 +688,9 @@ class Trainer {
                 grads[t] = own.grad + corner(places[t]) + after * (plane_row + 1);
             }
             // In this order since tiles must wait until what they load has left the store buffer.
-            Compute::arrange(corners, grads, count, plane_row, k, operands);
+            Depthwise::arrange(corners, grads, count, plane_row, k, operands);
             convolve(own.grad, kernel, places, sums);
-            Compute::correlate(operands, k, own.taps + (long)n * k);
+            Depthwise::correlate(operands, k, own.taps + (long)n * k);
             take_rows(places, count, sums, [&](int of, int p, __mmask16 real, __m512 v) {
                 T *to = at(gradient, image + of, n) + p;
                 v = _mm512_maskz_add_ps(real, load_row(to), v);
@@ -698,25 +702,28 @@ class Trainer {
         add_to(own.bias[n], bias), add_to(own.first[n], sum), add_to(own.second[n], product);
     }
 
-    void unembed(int image, int first, int length, Scratch<Compute> &own) const {
+    void unembed(int image, int first, int length, Scratch &own) const {
         activation_gradient<false>(0, image, first, length, own);
         fill_transposed(inputs, first, length, own, [&](int i) { return patch(image, i); });
-        Compute::accumulate(Compute::rows(own.rows, length), own.transposed, length, channels, inputs, own.products);
+        Gemm::accumulate(Gemm::rows(own.rows, length), own.transposed, length, channels, inputs, own.products);
     }
 };
 
 template <class Run>
 int dispatch(const Step &step, bool half, Run run) {
-    auto chosen = [&](auto type, auto compute) {
+    auto chosen = [&](auto type, auto gemm, auto depthwise) {
         using T = decltype(type);
-        using Compute = decltype(compute);
-        if (step.relu) return run(Trainer<T, Compute, true>(step));
-        return run(Trainer<T, Compute, false>(step));
+        using Gemm = decltype(gemm);
+        using Depthwise = decltype(depthwise);
+        if (step.relu) return run(Trainer<T, Gemm, Depthwise, true>(step));
+        return run(Trainer<T, Gemm, Depthwise, false>(step));
     };
 #ifdef CONVMIXER_TILES
-    if (half && tiles_permitted()) return chosen(uint16_t(), Amx());
+    if (tiles_permitted())
+        return half ? chosen(uint16_t(), TileGemm<1>(), TileDepthwise())
+                    : chosen(float(), TileGemm<3>(), FmaDepthwise());
 #endif
-    return half ? chosen(uint16_t(), Fma()) : chosen(float(), Fma());
+    return half ? chosen(uint16_t(), FmaGemm(), FmaDepthwise()) : chosen(float(), FmaGemm(), FmaDepthwise());
 }
 
 template <class Call>

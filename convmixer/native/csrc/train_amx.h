@@ -1,7 +1,13 @@
-// The convolutions of a training step in bfloat16 on AMX, with float32 sums.
+// The convolutions of a training step on AMX, with float32 sums: matrix multiplications of bfloat16 or float32, and
+// depthwise convolutions of bfloat16.
 //
-// A panel, the right operand of a matrix multiplication, holds bundles of 16 columns: (columns / 16, inputs / 2, 16, 2). The left
-// operand is rows of 32 inputs, either packed to whole tiles of 1 KiB or with a stride.
+// A value consists of parts, each a bfloat16: one for a value in bfloat16, three for one in float32, each of which is
+// what the ones before leave, so that their sum is exact. Of the nine terms of a multiplication of float32, six are
+// added up, the smallest first. Those left out, of second and third parts, are below 2^-21 of it and of either sign.
+//
+// The right operand of a matrix multiplication is a panel, in bundles of 16 columns. A bundle holds a tile of 1 KiB for
+// each 32 inputs and part: (columns / 16, inputs / 32, parts, 16 pairs of inputs, 16, 2). The left operand is either
+// packed to whole tiles, (outputs / 16, inputs / 32, parts, 16, 32), or rows with a stride, (inputs / 32, parts, 32) each.
 //
 // Depthwise. A plane is the image of one channel with zeros around it, rows `stride` values apart. One row of a kernel
 // times one tile of 16 x 16 outputs is a product of 16 rows of the plane, 32 neighbours each, and a Toeplitz matrix
@@ -20,9 +26,36 @@
 
 namespace {
 
-struct Amx {
+// Lane j of each part holds those of a[j], below, and of b[j]. The largest part comes first.
+inline void split(__m512 a, __m512 b, __m512i (&parts)[1]) {
+    const __m512i order = _mm512_add_epi16(  // 0 16 1 17 ...
+        _mm512_srli_epi32(_mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0), 1),
+        _mm512_slli_epi32(_mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));
+    parts[0] = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+inline void split(__m512 a, __m512 b, __m512i (&parts)[3]) {
+    const __m512i upper = _mm512_set1_epi32(0xffff0000), half = _mm512_set1_epi32(0x8000);
+    auto cut = [&](__m512i v) { return _mm512_castsi512_ps(_mm512_and_si512(v, upper)); };
+    auto pairs = [&](__m512 a, __m512 b) {
+        return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b));
+    };
+    // The first part is cut, as rounding bits would make some NaN a number; the second is rounded, and the third fits.
+    const __m512 first_a = cut(_mm512_castps_si512(a)), first_b = cut(_mm512_castps_si512(b));
+    const __m512 rest_a = _mm512_sub_ps(a, first_a), rest_b = _mm512_sub_ps(b, first_b);
+    const __m512 second_a = cut(_mm512_add_epi32(_mm512_castps_si512(rest_a), half));
+    const __m512 second_b = cut(_mm512_add_epi32(_mm512_castps_si512(rest_b), half));
+    parts[0] = pairs(first_a, first_b);
+    parts[1] = pairs(second_a, second_b);
+    parts[2] = pairs(_mm512_sub_ps(rest_a, second_a), _mm512_sub_ps(rest_b, second_b));
+}
+
+template <int PARTS_>
+struct TileGemm {
     using Value = uint16_t;
-    static constexpr int TILE_BYTES = 1024;
+    static constexpr int PARTS = PARTS_;
+    static constexpr int DEPTH = 32;  // inputs in a tile
+    static constexpr int TILE_BYTES = 1024, STEP = PARTS * TILE_BYTES;
+    static constexpr int TERMS = PARTS == 1 ? 1 : 6;  // of a multiplication
 
     static void begin() { configure(SIDE, SIDE); }
     static void end() { _tile_release(); }
@@ -30,92 +63,122 @@ struct Amx {
     // ---- operands ---------------------------------------------------------------------------------------------------
 
     // Bytes of a bundle; one line more, as bundles must not lie a power of two apart.
-    static long bundle(int inputs) { return inputs * 32L + 64; }
-    // Values from row to row of a left operand that is not packed, likewise.
-    static long stride(int inputs) { return inputs + 32; }
+    static long bundle(int inputs) { return inputs * 32L * PARTS + 64; }
+    // Of the parts, from row to row of a left operand that is not packed, likewise.
+    static long stride(int inputs) { return (long)inputs * PARTS + 32; }
 
     struct Left {
         const char *data;
-        long row, half, step;  // bytes from row to row, to the next 16 rows, and to the next 32 inputs
+        long row, half, part;  // bytes from row to row, to the next 16 rows, and to the next part
     };
     static Left packed(const Value *data, int inputs) {
-        return {reinterpret_cast<const char *>(data), 64, inputs * 32L, TILE_BYTES};
+        return {reinterpret_cast<const char *>(data), 64, inputs * 32L * PARTS, TILE_BYTES};
     }
     static Left rows(const Value *data, int inputs) {
-        const long row = stride(inputs) * 2;
-        return {reinterpret_cast<const char *>(data), row, 16 * row, 64};
+        const long row = stride(inputs) * sizeof(Value);
+        return {reinterpret_cast<const char *>(data), row, SIDE * row, DEPTH * sizeof(Value)};
     }
 
     // Rows [first, last), in sixteens, of an (outputs, inputs) matrix given by `at(output, input)`.
     template <class At>
     static void pack(Value *to, int inputs, int first, int last, At at) {
         for (int n = first; n < last; n++)
-            for (int i = 0; i < inputs; i++)
-                to[(long)n / 16 * 16 * inputs + i / 32 * 512 + n % 16 * 32 + i % 32] = to_bf16(at(n, i));
+            for (int i = 0; i < inputs; i += DEPTH) {
+                alignas(64) float even[LANES], odd[LANES];
+                for (int j = 0; j < LANES; j++) even[j] = at(n, i + 2 * j), odd[j] = at(n, i + 2 * j + 1);
+                char *tile = reinterpret_cast<char *>(to) + (n / SIDE * (inputs / DEPTH) + i / DEPTH) * (long)STEP;
+                put_parts(tile + n % SIDE * 64, TILE_BYTES, _mm512_load_ps(even), _mm512_load_ps(odd));
+            }
+    }
+    // Pairs of a and b, and each part `distance` bytes behind the one before.
+    static void put_parts(char *to, long distance, __m512 a, __m512 b) {
+        __m512i parts[PARTS];
+        split(a, b, parts);
+#pragma GCC unroll 3
+        for (int i = 0; i < PARTS; i++) _mm512_store_si512(to + i * distance, parts[i]);
     }
 
     // Inputs i and i + 1 of a panel, an even i, at 32 columns.
     static void put(char *panel, long bundle, int i, int column, const __m512 (&a)[2], const __m512 (&b)[2]) {
-        const __m512i order = _mm512_add_epi16(  // 0 16 1 17 ...
-            _mm512_srli_epi32(_mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0), 1),
-            _mm512_slli_epi32(_mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));
-        char *to = panel + column / SIDE * bundle + i * 32L;
-        _mm512_store_si512(to, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b[0], a[0])));
-        _mm512_store_si512(to + bundle, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b[1], a[1])));
+        char *to = panel + column / SIDE * bundle + i / DEPTH * STEP + i % DEPTH * 32L;
+        put_parts(to, TILE_BYTES, a[0], b[0]);
+        put_parts(to + bundle, TILE_BYTES, a[1], b[1]);
     }
-    // 32 neighbours of a row.
-    static void put_row(Value *to, const __m512 (&v)[2]) {
-        _mm512_store_si512(to, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+    // Inputs i to i + 31 of a row of a left operand, in the order 0 16 1 17 ..., as put_transposed has them as well.
+    static void put_row(Value *row, int i, const __m512 (&v)[2]) {
+        put_parts(reinterpret_cast<char *>(row + i * PARTS), DEPTH * sizeof(Value), v[0], v[1]);
     }
-    // 32 inputs of 16 rows, `row` values apart, as inputs [i, i + 32) of a bundle whose columns the rows are.
-    static void put_transposed(char *bundle, int i, const Value *from, long row) {
-        __m512i lines[16];
-        for (int n = 0; n < 16; n++) lines[n] = _mm512_load_si512(from + n * row);
-        transpose(lines);
-        for (int n = 0; n < 16; n++) _mm512_store_si512(bundle + (i / 2 + n) * 64L, lines[n]);
+    // Inputs i to i + 31 of a bundle, whose columns are 16 rows of a left operand.
+    static void put_transposed(char *bundle, int i, const Value *from, int inputs) {
+        const long row = stride(inputs);
+        from += i * PARTS, bundle += i / DEPTH * STEP;
+        for (int part = 0; part < PARTS; part++, from += DEPTH, bundle += TILE_BYTES) {
+            __m512i lines[16];
+            for (int n = 0; n < 16; n++) lines[n] = _mm512_load_si512(from + n * row);
+            transpose(lines);
+            for (int n = 0; n < 16; n++) _mm512_store_si512(bundle + n * 64L, lines[n]);
+        }
     }
 
     // ---- matrix multiplication ------------------------------------------------------------------------------------------
 
-    static void four(const Left &a, const char *left, const char *right, long bundle) {
-        _tile_loadd(4, left, a.row);
-        _tile_loadd(6, right, 64);
-        _tile_loadd(7, right + bundle, 64);
-        _tile_loadd(5, left + a.half, a.row);
+    static void load_left(const Left &a, const char *left, int part) {
+        _tile_loadd(4, left + part * a.part, a.row);
+        _tile_loadd(5, left + part * a.part + a.half, a.row);
+    }
+    static void load_right(const char *right, long bundle, int part) {
+        _tile_loadd(6, right + part * TILE_BYTES, 64);
+        _tile_loadd(7, right + part * TILE_BYTES + bundle, 64);
+    }
+    static void add_square() {
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
+    }
+    // Adds 32 inputs to the four sums, and calls `between` after each term. Terms differ in one operand from the one
+    // before, so that few tiles are loaded.
+    template <class Between>
+    static void add_inputs(const Left &a, const char *left, const char *right, long bundle, Between between) {
+        if (PARTS == 1) {
+            load_left(a, left, 0), load_right(right, bundle, 0), add_square(), between();
+        } else {
+            load_left(a, left, 2), load_right(right, bundle, 0), add_square(), between();
+            load_left(a, left, 1), add_square(), between();
+            load_right(right, bundle, 1), add_square(), between();
+            load_left(a, left, 0), add_square(), between();
+            load_right(right, bundle, 2), add_square(), between();
+            load_right(right, bundle, 0), add_square(), between();
+        }
     }
 
     // `finish(row, column, v)` gets each row of 32 columns; between the multiplications of the next block.
     template <class Finish>
     static void multiply(const Left &a, const char *panel, int inputs, int outputs, int columns, Finish finish) {
         alignas(64) float sums[2][BLOCK * BLOCK];
-        const int steps = inputs / 32, rate = (BLOCK + steps - 1) / steps;
+        const int terms = inputs / DEPTH * TERMS, rate = (BLOCK + terms - 1) / terms;
         int ready = -1, ready_n = 0, ready_m = 0;  // which of the sums are finished next, and where they belong
-        auto finish_row = [&](int i) {
-            const float *sum = sums[ready] + i * BLOCK;
-            finish(ready_n + i, ready_m, _mm512_load_ps(sum), _mm512_load_ps(sum + LANES));
+        int row = BLOCK;                           // of them, the next
+        auto finish_rows = [&](int end) {
+            for (; row < end; row++) {
+                const float *sum = sums[ready] + row * BLOCK;
+                finish(ready_n + row, ready_m, _mm512_load_ps(sum), _mm512_load_ps(sum + LANES));
+            }
         };
         settle();
         for (int n = 0; n < outputs; n += BLOCK)
             for (int m = 0; m < columns; m += BLOCK) {
                 const char *left = a.data + n / SIDE * a.half;
                 const char *right = panel + m / SIDE * bundle(inputs);
-                int row = 0;
                 clear();
-                for (int i = 0; i < steps; i++, left += a.step, right += TILE_BYTES) {
-                    four(a, left, right, bundle(inputs));
-                    if (ready >= 0)
-                        for (int j = 0; j < rate && row < BLOCK; j++) finish_row(row++);
-                }
-                const int now = ready == 0 ? 1 : 0;
-                store_square(sums[now]);
+                for (int i = 0; i < inputs; i += DEPTH, left += PARTS * a.part, right += STEP)
+                    add_inputs(a, left, right, bundle(inputs), [&] { finish_rows(std::min(row + rate, BLOCK)); });
+                ready = ready == 0 ? 1 : 0;
+                store_square(sums[ready]);
                 settle();
-                ready = now, ready_n = n, ready_m = m;
+                row = 0, ready_n = n, ready_m = m;
             }
-        for (int row = 0; row < BLOCK; row++) finish_row(row);
+        finish_rows(BLOCK);
     }
 
     // Adds to `sums`, blocks of (32, 32).
@@ -129,14 +192,17 @@ struct Amx {
                 _tile_loadd(1, sums + 16, 128);
                 _tile_loadd(2, sums + 512, 128);
                 _tile_loadd(3, sums + 528, 128);
-                for (int i = 0; i < inputs; i += 32, left += a.step, right += TILE_BYTES)
-                    four(a, left, right, bundle(inputs));
+                for (int i = 0; i < inputs; i += DEPTH, left += PARTS * a.part, right += STEP)
+                    add_inputs(a, left, right, bundle(inputs), [] {});
                 store_square(sums);
             }
         settle();
     }
 
-    // ---- depthwise --------------------------------------------------------------------------------------------------
+};
+
+struct TileDepthwise {
+    using Value = uint16_t;
 
     struct Kernel {
         alignas(64) uint32_t runs[LARGEST * RUN] = {};
