@@ -20,12 +20,30 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MOST_BYTES = 8e6  # of the wheel
 # Tests that need neither a C++ compiler nor what only Linux has.
-PORTABLE = """
-test_evaluation test_hardware test_inference test_model test_portability test_public_api test_readme test_registry
-test_timm test_transforms test_weights cli/test_cli_info cli/test_cli_list cli/test_cli_predict data/test_images
-data/test_tables hub/test_convert ops/test_ops runtime/test_folding training/test_augment training/test_optimizers
-training/test_recipe
-""".split()
+PORTABLE = [
+    "test_evaluation",
+    "test_hardware",
+    "test_inference",
+    "test_model",
+    "test_portability",
+    "test_public_api",
+    "test_readme",
+    "test_registry",
+    "test_timm",
+    "test_transforms",
+    "test_weights",
+    "cli/test_cli_info",
+    "cli/test_cli_list",
+    "cli/test_cli_predict",
+    "data/test_images",
+    "data/test_tables",
+    "hub/test_convert",
+    "ops/test_ops",
+    "runtime/test_folding",
+    "training/test_augment",
+    "training/test_optimizers",
+    "training/test_recipe",
+]
 TEST_TOOLS = ["pytest", "hypothesis", "psutil", "pyyaml", "scikit-image", "scikit-learn", "sybil"]
 
 KERNELS = """
@@ -41,7 +59,7 @@ except DependencyError as error:
     sys.exit(sys.argv[1] == "must")
 with torch.inference_mode():
     error = (fast(x) - model(x)).abs().max().item()
-print(f"native kernels compiled; logits differ by at most {error:.1e}; for training: {training.lacking() or 'compiled'}")
+print(f"native kernels compiled, logits differ by at most {error:.1e}; of training: {training.lacking() or 'compiled'}")
 assert error < 1e-3 and not training.lacking()
 """
 
@@ -88,7 +106,9 @@ def _check_contents(wheel: Path, sdist: Path) -> None:
         sys.exit(f"{wheel.name} has {wheel.stat().st_size:,} bytes, more than {MOST_BYTES:,.0f}")
     with tarfile.open(sdist) as archive:
         names = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    lacking = [name for name in [*wanted, "pyproject.toml", "README.md", "LICENSE", "docs/index.md"] if name not in names]
+    lacking = [
+        name for name in [*wanted, "pyproject.toml", "README.md", "LICENSE", "docs/index.md"] if name not in names
+    ]
     if lacking:
         sys.exit(f"{sdist.name} lacks {sorted(lacking)}")
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(found)} files; {sdist.name}: {len(names)} files")

@@ -17,7 +17,9 @@ def problem(tag: str, pyproject: str, changelog: str) -> str | None:
     found = re.search(r'^version = "(.+)"$', pyproject, re.MULTILINE)
     version = found[1] if found else ""
     if tag != f"v{version}":
-        return f"the tag is {tag}, and pyproject.toml has the version {version!r}: tag v{version}, or change the version"
+        return (
+            f"the tag is {tag}, and pyproject.toml has the version {version!r}: tag v{version}, or change the version"
+        )
     sections = re.findall(r"^## (.+)$", changelog, re.MULTILINE)
     if not sections or not re.fullmatch(rf"\[?{re.escape(version)}\]? - \d{{4}}-\d\d-\d\d", sections[0]):
         first = sections[0] if sections else "nothing"

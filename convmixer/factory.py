@@ -118,8 +118,8 @@ def _registered(name: str, weights: Weights, revision: str | None, **hub_options
     if not weights.hub_id:
         if weights.path is None:
             raise WeightsError(
-                f"{name} ships with the package, but {weights.file!r} is missing in {str(WEIGHTS_FOLDER)!r}, and no Hub "
-                "repository is known: install the package again, or give the file as checkpoint="
+                f"{name} ships with the package, but {weights.file!r} is missing in {str(WEIGHTS_FOLDER)!r}, and no "
+                "repository on the Hub is known: install the package again, or give the file as checkpoint="
             )
         raise ArgumentError(f"revision={revision!r}: {name} ships with the package; leave it out")
     options = {"revision": revision or weights.revision, **hub_options}

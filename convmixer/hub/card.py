@@ -19,7 +19,7 @@ from huggingface_hub import (
     constants,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.utils import yaml_dump
+from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 
 from convmixer.errors import ArgumentError
 from convmixer.hub.publishable import Publishable

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -192,7 +193,9 @@ def _patiently(call: Callable[[], Result], lost_too: bool = True) -> Result:
             transient = getattr(response, "status_code", None) in (_TRANSIENT if lost_too else (429, 503))
             if lost_too:
                 transient |= any(isinstance(e, ConnectionResetError | ConnectionAbortedError) for e in _chain(error))
-                transient |= type(error) is OSError and error.errno is None  # the client's, for a body of another length
+                transient |= (
+                    type(error) is OSError and error.errno is None
+                )  # the client's, for a body of another length
             if not transient or attempt == _ATTEMPTS - 1 or time.monotonic() - started > _PATIENCE:
                 raise
             asked = str(getattr(response, "headers", {}).get("Retry-After", ""))
@@ -249,7 +252,10 @@ def _problem(path: Path, size: int, sha256: str) -> str:
 
 
 def _hashes(path: Path, size: int, expected: str) -> list[str]:
-    """The hashes by which the Hub, or the name of a cached file, may know a file: sha256 of large files; git's, or a mirror's sha1, of others."""
+    """Return the hashes by which the Hub or its cache may know a file, of the kind of the expected one.
+
+    That is sha256 of large files; of others git's, or a mirror's sha1.
+    """
     kinds = [hashlib.sha256()] if len(expected) == 64 else [hashlib.sha1(b"blob %d\0" % size), hashlib.sha1()]
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -312,9 +318,7 @@ class Branch:
         """Return the paths of those files that the branch does not have, or not with this content."""
         found = ((path, file, self.hashes.get(path, "")) for path, file in files.items())
         return [
-            path
-            for path, file, known in found
-            if not known or known not in _hashes(file, file.stat().st_size, known)
+            path for path, file, known in found if not known or known not in _hashes(file, file.stat().st_size, known)
         ]
 
 
@@ -431,6 +435,8 @@ def collect(
 ) -> tuple[str, list[str]]:
     """Put model repositories into a collection of that title, which is made if the owner has none.
 
+    With `HF_HUB_OFFLINE=1` it counts as missing.
+
     Args:
         owner: Of the collection.
         title: Of the collection.
@@ -446,8 +452,9 @@ def collect(
     Raises:
         HubError: The Hub refuses or cannot be reached.
     """
-    token = _stripped(token)
-    api = HfApi(token=token)
+    if constants.HF_HUB_OFFLINE and dry_run:
+        return "", list(repo_ids)
+    api = HfApi(token=_stripped(token))
     name = f"{owner}, collection {title!r}"
     try:
         found = next((c for c in _patiently(lambda: list(api.list_collections(owner=owner))) if c.title == title), None)
@@ -462,7 +469,7 @@ def collect(
         if found is not None and not dry_run:
             slug = found.slug
             for repo_id in new:
-                _patiently(lambda repo_id=repo_id: api.add_collection_item(slug, repo_id, "model", exists_ok=True))
+                _patiently(partial(api.add_collection_item, slug, repo_id, "model", exists_ok=True))
         return found.url if found else "", new
     except Exception as error:
         raise _refusal(name, error, token) from _harmless(error, token)

@@ -1,5 +1,6 @@
 """The zoo on the Hub: published once, found again, finished after faults, and loaded by a package without weights."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -70,7 +71,7 @@ LIMITED = (
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    """The server after all pushes, and by case what the command printed and the requests that could change something."""
+    """The server after all pushes; by case, requests that could change something, and what the command printed."""
     with serve() as hub:
         hub.faults.append(Fault(f"POST /api/models/broken/{NAMES[1]}/commit/", "drop"))
         hub.faults.append(Fault(f"POST /api/models/lossy/{NAMES[1]}/commit/", "lost"))
@@ -207,7 +208,7 @@ show("zoo", lambda: push_zoo("me"))
 @pytest.fixture(scope="module")
 def without_weights(pushed, tmp_path_factory):
     """A copy of the package without its weights, and another with the pushed records pasted into its registry."""
-    hub, _, records = pushed
+    _, _, records = pushed
     folder = tmp_path_factory.mktemp("package without weights")
     for kind in "plain", "pasted":
         ignore = shutil.ignore_patterns("*.safetensors", "__pycache__")
@@ -266,8 +267,8 @@ def test_the_packaged_file_comes_first(monkeypatch):
     asked = []
     monkeypatch.setattr(registry, "_BY_NAME", {k: v for k, v in registry._BY_NAME.items()})
     variant, weights = registry.get_variant(name)
-    record = convmixer.registry.replace(weights, hub_id="me/x", revision="4f0c")
-    registry._BY_NAME[variant.name] = convmixer.registry.replace(variant, weights=(record,))
+    record = dataclasses.replace(weights, hub_id="me/x", revision="4f0c")
+    registry._BY_NAME[variant.name] = dataclasses.replace(variant, weights=(record,))
 
     def fetch(*arguments, **options):
         asked.append((arguments, options["revision"], options.get("sha256", "")))
@@ -304,7 +305,7 @@ def test_a_connection_that_breaks_in_the_middle(pushed):
 
 def test_a_lost_answer(pushed):
     """The commit was made, and nobody heard of it: the next call finds it there."""
-    hub, writes, records = pushed
+    hub, _, records = pushed
     assert records["lost"]["status"] == 2
     assert f"error: hf-hub:lossy/{NAMES[1]}: " in records["lost"]["err"]
     assert records["after the loss"]["out"].count(f"lossy/{NAMES[1]}: unchanged") == 1
@@ -312,7 +313,7 @@ def test_a_lost_answer(pushed):
 
 
 def test_a_rate_limit_is_waited_for(pushed):
-    hub, writes, records = pushed
+    hub, _, records = pushed
     assert records["limit"]["status"] == 0, records["limit"]["err"]
     assert [fault.times for fault in hub.faults if fault.match in LIMITED] == [0] * len(LIMITED)
     for name in NAMES:
@@ -373,6 +374,12 @@ def test_where_the_runs_are(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "SOURCE_TREE", tmp_path / "site-packages" / "docs" / "runs")
     with pytest.raises(ArgumentError, match="the records of the trainings are not in the wheel: give runs="):
         zoo.push_zoo("me", dry_run=True)
+
+
+def test_a_dry_run_without_a_network(quick):
+    found = zoo.push_zoo("me", dry_run=True)
+    assert [entry.revision for entry in found.entries] == [None] * len(NAMES)
+    assert (found.collection, list(found.added)) == ("", [f"me/{name}" for name in NAMES])
 
 
 def test_owner(quick):
