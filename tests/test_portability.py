@@ -33,7 +33,7 @@ except ImportError:
 
 platform, cat, scratch = sys.argv[1:]
 for module, names in {
-    os: ("fork", "register_at_fork", "sched_getaffinity", "sysconf", "set_blocking", "getuid", "killpg"),
+    os: ("fork", "register_at_fork", "sched_getaffinity", "sysconf", "getuid", "killpg"),
     signal: ("pthread_kill", "pthread_sigmask", "SIGALRM", "SIGKILL", "SIGUSR1", "SIGHUP"),
     mmap: ("PROT_EXEC", "MAP_PRIVATE", "MAP_ANONYMOUS", "MADV_HUGEPAGE"),
 }.items():
