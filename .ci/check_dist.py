@@ -70,16 +70,17 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="site-packages that has torch and the tools of the tests already")
     parser.add_argument("--kernels", choices=("must", "may"), default="may", help="whether they must compile here")
     parser.add_argument("--tests", choices=("none", "portable", "all"), default="none", help="of the sdist")
-    parser.add_argument("more", nargs="*", metavar="PYTEST_ARGUMENT", help="behind --: tests, options")
-    options = parser.parse_args()
+    parser.epilog = "What stands behind -- goes to pytest: tests to run, and options."
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, more = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     wheel, sdist = _only(options.dist, "*.whl"), _only(options.dist, "*.tar.gz")
     _check_contents(wheel, sdist)
     with tempfile.TemporaryDirectory(prefix="convmixer dist ", ignore_cleanup_errors=True) as scratch:
         _check_wheel(wheel, Path(scratch), options.base, options.kernels)
-        if options.tests != "none" or options.more:
+        if options.tests != "none" or more:
             chosen = [f"tests/{name}.py" for name in PORTABLE] if options.tests == "portable" else []
             extra = "dev" if options.tests == "all" else "train"
-            _check_sdist(sdist, extra, Path(scratch), options.base, [*chosen, *options.more])
+            _check_sdist(sdist, extra, Path(scratch), options.base, [*chosen, *more])
     print(f"{wheel.name} and {sdist.name} are fit to be published")
 
 
