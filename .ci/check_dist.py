@@ -163,8 +163,18 @@ def _check_wheel(wheel: Path, scratch: Path, base: Path | None, kernels: str) ->
     version = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout.split()[-1]
     if f"-{version}-" not in wheel.name:
         sys.exit(f"convmixer --version says {version}, the file is {wheel.name}")
-    pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    environment.run(*pytest, *chosen, cwd=tree, **told)
+    environment.run("-c", KERNELS, kernels, cwd=empty, **told)
+
+
+def _check_sdist(
+    sdist: Path, extra: str, scratch: Path, base: Path | None, chosen: list[str], told: dict[str, str]
+) -> None:
+    environment = _Environment(scratch / "sdist env", base)
+    environment.install(f"{sdist}[{extra}]", *([] if base else TEST_TOOLS))
+    with tarfile.open(sdist) as archive:
+        archive.extractall(scratch, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    tree = scratch / sdist.name.removesuffix(".tar.gz")
+    environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, cwd=tree, **told)
 
 
 if __name__ == "__main__":
