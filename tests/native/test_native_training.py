@@ -395,7 +395,7 @@ def test_without_a_compiler(monkeypatch, caplog):
         for function in (native.kernels, native._lacking, native._say):
             function.cache_clear()
     (record,) = caplog.records
-    assert re.search("run on PyTorch: native needs a C\\+\\+ compiler, and there is none", record.getMessage())
+    assert re.search("run on PyTorch: native needs a C\\+\\+ compiler on a CPU, and there is none", record.getMessage())
 
 
 FORKED = """
