@@ -25,7 +25,7 @@ from convmixer.hub.config import MAX_SIDE, read_config
 from convmixer.hub.untrusted import json_excess
 from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
 from convmixer.ops import prefers_channels_last
-from convmixer.registry import VARIANTS, Variant, Weights, get_variant
+from convmixer.registry import HUB_FILE, VARIANTS, WEIGHTS_FOLDER, Variant, Weights, get_variant
 from convmixer.wrappers import find_inner
 
 __all__ = ["create_model", "extractor", "open_model", "open_run", "read_recipe", "resolve_device"]
@@ -52,8 +52,9 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
         config |= {"tag": weights.tag, "license": weights.licence.lower(), "label_names": weights.label_names}
         if weights.path is not None:
             config |= {"file": str(weights.path)}
-        else:
-            config |= {"hf_hub_id": weights.hub_id, "hf_hub_filename": weights.file}
+        elif weights.hub_id:
+            at = "" if weights.revision == "main" else f"@{weights.revision}"
+            config |= {"hf_hub_id": f"{weights.hub_id}{at}", "hf_hub_filename": HUB_FILE}
     return config
 
 
@@ -97,7 +98,7 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
         options = {"revision": at or revision, **hub_options}
         config = client.fetch(repo_id, "config.json", **options)
         options["revision"] = config.parent.name  # the same commit, whatever is pushed meanwhile
-        return _from_config(config, client.fetch(repo_id, "model.safetensors", **options) if pretrained else None, name)
+        return _from_config(config, client.fetch(repo_id, HUB_FILE, **options) if pretrained else None, name)
     if rest:
         raise ArgumentError(f"{name!r}: unknown scheme {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:")
     variant, weights = get_variant(name)
@@ -106,16 +107,25 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
     if pretrained:
         if weights is None:
             raise WeightsError(f"{variant.name} has no weights. {variant.note}")
-        path = weights.path
-        if path and revision:
-            raise ArgumentError(
-                f"revision={revision!r}: {variant.name}.{weights.tag} ships with the package; leave it out"
-            )
-        options = {"revision": revision or weights.revision, **hub_options}
-        if not revision:  # another one holds another file
-            options |= {"size": weights.size, "sha256": weights.sha256}
-        source.weights = path or client.fetch(weights.hub_id, weights.file, prefer_cache=True, **options)
+        source.weights = _registered(f"{variant.name}.{weights.tag}", weights, revision, **hub_options)
     return source
+
+
+def _registered(name: str, weights: Weights, revision: str | None, **hub_options: Any) -> Path:
+    """The file of registered weights: from the package, else from the Hub, checked against the record."""
+    if weights.path is not None and not revision:
+        return weights.path
+    if not weights.hub_id:
+        if weights.path is None:
+            raise WeightsError(
+                f"{name} ships with the package, but {weights.file!r} is missing in {str(WEIGHTS_FOLDER)!r}, and no "
+                "repository on the Hub is known: install the package again, or give the file as checkpoint="
+            )
+        raise ArgumentError(f"revision={revision!r}: {name} ships with the package; leave it out")
+    options = {"revision": revision or weights.revision, **hub_options}
+    if not revision:  # another one holds another file
+        options |= {"size": weights.size, "sha256": weights.sha256}
+    return client.fetch(weights.hub_id, HUB_FILE, prefer_cache=True, **options)
 
 
 def _from_config(path: Path, weights: Path | None, name: str) -> _Resolved:

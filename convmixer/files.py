@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +58,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     except ConvMixerError:
         raise
     except OSError as error:
-        raise WriteError(f"cannot write {str(path)!r}: {error.strerror or error}. What was there is whole") from error
+        # Windows replaces no file that is open, and a model's weights are mapped from theirs.
+        advice = ": close what has it open" if sys.platform == "win32" and isinstance(error, PermissionError) else ""
+        raise WriteError(
+            f"cannot write {str(path)!r}: {error.strerror or error}. What was there is whole{advice}"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide what went wrong before
+            temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import re
 from pathlib import Path
@@ -18,6 +19,11 @@ def cpu_field(name: str) -> str:
         return ""
     found = re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE)
     return found[1].strip() if found else ""
+
+
+def usable_cores() -> int:
+    """Return how many processor cores this process may use: all of the machine's where the system sets no limits."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

@@ -18,6 +18,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
+HUB_FILE = "model.safetensors"  # what the Hub's repositories call their weights
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Weights:
 
     Attributes:
         tag: Second half of the full name, `variant.tag`.
-        file: Name of the safetensors file, in the package or in the Hub repository.
-        hub_id: Hub repository; empty for weights that ship with the package.
+        file: Name of the safetensors file in the package; for weights that never shipped, in the Hub repository.
+        hub_id: Hub repository that has the file as `model.safetensors`; empty if there is none.
         revision: Branch, tag or commit of that repository.
         licence: SPDX identifier.
         sha256: Of the file, where it was at hand; else empty.
@@ -68,13 +69,14 @@ class Weights:
 
     @property
     def source(self) -> str:
-        """Say where the weights come from: "package", or the file on the Hub."""
-        return f"hf-hub:{self.hub_id}/{self.file}@{self.revision}" if self.hub_id else "package"
+        """Say where the weights come from: "package", or the file on the Hub where the package does not have it."""
+        return f"hf-hub:{self.hub_id}/{HUB_FILE}@{self.revision}" if self.hub_id and not self.path else "package"
 
     @property
     def path(self) -> Path | None:
-        """The file inside the package, or None for weights on the Hub."""
-        return None if self.hub_id else WEIGHTS_FOLDER / self.file
+        """The file inside the package, or None if this installation does not have it."""
+        path = WEIGHTS_FOLDER / self.file
+        return path if path.is_file() else None
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
@@ -152,7 +154,7 @@ def _imagenet(name: str, top1: float, real: float, v2: float, recipe: str) -> tu
     return (
         Weights(
             tag="in1k",
-            file="model.safetensors",
+            file=HUB_FILE,
             licence="MIT",
             labels="imagenet-1k",
             metrics=(
@@ -179,7 +181,15 @@ _CARD = "one NVIDIA H200"
 
 
 def _cifar10(
-    name: str, recipe: str, seconds: float, sha256: str, size: int, figures: str, machine: str = _CARD
+    name: str,
+    recipe: str,
+    seconds: float,
+    sha256: str,
+    size: int,
+    figures: str,
+    machine: str = _CARD,
+    hub_id: str = "",
+    revision: str = "main",
 ) -> tuple[Weights, ...]:
     """`figures`: top-1, top-5 and calibration error in float32, top-1 in bfloat16 and in int8."""
     names = ("top-1", "top-5", "calibration error", "top-1 in bfloat16", "top-1 in int8")
@@ -196,6 +206,8 @@ def _cifar10(
             ),
             training_data="CIFAR-10 train, all 50,000 images; settings were chosen with 5,000 of them held out",
             recipe=f"{recipe}; all settings are in docs/runs/{name}.cifar10",
+            hub_id=hub_id,
+            revision=revision,
             sha256=sha256,
             size=size,
             machine=f"{machine}; torch 2.11.0",

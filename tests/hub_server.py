@@ -51,11 +51,20 @@ class Repository:
         return self.commits.get(self.refs.get(revision, revision))
 
 
+def large_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def small_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 @dataclass
 class Fault:
     """What goes wrong, for the next `times` requests whose "METHOD path" contains `match`.
 
-    `kind`: "cut" (reset in the middle of the body), "short" (closed in the middle), "less" (half of the body, said
+    `kind`: "drop" (reset before anything is done), "lost" (done, and reset instead of answered), "cut" (reset in the
+    middle of the body), "short" (closed in the middle), "less" (half of the body, said
     to be all), "wrong" (other bytes of the same length), "hang" (no reply), or a status, which then has `retry_after`.
     """
 
@@ -74,7 +83,9 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    later: dict[str, list[Fault]] = field(default_factory=dict)  # faults from a certain request on
     requests: list[str] = field(default_factory=list)
+    collections: dict[str, dict[str, Any]] = field(default_factory=dict)  # by slug
     released: threading.Event = field(default_factory=threading.Event)
 
     def add(self, repo_id: str, files: Mapping[str, bytes] | Path, ref: str = "main", private: bool = False) -> str:
@@ -90,6 +101,7 @@ class Hub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    answer_lost = False
     hub: Hub
 
     def log_message(self, *_: object) -> None:
@@ -97,7 +109,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     # ---- replies ----------------------------------------------------------------------------------------------------
 
+    def hang_up(self) -> None:
+        """Reset the connection."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.wfile = open("/dev/null", "wb")  # noqa: SIM115 - the server flushes it
+
     def reply(self, status: int, headers: Mapping[str, str] | None = None, body: bytes = b"", fault: str = "") -> None:
+        if self.answer_lost:
+            return self.hang_up()
         if fault == "less":
             body = body[: len(body) // 2]
         if fault == "wrong":
@@ -116,9 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             if fault == "cut":
                 time.sleep(0.05)  # what was sent arrives before the reset discards it
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
-                self.wfile = open("/dev/null", "wb")  # noqa: SIM115 - the server flushes it
+                self.hang_up()
             return
         self.wfile.write(body)
 
@@ -134,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub, url = self.hub, urlparse(self.path)
         hub.requests.append(f"{self.command} {self.path}")
+        hub.faults += hub.later.pop(hub.requests[-1], [])
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length)
         fault = next((f for f in hub.faults if f.times and f.match in hub.requests[-1]), None)
@@ -145,6 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.released.wait(30)
                 self.close_connection = True
                 return
+            if kind == "drop":
+                return self.hang_up()
+            self.answer_lost = kind == "lost"
             if isinstance(kind, int):
                 return self.refuse(kind, **({"Retry_After": fault.retry_after} if fault.retry_after else {}))
         path, query = unquote(url.path), parse_qs(url.query)
@@ -172,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def serve_object(self, oid: str, body: bytes, fault: str) -> None:
         if self.command == "PUT":
-            if hashlib.sha256(body).hexdigest() != oid:
+            if large_hash(body) != oid:
                 return self.refuse(400, text="wrong content")
             self.hub.objects[oid] = body
             return self.reply(200)
@@ -196,11 +219,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit["X-Repo-Commit"])
         content = files[filename]
         if filename.endswith(LARGE):
-            oid = hashlib.sha256(content).hexdigest()
+            oid = large_hash(content)
             self.hub.objects[oid] = content
             linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(content))}
             return self.reply(302, {**commit, **linked, "Location": f"{self.hub.content}/objects/{oid}"})
-        etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        etag = small_hash(content)
         size = {"Content-Length": str(len(content))}
         self.reply(200, {**commit, **size, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}, content, fault)
 
@@ -220,6 +243,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.repositories[repo_id] = Repository(bool(private))
                 self.hub.add(repo_id, {".gitattributes": b""})
             return self.reply_json({"url": f"{self.hub.endpoint}/{repo_id}", "id": repo_id}, status)
+        if path.startswith("/api/collections"):
+            return self.collection(path.removeprefix("/api/collections").strip("/"), query, body)
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             objects = json.loads(body)["objects"]
             for entry in objects:
@@ -230,6 +255,28 @@ class _Handler(BaseHTTPRequestHandler):
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|preupload|commit|branch)/(.+))?", path):
             return self.models(found[1], found[2] or "revision", found[3] or "main", query, body)
         self.refuse(404, text=f"no such address: {path}")
+
+    def collection(self, slug: str, query: dict[str, list[str]], body: bytes) -> None:
+        known = self.hub.collections
+        if self.command == "POST" and self.token() != WRITER:
+            return self.refuse(403 if self.token() == READER else 401, text="You may not write here")
+        if slug.endswith("/items"):
+            items = known[slug.removesuffix("/items")]["items"]
+            asked = json.loads(body)["item"]
+            if asked["id"] in [item["id"] for item in items]:
+                return self.refuse(409, text="exists")
+            items.append({"_id": f"{len(items):024}", **asked, "position": len(items)})
+            return self.reply_json(known[slug.removesuffix("/items")])
+        if self.command == "POST":
+            asked = json.loads(body)
+            slug = f"{asked['namespace']}/{asked['title'].lower()}-{len(known):024}"
+            about = {"owner": {"name": asked["namespace"]}, "lastUpdated": "2026-01-01T00:00:00.000Z", "theme": "blue"}
+            known[slug] = {**asked, "slug": slug, "items": [], "position": 0, "upvotes": 0, **about}
+        if slug:
+            return self.reply_json(known[slug]) if slug in known else self.refuse(404)
+        mine = [c for c in known.values() if c["namespace"] in query["owner"]]
+        listed = [{**c, "items": c["items"][:4]} for c in mine]
+        self.reply_json([{key: value for key, value in c.items() if key != "position"} for c in listed])
 
     def models(self, repo_id: str, what: str, revision: str, query: dict[str, list[str]], body: bytes) -> None:
         repository = self.repository(repo_id, write=what in ("commit", "branch"))
@@ -245,7 +292,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         sha = repository.refs.get(revision, revision)
         if what == "revision":
-            return self.reply_json({"id": repo_id, "sha": sha, "siblings": [{"rfilename": f} for f in files]})
+            siblings: list[dict[str, Any]] = [{"rfilename": name} for name in files]
+            for entry, content in zip(siblings, files.values(), strict=True) if query.get("blobs") else ():
+                entry |= {"size": len(content), "blobId": small_hash(content)}
+                if entry["rfilename"].endswith(LARGE):
+                    entry["lfs"] = {"sha256": large_hash(content), "size": len(content), "pointerSize": 130}
+            return self.reply_json({"id": repo_id, "sha": sha, "siblings": siblings})
         if what == "preupload":
             asked = [entry["path"] for entry in json.loads(body)["files"]]
             modes = {path: "lfs" if path.endswith(LARGE) else "regular" for path in asked}

@@ -18,6 +18,7 @@ from convmixer.cli.list import list_command
 from convmixer.cli.plot import plot
 from convmixer.cli.predict import predict
 from convmixer.cli.push import push
+from convmixer.cli.push_zoo import push_zoo_command
 from convmixer.cli.train import train
 from convmixer.cli.validate import validate
 
@@ -29,5 +30,20 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32; in Python the flag is the caller's
 
 
-for _command in (list_command, info, predict, train, convert, push, validate, export, plot, bench, demo):
+_COMMANDS = (
+    list_command,
+    info,
+    predict,
+    train,
+    convert,
+    push,
+    push_zoo_command,
+    validate,
+    export,
+    plot,
+    bench,
+    demo,
+)
+
+for _command in _COMMANDS:
     main.add_command(_command)

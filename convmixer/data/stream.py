@@ -30,6 +30,7 @@ from convmixer.data.images import enough, read_image
 from convmixer.data.memory import Batch, Fit, Share, balancing_odds, digest, seed_all, shorten
 from convmixer.data.readers import FileSplit, Prepare, ShardSplit, Split, open_split
 from convmixer.errors import DataError
+from convmixer.hardware import usable_cores
 
 if TYPE_CHECKING:
     from convmixer.training.recipe import Recipe
@@ -96,8 +97,7 @@ class Change:
 
 def default_workers() -> int:
     """Processor cores for each of the processes that train on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _collate(samples: list[Decoded]) -> tuple[Tensor, Tensor, list[str]]:

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    constants,
+    eval_result_entries_to_yaml,
+)
+from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 
 from convmixer.errors import ArgumentError
 from convmixer.hub.publishable import Publishable
@@ -95,6 +103,27 @@ def _results(metrics: Sequence[Metric]) -> list[EvalResult]:
         )
         for metric in metrics
     ]
+
+
+def eval_results(metric: Metric, dataset: str, repository: str) -> bytes:
+    """Return a file of the folder `.eval_results`, by which the Hub compares models on a benchmark.
+
+    A leaderboard has one number per model and file, so only one metric goes there.
+
+    Args:
+        metric: In percent.
+        dataset: Name of the benchmark's data set on the Hub.
+        repository: "owner/name", which has the evaluation as evaluation.json.
+    """
+    entry = EvalResultEntry(
+        dataset_id=dataset,
+        task_id="default",
+        value=metric.value,
+        source_url=f"{constants.ENDPOINT}/{repository}/blob/main/evaluation.json",
+        source_name="evaluation.json",
+        notes=f"{metric.name} in percent, {metric.dataset}, measured by {metric.measured_by}",
+    )
+    return yaml_dump(eval_result_entries_to_yaml([entry])).encode()
 
 
 def _parse(old: str) -> ModelCard:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import shlex
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -29,7 +31,7 @@ from huggingface_hub import (
     hf_hub_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from convmixer.errors import HubError, WeightsError
@@ -176,10 +178,11 @@ def _unresolved_host() -> str:
     return host
 
 
-def _patiently(call: Callable[[], Result]) -> Result:
+def _patiently(call: Callable[[], Result], lost_too: bool = True) -> Result:
     """Return the call's result; repeat it after server errors and broken connections, with ever longer pauses.
 
-    If a server says when to come back (Retry-After), wait until then.
+    If a server says when to come back (Retry-After), wait until then. Without `lost_too`, repeat only what the server
+    said that it did not do.
     """
     started = time.monotonic()
     for attempt in range(_ATTEMPTS):
@@ -187,9 +190,12 @@ def _patiently(call: Callable[[], Result]) -> Result:
             return call()
         except Exception as error:
             response = _response(error)
-            transient = getattr(response, "status_code", None) in _TRANSIENT
-            transient |= any(isinstance(e, ConnectionResetError | ConnectionAbortedError) for e in _chain(error))
-            transient |= type(error) is OSError and error.errno is None  # the client's, for a body of another length
+            transient = getattr(response, "status_code", None) in (_TRANSIENT if lost_too else (429, 503))
+            if lost_too:
+                transient |= any(isinstance(e, ConnectionResetError | ConnectionAbortedError) for e in _chain(error))
+                transient |= (
+                    type(error) is OSError and error.errno is None
+                )  # the client's, for a body of another length
             if not transient or attempt == _ATTEMPTS - 1 or time.monotonic() - started > _PATIENCE:
                 raise
             asked = str(getattr(response, "headers", {}).get("Retry-After", ""))
@@ -246,7 +252,10 @@ def _problem(path: Path, size: int, sha256: str) -> str:
 
 
 def _hashes(path: Path, size: int, expected: str) -> list[str]:
-    """The hashes that the name of a cached file may be: sha256 of large files; git's, or a mirror's sha1, of others."""
+    """Return the hashes by which the Hub or its cache may know a file, of the kind of the expected one.
+
+    That is sha256 of large files; of others git's, or a mirror's sha1.
+    """
     kinds = [hashlib.sha256()] if len(expected) == 64 else [hashlib.sha1(b"blob %d\0" % size), hashlib.sha1()]
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -287,13 +296,30 @@ def _harmless(error: BaseException, token: str | bool | None) -> BaseException |
 
 @dataclass(frozen=True)
 class Branch:
-    """Where a commit goes: the head of a branch (None: there is no such repository or branch), and its card."""
+    """Where a commit goes.
+
+    Attributes:
+        repo_id: "owner/name".
+        revision: Branch; None is the main one.
+        token: Access token.
+        head: Its newest commit; None if there is no such repository or branch.
+        card: Text of its README.md, or "".
+        hashes: Of each file, by its path: sha256 of large files, git's hash of others.
+    """
 
     repo_id: str
     revision: str | None
     token: str | bool | None
     head: str | None
     card: str
+    hashes: Mapping[str, str]
+
+    def changed(self, files: Mapping[str, Path]) -> list[str]:
+        """Return the paths of those files that the branch does not have, or not with this content."""
+        found = ((path, file, self.hashes.get(path, "")) for path, file in files.items())
+        return [
+            path for path, file, known in found if not known or known not in _hashes(file, file.stat().st_size, known)
+        ]
 
 
 def read_branch(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> Branch:
@@ -304,17 +330,19 @@ def read_branch(repo_id: str, *, revision: str | None = None, token: str | bool 
     """
     token = _stripped(token)
     if constants.HF_HUB_OFFLINE:
-        return Branch(repo_id, revision, token, None, "")
+        return Branch(repo_id, revision, token, None, "", {})
     api = HfApi(token=token)
+    options: dict[str, Any] = {"revision": revision, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
     try:
-        patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        head = _patiently(lambda: api.model_info(repo_id, revision=revision, timeout=patience).sha)
-        card = _patiently(lambda: hf_hub_download(repo_id, "README.md", revision=head, token=token))
-        return Branch(repo_id, revision, token, head, Path(card).read_text(encoding="utf-8"))
-    except EntryNotFoundError:
-        return Branch(repo_id, revision, token, head, "")
+        info = _patiently(lambda: api.model_info(repo_id, files_metadata=True, **options))
+        hashes = {f.rfilename: (f.lfs.sha256 if f.lfs else f.blob_id) or "" for f in info.siblings or ()}
+        card = ""
+        if "README.md" in hashes:
+            path = _patiently(lambda: hf_hub_download(repo_id, "README.md", revision=info.sha, token=token))
+            card = Path(path).read_text(encoding="utf-8")
+        return Branch(repo_id, revision, token, info.sha, card, hashes)
     except (RepositoryNotFoundError, RevisionNotFoundError):
-        return Branch(repo_id, revision, token, None, "")
+        return Branch(repo_id, revision, token, None, "", {})
     except Exception as error:
         raise _refusal(repo_id, error, token) from _harmless(error, token)
 
@@ -337,25 +365,114 @@ def ensure_branch(branch: Branch, *, private: bool | None, create_pr: bool) -> B
     return read_branch(branch.repo_id, revision=branch.revision, token=branch.token) if branch.head is None else branch
 
 
-def commit(branch: Branch, files: Mapping[str, Path], message: str, *, create_pr: bool) -> str:
-    """Upload files, by their paths in the repository, as one commit; return the address of it or of its pull request.
+def commit(branch: Branch, files: Mapping[str, Path], message: str, *, create_pr: bool = False) -> Commit:
+    """Upload files, by their paths in the repository, as one commit. If all are there already, nothing is committed.
 
     Raises:
         HubError: The Hub refuses or cannot be reached.
     """
     operations = [CommitOperationAdd(path, file) for path, file in files.items()]
     try:
-        done = HfApi(token=branch.token).create_commit(
-            branch.repo_id,
-            operations,
-            commit_message=message,
-            revision=branch.revision,
-            create_pr=create_pr,
-            parent_commit=branch.head,  # what others wrote meanwhile is not overwritten
+        # Only what was refused unread is sent again: nobody knows what became of a commit whose answer was lost.
+        done = _patiently(
+            lambda: HfApi(token=branch.token).create_commit(
+                branch.repo_id,
+                operations,
+                commit_message=message,
+                revision=branch.revision,
+                create_pr=create_pr,
+                parent_commit=branch.head,  # what others wrote meanwhile is not overwritten
+            ),
+            lost_too=False,
         )
     except Exception as error:
         raise _refusal(branch.repo_id, error, branch.token) from _harmless(error, branch.token)
-    return str(done.pr_url or done.commit_url)
+    return Commit(str(done.oid), str(done.pr_url or done.commit_url))
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A commit: its hash, and the address of it or of its pull request."""
+
+    sha: str
+    url: str
+
+
+def head(branch: Branch) -> Commit | None:
+    """Return the newest commit of a branch, if it has one."""
+    url = f"{constants.ENDPOINT}/{branch.repo_id}/commit/{branch.head}"
+    return Commit(branch.head, url) if branch.head else None
+
+
+def read_json(branch: Branch, filename: str) -> Any:
+    """Return the content of a JSON file of a branch; None if it has no such file, or one that is not JSON.
+
+    Raises:
+        HubError: The Hub does not answer.
+    """
+    if filename not in branch.hashes:
+        return None
+    token = branch.token
+    try:
+        path = _patiently(lambda: hf_hub_download(branch.repo_id, filename, revision=branch.head, token=token))
+    except Exception as error:
+        raise _refusal(branch.repo_id, error, token) from _harmless(error, token)
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def collect(
+    owner: str,
+    title: str,
+    description: str,
+    repo_ids: Sequence[str],
+    *,
+    private: bool,
+    token: str | None,
+    dry_run: bool,
+) -> tuple[str, list[str]]:
+    """Put model repositories into a collection of that title, which is made if the owner has none.
+
+    With `HF_HUB_OFFLINE=1` it counts as missing.
+
+    Args:
+        owner: Of the collection.
+        title: Of the collection.
+        description: Of a new collection, up to 150 characters.
+        repo_ids: Repositories; those that the collection has already are left as they are.
+        private: Whether a new collection is.
+        token: Access token.
+        dry_run: Only look.
+
+    Returns:
+        The address of the collection, "" if a dry run finds none; and the repositories that it did not have.
+
+    Raises:
+        HubError: The Hub refuses or cannot be reached.
+    """
+    if constants.HF_HUB_OFFLINE and dry_run:
+        return "", list(repo_ids)
+    api = HfApi(token=_stripped(token))
+    name = f"{owner}, collection {title!r}"
+    try:
+        found = next((c for c in _patiently(lambda: list(api.list_collections(owner=owner))) if c.title == title), None)
+        if found is not None:
+            slug = found.slug
+            found = _patiently(lambda: api.get_collection(slug))  # the list has four of its items
+        elif not dry_run:
+            about: dict[str, Any] = {"title": title, "namespace": owner, "description": description, "private": private}
+            found = _patiently(lambda: api.create_collection(**about, exists_ok=True))
+        has = {item.item_id for item in found.items if item.item_type == "model"} if found else set()
+        new = [repo_id for repo_id in repo_ids if repo_id not in has]
+        if found is not None and not dry_run:
+            slug = found.slug
+            for repo_id in new:
+                _patiently(partial(api.add_collection_item, slug, repo_id, "model", exists_ok=True))
+        return found.url if found else "", new
+    except Exception as error:
+        raise _refusal(name, error, token) from _harmless(error, token)
 
 
 def _refusal(repo_id: str, error: Exception, token: str | bool | None) -> HubError:

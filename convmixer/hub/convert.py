@@ -111,7 +111,7 @@ def convert_checkpoint(
         assert match is not None
         write_atomically(destination, write)
         return match.name
-    with tempfile.TemporaryDirectory(prefix="convmixer-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="convmixer-", ignore_cleanup_errors=True) as temporary:
         file = Path(temporary) / "model.safetensors"
         write(file)
         base = match.name if match else architecture({n: arguments[n] for n in (*SHAPE, "act_layer")})[0]

@@ -22,7 +22,7 @@ from convmixer.hub.checkpoints import check_keys, read_tensors, save_weights
 from convmixer.hub.publishable import Publishable, gather
 from convmixer.hub.verify import verify
 from convmixer.hub.write_config import config_of, rebuild
-from convmixer.registry import Metric
+from convmixer.registry import HUB_FILE, Metric
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def save_pretrained(
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(folder)!r} is a file: give a folder")
     if repo_id:
-        _check_repo_id(repo_id)
+        check_repo_id(repo_id)
     existed = folder.exists()
     with _writing(folder):
         old = folder / "README.md"
@@ -113,7 +113,7 @@ def save_pretrained(
                 staging = Path(temporary)
                 files = _write(source, staging)
                 text = _card_of_folder(source, folder, repo_id, card)
-                (staging / "README.md").write_text(text, encoding="utf-8")
+                (staging / "README.md").write_text(text, encoding="utf-8", newline="\n")
                 # Without config.json nothing opens a folder: it comes last.
                 for path in [*sorted(set(files) - {"config.json"}), "README.md", "config.json"]:
                     (folder / path).parent.mkdir(exist_ok=True)
@@ -188,28 +188,52 @@ def push_to_hub(
         >>> sorted(convmixer.push_to_hub(model, "me/photos", licence="mit", dry_run=True).files)
         ['README.md', 'config.json', 'model.safetensors']
     """
-    _check_repo_id(repo_id)
-    name = repo_id.partition("/")[2]
+    check_repo_id(repo_id)
     source = gather(model, metrics, test_data, licence, training_data, recipe, description, tags, label_names)
-    with tempfile.TemporaryDirectory(prefix="convmixer-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="convmixer-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
-        with _writing(folder):
-            files = [*_write(source, folder), "README.md"]
-        differences = verify(folder, source.model, source.labels)
+        files, differences = stage(source, folder)
         branch = client.read_branch(repo_id, revision=revision, token=token)
         if not dry_run:
             branch = client.ensure_branch(branch, private=private, create_pr=create_pr)
-        card = _card_of_folder(source, folder, repo_id, branch.card)
-        with _writing(folder):
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        paths = {path: folder / path for path in files}
+        card = add_card(source, branch, folder)
+        paths = {path: folder / path for path in [*files, "README.md"]}
         sizes = {path: file.stat().st_size for path, file in sorted(paths.items())}
-        subject = message or f"{name}, written by convmixer"
-        url = None if dry_run else client.commit(branch, paths, subject, create_pr=create_pr)
+        subject = message or default_message(repo_id)
+        url = None if dry_run else client.commit(branch, paths, subject, create_pr=create_pr).url
     return Publication(repo_id, sizes, card, differences, url)
 
 
-def _check_repo_id(repo_id: str) -> None:
+def default_message(repo_id: str) -> str:
+    """Return the message of a commit to a repository."""
+    return f"{repo_id.partition('/')[2]}, written by convmixer"
+
+
+def stage(source: Publishable, folder: Path) -> tuple[list[str], dict[str, float]]:
+    """Write all files except the card, and open the folder with each library.
+
+    Returns:
+        The paths of the files, and the largest difference of a logit by library.
+
+    Raises:
+        WeightsError: A library opens the folder, but computes other logits.
+        ConvMixerError: The folder cannot be written.
+    """
+    with _writing(folder):
+        files = _write(source, folder)
+    return files, verify(folder, source.model, source.labels)
+
+
+def add_card(source: Publishable, branch: client.Branch, folder: Path) -> str:
+    """Write README.md for a branch, with what others wrote into its card; return the text."""
+    card = _card_of_folder(source, folder, branch.repo_id, branch.card)
+    with _writing(folder):
+        (folder / "README.md").write_text(card, encoding="utf-8", newline="\n")
+    return card
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise an ArgumentError for what is not "owner/name"."""
     if not isinstance(repo_id, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ArgumentError(f"repo_id={repo_id!r}: give owner/name, of letters, digits, '-', '_' and '.'")
 
@@ -230,11 +254,13 @@ def _write(source: Publishable, folder: Path) -> list[str]:
     config = config_of(source.model, source.labels, source.licence)
     expected = rebuild(source.model).state_dict()
     check_keys(source.model.state_dict(), expected, f"this {type(source.model).__name__}")
-    # Without metadata equal weights make equal files, which the Hub takes once.
-    save_weights(source.model, folder / "model.safetensors")
-    read_tensors(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if source.file:
+        shutil.copyfile(source.file, folder / HUB_FILE)
+    else:  # without metadata equal weights make equal files, which the Hub takes once
+        save_weights(source.model, folder / HUB_FILE)
+    read_tensors(folder / HUB_FILE)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8", newline="\n")
     for path, content in source.extra.items():
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_bytes(content)
-    return ["model.safetensors", "config.json", *source.extra]
+    return [HUB_FILE, "config.json", *source.extra]

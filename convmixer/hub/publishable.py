@@ -22,6 +22,8 @@ from convmixer.model import ConvMixer
 from convmixer.registry import Metric, get_variant
 from convmixer.wrappers import ADVICE, describe, unwrap
 
+HUB_DATASETS = {"cifar10": "uoft-cs/cifar10"}  # data sets of the Hub by label set
+
 
 @dataclass(frozen=True)
 class Publishable:
@@ -38,6 +40,7 @@ class Publishable:
         tags: Further tags of the card.
         dataset: Name of the training data on the Hub, or "".
         extra: Content of further files of the repository, by their paths.
+        file: Weights that are published as they are, so that their sha256 holds; None: those of the model are written.
     """
 
     model: Any
@@ -50,6 +53,7 @@ class Publishable:
     tags: tuple[str, ...]
     dataset: str
     extra: dict[str, bytes]
+    file: Path | None = None
 
 
 def gather(
@@ -99,6 +103,7 @@ def gather(
         tags=tuple(tags),
         dataset=known.get("dataset", ""),
         extra=known.get("extra", {}),
+        file=known.get("file"),
     )
 
 
@@ -199,5 +204,6 @@ def _read_registry(name: str) -> dict[str, Any]:
     weights = None if ":" in name else get_variant(name)[1]
     if weights is None:
         return {}
-    about = {"metrics": weights.metrics, "licence": weights.licence}
+    about = {"metrics": weights.metrics, "licence": weights.licence, "file": weights.path}
+    about["dataset"] = HUB_DATASETS.get(weights.labels, "")
     return {**about, "training_data": weights.training_data, "recipe": weights.recipe}

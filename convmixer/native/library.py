@@ -14,6 +14,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -32,12 +33,26 @@ SOURCES = [_FOLDER / name for name in ("cpu.cpp", "cpu.h", "cpu_tiles.h", "cpu_b
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SUM_SIZE = 32
 _COMPILING = threading.Lock()
+_INSTALL = {
+    "linux": "install g++, or name a compiler in CXX",
+    "darwin": "install clang by xcode-select --install, or name a compiler in CXX",
+    "win32": "install Visual Studio's C++ build tools, and start Python from their command prompt",
+}
 
 
 def compiler() -> str | None:
     """Return the path of the C++ compiler: CXX, else g++ or clang++; None if there is none."""
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def lacks() -> str | None:
+    """Say what the native kernels need and do not find, and what to do; None if nothing."""
+    if sys.platform != "linux":  # they ask for tiles and large pages by Linux's calls
+        return f"native needs Linux, and this is {sys.platform}: choose another backend, such as openvino"
+    if compiler() is None:
+        return "native needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
+    return None
 
 
 def inductor_lacks(device: torch.device) -> str | None:
@@ -50,7 +65,7 @@ def inductor_lacks(device: torch.device) -> str | None:
         except Exception:
             found = None
         if not found:
-            return "needs a C++ compiler on a CPU, and there is none: install g++, or name a compiler in CXX"
+            return f"needs a C++ compiler on a CPU, and there is none: {_INSTALL.get(sys.platform, _INSTALL['linux'])}"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "needs triton on a GPU, which is missing: pip install triton"
     return None
@@ -78,9 +93,9 @@ def load(sources: Sequence[Path]) -> Any:
 
 def _find(sources: Sequence[Path]) -> Any:
     """A library from the cache, else compiled and put there, else compiled only for this process."""
-    path = compiler()
-    if path is None:
-        raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")
+    if reason := lacks():
+        raise DependencyError(reason)
+    path = compiler() or ""
     if not torch.cpu._is_avx512_supported():
         raise DependencyError("native needs a CPU with AVX-512: choose another backend, such as openvino")
     texts = [source.read_text(encoding="utf-8") for source in sources]

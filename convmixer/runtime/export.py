@@ -321,7 +321,7 @@ def export_model(
         metadata=_metadata(reference, _preprocessing(computed if normalization else reference), size, folded or fold),
         opset=opset or OPSET,
     )
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as folder:
         difference = _write(format, job, Path(folder) / path.name, reference, normalization)
         _move(Path(folder), path)
     return Exported(path, format, kind, folded or fold, difference, job.outputs)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from convmixer.hardware import has_int8_tiles
 from convmixer.native.int8 import NativeInt8, calibrate
-from convmixer.native.library import compiler
+from convmixer.native.library import lacks
 from convmixer.native.packing import Native, refusal
 from convmixer.runtime.folding import FoldedConvMixer, find_convmixer
 from convmixer.runtime.protocol import CPU, Built, CpuBackend, Prepared, Request
@@ -23,9 +23,7 @@ class NativeBackend(CpuBackend):
     splits_batches = False
 
     def missing(self, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> str | None:
-        if device.type == "cpu" and compiler() is None:
-            return "native needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
-        return None
+        return lacks() if device.type == "cpu" else None
 
     def unsupported_dtype(self, dtype: torch.dtype) -> str | None:
         if not torch.cpu._is_avx512_supported():

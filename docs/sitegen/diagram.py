@@ -1,4 +1,4 @@
-"""The architecture of a variant as a drawing in SVG, for light and for dark pages."""
+"""Drawings in SVG, for light and for dark pages: the architecture of a variant, and steps one after the other."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ class _Drawing:
             f'<path d="M{x - 6:g} {y:g}h12M{x:g} {y - 6:g}v12" stroke="{outline}" stroke-width="1.5"/>'
         )
 
-    def svg(self, title: str) -> str:
+    def svg(self, title: str, height: int = HEIGHT) -> str:
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-            f'height="{HEIGHT}" font-family="{FONTS}" role="img">\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+            f'height="{height}" font-family="{FONTS}" role="img">\n'
             f"<title>{escape(title)}</title>\n"
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
             f'orient="auto"><path d="M0 0L8 4L0 8z" fill="{self.palette.quiet}"/></marker></defs>\n'
@@ -153,3 +153,41 @@ def draw(variant: Variant, palette: Palette) -> str:
     _network(drawing, variant)
     _block(drawing, variant)
     return drawing.svg(f"Architecture of {variant.name}: patch embedding, {variant.depth} blocks, mean, linear layer")
+
+
+# Of each drawing its title, and of each step the colours, what it is, and what it does.
+FLOWS: dict[str, tuple[str, tuple[tuple[str, ...], ...]]] = {
+    "zoo": (
+        "From the package to the Hub and back",
+        (
+            ("patches", "source tree", "weights,", "docs/runs"),
+            ("plain", "push-zoo", "writes, opens,", "compares"),
+            ("depthwise", "the Hub", "a repository each,", "a collection"),
+            ("plain", "registry.py", "commit, sha256,", "size"),
+            ("pointwise", "create_model", "package first,", "then the Hub"),
+        ),
+    ),
+    "release": (
+        "What a tag starts",
+        (
+            ("patches", "tag", "the version,", "the changelog"),
+            ("plain", "build", "sdist, wheel,", "twine check"),
+            ("depthwise", "test", "Linux, macOS,", "Windows"),
+            ("pointwise", "PyPI", "trusted", "publishing"),
+            ("pointwise", "Pages", "the site", ""),
+        ),
+    ),
+}
+
+
+def draw_flow(name: str, palette: Palette) -> str:
+    """SVG of steps from left to right, with an arrow between two of them."""
+    title, steps = FLOWS[name]
+    drawing = _Drawing(palette)
+    width, gap = 126, 23
+    for i, (kind, *texts) in enumerate(steps):
+        x = 14 + i * (width + gap)
+        drawing.box(x, 14, width, 76, kind, *filter(None, texts))
+        if i:
+            drawing.path(f"M{x - gap + 2} 52H{x - 3}", arrow=True)
+    return drawing.svg(title, height=104)

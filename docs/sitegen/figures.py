@@ -22,10 +22,11 @@ from matplotlib.ticker import FuncFormatter
 
 import convmixer
 from convmixer import plots, registry
+from convmixer.hub import zoo
 from convmixer.training.history import read_history
-from sitegen.diagram import PALETTES, draw
+from sitegen.diagram import FLOWS, PALETTES, draw, draw_flow
 from sitegen.records import DOCS
-from sitegen.runs import LOGS, anchor, by_script, counted, evaluation, losses, runs
+from sitegen.runs import LOGS, anchor, counted, evaluation, runs
 from sitegen.speed import benches, gpu_sections, result
 
 FIGURES = DOCS / "_figures"
@@ -188,21 +189,6 @@ def draw_charts(folder: Path) -> None:
 # ---- figures of runs and weights ------------------------------------------------------------------------------------
 
 
-def _plot_losses(rows: list[dict[str, float]]) -> Figure:
-    figure = Figure((9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    left.plot(epochs, [row["train_loss"] for row in rows], ".-", label="training, augmented")
-    left.plot(epochs, [row["loss_of_5000_training_images"] for row in rows], ".-", label="5,000 training images")
-    left.set(title="loss", xlabel="epoch", ylabel="cross entropy")
-    right.plot(epochs, [row["top1_of_5000_training_images"] for row in rows], ".-", color="tab:orange")
-    right.set(title="accuracy of 5,000 training images", xlabel="epoch", ylabel="top-1 (%)")
-    left.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    return figure
-
-
 def _draw_runs() -> None:
     for group in runs():
         for name, _ in group:
@@ -212,14 +198,11 @@ def _draw_runs() -> None:
 
 def _draw_shipped(name: str) -> None:
     """Losses, confusion matrix and kernels of one set of weights that ships."""
-    curves = (
-        _plot_losses(losses(name)) if by_script(name) else plots.plot_history(read_history(LOGS / name / "metrics.csv"))
-    )
     found = evaluation(name)
     true, predicted = zip(*counted(found["confusion"]), strict=True)
     model = convmixer.create_model(name, pretrained=True, device="cpu")
     for what, figure in {
-        "losses": curves,
+        "losses": zoo.curves(LOGS / name),
         "confusion": plots.plot_confusion(true, predicted, found["classes"]),
         "kernels": plots.plot_depthwise_kernels(model),
     }.items():
@@ -250,6 +233,8 @@ def draw_all() -> None:
     for scheme, palette in PALETTES.items():
         for variant in registry.VARIANTS:
             (FIGURES / f"{variant.name}-{scheme}.svg").write_text(draw(variant, palette), encoding="utf-8")
+        for flow in FLOWS:
+            (FIGURES / f"{flow}-{scheme}.svg").write_text(draw_flow(flow, palette), encoding="utf-8")
     _draw_runs()
     for name in registry.list_pretrained("*.cifar10"):
         _draw_shipped(name)

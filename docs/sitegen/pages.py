@@ -118,7 +118,7 @@ def snippets(v: Variant) -> dict[str, str]:
         f'model = timm.create_model("{v.name}"{pretrained}).eval()\n'
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
     }
-    if weights and weights.hub_id:
+    if weights and not weights.path:
         source = f'"{weights.hub_id}"'
         found["transformers"] = (
             "from transformers import AutoImageProcessor, AutoModelForImageClassification\n\n"

@@ -21,7 +21,7 @@ from convmixer.native import library
 from convmixer.native import training as native
 
 pytestmark = pytest.mark.skipif(
-    library.compiler() is None or not torch.cpu._is_avx512_supported(), reason="no C++ compiler, or no AVX-512"
+    library.lacks() is not None or not torch.cpu._is_avx512_supported(), reason="no C++ compiler, or no AVX-512"
 )
 SHAPE = {"dim": 32, "depth": 2, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 0.03}
@@ -444,7 +444,7 @@ def test_without_a_compiler(monkeypatch, caplog):
         for function in (native.kernels, native._lacking, native._say):
             function.cache_clear()
     (record,) = caplog.records
-    assert re.search("run on PyTorch: native needs a C\\+\\+ compiler, and there is none", record.getMessage())
+    assert re.search("run on PyTorch: native needs a C\\+\\+ compiler on a CPU, and there is none", record.getMessage())
 
 
 FORKED = """

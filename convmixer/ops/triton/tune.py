@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from convmixer.errors import ArgumentError
+from convmixer.hardware import usable_cores
 from convmixer.ops.triton import launch, tables
 from convmixer.ops.triton.tables import (
     Direct,
@@ -319,7 +320,7 @@ def tune(
         raise ArgumentError("no CUDA device: the Triton kernels are measured on the GPU that they will run on")
     name = torch.cuda.get_device_name()
     _check_folder(name)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or usable_cores()
     todo = tasks(blocks)
     begin = time.monotonic()
     done = compile_all(todo, dtype, seconds[0], workers)
