@@ -76,6 +76,15 @@ def load(sources: Sequence[Path]) -> Any:
         return _find(sources)
 
 
+def check_records(kernels: Any, records: Sequence[type[ctypes.Structure]]) -> None:
+    """Raise a RuntimeError where a record does not have the size that it has in C++."""
+    expected = list((ctypes.c_int32 * len(records)).in_dll(kernels, "convmixer_record_sizes"))
+    found = [ctypes.sizeof(record) for record in records]
+    if found != expected:
+        names = ", ".join(record.__name__ for record in records)
+        raise RuntimeError(f"{names} have {found} bytes in Python, {expected} in csrc/: declare the same fields")
+
+
 def _find(sources: Sequence[Path]) -> Any:
     """A library from the cache, else compiled and put there, else compiled only for this process."""
     path = compiler()

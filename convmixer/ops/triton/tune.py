@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from convmixer.errors import ArgumentError
+from convmixer.files import write_atomically
 from convmixer.ops.triton import launch, tables
 from convmixer.ops.triton.tables import (
     Direct,
@@ -344,13 +345,12 @@ def _check_folder(name: str) -> None:
 
 def write_rows(name: str, found: list[dict[str, Any]]) -> Path:
     """Write rows for a GPU of that name into its file, in which those for other shapes or types stay."""
-    place = operator.itemgetter("operation", "key", "bytes", "channels", "positions")
-    kept = {place(record): record for record in [*tables.tuned(name), *found]}
+    block = operator.itemgetter("operation", "key", "bytes", "channels", "positions")
+    rows = {block(record): record for record in [*tables.tuned(name), *found]}
     file = tuned_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({"torch": torch.__version__, "rows": list(kept.values())}, indent=1) + "\n")
-    scratch.replace(file)  # whole or not at all
+    text = json.dumps({"torch": torch.__version__, "rows": list(rows.values())}, indent=1) + "\n"
+    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
     tables.forget_choices()
     return file
 
