@@ -501,6 +501,10 @@ class Augment:
         height, width = (round(side * size / min(self.shape)) for side in self.shape)
         return height, width
 
+    def sizes(self) -> set[tuple[int, int]]:
+        """Return every (height, width) of what the model gets during the run."""
+        return {self.seen(size) for _, size in self.recipe.image_sizes} or {self.shape}
+
     def prepared(self, source: Source, share: Share, done: Callable[[int], float]) -> Iterator[Part]:
         """Yield the parts of an epoch, ready for the model; several are computed at once.
 
@@ -512,8 +516,7 @@ class Augment:
         recipe = self.recipe
         if recipe.random_erasing:
             rng = np.random.default_rng((share.seed, share.epoch, 0, 1))
-            sizes = {self.shape, *(self.seen(size) for _, size in recipe.image_sizes)}
-            length = NOISE + self.channels * max(map(math.prod, sizes))
+            length = NOISE + self.channels * max(map(math.prod, {self.shape, *self.sizes()}))
             self.noise = self._send(rng.standard_normal(length, dtype=np.float32))
 
         def phase(item: tuple[Batch, tuple[int, int]]) -> tuple[int | None, bool]:

@@ -22,7 +22,7 @@ from convmixer.hub.checkpoints import read_tensors
 from convmixer.model import ConvMixer
 from convmixer.native import training as native
 from convmixer.runtime.cuda_graphs import CudaGraphs
-from convmixer.training.checks import check_counts, check_same_data, check_sources
+from convmixer.training.checks import check_counts, check_same_data, check_same_teacher, check_sources
 from convmixer.training.history import Epoch, best_epoch
 from convmixer.training.machine import Machine, prepare_machine
 from convmixer.training.precision import flush_denormals
@@ -204,6 +204,10 @@ class _Session:
         )
         if not state:
             return
+        teacher = self.trainer.teacher
+        check_same_teacher(
+            self.folder.state_file, self.recipe.teacher, state.get("teacher"), teacher and teacher.checksum
+        )
         try:
             self.trainer.load(state)
         except (KeyError, RuntimeError, ValueError) as error:

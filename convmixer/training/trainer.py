@@ -164,7 +164,15 @@ class Trainer:
         self.teacher: Teacher | None = None
         if recipe.teacher:
             dtype = DTYPES[accelerator.mixed_precision]
-            self.teacher = Teacher(recipe.teacher, preprocessing(self.model), images.classes, device, dtype, report)
+            self.teacher = Teacher(
+                recipe.teacher,
+                preprocessing(self.model),
+                images.classes,
+                device,
+                dtype,
+                sizes=self.augment.sizes(),
+                report=report,
+            )
         self.parts_per_step = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
         self.head_only: bool | None = None
@@ -192,7 +200,13 @@ class Trainer:
         average = self.average.module.state_dict() if self.average else None
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         optimizer = self.optimizer.state_dict()
-        return {"model": self.model.state_dict(), "optimizer": optimizer, "average": average, "scaler": scaler}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer,
+            "average": average,
+            "scaler": scaler,
+            "teacher": self.teacher.checksum if self.teacher else None,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned, perhaps on another device."""
