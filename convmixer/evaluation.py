@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,9 @@ def compare(
     model: str,
     data: str,
     *,
+    split: str,
+    labels: str | Path | None,
+    precision: str,
     checkpoint: str | Path | None = None,
     device: str = "auto",
     backend: str | None = None,
@@ -197,7 +201,7 @@ def compare(
 
     Args:
         model: What `open_model` takes, with `checkpoint` and `device`.
-        data: As for `validate`.
+        data: As for `validate`, like `split`, `labels` and `precision`.
         backend: A backend of `optimize`, or None to measure only the model as it is.
         int8: Optimize to int8.
         calibration: Source of the images for int8.
@@ -210,23 +214,28 @@ def compare(
         DataError: As `validate` does.
     """
     opened = open_model(model, checkpoint=checkpoint, device=device)
-    precision = options.get("precision", "float32")
     choose_precision(next(opened.parameters()).device, precision)  # an error of it comes before anything is computed
     fast = None
     if backend:
         dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
         images = calibration_images(calibration, opened, report=report) if int8 and calibration else calibration
         fast = optimize(opened, backend=backend, dtype=dtype, calibration=images)
-    original = validate(opened, data, progress=lambda items: progress(items, "validating"), report=report, **options)
+    measure = partial(validate, data=data, split=split, labels=labels, **options)
+    original = measure(
+        model=opened, precision=precision, progress=lambda items: progress(items, "validating"), report=report
+    )
     optimized, choice = None, ""
     if fast is not None:
-        again = {**options, "precision": "float32"}  # the optimized model has its precision in itself
-        optimized = validate(
-            fast, data, progress=lambda items: progress(items, "optimized"), report=lambda _: None, **again
+        # Without autocast: the optimized model computes in its own precision.
+        optimized = measure(
+            model=fast,
+            precision="float32",
+            progress=lambda items: progress(items, "optimized"),
+            report=lambda _: None,
         )
         choice = str(getattr(fast, "choice", "eager, the folded module"))
     settings = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
-    settings |= {"split": options.get("split", "test"), "labels": options.get("labels"), "precision": precision}
+    settings |= {"split": split, "labels": labels, "precision": precision}
     return Comparison(settings, original, optimized, choice)
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import timm
 import torch
@@ -57,13 +57,13 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
     return config
 
 
-def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> nn.Module:
+def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> ConvMixer | FeatureGetterNet:
     """timm's builder with the variant's architecture; model_args come on top."""
     indices = plain_indices(model_args.pop("out_indices", 3))
     if isinstance(indices, list | tuple):
         indices = [plain_indices(i) for i in indices]
     feature_cfg = {"out_indices": indices, "feature_cls": "getter"}
-    model: nn.Module = build_model_with_cfg(
+    model: ConvMixer | FeatureGetterNet = build_model_with_cfg(
         ConvMixer, variant.name, pretrained, feature_cfg=feature_cfg, **{**variant.architecture, **model_args}
     )
     return model
@@ -139,6 +139,37 @@ def _check_names(given: dict[str, Any], valid: list[str], what: str) -> None:
 # ---- the factory ----------------------------------------------------------------------------------------------------
 
 
+@overload
+def create_model(
+    name: str,
+    pretrained: bool = ...,
+    *,
+    features_only: Literal[False] = ...,
+    device: str | torch.device = ...,
+    dtype: torch.dtype | str | None = ...,
+    channels_last: bool | None = ...,
+    fused: bool | Literal["auto"] = ...,
+    checkpoint: str | Path | None = ...,
+    revision: str | None = ...,
+    cache_dir: str | Path | None = ...,
+    token: str | bool | None = ...,
+    local_files_only: bool = ...,
+    **model_args: Any,
+) -> ConvMixer: ...
+
+
+@overload
+def create_model(
+    name: str, pretrained: bool = ..., *, features_only: Literal[True], **arguments: Any
+) -> FeatureGetterNet: ...
+
+
+@overload
+def create_model(
+    name: str, pretrained: bool = ..., *, features_only: bool, **arguments: Any
+) -> ConvMixer | FeatureGetterNet: ...
+
+
 def create_model(
     name: str,
     pretrained: bool = False,
@@ -153,7 +184,7 @@ def create_model(
     token: str | bool | None = None,
     local_files_only: bool = False,
     **model_args: Any,
-) -> Any:
+) -> ConvMixer | FeatureGetterNet:
     """Build a ConvMixer, load weights into it, and move it to a device. It comes in training mode, as in timm.
 
     Args:
@@ -232,7 +263,9 @@ def create_model(
     return model
 
 
-def open_model(source: str | Path, *, checkpoint: str | Path | None = None, device: str | torch.device = "auto") -> Any:
+def open_model(
+    source: str | Path, *, checkpoint: str | Path | None = None, device: str | torch.device = "auto"
+) -> ConvMixer:
     """Open a model with its weights, from whatever a user calls a model.
 
     Args:
@@ -254,18 +287,18 @@ def open_model(source: str | Path, *, checkpoint: str | Path | None = None, devi
     return create_model(source, pretrained=True, checkpoint=checkpoint, device=device)
 
 
-def extractor(model: ConvMixer, blocks: Sequence[int]) -> nn.Module:
+def extractor(model: ConvMixer, blocks: Sequence[int]) -> FeatureGetterNet:
     """Wrap a model as `create_model(features_only=True, out_indices=blocks)` does, and cut it after the last block."""
     taken, _ = take_indices(blocks, len(model.blocks))
-    config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    wrapped: Any = FeatureGetterNet(model, sorted(taken))
-    wrapped.pretrained_cfg = {k: v for k, v in config.items() if k not in ("num_classes", "classifier")}
-    return wrapped  # type: ignore[no-any-return]
+    wrapped = FeatureGetterNet(model, tuple(sorted(taken)))
+    config = {k: v for k, v in model.pretrained_cfg.items() if k not in ("num_classes", "classifier")}
+    wrapped.pretrained_cfg = config  # type: ignore[assignment]
+    return wrapped
 
 
 def open_run(
     run: Path, recipe: dict[str, Any], *, checkpoint: str | Path | None = None, device: str | torch.device = "auto"
-) -> Any:
+) -> ConvMixer:
     """Open the model of a run's folder, given what `read_recipe` returns; raise DataError if it has no weights."""
     weights = Path(checkpoint) if checkpoint else run / "model.safetensors"
     if not checkpoint and not weights.is_file():

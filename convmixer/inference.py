@@ -93,7 +93,7 @@ def preparation(model: nn.Module, *, draft: bool = True) -> Callable[[Any], Tens
     channels = in_channels(model)
 
     def prepare(image: Any) -> Tensor:
-        return transform(read_image(image, channels, least=least))  # type: ignore[no-any-return]
+        return transform(read_image(image, channels, least=least))
 
     return prepare
 

@@ -18,7 +18,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from types import MethodType
-from typing import Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -371,6 +371,8 @@ class ConvMixer(nn.Module):
         channels_last: Compute the blocks in channels_last, whatever the layout of images and weights. False, as in a
             new module, leaves the layout to them. It may be set at any time; `create_model` sets it where that is
             faster.
+        pretrained_cfg: What `create_model` says about the model, as timm has it: `input_size`, `mean`, `std`,
+            `label_names`, ...
 
     Raises:
         ArgumentError: A value that makes no sense.
@@ -381,6 +383,11 @@ class ConvMixer(nn.Module):
         >>> model(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
+
+    if TYPE_CHECKING:  # TorchScript would read the annotation, too
+        pretrained_cfg: dict[str, Any]
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(
         self,

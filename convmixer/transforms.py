@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 from timm.data import create_transform as timm_create_transform
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, nearest
 from convmixer.registry import CROP_MODES, INTERPOLATIONS, PREPROCESSING, get_variant
@@ -48,7 +49,9 @@ def normalization(config: dict[str, Any]) -> v2.Transform:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])])
 
 
-def create_transform(model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any) -> Callable[..., Any]:
+def create_transform(
+    model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any
+) -> Callable[[PIL.Image.Image], Tensor]:
     """Build the transform from a PIL image to the normalised tensor (C, H, W) that a model takes.
 
     Args:
@@ -78,7 +81,9 @@ def create_transform(model_or_name: nn.Module | str, is_training: bool = False, 
     _check(overrides, config)
     data_config = resolve_data_config({k: overrides[k] for k in PREPROCESSING if k in overrides}, config)
     further = {k: v for k, v in overrides.items() if k not in PREPROCESSING}
-    transform: Callable[..., Any] = timm_create_transform(**data_config, **further, is_training=is_training)
+    transform: Callable[[PIL.Image.Image], Tensor] = timm_create_transform(
+        **data_config, **further, is_training=is_training
+    )
     return transform
 
 

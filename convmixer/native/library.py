@@ -18,7 +18,6 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -57,7 +56,7 @@ def inductor_lacks(device: torch.device) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def library() -> Any:
+def library() -> ctypes.CDLL:
     """The compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
     loaded = load(SOURCES)
     pointer, number = ctypes.c_void_p, ctypes.c_int
@@ -70,13 +69,13 @@ def library() -> Any:
     return loaded
 
 
-def load(sources: Sequence[Path]) -> Any:
+def load(sources: Sequence[Path]) -> ctypes.CDLL:
     """The library of a C++ file and those that it includes; a DependencyError if it can be compiled or kept nowhere."""
     with _COMPILING:
         return _find(sources)
 
 
-def check_records(kernels: Any, records: Sequence[type[ctypes.Structure]]) -> None:
+def check_records(kernels: ctypes.CDLL, records: Sequence[type[ctypes.Structure]]) -> None:
     """Raise a RuntimeError where a record does not have the size that it has in C++."""
     expected = list((ctypes.c_int32 * len(records)).in_dll(kernels, "convmixer_record_sizes"))
     found = [ctypes.sizeof(record) for record in records]
@@ -85,7 +84,7 @@ def check_records(kernels: Any, records: Sequence[type[ctypes.Structure]]) -> No
         raise RuntimeError(f"{names} have {found} bytes in Python, {expected} in csrc/: declare the same fields")
 
 
-def _find(sources: Sequence[Path]) -> Any:
+def _find(sources: Sequence[Path]) -> ctypes.CDLL:
     """A library from the cache, else compiled and put there, else compiled only for this process."""
     path = compiler()
     if path is None:
@@ -110,7 +109,7 @@ def _find(sources: Sequence[Path]) -> Any:
     return _put(binary or _compile(path, sources[0]), instead_of(reason, "native kernels", "XDG_CACHE_HOME") / name)
 
 
-def _put(binary: bytes, file: Path) -> Any:
+def _put(binary: bytes, file: Path) -> ctypes.CDLL:
     write_atomically(file, lambda temporary: temporary.write_bytes(binary))
     return ctypes.CDLL(str(file))
 

@@ -70,7 +70,7 @@ RECORDS = (LayerRecord, StepRecord)
 
 
 @functools.lru_cache(maxsize=1)
-def kernels() -> Any:
+def kernels() -> ctypes.CDLL:
     """Return the compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
     loaded = library.load(SOURCES)
     library.check_records(loaded, RECORDS)

@@ -44,7 +44,8 @@ class Eager:
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """Split images (B, C, H, W) into chunks."""
-        return x.split(len(x) if self.chunk_rule is None else self.chunk_rule(*x.shape[2:]))
+        chunks: Sequence[Tensor] = x.split(len(x) if self.chunk_rule is None else self.chunk_rule(*x.shape[2:]))
+        return chunks
 
     def compute(self, x: Tensor) -> list[Tensor]:
         """Compute the outputs of one chunk."""

@@ -18,11 +18,11 @@ activations. Eight bits have no exponents: channels of very different size do no
 quantized carries x throughout.
 """
 
-# Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
+# Annotations are not strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.models._features import FeatureGetterNet
@@ -120,6 +120,10 @@ class FoldedConvMixer(nn.Module):
         ArgumentError: From `train()`.
         ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least a patch.
     """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, model: ConvMixer, normalization: bool, dtype: torch.dtype, divide: bool = True) -> None:
         super().__init__()
@@ -242,7 +246,7 @@ def fold(
     folded = FoldedConvMixer(original, normalization, dtype, divide)
     if original is model:
         return folded
-    extractor = copy.deepcopy(model, {id(original): folded}).eval()
+    extractor = cast("FeatureGetterNet", copy.deepcopy(model, {id(original): folded}).eval())
     if normalization:
         config = {name: folded.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
         getattr(extractor, "pretrained_cfg", {}).update(config)

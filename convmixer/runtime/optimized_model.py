@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ class OptimizedConvMixer(nn.Module):
         self._process = os.getpid()
         self.eval()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | Any:
         if self._process != os.getpid():
             self._after_fork()
         with computing():
@@ -86,11 +86,11 @@ class OptimizedConvMixer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
         """Raise an error: the weights are part of what was compiled."""
         raise ArgumentError("an optimized model keeps its weights: load others into the original, then optimize it")
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor | Any:
         """Compute logits (B, num_classes) of images (B, in_chans, H, W); a feature extractor returns a list of maps."""
         check_input(x, self.in_chans, self.patch_size)
         own = next(self.folded.parameters())

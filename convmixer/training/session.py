@@ -206,7 +206,7 @@ class _Session:
             return
         teacher = self.trainer.teacher
         check_same_teacher(
-            self.folder.state_file, self.recipe.teacher, state.get("teacher"), teacher and teacher.checksum
+            self.folder.state_file, self.recipe.teacher, state.get("teacher"), teacher.checksum if teacher else None
         )
         try:
             self.trainer.load(state)

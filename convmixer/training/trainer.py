@@ -57,7 +57,7 @@ def build_model(
     config = preprocessing(model)
     size = (recipe.in_chans, *(recipe.input_size or config["input_size"][1:]))
     config |= {"label_names": classes, "num_classes": len(classes), "input_size": size}
-    model.pretrained_cfg = config  # type: ignore[assignment]
+    model.pretrained_cfg = config
     return model
 
 

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from convmixer.data.memory import Source
 from convmixer.inference import class_logits
-from convmixer.model import ConvMixer, evaluation_view
+from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.training.precision import autocast
 from convmixer.transforms import normalization, preprocessing
 from convmixer.wrappers import find_model
 
+T = TypeVar("T")
 Progress = Callable[..., Iterable[Any]]
 
 
-def no_progress(items: Iterable[Any], _description: str = "") -> Iterable[Any]:
+def no_progress(items: Iterable[T], _description: str = "") -> Iterable[T]:
     """Show nothing."""
     return items
 
 
 @torch.inference_mode()
 def evaluate(
-    model: ConvMixer,
+    model: nn.Module,
     images: Source,
     *,
     batch_size: int = 64,  # larger activations are mapped again for every batch on a CPU

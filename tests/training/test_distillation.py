@@ -174,7 +174,9 @@ def test_a_run_is_resumed_only_with_its_teacher(tmp_path):
     original = weights.read_bytes()
     weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
     before = {file: file.read_bytes() for file in (tmp_path / "student").rglob("*.*") if file.name != ".lock"}
-    text = r"cannot resume .*last\.pt': teacher='.*teacher' is not the model .* restore them, or train in another folder"
+    text = (
+        r"cannot resume .*last\.pt': teacher='.*teacher' is not the model .* restore them, or train in another folder"
+    )
     with pytest.raises(ArgumentError, match=text):
         train(longer, digits, tmp_path / "student", device="cpu", resume=True, report=len)
     assert all(file.read_bytes() == content for file, content in before.items())
