@@ -114,6 +114,14 @@ def validate(
     Raises:
         ArgumentError: A model without a head, another kind of module, or an argument that makes no sense.
         DataError: Data that cannot be found or read, or classes that the model does not know.
+
+    Example:
+        >>> from convmixer.evaluation import validate
+        >>> model = convmixer.create_model("convmixer_256_8", num_classes=2, device="cpu")
+        >>> found = validate(model, "data/flowers", classes=("daisy", "rose"))
+        test: 6 images in 2 classes from flowers/test/
+        >>> found.count, [row.label for row in found.classes]
+        (6, ['daisy', 'rose'])
     """
     model = find_model(model)
     names = tuple(classes) if classes is not None else known_labels(model)
@@ -293,6 +301,11 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
 
     Returns:
         A part in [0, 1].
+
+    Example:
+        >>> from convmixer.evaluation import calibration_error
+        >>> round(calibration_error(torch.full((10,), 0.8), torch.arange(10) < 7), 6)  # 80 % sure, 70 % right
+        0.1
     """
     confidence = confidence.double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]

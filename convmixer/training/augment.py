@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from convmixer.data.memory import Batch, Share, Source
+from convmixer.data.memory import Batch, ImageSet, Share
 from convmixer.errors import ArgumentError
 from convmixer.training.recipe import Recipe
+from convmixer.training.schedule import image_size
 
 LEVELS = 31  # of the magnitude of RandAugment and TrivialAugment
 NOISE = 2**20  # random numbers of an epoch from which each erased rectangle takes a stretch
@@ -235,6 +236,15 @@ def draw(recipe: Recipe, numbers: RandomNumbers, shape: tuple[int, int], seen: t
         shape: (height, width) of the images.
         seen: (height, width) of what the model gets.
         mixing: Whether this part of the run mixes images.
+
+    Example:
+        >>> from convmixer.data.memory import Share
+        >>> from convmixer.training import Recipe
+        >>> from convmixer.training.augment import RandomNumbers, draw
+        >>> share = Share(seed=0, epoch=0, batch_size=8, parts=1, own=range(1), steps=range(1))
+        >>> draws = draw(Recipe(shift=2), RandomNumbers(share, [(0, 0)]), (32, 32), (32, 32), mixing=False)
+        >>> draws.flips.shape, draws.shifts.shape
+        ((8,), (2, 8))
     """
     crops = draw_crops(numbers, recipe.crop_scale, *shape) if recipe.crop_scale < 1 and not recipe.stream else None
     count, level = (1, None) if recipe.trivial_augment else recipe.rand_augment
@@ -505,7 +515,7 @@ class Augment:
         """Return every (height, width) of what the model gets during the run."""
         return {self.seen(size) for _, size in self.recipe.image_sizes} or {self.shape}
 
-    def prepared(self, source: Source, share: Share, done: Callable[[int], float]) -> Iterator[Part]:
+    def prepared(self, source: ImageSet, share: Share, done: Callable[[int], float]) -> Iterator[Part]:
         """Yield the parts of an epoch, ready for the model; several are computed at once.
 
         Args:
@@ -521,11 +531,11 @@ class Augment:
 
         def phase(item: tuple[Batch, tuple[int, int]]) -> tuple[int | None, bool]:
             over = done(item[1][0])
-            return recipe.image_size(over), bool(recipe.mixup or recipe.cutmix) and over < recipe.mix_until
+            return image_size(recipe, over), bool(recipe.mixup or recipe.cutmix) and over < recipe.mix_until
 
         pixels = share.batch_size // share.parts * math.prod(self.shape)
         most = min(max(1, PIXELS.get(self.device.type, PIXELS_ELSEWHERE) // pixels), source.at_once)
-        positions = ((step, part) for step in share.steps for part in share.mine)
+        positions = ((step, part) for step in share.steps for part in share.own)
         batches = zip(
             source.parts(share), positions, strict=False
         )  # the images end first, and close what they have open

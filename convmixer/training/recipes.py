@@ -187,6 +187,11 @@ def get_recipe(name: str, **fields: Any) -> Recipe:
 
     Raises:
         ArgumentError: No such recipe or field, or a value that makes no sense.
+
+    Example:
+        >>> from convmixer.training import get_recipe
+        >>> get_recipe("cifar10", epochs=5).epochs
+        5
     """
     if name not in RECIPES:
         raise ArgumentError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")

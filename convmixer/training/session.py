@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from convmixer.data.memory import Source, shorten
+from convmixer.data.memory import ImageSet, shorten
 from convmixer.errors import ConvMixerError, TrainingStopped
 from convmixer.hub.checkpoints import read_tensors
 from convmixer.model import ConvMixer
@@ -109,6 +109,13 @@ def train(
             stops at once, and what was saved before is kept.
         DependencyError: An optional library, or the compiler that `compile` needs, is missing.
         ConvMixerError: The loss became infinite or not a number, or the disk is full.
+
+    Example:
+        >>> from convmixer.training import get_recipe, train
+        >>> recipe = get_recipe("cifar10", model_args=(("dim", 8), ("depth", 1)), epochs=1, batch_size=10)
+        >>> result = train(recipe, "data/flowers", "runs/flowers", device="cpu", report=lambda line: None)
+        >>> len(result.history), result.weights.name
+        (1, 'model.safetensors')
     """
     folder = RunFolder(output, recipe, resume=resume)
     sources = Sources(data, val, tests, labels, data_root, download, skip_unreadable, workers)
@@ -287,7 +294,7 @@ class _Session:
             self.folder.draw(self.history)
             self.drawn = time.monotonic()
 
-    def _evaluate(self, images: Source) -> dict[str, float]:
+    def _evaluate(self, images: ImageSet) -> dict[str, float]:
         return evaluate(self.trainer.eval_model, images, precision=self.machine.precision)
 
     def _row(self, epoch: int, scores: dict[str, float]) -> Epoch:
@@ -390,7 +397,7 @@ class _Session:
         found: dict[str, Any] = broadcast_object_list([compute() if self.is_main else {}])[0]
         return found
 
-    def _report_unreadable(self, source: Source, consequence: str) -> None:
+    def _report_unreadable(self, source: ImageSet, consequence: str) -> None:
         """Say once which images of a source could not be read, in any process, and what was done."""
         from accelerate.utils import gather_object
 

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer.data.memory import Share, Source, class_weights, seed_all
+from convmixer.data.memory import ImageSet, Share, class_weights, seed_all
 from convmixer.errors import ConvMixerError
 from convmixer.factory import create_model
 from convmixer.model import ConvMixer, mirror
 from convmixer.runtime.cuda_graphs import Graphed, Graphs
+from convmixer.training import schedule
 from convmixer.training.augment import Augment, Part
 from convmixer.training.distillation import Teacher, distillation_loss
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
@@ -135,7 +136,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        images: Source,
+        images: ImageSet,
         device: torch.device,
         accelerator: Accelerator,
         *,
@@ -254,8 +255,8 @@ class Trainer:
         return (epoch * self.steps + step) / (self.recipe.epochs * self.steps)
 
     def learning_rate(self, epoch: int, step: int) -> float:
-        """Return the learning rate of a step."""
-        return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
+        """Return the learning rate of a step, as in its middle."""
+        return schedule.learning_rate(self.recipe, (epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
 
     def _schedule(self, epoch: int) -> Tensor:
         """Return the values of `scheduled` in each step of an epoch (steps, groups + 1)."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convmixer.data.memory import Source
+from convmixer.data.memory import ImageSet
 from convmixer.inference import class_logits
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
@@ -30,7 +30,7 @@ def no_progress(items: Iterable[T], _description: str = "") -> Iterable[T]:
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    images: Source,
+    images: ImageSet,
     *,
     batch_size: int = 64,  # larger activations are mapped again for every batch on a CPU
     precision: str = "float32",
@@ -40,6 +40,17 @@ def evaluate(
 
     Returns:
         `{"loss": mean cross entropy, "top1": percent, "count": images}`.
+
+    Raises:
+        ArgumentError: Another kind of model, or a precision that the device does not compute.
+
+    Example:
+        >>> from convmixer.data.memory import load_images
+        >>> from convmixer.training import evaluate
+        >>> images = load_images("data/flowers", "test", (3, 32, 32), report=lambda line: None)
+        >>> model = convmixer.create_model("convmixer_256_8", num_classes=2, device="cpu")
+        >>> evaluate(model, images)["count"]
+        6
     """
     model = find_model(model)
     device = next(model.parameters()).device

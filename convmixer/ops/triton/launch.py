@@ -33,7 +33,7 @@ except ImportError as error:
 
 from convmixer.ops.limits import ACTIVATIONS, DTYPES, KERNEL_SIZES
 from convmixer.ops.triton import kernels
-from convmixer.ops.triton.tables import Direct, Elementwise, Gradient, Library, Product, Sums, pointwise_key, row
+from convmixer.ops.triton.tables import Direct, Elementwise, Gemm, Gradient, Library, Sums, pointwise_key, row
 
 INTERPRETED = not isinstance(kernels.normalize, triton.JITFunction)  # TRITON_INTERPRET=1 at the first import
 PROGRAMS = 2048  # of a weight gradient, about
@@ -457,7 +457,7 @@ def _multiply(
     center: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    config: Product | Library | None = None,
+    config: Gemm | Library | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The 1x1 convolution and what follows, of c or of `scale1*act(c) + shift1 + x`; with `center` the sums (2, O)."""
     scale1, shift1, x = prologue or (None, None, None)

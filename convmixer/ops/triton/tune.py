@@ -35,9 +35,9 @@ from convmixer.ops.triton import launch, tables
 from convmixer.ops.triton.tables import (
     Direct,
     Elementwise,
+    Gemm,
     Gradient,
     Library,
-    Product,
     Row,
     Sums,
     pointwise_key,
@@ -107,16 +107,16 @@ def _gradient(block: Block) -> Iterator[Row]:
 
 
 def _product(_block: Block) -> Iterator[Row]:
-    yield Product(128, 128, 64, 4, 3, apart=True)
+    yield Gemm(128, 128, 64, 4, 3, apart=True)
     yield Library()
-    yield Product(128, 256, 64, 8, 3, apart=True)
-    yield Product(128, 128, 64, 8, 3, apart=True)
-    yield Product(128, 128, 64, 4, 4, apart=True)
-    yield Product(256, 128, 64, 8, 3, apart=True)
-    yield Product(64, 128, 64, 4, 4, apart=True)
-    yield Product(64, 64, 64, 4, 4, apart=True)
-    yield Product(64, 256, 64, 4, 3)
-    yield Product(128, 128, 64, 4, 3)
+    yield Gemm(128, 256, 64, 8, 3, apart=True)
+    yield Gemm(128, 128, 64, 8, 3, apart=True)
+    yield Gemm(128, 128, 64, 4, 4, apart=True)
+    yield Gemm(256, 128, 64, 8, 3, apart=True)
+    yield Gemm(64, 128, 64, 4, 4, apart=True)
+    yield Gemm(64, 64, 64, 4, 4, apart=True)
+    yield Gemm(64, 256, 64, 4, 3)
+    yield Gemm(128, 128, 64, 4, 3)
 
 
 def _elementwise(_block: Block) -> Iterator[Row]:
