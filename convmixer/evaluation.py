@@ -87,7 +87,7 @@ def validate(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     report: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Accuracy, loss and calibration of a classifier on a split.
+    """Measure accuracy, loss and calibration of a classifier on a split.
 
     Images are read one batch at a time and prepared as `predict` does it. The data's classes are matched by name to the
     model's; for ImageNet-1k's weights they may also be called by their WordNet numbers. The data may lack some classes.
@@ -248,7 +248,7 @@ def compare(
 
 
 def _match(data: Split | ShardSplit, names: tuple[str, ...] | None, count: int) -> tuple[tuple[str, ...], Tensor]:
-    """The names of the model's `count` classes, and for each label of the data the model's label."""
+    """Return the names of the model's `count` classes, and for each label of the data the model's label."""
     if names is None:
         if len(data.classes) != count:
             raise DataError(
@@ -266,7 +266,7 @@ def _match(data: Split | ShardSplit, names: tuple[str, ...] | None, count: int) 
 
 
 def _hits(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Which of the five most probable classes is the right one, (N, C), (N,) -> (N, 5)."""
+    """Say which of the five most probable classes is the right one, (N, C), (N,) -> (N, 5)."""
     return log_p.topk(min(5, log_p.shape[1])).indices == labels[:, None]
 
 
@@ -288,7 +288,7 @@ def _per_class(log_p: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Cla
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: how far confidence is from accuracy, on average over images.
+    """Compute the expected calibration error: how far confidence is from accuracy, on average over images.
 
     Images are put into bins ((m-1)/bins, m/bins] by confidence; the gap between mean confidence and accuracy of a bin
     is weighted by its share of the images. Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3

@@ -36,7 +36,7 @@ _FEATURE_ARGS = ["features_only", "out_indices"]
 
 
 def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
-    """timm's pretrained_cfg of a variant and, if given, one set of its weights."""
+    """Return timm's pretrained_cfg of a variant and, if given, one set of its weights."""
     patches = tuple(side // variant.patch_size for side in variant.input_size[1:])
     config: dict[str, Any] = {
         "architecture": variant.name,
@@ -58,7 +58,7 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
 
 
 def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> ConvMixer | FeatureGetterNet:
-    """timm's builder with the variant's architecture; model_args come on top."""
+    """Build a variant as timm does; `model_args` override its architecture."""
     indices = plain_indices(model_args.pop("out_indices", 3))
     if isinstance(indices, list | tuple):
         indices = [plain_indices(i) for i in indices]
@@ -83,13 +83,13 @@ class _Resolved:
 
 
 def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: Any) -> _Resolved:
-    scheme, _, rest = name.partition(":")
+    scheme, _, location = name.partition(":")
     if scheme == "local-dir":
-        folder = Path(os.path.expanduser(rest))
+        folder = Path(os.path.expanduser(location))
         weights_file = folder / "model.safetensors" if pretrained else None
         return _from_config(folder / "config.json", weights_file, name)
     if scheme == "hf-hub":
-        repo_id, _, at = rest.partition("@")
+        repo_id, _, at = location.partition("@")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
             raise ArgumentError(f"{name!r}: give hf-hub:owner/repo or hf-hub:owner/repo@revision")
         if at and revision and at != revision:
@@ -98,7 +98,7 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
         config = client.fetch(repo_id, "config.json", **options)
         options["revision"] = config.parent.name  # the same commit, whatever is pushed meanwhile
         return _from_config(config, client.fetch(repo_id, "model.safetensors", **options) if pretrained else None, name)
-    if rest:
+    if location:
         raise ArgumentError(f"{name!r}: unknown scheme {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:")
     variant, weights = get_variant(name)
     # Without its weights a model knows nothing of their classes.
@@ -359,7 +359,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """What a bare weights file tells of itself: classes and channels by its shapes, class names by its metadata."""
+    """Return what a weights file says: classes and channels by its shapes, class names by its metadata."""
     found: dict[str, Any] = {"label_names": None, "tag": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
     head, stem = tensors.get("head.weight"), tensors.get("stem.0.weight")
     if head is not None and head.ndim == 2:
@@ -390,12 +390,12 @@ def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], 
         adapted += ("stem.0.weight",)
     pruned = tuple(f"blocks.{i}." for i in range(len(model.blocks), depth))
     expected = model.state_dict()
-    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(pruned)}
+    unpruned = {key: tensor for key, tensor in tensors.items() if not key.startswith(pruned)}
     if not new_head:
-        check_head(rest, model, str(source))
-    check_keys(rest, expected, str(source), may_differ=adapted, path=source)
+        check_head(unpruned, model, str(source))
+    check_keys(unpruned, expected, str(source), may_differ=adapted, path=source)
     # The file's tensors become the model's parameters, so they must have their type.
-    tensors = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in rest.items()}
+    tensors = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in unpruned.items()}
     load_pretrained(model, {**config, "state_dict": tensors}, num_classes=model.num_classes, in_chans=model.in_chans)
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):

@@ -81,7 +81,7 @@ def activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(act: type[nn.Module], device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    """An activation; one with parameters, such as PReLU, has them where those of the layers are."""
+    """Make an activation; one with parameters, such as PReLU, has them where those of the layers are."""
     module = act()
     return module if next(module.parameters(), None) is None else module.to(device=device, dtype=dtype)
 
@@ -117,7 +117,7 @@ def _say_plain(recorder: str) -> None:
 # True in each compilation.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _recorder() -> str:
-    """What runs a model in order to write it down layer by layer, or ""."""
+    """Return the name of what records a model layer by layer, or ""."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     return "torch.export" if torch.compiler.is_exporting() else ""
@@ -125,7 +125,7 @@ def _recorder() -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_recorded(compiling: bool) -> bool:
-    """Whether what runs a model writes down plain layers instead of fused blocks; the log then says so."""
+    """Return whether a recorder runs the model, which gets plain layers; the log then says so."""
     if recorder := _recorder():
         _say_plain(recorder)
         return True
@@ -274,7 +274,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def _keeps_resolution(layer: nn.Module) -> bool:
-    """Whether a layer is a depthwise convolution with square kernels that keeps the resolution."""
+    """Return whether a layer is a depthwise convolution with square kernels that keeps the resolution."""
     if type(layer) is not nn.Conv2d or not layer.groups == layer.in_channels == layer.out_channels > 1:
         return False
     height, width = layer.kernel_size
@@ -464,7 +464,7 @@ class ConvMixer(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits (B, num_classes); with pre_logits the pooled features, (B, head_hidden_size)."""
+        """Map features to logits (B, num_classes); with pre_logits to pooled features, (B, head_hidden_size)."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
@@ -505,7 +505,7 @@ class ConvMixer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """Features after chosen blocks.
+        """Compute the features after chosen blocks.
 
         Args:
             x: Images, (B, in_chans, H, W).
@@ -517,10 +517,12 @@ class ConvMixer(nn.Module):
             intermediates_only: Return only the list.
 
         Returns:
-            (last features computed, intermediates), or only the intermediates.
+            (last features computed, intermediates), or only the intermediates: each (B, dim, h, w), or (B, h, w, dim)
+            with "NHWC".
 
         Raises:
             ArgumentError: An index that no block has, or an unknown layout.
+            ImageError: Images that do not fit the model.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
@@ -615,7 +617,7 @@ class ConvMixer(nn.Module):
         return True
 
     def __prepare_scriptable__(self) -> "ConvMixer":
-        """For `torch.jit.script`, which asks for it."""
+        """Return the model: `torch.jit.script` calls this first."""
         if self.fused:
             _say_plain("torch.jit.script")
         return self
@@ -626,7 +628,19 @@ class ConvMixer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the blocks after the last one in `indices`, and the head; return the indices counted from 0."""
+        """Remove the blocks after the last one in `indices`, and the head.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Without effect. Part of timm's interface.
+            prune_head: Also remove the head and the pool.
+
+        Returns:
+            The indices, counted from 0.
+
+        Raises:
+            ArgumentError: An index that no block has.
+        """
         taken, last = take_indices(indices, len(self.blocks))
         self.blocks = self.blocks[: last + 1]
         if prune_head:
@@ -640,7 +654,11 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new, randomly initialised one for `num_classes` (0: none), and the pool if given."""
+        """Replace the head by a new, randomly initialised one for `num_classes` (0: none), and the pool if given.
+
+        Raises:
+            ArgumentError: A negative number, an unknown pool, or classes without a pool.
+        """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_head(num_classes, pool, get_device_dtype(self))
         self.global_pool.train(self.training)
@@ -648,7 +666,7 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that sort parameters into layers, for layer-wise learning rates."""
+        """Return the patterns that sort parameters into layers, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
@@ -662,6 +680,6 @@ class ConvMixer(nn.Module):
         return set()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in `nn.Module`; a model on the meta device, which has no storage to copy into, takes the tensors over."""
+        """Load as `nn.Module` does; a model on the meta device, which has no storage, takes the tensors over."""
         check_head(state_dict, self, "these weights")
         return super().load_state_dict(state_dict, strict, assign or any(p.is_meta for p in self.parameters()))

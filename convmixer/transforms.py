@@ -88,7 +88,7 @@ def create_transform(
 
 
 def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
-    """timm checks these by assertions, late, or not at all."""
+    """Raise an ArgumentError for values that timm checks by assertions, late, or not at all."""
     size = overrides.get("input_size", config["input_size"])
     if not (isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
         raise ArgumentError(f"input_size={size!r}: give (channels, height, width)")

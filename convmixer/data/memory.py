@@ -237,8 +237,8 @@ def load_images(
         report(f"{len(errors)} of {len(opened)} images are left out: {shown}")
         if len(errors) == len(opened):
             raise DataError(f"no image of {opened.name!r} can be read: {shown}")
-        kept = torch.tensor([i for i in range(len(opened)) if i not in errors])
-        pixels, targets = pixels[kept], targets[kept]
+        readable = torch.tensor([i for i in range(len(opened)) if i not in errors])
+        pixels, targets = pixels[readable], targets[readable]
     return Images(pixels, index[targets], classes or opened.classes)
 
 

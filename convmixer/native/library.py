@@ -57,7 +57,7 @@ def inductor_lacks(device: torch.device) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
+    """Return the compiled kernels; raise a DependencyError if they cannot be compiled, or kept and run nowhere."""
     loaded = load(SOURCES)
     pointer, number = ctypes.c_void_p, ctypes.c_int
     for name in ("float32", "bfloat16", "int8"):
@@ -70,7 +70,11 @@ def library() -> ctypes.CDLL:
 
 
 def load(sources: Sequence[Path]) -> ctypes.CDLL:
-    """The library of a C++ file and those that it includes; a DependencyError if it can be compiled or kept nowhere."""
+    """Load the library of a C++ file; the further files are those that it includes.
+
+    Raises:
+        DependencyError: It can be compiled or kept nowhere.
+    """
     with _COMPILING:
         return _find(sources)
 
@@ -85,7 +89,7 @@ def check_records(kernels: ctypes.CDLL, records: Sequence[type[ctypes.Structure]
 
 
 def _find(sources: Sequence[Path]) -> ctypes.CDLL:
-    """A library from the cache, else compiled and put there, else compiled only for this process."""
+    """Take a library from the cache, else compile it and put it there, else compile it only for this process."""
     path = compiler()
     if path is None:
         raise DependencyError("native needs a C++ compiler, and there is none: install g++, or name one in CXX")

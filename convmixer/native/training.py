@@ -171,7 +171,7 @@ def _rounded_up(n: Any, unit: int) -> Any:
 
 
 def _map_bytes(images: Tensor, dim: int, patch_size: int, half: bool) -> Any:
-    """Of one feature map: rows are filled up to 16, positions and channels to 32."""
+    """Return the bytes of a feature map, with rows filled up to 16, positions and channels to 32."""
     height, width = _feature_size(images, patch_size)
     positions = _rounded_up(height * _rounded_up(width, 16), 32)
     return images.shape[0] * _rounded_up(dim, 32) * positions * (2 if half else 4)
@@ -255,7 +255,7 @@ def _outputs(images: Tensor, parameters: Sequence[Tensor], network: Network) -> 
 def _forward(
     images: Tensor, parameters: Sequence[Tensor], running: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of the last block, (B, dim, h, w).
+    """Compute the features of the last block, (B, dim, h, w).
 
     Args:
         images: (B, in_chans, H, W), contiguous float32, as all tensors here.
@@ -299,7 +299,7 @@ def _backward(
     parameters: Sequence[Tensor],
     *settings: Any,
 ) -> list[Tensor]:
-    """Gradients of the parameters; `grad` is that of the features, of their type and contiguous."""
+    """Compute the gradients of the parameters; `grad` is that of the features, of their type and contiguous."""
     network = Network(*settings)
     grads = [torch.empty_like(parameter) for parameter in parameters]
     size = _map_bytes(images, len(parameters[0]), network.patch_size, network.half)
@@ -384,13 +384,13 @@ def _say(reason: str | None, dtype: torch.dtype) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen(reason: str | None, dtype: torch.dtype) -> bool:
-    """Whether there is no reason against the kernels; the log says once what was chosen."""
+    """Return whether nothing speaks against the kernels; the log says once what was chosen."""
     _say(reason, dtype)
     return reason is None
 
 
 def takes(stem: Any, blocks: Any, images: Tensor, taken: Sequence[int], sync_batchnorm: bool) -> bool:
-    """Whether `features` computes these images; the log says why not."""
+    """Return whether `features` computes these images; the log says why not."""
     if images.device.type != "cpu" or stem[0].weight.device.type != "cpu":
         return False
     patch, in_chans = stem[0].kernel_size[0], stem[0].weight.shape[1]

@@ -80,7 +80,7 @@ class CudaGraphs:
         return graph.replay
 
     def _renew_generator(self) -> None:
-        """Up to PyTorch 2.11 a failed capture leaves the generator in capture mode: give it a new state."""
+        """Give the generator a new state: up to PyTorch 2.11 a failed capture leaves it in capture mode."""
         generator = torch.cuda.default_generators[self.stream.device.index]
         fresh = torch.Generator(generator.device)
         fresh.set_state(generator.get_state())

@@ -32,7 +32,7 @@ class Eager:
         return type(self), (self.module, self.chunk_rule)
 
     def after_fork(self) -> None:
-        """PyTorch looks after its own threads: there is nothing to do."""
+        """Do nothing: PyTorch looks after its own threads."""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         with torch.no_grad():

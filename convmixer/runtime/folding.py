@@ -173,7 +173,7 @@ class FoldedConvMixer(nn.Module):
         return self.forward_head(self.norms[-1](x))
 
     def _activations(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> what the last BatchNorm takes, (B, dim, H // patch_size, W // patch_size)."""
+        """Map images (B, in_chans, H, W) to the last BatchNorm's input, (B, dim, H // patch_size, W // patch_size)."""
         check_input(x, self.in_chans, self.patch_size)
         x = lay_out(self.stem(x), self.channels_last)
         for block in self.blocks:

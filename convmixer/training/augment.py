@@ -370,7 +370,7 @@ def autocontrast(x: Tensor, _p: Tensor) -> Tensor:
 
 
 def equalize(x: Tensor, _p: Tensor) -> Tensor:
-    """Pillow's algorithm: each channel's values by their rank, the highest left out of the count."""
+    """Equalize as Pillow does: each channel's values by their rank, the highest left out of the count."""
     values = x.flatten(0, 1).flatten(1).long()
     ones = torch.ones(1, 1, dtype=torch.int32, device=x.device).expand_as(values)
     counts = torch.zeros(len(values), 256, dtype=torch.int32, device=x.device).scatter_add_(1, values, ones)
@@ -555,7 +555,7 @@ class Augment:
         yield from map(Part, inputs.chunk(count), targets.chunk(count), labels.chunk(count))
 
     def __call__(self, pixels: Tensor, draws: Draws, size: int | None = None) -> Tensor:
-        """uint8 (N, C, H, W) -> normalized float32 (N, C, S, S), unmixed; `size` is the shorter of the two sides."""
+        """Map uint8 (N, C, H, W) to normalized float32 (N, C, S, S), unmixed; `size` is the shorter side."""
         x = pixels
         if draws.crops is not None:
             x = crop(x, self._send(draws.crops))

@@ -38,7 +38,14 @@ DRAW_EVERY = 10  # seconds between drawings of the curves, which take half a sec
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """What a run leaves: the trained model, its history, and top-1 in percent per test set."""
+    """What a run leaves.
+
+    Attributes:
+        model: The trained model, on the device that it was trained on.
+        history: A row for each epoch.
+        test_accuracy: Top-1 in percent, by the name of the test set.
+        weights: The file `model.safetensors`.
+    """
 
     model: ConvMixer
     history: list[Epoch]
@@ -409,7 +416,7 @@ class _Session:
 
 @contextlib.contextmanager
 def _stopping(folder: RunFolder) -> Iterator[Callable[[], int]]:
-    """`stop_signals`; a compilation that was stopped has made nothing that could be saved."""
+    """Enter `stop_signals`; a compilation that was stopped has made nothing that could be saved."""
     try:
         with stop_signals() as stopped:
             yield stopped

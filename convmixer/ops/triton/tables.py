@@ -122,8 +122,8 @@ TABLES = {
 
 
 def pointwise_key(outputs: int, formed: bool) -> int:
-    """What decides besides GPU and type: z is given, for up to 1024 outputs (0) or more (1), or formed of c and x, for
-    up to 256 outputs (2) or more (3).
+    """Return the key of a row: 0 where z is given, 1 for more than 1024 outputs; 2 where z is formed of c and x, 3 for
+    more than 256 outputs.
     """
     return 2 + (outputs > 256) if formed else int(outputs > 1024)
 

@@ -141,7 +141,7 @@ CANDIDATES: dict[str, tuple[Callable[[Block], Iterator[Row]], Callable[[Block], 
 
 
 def tasks(blocks: Iterable[Block]) -> list[Task]:
-    """Every candidate of every operation: the most promising one of each, then the next one of each."""
+    """List every candidate of every operation: the most promising one of each, then the next one of each."""
     ranked: list[tuple[int, Task]] = []
     for block in blocks:
         for operation, (rows, keys) in CANDIDATES.items():
@@ -217,7 +217,7 @@ def compile_all(todo: list[Task], dtype: torch.dtype, seconds: float, workers: i
 
 
 def microseconds(function: Callable[[], Any], calls: int = 5, rounds: int = 5) -> float:
-    """Median time of a call on the GPU, without what it takes to launch it: several calls are one CUDA graph."""
+    """Measure the median time of a call on the GPU, without launches: several calls are one CUDA graph."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -237,7 +237,7 @@ def microseconds(function: Callable[[], Any], calls: int = 5, rounds: int = 5) -
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether two rows' results differ by more than rounding."""
+    """Return whether two rows' results differ by more than rounding."""
     pairs = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
     return any(a.numel() and not (a.float() - b.float()).norm() <= 0.01 * b.float().norm() for a, b in pairs)
 
@@ -245,7 +245,7 @@ def _differ(one: Any, other: Any) -> bool:
 def measure_all(
     todo: list[Task], dtype: torch.dtype, seconds: float, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Times of all rows, those of one operation and block together, the fastest first in each.
+    """Measure all rows, those of one operation and block together, the fastest first in each.
 
     A row whose result differs from the first one's is left out, and reported.
     """
