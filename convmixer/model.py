@@ -32,6 +32,9 @@ from convmixer.native import training as native
 from convmixer.ops import dispatch, fused
 from convmixer.wrappers import describe, is_compiled
 
+if TYPE_CHECKING:
+    from torch.nn.modules.module import _IncompatibleKeys
+
 _LOGGER = logging.getLogger(__name__)
 GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
 ACTIVATIONS = [
@@ -523,6 +526,12 @@ class ConvMixer(nn.Module):
         Raises:
             ArgumentError: An index that no block has, or an unknown layout.
             ImageError: Images that do not fit the model.
+
+        Example:
+            >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2)
+            >>> last, maps = model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices=[0, 3])
+            >>> [tuple(features.shape) for features in maps]
+            [(1, 64, 16, 16), (1, 64, 16, 16)]
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
@@ -565,6 +574,12 @@ class ConvMixer(nn.Module):
                 other than GELU and ReLU, replaced layers, hooks on layers.
             DependencyError: Triton is missing, on a GPU.
             ConvMixerError: There are no kernels for this device, the type of the parameters or the kernel size.
+
+        Example:
+            >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2)
+            >>> model.set_fused()
+            >>> model.fused
+            True
         """
         if not (isinstance(enable, bool) or enable == "auto"):
             raise ArgumentError(f"fused={enable!r}; valid: True, False, 'auto'")
@@ -640,6 +655,13 @@ class ConvMixer(nn.Module):
 
         Raises:
             ArgumentError: An index that no block has.
+
+        Example:
+            >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2)
+            >>> model.prune_intermediate_layers([0, 1])
+            [0, 1]
+            >>> model(torch.zeros(1, 3, 32, 32)).shape  # the features
+            torch.Size([1, 64, 16, 16])
         """
         taken, last = take_indices(indices, len(self.blocks))
         self.blocks = self.blocks[: last + 1]
@@ -658,6 +680,12 @@ class ConvMixer(nn.Module):
 
         Raises:
             ArgumentError: A negative number, an unknown pool, or classes without a pool.
+
+        Example:
+            >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2)
+            >>> model.reset_classifier(3)
+            >>> model(torch.zeros(1, 3, 32, 32)).shape
+            torch.Size([1, 3])
         """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_head(num_classes, pool, get_device_dtype(self))
@@ -679,7 +707,11 @@ class ConvMixer(nn.Module):
         """Return further parameters without weight decay: none. timm's optimizers exempt biases and norms."""
         return set()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> "_IncompatibleKeys":
         """Load as `nn.Module` does; a model on the meta device, which has no storage, takes the tensors over."""
         check_head(state_dict, self, "these weights")
-        return super().load_state_dict(state_dict, strict, assign or any(p.is_meta for p in self.parameters()))
+        assign = assign or any(parameter.is_meta for parameter in self.parameters())
+        differences: _IncompatibleKeys = super().load_state_dict(state_dict, strict, assign)
+        return differences

@@ -39,13 +39,14 @@ S = TypeVar("S", bound="_Workers")
 
 
 @lru_cache
-def policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Any:
+def policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
     """Build timm's augmentation of that name for PIL images of (height, width); gaps get the mean, in [0, 1]."""
     fill = tuple(min(255, round(255 * value)) for value in mean)
     hparams: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
     hparams["magnitude_max"] = 9.99  # at 10, posterize keeps 0 bits, which newer versions of Pillow refuse
     make = rand_augment_transform if name.startswith("rand") else auto_augment_transform
-    return make(name, hparams)
+    change: Callable[[Image.Image], Image.Image] = make(name, hparams)
+    return change
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from convmixer.native.compiled_code import settle
 from convmixer.native.library import inductor_lacks
 from convmixer.ops import prefers_channels_last
 from convmixer.runtime.chunks import ChunkRule, as_list, join_chunks
-from convmixer.runtime.cuda_graphs import Run
+from convmixer.runtime.cuda_graphs import Compute
 from convmixer.runtime.eager import Eager, EagerBackend
 from convmixer.runtime.graph_cache import GraphCache
 from convmixer.runtime.protocol import CPU
@@ -46,7 +46,7 @@ class Compiled(Eager):
                 x = x.clone()  # graphs are for ordinary tensors
         return as_list(self._graphs(*_key(x))(x))
 
-    def bind(self, x: Tensor) -> Run:
+    def bind(self, x: Tensor) -> Compute:
         """Hold on to the graphs of these images, which the cache may drop: their weights are inside them."""
         graphs = {_key(chunk): self._graphs(*_key(chunk)) for chunk in self.split(x)}
 

@@ -165,7 +165,7 @@ class SmallFeatureMaps:
         return batch * self.dim * positions * x.element_size() <= self.most
 
 
-Run = Callable[[Tensor], list[Tensor]]  # images (B, C, H, W) -> outputs
+Compute = Callable[[Tensor], list[Tensor]]  # images (B, C, H, W) -> outputs
 
 
 @dataclass
@@ -178,7 +178,7 @@ class _Call:
         outputs: What the graph writes.
     """
 
-    run: Run
+    run: Compute
     captured: Captured | None = None
     outputs: list[Tensor] = field(default_factory=list)
 
@@ -201,10 +201,10 @@ class Replayed:
 
     def __init__(
         self,
-        run: Run,
+        run: Compute,
         worth: Callable[[Tensor], bool],
         make: Callable[[torch.device], Graphs] | None = None,
-        bind: Callable[[Tensor], Run] | None = None,
+        bind: Callable[[Tensor], Compute] | None = None,
     ) -> None:
         self.run, self.worth, self.make, self.bind = run, worth, make, bind
         self._lock, self._graphs = threading.Lock(), dict[torch.device, Graphs]()

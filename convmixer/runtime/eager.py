@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convmixer.ops import prefers_channels_last
 from convmixer.runtime.chunks import ChunkRule, SharedChunk, as_list, join_chunks
-from convmixer.runtime.cuda_graphs import GRAPH_BYTES, Replayed, Run, SmallFeatureMaps
+from convmixer.runtime.cuda_graphs import GRAPH_BYTES, Compute, Replayed, SmallFeatureMaps
 from convmixer.runtime.folding import fold
 from convmixer.runtime.protocol import Backend, Built, Prepared, Request, Runtime
 from convmixer.wrappers import find_inner
@@ -38,7 +38,7 @@ class Eager:
         with torch.no_grad():
             return join_chunks([self.compute(chunk) for chunk in self.split(x)])
 
-    def bind(self, x: Tensor) -> Run:
+    def bind(self, x: Tensor) -> Compute:
         """Return what computes images of this shape, and owns the weights that it reads: see `Replayed`."""
         return self
 

@@ -119,6 +119,12 @@ class FoldedConvMixer(nn.Module):
     Raises:
         ArgumentError: From `train()`.
         ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least a patch.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> folded = convmixer.optimize(model)
+        >>> type(folded).__name__, folded.forward_features(torch.rand(1, 3, 32, 32)).shape
+        ('FoldedConvMixer', torch.Size([1, 256, 16, 16]))
     """
 
     if TYPE_CHECKING:

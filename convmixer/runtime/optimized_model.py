@@ -39,6 +39,12 @@ class OptimizedConvMixer(nn.Module):
         ImageError: Images that do not fit the model.
         DependencyError: From unpickling, where the runtime is not installed or the processor cannot compute it.
         ConvMixerError: On a GPU or with OpenVINO, in a forked child process.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> fast = convmixer.optimize(model, backend="auto")
+        >>> fast(torch.rand(2, 3, 32, 32)).shape, fast.choice.dtype
+        (torch.Size([2, 10]), 'float32')
     """
 
     def __init__(self, folded: nn.Module, runtime: Runtime, choice: Choice) -> None:

@@ -89,6 +89,11 @@ class Recipe:
         draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         seed: Seed of the split, the initialization, the order and the augmentation.
         note: What the recipe is for; it decides nothing.
+
+    Example:
+        >>> from convmixer.training import Recipe
+        >>> Recipe(model="convmixer_128_8_ks7_p2", epochs=10).batch_size
+        512
     """
 
     model: str = "convmixer_256_8"
@@ -211,6 +216,11 @@ class Recipe:
 
         Raises:
             ArgumentError: An unknown field, or a value that makes no sense.
+
+        Example:
+            >>> from convmixer.training import Recipe
+            >>> Recipe().override(epochs=5, lr=0.01).epochs
+            5
         """
         names = [f.name for f in dataclasses.fields(self)]
         for name in fields:
