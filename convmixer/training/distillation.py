@@ -6,7 +6,7 @@ Hinton et al., "Distilling the Knowledge in a Neural Network" (https://arxiv.org
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -69,7 +69,7 @@ class Teacher:
         device: torch.device,
         dtype: torch.dtype,
         *,
-        sizes: Iterable[tuple[int, int]],
+        sizes: Collection[tuple[int, int]],
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         model = _open(name, device)
@@ -81,7 +81,8 @@ class Teacher:
             if self.size not in (None, size):
                 to, shown = (f"{height}x{width}" for height, width in (self.size, size))
                 report(f"the teacher {name!r} takes only images of {to} pixels: those of {shown} are resized for it")
-            _check_size(model, name, self.size or size, len(config["mean"]))
+        for size in sorted({self.size or size for size in sizes}):
+            _check_size(model, name, size, len(config["mean"]))
         self.order = _order(model, name, classes, device, report)
         # x -> scale*x + shift takes the student's normalisation to the teacher's.
         mean, std, own_mean, own_std = (
