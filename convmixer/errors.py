@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from types import ModuleType
 
 
 class ConvMixerError(Exception):
@@ -83,7 +83,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
-def optional(module: str, what: str, extra: str) -> Any:
+def optional(module: str, what: str, extra: str) -> ModuleType:
     """Import a module of an optional library.
 
     Raises:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def validate(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     report: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Accuracy, loss and calibration of a classifier on a split.
+    """Measure accuracy, loss and calibration of a classifier on a split.
 
     Images are read one batch at a time and prepared as `predict` does it. The data's classes are matched by name to the
     model's; for ImageNet-1k's weights they may also be called by their WordNet numbers. The data may lack some classes.
@@ -113,6 +114,14 @@ def validate(
     Raises:
         ArgumentError: A model without a head, another kind of module, or an argument that makes no sense.
         DataError: Data that cannot be found or read, or classes that the model does not know.
+
+    Example:
+        >>> from convmixer.evaluation import validate
+        >>> model = convmixer.create_model("convmixer_256_8", num_classes=2, device="cpu")
+        >>> found = validate(model, "data/flowers", classes=("daisy", "rose"))
+        test: 6 images in 2 classes from flowers/test/
+        >>> found.count, [row.label for row in found.classes]
+        (6, ['daisy', 'rose'])
     """
     model = find_model(model)
     names = tuple(classes) if classes is not None else known_labels(model)
@@ -184,6 +193,9 @@ def compare(
     model: str,
     data: str,
     *,
+    split: str,
+    labels: str | Path | None,
+    precision: str,
     checkpoint: str | Path | None = None,
     device: str = "auto",
     backend: str | None = None,
@@ -197,7 +209,7 @@ def compare(
 
     Args:
         model: What `open_model` takes, with `checkpoint` and `device`.
-        data: As for `validate`.
+        data: As for `validate`, like `split`, `labels` and `precision`.
         backend: A backend of `optimize`, or None to measure only the model as it is.
         int8: Optimize to int8.
         calibration: Source of the images for int8.
@@ -210,28 +222,33 @@ def compare(
         DataError: As `validate` does.
     """
     opened = open_model(model, checkpoint=checkpoint, device=device)
-    precision = options.get("precision", "float32")
     choose_precision(next(opened.parameters()).device, precision)  # an error of it comes before anything is computed
     fast = None
     if backend:
         dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
         images = calibration_images(calibration, opened, report=report) if int8 and calibration else calibration
         fast = optimize(opened, backend=backend, dtype=dtype, calibration=images)
-    original = validate(opened, data, progress=lambda items: progress(items, "validating"), report=report, **options)
+    measure = partial(validate, data=data, split=split, labels=labels, **options)
+    original = measure(
+        model=opened, precision=precision, progress=lambda items: progress(items, "validating"), report=report
+    )
     optimized, choice = None, ""
     if fast is not None:
-        again = {**options, "precision": "float32"}  # the optimized model has its precision in itself
-        optimized = validate(
-            fast, data, progress=lambda items: progress(items, "optimized"), report=lambda _: None, **again
+        # Without autocast: the optimized model computes in its own precision.
+        optimized = measure(
+            model=fast,
+            precision="float32",
+            progress=lambda items: progress(items, "optimized"),
+            report=lambda _: None,
         )
         choice = str(getattr(fast, "choice", "eager, the folded module"))
     settings = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
-    settings |= {"split": options.get("split", "test"), "labels": options.get("labels"), "precision": precision}
+    settings |= {"split": split, "labels": labels, "precision": precision}
     return Comparison(settings, original, optimized, choice)
 
 
 def _match(data: Split | ShardSplit, names: tuple[str, ...] | None, count: int) -> tuple[tuple[str, ...], Tensor]:
-    """The names of the model's `count` classes, and for each label of the data the model's label."""
+    """Return the names of the model's `count` classes, and for each label of the data the model's label."""
     if names is None:
         if len(data.classes) != count:
             raise DataError(
@@ -249,7 +266,7 @@ def _match(data: Split | ShardSplit, names: tuple[str, ...] | None, count: int) 
 
 
 def _hits(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Which of the five most probable classes is the right one, (N, C), (N,) -> (N, 5)."""
+    """Say which of the five most probable classes is the right one, (N, C), (N,) -> (N, 5)."""
     return log_p.topk(min(5, log_p.shape[1])).indices == labels[:, None]
 
 
@@ -271,7 +288,7 @@ def _per_class(log_p: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Cla
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: how far confidence is from accuracy, on average over images.
+    """Compute the expected calibration error: how far confidence is from accuracy, on average over images.
 
     Images are put into bins ((m-1)/bins, m/bins] by confidence; the gap between mean confidence and accuracy of a bin
     is weighted by its share of the images. Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3
@@ -284,6 +301,11 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
 
     Returns:
         A part in [0, 1].
+
+    Example:
+        >>> from convmixer.evaluation import calibration_error
+        >>> round(calibration_error(torch.full((10,), 0.8), torch.arange(10) < 7), 6)  # 80 % sure, 70 % right
+        0.1
     """
     confidence = confidence.double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]

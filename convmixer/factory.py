@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import timm
 import torch
@@ -36,7 +36,7 @@ _FEATURE_ARGS = ["features_only", "out_indices"]
 
 
 def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
-    """timm's pretrained_cfg of a variant and, if given, one set of its weights."""
+    """Return timm's pretrained_cfg of a variant and, if given, one set of its weights."""
     patches = tuple(side // variant.patch_size for side in variant.input_size[1:])
     config: dict[str, Any] = {
         "architecture": variant.name,
@@ -58,13 +58,13 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
     return config
 
 
-def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> nn.Module:
-    """timm's builder with the variant's architecture; model_args come on top."""
+def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> ConvMixer | FeatureGetterNet:
+    """Build a variant as timm does; `model_args` override its architecture."""
     indices = plain_indices(model_args.pop("out_indices", 3))
     if isinstance(indices, list | tuple):
         indices = [plain_indices(i) for i in indices]
     feature_cfg = {"out_indices": indices, "feature_cls": "getter"}
-    model: nn.Module = build_model_with_cfg(
+    model: ConvMixer | FeatureGetterNet = build_model_with_cfg(
         ConvMixer, variant.name, pretrained, feature_cfg=feature_cfg, **{**variant.architecture, **model_args}
     )
     return model
@@ -84,13 +84,13 @@ class _Resolved:
 
 
 def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: Any) -> _Resolved:
-    scheme, _, rest = name.partition(":")
+    scheme, _, location = name.partition(":")
     if scheme == "local-dir":
-        folder = Path(os.path.expanduser(rest))
+        folder = Path(os.path.expanduser(location))
         weights_file = folder / "model.safetensors" if pretrained else None
         return _from_config(folder / "config.json", weights_file, name)
     if scheme == "hf-hub":
-        repo_id, _, at = rest.partition("@")
+        repo_id, _, at = location.partition("@")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
             raise ArgumentError(f"{name!r}: give hf-hub:owner/repo or hf-hub:owner/repo@revision")
         if at and revision and at != revision:
@@ -99,7 +99,7 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
         config = client.fetch(repo_id, "config.json", **options)
         options["revision"] = config.parent.name  # the same commit, whatever is pushed meanwhile
         return _from_config(config, client.fetch(repo_id, HUB_FILE, **options) if pretrained else None, name)
-    if rest:
+    if location:
         raise ArgumentError(f"{name!r}: unknown scheme {scheme!r}; valid: variant, variant.tag, hf-hub:, local-dir:")
     variant, weights = get_variant(name)
     # Without its weights a model knows nothing of their classes.
@@ -149,6 +149,37 @@ def _check_names(given: dict[str, Any], valid: list[str], what: str) -> None:
 # ---- the factory ----------------------------------------------------------------------------------------------------
 
 
+@overload
+def create_model(
+    name: str,
+    pretrained: bool = ...,
+    *,
+    features_only: Literal[False] = ...,
+    device: str | torch.device = ...,
+    dtype: torch.dtype | str | None = ...,
+    channels_last: bool | None = ...,
+    fused: bool | Literal["auto"] = ...,
+    checkpoint: str | Path | None = ...,
+    revision: str | None = ...,
+    cache_dir: str | Path | None = ...,
+    token: str | bool | None = ...,
+    local_files_only: bool = ...,
+    **model_args: Any,
+) -> ConvMixer: ...
+
+
+@overload
+def create_model(
+    name: str, pretrained: bool = ..., *, features_only: Literal[True], **arguments: Any
+) -> FeatureGetterNet: ...
+
+
+@overload
+def create_model(
+    name: str, pretrained: bool = ..., *, features_only: bool, **arguments: Any
+) -> ConvMixer | FeatureGetterNet: ...
+
+
 def create_model(
     name: str,
     pretrained: bool = False,
@@ -163,7 +194,7 @@ def create_model(
     token: str | bool | None = None,
     local_files_only: bool = False,
     **model_args: Any,
-) -> Any:
+) -> ConvMixer | FeatureGetterNet:
     """Build a ConvMixer, load weights into it, and move it to a device. It comes in training mode, as in timm.
 
     Args:
@@ -242,7 +273,9 @@ def create_model(
     return model
 
 
-def open_model(source: str | Path, *, checkpoint: str | Path | None = None, device: str | torch.device = "auto") -> Any:
+def open_model(
+    source: str | Path, *, checkpoint: str | Path | None = None, device: str | torch.device = "auto"
+) -> ConvMixer:
     """Open a model with its weights, from whatever a user calls a model.
 
     Args:
@@ -264,18 +297,18 @@ def open_model(source: str | Path, *, checkpoint: str | Path | None = None, devi
     return create_model(source, pretrained=True, checkpoint=checkpoint, device=device)
 
 
-def extractor(model: ConvMixer, blocks: Sequence[int]) -> nn.Module:
+def extractor(model: ConvMixer, blocks: Sequence[int]) -> FeatureGetterNet:
     """Wrap a model as `create_model(features_only=True, out_indices=blocks)` does, and cut it after the last block."""
     taken, _ = take_indices(blocks, len(model.blocks))
-    config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    wrapped: Any = FeatureGetterNet(model, sorted(taken))
-    wrapped.pretrained_cfg = {k: v for k, v in config.items() if k not in ("num_classes", "classifier")}
-    return wrapped  # type: ignore[no-any-return]
+    wrapped = FeatureGetterNet(model, tuple(sorted(taken)))
+    config = {k: v for k, v in model.pretrained_cfg.items() if k not in ("num_classes", "classifier")}
+    wrapped.pretrained_cfg = config  # type: ignore[assignment]
+    return wrapped
 
 
 def open_run(
     run: Path, recipe: dict[str, Any], *, checkpoint: str | Path | None = None, device: str | torch.device = "auto"
-) -> Any:
+) -> ConvMixer:
     """Open the model of a run's folder, given what `read_recipe` returns; raise DataError if it has no weights."""
     weights = Path(checkpoint) if checkpoint else run / "model.safetensors"
     if not checkpoint and not weights.is_file():
@@ -336,7 +369,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """What a bare weights file tells of itself: classes and channels by its shapes, class names by its metadata."""
+    """Return what a weights file says: classes and channels by its shapes, class names by its metadata."""
     found: dict[str, Any] = {"label_names": None, "tag": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
     head, stem = tensors.get("head.weight"), tensors.get("stem.0.weight")
     if head is not None and head.ndim == 2:
@@ -367,12 +400,12 @@ def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], 
         adapted += ("stem.0.weight",)
     pruned = tuple(f"blocks.{i}." for i in range(len(model.blocks), depth))
     expected = model.state_dict()
-    rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(pruned)}
+    unpruned = {key: tensor for key, tensor in tensors.items() if not key.startswith(pruned)}
     if not new_head:
-        check_head(rest, model, str(source))
-    check_keys(rest, expected, str(source), may_differ=adapted, path=source)
+        check_head(unpruned, model, str(source))
+    check_keys(unpruned, expected, str(source), may_differ=adapted, path=source)
     # The file's tensors become the model's parameters, so they must have their type.
-    tensors = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in rest.items()}
+    tensors = {key: tensor.to(expected[key].dtype) if key in expected else tensor for key, tensor in unpruned.items()}
     load_pretrained(model, {**config, "state_dict": tensors}, num_classes=model.num_classes, in_chans=model.in_chans)
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):

@@ -25,7 +25,7 @@ Prediction = list[tuple[str, float]]
 
 @lru_cache(maxsize=1)
 def imagenet_labels() -> tuple[str, ...]:
-    """ImageNet-1k's classes in words, in the order of the weights."""
+    """Return ImageNet-1k's classes in words, in the order of the weights."""
     from timm.data import ImageNetInfo  # reads its tables when it is constructed
 
     info = ImageNetInfo()
@@ -45,7 +45,7 @@ def count_classes(model: nn.Module) -> int:
 
 
 def class_logits(logits: Tensor) -> Tensor:
-    """Logits (B, N) of all classes. One output z counts as two, -z/2 and z/2, whose softmax is the sigmoid of z."""
+    """Return logits (B, N) of all classes. One output z gives two, -z/2 and z/2, whose softmax is the sigmoid of z."""
     return torch.cat([-logits, logits], 1) / 2 if logits.shape[1] == 1 else logits
 
 
@@ -93,7 +93,7 @@ def preparation(model: nn.Module, *, draft: bool = True) -> Callable[[Any], Tens
     channels = in_channels(model)
 
     def prepare(image: Any) -> Tensor:
-        return transform(read_image(image, channels, least=least))  # type: ignore[no-any-return]
+        return transform(read_image(image, channels, least=least))
 
     return prepare
 
@@ -170,7 +170,7 @@ def _check_counts(**counts: int) -> None:
 
 @torch.inference_mode()
 def _classify(model: nn.Module, batch: Tensor, topk: int, names: Sequence[str]) -> list[Prediction]:
-    """The predictions for prepared images (N, C, H, W)."""
+    """Compute the predictions for prepared images (N, C, H, W)."""
     parameter = next(model.parameters())
     view = evaluation_view(model)
     with computing():

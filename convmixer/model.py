@@ -18,7 +18,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from types import MethodType
-from typing import Any, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, Ima
 from convmixer.native import training as native
 from convmixer.ops import dispatch, fused
 from convmixer.wrappers import describe, is_compiled
+
+if TYPE_CHECKING:
+    from torch.nn.modules.module import _IncompatibleKeys
 
 _LOGGER = logging.getLogger(__name__)
 GLOBAL_POOLS = ("avg", "max", "avgmax", "catavgmax", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
@@ -81,7 +84,7 @@ def activation(act_layer: str | type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(act: type[nn.Module], device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
-    """An activation; one with parameters, such as PReLU, has them where those of the layers are."""
+    """Make an activation; one with parameters, such as PReLU, has them where those of the layers are."""
     module = act()
     return module if next(module.parameters(), None) is None else module.to(device=device, dtype=dtype)
 
@@ -117,7 +120,7 @@ def _say_plain(recorder: str) -> None:
 # True in each compilation.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _recorder() -> str:
-    """What runs a model in order to write it down layer by layer, or ""."""
+    """Return the name of what records a model layer by layer, or ""."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     return "torch.export" if torch.compiler.is_exporting() else ""
@@ -125,7 +128,7 @@ def _recorder() -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_recorded(compiling: bool) -> bool:
-    """Whether what runs a model writes down plain layers instead of fused blocks; the log then says so."""
+    """Return whether a recorder runs the model, which gets plain layers; the log then says so."""
     if recorder := _recorder():
         _say_plain(recorder)
         return True
@@ -274,7 +277,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 def _keeps_resolution(layer: nn.Module) -> bool:
-    """Whether a layer is a depthwise convolution with square kernels that keeps the resolution."""
+    """Return whether a layer is a depthwise convolution with square kernels that keeps the resolution."""
     if type(layer) is not nn.Conv2d or not layer.groups == layer.in_channels == layer.out_channels > 1:
         return False
     height, width = layer.kernel_size
@@ -371,6 +374,8 @@ class ConvMixer(nn.Module):
         channels_last: Compute the blocks in channels_last, whatever the layout of images and weights. False, as in a
             new module, leaves the layout to them. It may be set at any time; `create_model` sets it where that is
             faster.
+        pretrained_cfg: What `create_model` says about the model, as timm has it: `input_size`, `mean`, `std`,
+            `label_names`, ...
 
     Raises:
         ArgumentError: A value that makes no sense.
@@ -381,6 +386,11 @@ class ConvMixer(nn.Module):
         >>> model(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
+
+    if TYPE_CHECKING:  # TorchScript would read the annotation, too
+        pretrained_cfg: dict[str, Any]
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(
         self,
@@ -457,7 +467,7 @@ class ConvMixer(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits (B, num_classes); with pre_logits the pooled features, (B, head_hidden_size)."""
+        """Map features to logits (B, num_classes); with pre_logits to pooled features, (B, head_hidden_size)."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.head(x)
 
@@ -498,7 +508,7 @@ class ConvMixer(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """Features after chosen blocks.
+        """Compute the features after chosen blocks.
 
         Args:
             x: Images, (B, in_chans, H, W).
@@ -510,10 +520,18 @@ class ConvMixer(nn.Module):
             intermediates_only: Return only the list.
 
         Returns:
-            (last features computed, intermediates), or only the intermediates.
+            (last features computed, intermediates), or only the intermediates: each (B, dim, h, w), or (B, h, w, dim)
+            with "NHWC".
 
         Raises:
             ArgumentError: An index that no block has, or an unknown layout.
+            ImageError: Images that do not fit the model.
+
+        Example:
+            >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2)
+            >>> last, maps = model.forward_intermediates(torch.zeros(1, 3, 32, 32), indices=[0, 3])
+            >>> [tuple(features.shape) for features in maps]
+            [(1, 64, 16, 16), (1, 64, 16, 16)]
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ArgumentError(f"unknown output_fmt {output_fmt!r}; valid: NCHW, NHWC")
@@ -556,6 +574,12 @@ class ConvMixer(nn.Module):
                 other than GELU and ReLU, replaced layers, hooks on layers.
             DependencyError: Triton is missing, on a GPU.
             ConvMixerError: There are no kernels for this device, the type of the parameters or the kernel size.
+
+        Example:
+            >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2)
+            >>> model.set_fused()
+            >>> model.fused
+            True
         """
         if not (isinstance(enable, bool) or enable == "auto"):
             raise ArgumentError(f"fused={enable!r}; valid: True, False, 'auto'")
@@ -608,7 +632,7 @@ class ConvMixer(nn.Module):
         return True
 
     def __prepare_scriptable__(self) -> "ConvMixer":
-        """For `torch.jit.script`, which asks for it."""
+        """Return the model: `torch.jit.script` calls this first."""
         if self.fused:
             _say_plain("torch.jit.script")
         return self
@@ -619,7 +643,26 @@ class ConvMixer(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the blocks after the last one in `indices`, and the head; return the indices counted from 0."""
+        """Remove the blocks after the last one in `indices`, and the head.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Without effect. Part of timm's interface.
+            prune_head: Also remove the head and the pool.
+
+        Returns:
+            The indices, counted from 0.
+
+        Raises:
+            ArgumentError: An index that no block has.
+
+        Example:
+            >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2)
+            >>> model.prune_intermediate_layers([0, 1])
+            [0, 1]
+            >>> model(torch.zeros(1, 3, 32, 32)).shape  # the features
+            torch.Size([1, 64, 16, 16])
+        """
         taken, last = take_indices(indices, len(self.blocks))
         self.blocks = self.blocks[: last + 1]
         if prune_head:
@@ -633,7 +676,17 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new, randomly initialised one for `num_classes` (0: none), and the pool if given."""
+        """Replace the head by a new, randomly initialised one for `num_classes` (0: none), and the pool if given.
+
+        Raises:
+            ArgumentError: A negative number, an unknown pool, or classes without a pool.
+
+        Example:
+            >>> model = convmixer.ConvMixer(dim=64, depth=4, kernel_size=5, patch_size=2)
+            >>> model.reset_classifier(3)
+            >>> model(torch.zeros(1, 3, 32, 32)).shape
+            torch.Size([1, 3])
+        """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_head(num_classes, pool, get_device_dtype(self))
         self.global_pool.train(self.training)
@@ -641,7 +694,7 @@ class ConvMixer(nn.Module):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that sort parameters into layers, for layer-wise learning rates."""
+        """Return the patterns that sort parameters into layers, for layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
@@ -654,7 +707,11 @@ class ConvMixer(nn.Module):
         """Return further parameters without weight decay: none. timm's optimizers exempt biases and norms."""
         return set()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in `nn.Module`; a model on the meta device, which has no storage to copy into, takes the tensors over."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> "_IncompatibleKeys":
+        """Load as `nn.Module` does; a model on the meta device, which has no storage, takes the tensors over."""
         check_head(state_dict, self, "these weights")
-        return super().load_state_dict(state_dict, strict, assign or any(p.is_meta for p in self.parameters()))
+        assign = assign or any(parameter.is_meta for parameter in self.parameters())
+        differences: _IncompatibleKeys = super().load_state_dict(state_dict, strict, assign)
+        return differences

@@ -46,7 +46,7 @@ SHOWN_SIDE = 224  # pixels; smaller inputs are drawn from the same part of the i
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches."""
+    """Make an empty figure of that many inches."""
     figure: Figure = optional("matplotlib.figure", "this figure", "train").Figure((width, height), layout="constrained")
     return figure
 
@@ -56,12 +56,16 @@ def write_figure(figure: Figure, path: str | Path) -> None:
 
     Raises:
         ArgumentError: There is no such folder, or `path` is one.
+
+    Example:
+        >>> from convmixer.plots import plot_confusion, write_figure
+        >>> write_figure(plot_confusion([0, 1, 1], [0, 1, 0], ("cat", "dog")), "confusion.png")
     """
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 def _literal(name: str) -> str:
-    """A class name as it is: matplotlib takes what stands between two dollar signs for a formula."""
+    """Escape a class name: matplotlib takes what stands between two dollar signs for a formula."""
     return name.replace("$", r"\$")
 
 
@@ -74,7 +78,7 @@ def _array(values: Array) -> npt.NDArray[Any]:
 
 
 def plot_history(history: Sequence[Epoch]) -> Figure:
-    """Loss, accuracy and learning rate by epoch.
+    """Draw loss, accuracy and learning rate by epoch.
 
     Args:
         history: One row per epoch, from `read_history` or `TrainingResult.history`. A run without validation has NaN
@@ -82,6 +86,13 @@ def plot_history(history: Sequence[Epoch]) -> Figure:
 
     Raises:
         ArgumentError: No epoch at all.
+
+    Example:
+        >>> from convmixer.plots import plot_history
+        >>> from convmixer.training.history import Epoch
+        >>> rows = [Epoch(1, 0.01, 2.0, 25.0, 1.8, 30.0, 60.0, 750.0), Epoch(2, 0.0, 1.5, 45.0, 1.4, 50.0, 60.0, 750.0)]
+        >>> [axes.get_title() for axes in plot_history(rows).axes]
+        ['loss', 'accuracy', 'learning rate']
     """
     if not history:
         raise ArgumentError("this history has no epochs: draw it after the first one")
@@ -126,6 +137,12 @@ def class_probabilities(
 
     Returns:
         float32 (N, number of classes) on the CPU; rows sum to 1. One output tells two classes apart.
+
+    Example:
+        >>> from convmixer.plots import class_probabilities
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> class_probabilities(model, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([2, 10])
     """
     model = find_model(model)
     parameter = next(model.parameters())
@@ -140,7 +157,7 @@ def class_probabilities(
 
 
 def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) -> Figure:
-    """Confusion matrix: for each true class (row), how its images were classified (columns), in percent of the row.
+    """Draw how the images of each true class (row) were classified (columns), in percent of the row.
 
     Shades follow the square root of the percentage, so that rare confusions are seen too. Up to 20 classes each cell
     also says its percentage and its number of images; empty cells say nothing.
@@ -152,6 +169,11 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
 
     Raises:
         ArgumentError: No images, lengths that differ, or an integer that is not a class.
+
+    Example:
+        >>> from convmixer.plots import plot_confusion
+        >>> plot_confusion([0, 0, 1, 1], [0, 0, 1, 0], ("cat", "dog")).axes[0].get_title()
+        'top-1 75.00 % of 4 images'
     """
     true, predicted = _array(labels), _array(predictions)
     count, names = len(classes), [_literal(name) for name in classes]
@@ -198,6 +220,12 @@ def plot_mistakes(
 
     Raises:
         ArgumentError: Shapes that do not fit together, or a count below 1.
+
+    Example:
+        >>> from convmixer.plots import plot_mistakes
+        >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        >>> plot_mistakes(images, [0, 1], [[0.9, 0.1], [0.7, 0.3]], ("cat", "dog")).axes[0].get_title()
+        'dog -> cat 70.0%'
     """
     true, share = _array(labels), _array(probabilities)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
@@ -237,6 +265,16 @@ def plot_benchmark(report: Mapping[str, Any]) -> Figure:
 
     Raises:
         ArgumentError: No case in which anything was measured.
+
+    Example:
+        >>> from convmixer.plots import plot_benchmark
+        >>> result = {"name": "convmixer eager", "dtype": "float32"}
+        >>> result |= {"slowest": 90.0, "images_per_second": 100.0, "fastest": 110.0}
+        >>> case = {"batch_size": 64, "image_size": 32, "results": [result]}
+        >>> machine = {"device": "a CPU", "threads": 2}
+        >>> figure = plot_benchmark({"model": "convmixer_256_8", "machine": machine, "cases": [case]})
+        >>> figure.axes[0].get_title()
+        'batch 64, 32 pixels'
     """
     cases = [(case, [r for r in case["results"] if r["images_per_second"]]) for case in report.get("cases", ())]
     cases = [(case, measured) for case, measured in cases if measured]
@@ -281,6 +319,7 @@ def plot_benchmark(report: Mapping[str, Any]) -> Figure:
 
 
 def _weight(model: nn.Module, name: str) -> npt.NDArray[Any]:
+    """Return a parameter by name; raise an ArgumentError if the model has none of that name."""
     try:
         return _array(find_inner(find_model(model)).get_parameter(name).float())
     except AttributeError as error:
@@ -290,7 +329,7 @@ def _weight(model: nn.Module, name: str) -> npt.NDArray[Any]:
 
 
 def _mosaic(tiles: npt.NDArray[Any], gap: float) -> npt.NDArray[Any]:
-    """(N, h, w, ...) -> one nearly square picture, row by row, neighbours one pixel of the value `gap` apart."""
+    """Lay tiles (N, h, w, ...) out as a nearly square picture, row by row, one pixel of the value `gap` apart."""
     count, height, width, *channels = tiles.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -313,6 +352,12 @@ def plot_patch_embedding(model: nn.Module) -> Figure:
 
     Raises:
         ArgumentError: Another model.
+
+    Example:
+        >>> from convmixer.plots import plot_patch_embedding
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> plot_patch_embedding(model).axes[0].get_title()
+        'patch embedding: 256 filters of 2x2'
     """
     weight = _weight(model, "stem.0.weight").transpose(0, 2, 3, 1)  # (dim, p, p, in_chans)
     if weight.shape[3] != 3:
@@ -338,6 +383,12 @@ def plot_depthwise_kernels(model: nn.Module, block: int | None = None) -> Figure
 
     Raises:
         ArgumentError: Another model, or no such block.
+
+    Example:
+        >>> from convmixer.plots import plot_depthwise_kernels
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> plot_depthwise_kernels(model, block=-1).axes[0].get_title()
+        'block 7: 256 of 256 kernels, 5x5'
     """
     _weight(model, "blocks.0.0.fn.0.weight")
     depth = len(find_inner(model).blocks)
@@ -412,6 +463,18 @@ def class_activation(
     Raises:
         ImageError: An image that cannot be read.
         ArgumentError: A model without a head, or no such class.
+
+    Example:
+        >>> from convmixer.plots import plot_class_activation
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> plot_class_activation(model, "cat.png").axes[0].get_title()
+        "the model's input, 32x32"
+
+    Example:
+        >>> from convmixer.plots import class_activation
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> class_activation(model, "cat.png", side=96).heat.shape
+        (96, 96)
     """
     model = find_model(model)
     _weight(model, "stem.0.weight")
@@ -481,7 +544,7 @@ def model_figures(
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
     report: Callable[[str], None] = print,
 ) -> Iterator[tuple[str, Figure]]:
-    """Yield the name and the figure of all that can be drawn of a model.
+    """Yield the name and the figure of everything that can be drawn of a model.
 
     Args:
         model: A classifier from `create_model`.

@@ -345,6 +345,12 @@ def get_variant(name: str) -> tuple[Variant, Weights | None]:
 
     Raises:
         UnknownModelError: No such variant, or no such weights of it.
+
+    Example:
+        >>> from convmixer.registry import get_variant
+        >>> variant, weights = get_variant("convmixer_256_8.cifar10")
+        >>> variant.name, weights.tag
+        ('convmixer_256_8', 'cifar10')
     """
     base, dot, tag = name.partition(".")
     if base not in _BY_NAME:

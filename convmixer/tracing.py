@@ -80,7 +80,7 @@ _GATE = _Gate()
 
 
 def _start_anew() -> None:
-    """In a forked child, whose one thread cannot wait for those that were left behind."""
+    """Renew the locks in a forked child, whose one thread cannot wait for those that were left behind."""
     global _GATE, _SETTINGS
     _GATE, _SETTINGS = _Gate(), threading.RLock()
 

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 from timm.data import create_transform as timm_create_transform
 from timm.data import resolve_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, nearest
 from convmixer.registry import CROP_MODES, INTERPOLATIONS, PREPROCESSING, get_variant
@@ -48,7 +49,9 @@ def normalization(config: dict[str, Any]) -> v2.Transform:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config["mean"], config["std"])])
 
 
-def create_transform(model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any) -> Callable[..., Any]:
+def create_transform(
+    model_or_name: nn.Module | str, is_training: bool = False, **overrides: Any
+) -> Callable[[PIL.Image.Image], Tensor]:
     """Build the transform from a PIL image to the normalised tensor (C, H, W) that a model takes.
 
     Args:
@@ -78,12 +81,14 @@ def create_transform(model_or_name: nn.Module | str, is_training: bool = False, 
     _check(overrides, config)
     data_config = resolve_data_config({k: overrides[k] for k in PREPROCESSING if k in overrides}, config)
     further = {k: v for k, v in overrides.items() if k not in PREPROCESSING}
-    transform: Callable[..., Any] = timm_create_transform(**data_config, **further, is_training=is_training)
+    transform: Callable[[PIL.Image.Image], Tensor] = timm_create_transform(
+        **data_config, **further, is_training=is_training
+    )
     return transform
 
 
 def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
-    """timm checks these by assertions, late, or not at all."""
+    """Raise an ArgumentError for values that timm checks by assertions, late, or not at all."""
     size = overrides.get("input_size", config["input_size"])
     if not (isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
         raise ArgumentError(f"input_size={size!r}: give (channels, height, width)")

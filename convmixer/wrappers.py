@@ -7,6 +7,7 @@ from typing import Any
 from timm.models._features import FeatureGetterNet
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -43,7 +44,7 @@ def find_inner(model: Any) -> Any:
     return found.model if isinstance(found, FeatureGetterNet) else found
 
 
-def find_model(model: Any) -> Any:
+def find_model(model: Any) -> nn.Module:
     """Return the model inside wrappers: a ConvMixer of this package or timm, an optimized one, or an extractor of one.
 
     Raises:
@@ -53,7 +54,8 @@ def find_model(model: Any) -> Any:
     ours = all(hasattr(found, name) for name in ("num_classes", "num_features", "in_chans"))
     if not ours and not isinstance(found, TimmConvMixer):
         raise ArgumentError(f"{describe(found)} is not a ConvMixer: {ADVICE}")
-    return unwrap(model)
+    whole: nn.Module = unwrap(model)
+    return whole
 
 
 def in_channels(model: Any) -> int:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from convmixer.errors import ConvMixerError
 
+T = TypeVar("T")
 OUT = Console(highlight=False, emoji=False)
 ERR = Console(stderr=True, highlight=False, emoji=False)
 
@@ -79,7 +80,7 @@ def complain(error: object) -> None:
     ERR.print(f"[red]error:[/red] {plain(error)}", soft_wrap=True)
 
 
-def progress(items: Iterable[Any], description: str = "") -> Iterator[Any]:
+def progress(items: Iterable[T], description: str = "") -> Iterator[T]:
     """Show a progress bar on standard error, if that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:

@@ -59,9 +59,8 @@ def export(
             raise ArgumentError("a hub folder holds the model as it is: leave out --dtype, sizes, and what folds")
         _export_hub_folder(source, output or Path(f"{_stem(source)}-hub"), checkpoint)
         return
-    model = open_model(source, checkpoint=checkpoint, device="cpu")
-    if blocks:
-        model = extractor(model, blocks)
+    opened = open_model(source, checkpoint=checkpoint, device="cpu")
+    model = extractor(opened, blocks) if blocks else opened
     if output is None:
         middle = ("-features" if blocks else "") + ("" if dtype == "float32" else f".{dtype}")
         output = Path(_stem(source) + middle + FORMATS[format_].suffix)

@@ -12,7 +12,7 @@ import urllib.request
 from convmixer.errors import ImageError, brief
 
 MOST_BYTES = 64 * 2**20
-MOST_SILENCE, MOST_SECONDS = 10, 60  # without a byte, and for all of it
+MOST_SILENCE, MOST_SECONDS = 10, 60  # seconds without a byte, and in all
 
 
 def download(url: str) -> bytes:
@@ -32,7 +32,7 @@ def download(url: str) -> bytes:
             expected = int(length) if length.isdecimal() else 0
             if expected > MOST_BYTES:
                 raise ImageError(too_large)
-            while chunk := answer.read1(2**16):  # returns what has come, so that the limits are looked at
+            while chunk := answer.read1(2**16):  # returns what has come, so that the limits are checked
                 body += chunk
                 if len(body) > MOST_BYTES:
                     raise ImageError(too_large)

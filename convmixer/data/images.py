@@ -88,6 +88,11 @@ def read_image(
 
     Raises:
         ImageError: It cannot be read.
+
+    Example:
+        >>> from convmixer.data.images import read_image
+        >>> read_image("cat.png").mode, read_image("cat.png", channels=1).mode
+        ('RGB', 'L')
     """
     if channels not in (1, 3):
         raise ArgumentError(f"images have 1 or 3 channels, this model takes {channels}: call it with tensors instead")
@@ -103,7 +108,7 @@ def read_image(
 
 
 def _as_file(source: Any) -> Any:
-    """What Pillow opens; None for what is not a file."""
+    """Return what Pillow opens; None for what is not a file."""
     if isinstance(source, str) and re.match("https?://", source, re.IGNORECASE):
         return io.BytesIO(download(source))
     if isinstance(source, str | os.PathLike):
@@ -114,7 +119,7 @@ def _as_file(source: Any) -> Any:
 
 
 def _name(source: Any) -> str:
-    """A source in a message."""
+    """Return how messages call a source."""
     if isinstance(source, str | os.PathLike):
         return repr(os.fspath(source))
     if isinstance(source, bytes | bytearray | memoryview):
@@ -139,7 +144,11 @@ def _open(file: Any, name: str, least: Any) -> Image.Image:
 
 
 def _decode(image: Image.Image, name: str, least: Any, *, ours: bool) -> Image.Image:
-    """The pixels of an image that may not have been read yet, upright, with 8 bits; only `ours` may be changed."""
+    """Return the pixels of an image that may not have been read yet, upright, with 8 bits.
+
+    Args:
+        ours: Whether the image was opened here, and may be changed.
+    """
     try:
         if least is not None:
             _reduce(image, least, ours)
@@ -177,7 +186,7 @@ def _to_8_bit(image: Image.Image, white: int | None) -> Image.Image:
 
 
 def _to_bytes(array: npt.NDArray[Any], what: str, white: int | None = None) -> npt.NDArray[np.uint8]:
-    """Numbers of any kind as uint8, as `read_image` says."""
+    """Convert numbers of any kind to uint8, as `read_image` says."""
     kind, bits = array.dtype.kind, 8 * array.dtype.itemsize
     if kind == "b":
         white = 1
@@ -194,15 +203,15 @@ def _to_bytes(array: npt.NDArray[Any], what: str, white: int | None = None) -> n
 
 
 def _white(array: npt.NDArray[Any], what: str, known: int | None) -> int:
-    """Which number stands for white in an array whose type does not say it."""
+    """Return the number that stands for white in an array whose type does not say it."""
     lowest, highest = array.min(), array.max()
     if not np.isfinite([lowest, highest]).all():
         count = array.size - np.count_nonzero(np.isfinite(array))
         raise ImageError(f"{what}: {count} of {array.size} values are not finite (NaN or infinite): correct them")
     choice = [known] if known else [1, 255, 65535] if array.dtype.kind == "f" else [255, 65535]
     white = next((white for white in choice if highest <= white), None)
-    told = white == choice[0] or (white is not None and highest >= white / 16)
-    if lowest < 0 or white is None or not told:
+    is_clear = white == choice[0] or (white is not None and highest >= white / 16)
+    if lowest < 0 or white is None or not is_clear:
         raise ImageError(
             f"{what} with values from {lowest} to {highest}: give values in [0, 1] as floats, or in [0, 255] or "
             "[0, 65535]. The largest must be at least a sixteenth of white, so that it is clear which is meant"

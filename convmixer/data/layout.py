@@ -1,6 +1,6 @@
 """What a folder or a tar of labelled images holds: which splits, which classes, which images, and what is left out.
 
-Every command that reads such a source asks here, so that all of them take the same images for the same thing.
+Every command that reads such a source uses this module, so that all of them agree about splits, classes and images.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _SPLIT = re.compile(
 
 
 def role(name: str) -> str | None:
-    """ "train", "validation" or "test" by the name of a split in any usual spelling; None for other names."""
+    """Return "train", "validation" or "test" for any usual name of a split; None for other names."""
     found = _SPLIT.fullmatch(re.sub(r"[\W_]+", "", name.lower()))
     return found.lastgroup if found else None
 
 
 class File(NamedTuple):
-    """A file: all of what lies at a path, or `size` bytes of it, from `start` on, as in a tar."""
+    """A file, or a part of one, as in a tar: `size` bytes from `start` on. A `size` of None is all of it."""
 
-    name: str  # below the place where its split lies
+    name: str  # its path below the folder of its split
     path: str
     start: int = 0
     size: int | None = None
@@ -126,8 +126,8 @@ class _DiskFolder(Folder):
         return folders, files
 
 
-class _Source(_DiskFolder):
-    """The top of a source, where tars stand for folders: for splits, or for classes where there are no folders."""
+class _TopFolder(_DiskFolder):
+    """The top folder of a source, in which tars stand for splits, or for classes where there are no folders."""
 
     @functools.cached_property
     def content(self) -> tuple[dict[str, Folder], dict[str, File]]:
@@ -149,7 +149,7 @@ def _open_tar(path: str, name: str) -> Folder:
 
 @functools.lru_cache(maxsize=2)  # the splits of one tar are opened one after the other
 def _read_tar(path: str, name: str, _size: int, _changed: int) -> Folder:
-    """The folder that a tar stands for; tars in it are folders, too."""
+    """Read the folder that a tar stands for; tars in it are folders, too."""
     top = Folder(name)
     with tarfile.open(path, "r:") as archive:
         _add_members(archive, top, path, 0)
@@ -187,6 +187,7 @@ def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) ->
 
 
 def _below(top: Folder, parts: Iterable[str]) -> Folder:
+    """Return the folder at a path below `top`; make what is missing of it."""
     folder = top
     for part in parts:
         if part not in folder.folders:
@@ -205,8 +206,7 @@ class Layout:
     Attributes:
         source: Its name, for messages.
         top: All of it.
-        splits: For each of `ROLES` that has a folder or a tar of its own the places that could be meant; none where the
-            source is one set of classes.
+        splits: The folders or tars that could be meant by each of `ROLES`; empty if the source is one set of classes.
         other: Names of what lies next to splits and is not one.
     """
 
@@ -215,22 +215,23 @@ class Layout:
     splits: dict[str, list[Folder]]
     other: tuple[str, ...] = ()
 
-    def place(self, split: str) -> Folder:
-        """Return where a split lies; a source without splits is all of any split.
+    def folder_of(self, split: str) -> Folder:
+        """Return the folder of a split. A source without splits is all of any; validation stands in for a missing test.
 
-        A DataError if it has others, or several for this one. Validation images stand in for missing test images.
+        Raises:
+            DataError: It has only others, or several for this one.
         """
         if not self.splits:
             return self.top
         if split == "test" and "test" not in self.splits and "validation" in self.splits:
             split = "validation"
         found = self.splits.get(split)
-        names = ", ".join(str(place) for places in self.splits.values() for place in places)
+        names = ", ".join(str(folder) for folders in self.splits.values() for folder in folders)
         if not found:
-            beside = f" beside {some(self.other)}" if self.other else ""
+            others = f" beside {some(self.other)}" if self.other else ""
             spellings = {"train": "train, training, train_set", "validation": "val, valid, validation, dev"}
             raise DataError(
-                f"no {split} split in {self.source!r}, which holds {names}{beside}: call it one of "
+                f"no {split} split in {self.source!r}, which holds {names}{others}: call it one of "
                 f"{spellings.get(split, 'test, testing, test_set')}, in a folder or .tar of that name"
             )
         if len(found) > 1:
@@ -241,7 +242,7 @@ class Layout:
         return found[0]
 
     def check_classes(self) -> None:
-        """Raise DataError if the top folders hold only folders, mostly of equal names: splits, or classes in parts?"""
+        """Raise DataError if the top folders hold folders of mostly equal names: splits or classes."""
         tops = self.top.folders
         if self.splits or len(tops) < 2 or any(not f.folders or _images(f.files) for f in tops.values()):
             return
@@ -265,7 +266,7 @@ def find_layout(source: str | Path) -> Layout:
     if os.path.isfile(path) and _is_tar(path):
         return _layout(str(source), _open_tar(path, f"{os.path.basename(path)}/"))
     if os.path.isdir(path):
-        return _layout(str(source), _Source(path, f"{Path(path).resolve().name}/"))
+        return _layout(str(source), _TopFolder(path, f"{Path(path).resolve().name}/"))
     if os.path.isfile(path):
         raise DataError(f"{str(source)!r} is neither a folder nor a .tar: unpack it. {LAYOUTS}")
     raise DataError(
@@ -298,7 +299,7 @@ def _layout(source: str, top: Folder) -> Layout:
 
 
 def _nested(folder: Folder, split: str) -> Folder:
-    """What a folder of a split holds one level deeper under the same name, as in train/train; else itself."""
+    """Return the folder of the same split inside a folder, as in train/train; else the folder itself."""
     if len(folder.folders) == 1 and not _images(folder.files):
         ((name, inner),) = folder.folders.items()
         return inner if role(name) == split else folder
@@ -310,7 +311,7 @@ def _images(files: Iterable[str]) -> list[str]:
 
 
 def count_images(count: int) -> str:
-    """ "1 image", "3,068 images"."""
+    """Return "1 image", "3,068 images"."""
     return f"{count:,} image{'' if count == 1 else 's'}"
 
 
@@ -324,13 +325,13 @@ def some(names: Sequence[str], separator: str = ", ") -> str:
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a place.
+    """The images of a folder.
 
     Attributes:
         images: Their files, in natural order.
         labels: Index of each one's class.
         classes: Names of the classes, in natural order.
-        left_out: What is not an image of a class, by kind, and how many.
+        left_out: How many other files there are, by kind.
     """
 
     images: list[File]
@@ -339,21 +340,21 @@ class Listing:
     left_out: Counter[str]
 
 
-def list_classes(place: Folder) -> Listing:
+def list_classes(top: Folder) -> Listing:
     """List the images of class folders, however deep: the top folder is the class."""
     left_out: Counter[str] = Counter()
     found: list[tuple[File, str]] = []
-    for name, folder in place.folders.items():
+    for name, folder in top.folders.items():
         files = [file._replace(name=f"{name}/{file.name}") for file in folder.walk()]
         left_out["folder without files"] += not files
         found += [(file, _without_tar(name)) for file in _take_images(files, left_out)]
-    left_out["image beside the class folders"] += len(_take_images(place.files.values(), left_out))
-    left_out["link that leads nowhere"] += place.count_links()
+    left_out["image beside the class folders"] += len(_take_images(top.files.values(), left_out))
+    left_out["link that leads nowhere"] += top.count_links()
     return list_labelled(found, left_out)
 
 
 def list_labelled(found: Iterable[tuple[File, str]], left_out: Counter[str]) -> Listing:
-    """List images of which each has the name of its class."""
+    """List images, given with the names of their classes."""
     pairs = sorted(found, key=lambda pair: natural(pair[0].name))
     classes = tuple(sorted({label for _, label in pairs}, key=natural))
     index = {name: i for i, name in enumerate(classes)}
@@ -365,11 +366,11 @@ def list_folder(path: str | Path) -> Listing:
     return list_images(_DiskFolder(str(path), ""))
 
 
-def list_images(place: Folder) -> Listing:
+def list_images(folder: Folder) -> Listing:
     """List all images of a folder, without labels."""
     left_out: Counter[str] = Counter()
-    images = sorted(_take_images(place.walk(), left_out), key=lambda file: natural(file.name))
-    left_out["link that leads nowhere"] += place.count_links()
+    images = sorted(_take_images(folder.walk(), left_out), key=lambda file: natural(file.name))
+    left_out["link that leads nowhere"] += folder.count_links()
     return Listing(images, [0] * len(images), (), +left_out)
 
 
@@ -379,7 +380,7 @@ def natural(name: str) -> tuple[object, str]:
 
 
 def _take_images(files: Iterable[File], left_out: Counter[str]) -> list[File]:
-    """The files that are images; the others are counted by suffix."""
+    """Return the files that are images, and count the others by suffix."""
     suffixes = image_suffixes()
     images = []
     for file in files:
@@ -392,7 +393,7 @@ def _take_images(files: Iterable[File], left_out: Counter[str]) -> list[File]:
 
 
 def describe_left_out(left_out: Counter[str]) -> str:
-    """ "12 .txt, 3 images beside the class folders"."""
+    """Return "12 .txt, 3 images beside the class folders"."""
     return ", ".join(
         f"{count:,} {kind if kind.startswith('.') or count == 1 else re.sub(' |$', 's ', kind, count=1).strip()}"
         for kind, count in sorted(left_out.items(), key=lambda pair: (-pair[1], pair[0]))

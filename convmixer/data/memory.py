@@ -1,4 +1,4 @@
-"""Sources of images, and those that are decoded once into memory."""
+"""Labelled images: what training and validation need of a set, and sets that are decoded once into memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from convmixer.training.recipe import Recipe
 
 Batch = tuple[Tensor, Tensor]  # pixels uint8 (B, C, H, W), labels int64 (B,)
-T = TypeVar("T", bound="Source")
+T = TypeVar("T", bound="ImageSet")
 
 
 def seed_all(*numbers: int) -> None:
@@ -47,7 +47,7 @@ class Share:
         epoch: Number of the epoch.
         batch_size: Images of a step, over all processes.
         parts: Equal parts of a step, over all processes.
-        mine: The parts of this process.
+        own: The parts of this process.
         steps: Those that the epoch has yet to do.
     """
 
@@ -55,7 +55,7 @@ class Share:
     epoch: int
     batch_size: int
     parts: int
-    mine: range
+    own: range
     steps: range
 
     def index(self, count: int, device: torch.device | str = "cpu", odds: Tensor | None = None) -> Iterator[Tensor]:
@@ -68,10 +68,10 @@ class Share:
         order = order.to(device)
         for step in self.steps:
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].view(self.parts, -1)
-            yield from batch[self.mine.start : self.mine.stop]
+            yield from batch[self.own.start : self.own.stop]
 
 
-class Source(Protocol):
+class ImageSet(Protocol):
     """Labelled images for training and validation: in memory, or decoded when they are needed.
 
     Attributes:
@@ -86,7 +86,7 @@ class Source(Protocol):
 
     @property
     def at_once(self) -> int:
-        """Parts of an epoch that can be had together without waiting long."""
+        """How many parts of an epoch can be taken together without a long wait."""
 
     def __len__(self) -> int: ...
 
@@ -106,7 +106,7 @@ class Source(Protocol):
         """Return what must be the same when a run is resumed."""
 
     def parts(self, share: Share) -> Iterator[Batch]:
-        """Yield training images of an epoch, part after part."""
+        """Yield the training images of an epoch, part by part."""
 
     def in_order(self, batch_size: int) -> Iterable[Batch]:
         """Yield all images as they are for validation; the last batch may be smaller."""
@@ -133,7 +133,7 @@ class Images:
 
     @property
     def unreadable(self) -> set[str]:
-        """None: `load_images` has said it already."""
+        """Nothing: `load_images` has reported it already."""
         return set()
 
     @property
@@ -205,6 +205,13 @@ def load_images(
 
     Raises:
         DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
+
+    Example:
+        >>> from convmixer.data.memory import load_images
+        >>> images = load_images("data/flowers", "test", (3, 32, 32))
+        test: 6 images in 2 classes from flowers/test/
+        >>> images.pixels.shape, images.classes
+        (torch.Size([6, 3, 32, 32]), ('daisy', 'rose'))
     """
     if size[0] not in (1, 3):
         raise ArgumentError(f"training reads images with 1 or 3 channels; this model takes {size[0]}")
@@ -230,8 +237,8 @@ def load_images(
         report(f"{len(errors)} of {len(opened)} images are left out: {shown}")
         if len(errors) == len(opened):
             raise DataError(f"no image of {opened.name!r} can be read: {shown}")
-        kept = torch.tensor([i for i in range(len(opened)) if i not in errors])
-        pixels, targets = pixels[kept], targets[kept]
+        readable = torch.tensor([i for i in range(len(opened)) if i not in errors])
+        pixels, targets = pixels[readable], targets[readable]
     return Images(pixels, index[targets], classes or opened.classes)
 
 
@@ -252,7 +259,7 @@ def _check_memory(name: str, count: int, size: tuple[int, int, int]) -> None:
 
 @dataclass(frozen=True)
 class Fit:
-    """An image of any kind -> uint8 (C, H, W) as a model takes it; the arguments are those of `load_images`."""
+    """Turns an image of any kind into uint8 (C, H, W) as a model takes it; arguments are those of `load_images`."""
 
     size: tuple[int, int, int]
     interpolation: str = "bilinear"
@@ -281,17 +288,17 @@ def digest(labels: Tensor) -> str:
 
 
 def _class_counts(targets: Tensor, classes: int) -> Tensor:
-    """How many images each class has, at least 1 (C,)."""
+    """Count the images of each class, at least 1 (C,)."""
     return targets.bincount(minlength=classes).clamp(min=1)
 
 
-def balancing_odds(images: Source) -> Tensor:
-    """For each image the inverse of the number of those of its class (N,)."""
+def balancing_odds(images: ImageSet) -> Tensor:
+    """Return for each image the inverse of the number of images of its class (N,)."""
     targets = images.targets()
     return (1 / _class_counts(targets, len(images.classes)).double())[targets]
 
 
-def class_weights(recipe: Recipe, images: Source) -> Tensor | None:
+def class_weights(recipe: Recipe, images: ImageSet) -> Tensor | None:
     """Return what a recipe multiplies the loss of each class by, (C,); None if all classes are alike.
 
     "balanced" is the number of images over that of classes times that of the images of the class.

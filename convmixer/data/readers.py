@@ -63,17 +63,21 @@ class _Labelled(abc.ABC):
 
     @abc.abstractmethod
     def each(self, prepare: Prepare) -> Iterator[Sample]:
-        """Every image, prepared, and its label; in the place of an unreadable one the error that names it."""
+        """Yield every image, prepared, and its label; instead of an unreadable one the error that names it."""
 
     def in_order(self, prepare: Prepare) -> Iterator[tuple[Tensor, int]]:
-        """Every image, prepared, and its label. A DataError if an image cannot be read."""
+        """Yield every image, prepared, and its label; raise a DataError if an image cannot be read."""
         for sample in self.each(prepare):
             if isinstance(sample, DataError):
                 raise sample
             yield sample
 
     def labels_in(self, classes: Sequence[str]) -> Tensor:
-        """For each label of the split the label of the same name in `classes`; a DataError if one is not there."""
+        """Return for each label of the split the label of the same name in `classes`.
+
+        Raises:
+            DataError: One is not there.
+        """
         foreign = [label for label in self.classes if label not in classes]
         if foreign:
             hint = ". A folder of images that nobody has labelled is not a class: give a table of labels"
@@ -94,7 +98,7 @@ class _Labelled(abc.ABC):
 
 @dataclass(frozen=True)
 class Split(_Labelled):
-    """A split any image of which can be read at any time."""
+    """A split whose images can be read in any order."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -155,7 +159,7 @@ class NamedSplit(Split):
         return len(self.dataset)
 
     def _check(self, label: Any) -> int:
-        """The label; a DataError where there is none, which the Hub's data sets write as -1."""
+        """Return the label; raise a DataError if there is none, which data sets of the Hub write as -1."""
         if label is None or not 0 <= label < len(self.classes):
             raise DataError(f"its label is {label}, so it shows none of the {len(self.classes)} classes: not labelled")
         return int(label)
@@ -173,7 +177,7 @@ class NamedSplit(Split):
             if not hasattr(self.dataset, "reader"):  # torchvision
                 image, label = self.dataset[index]
                 return prepare(image), self._check(label)
-            # Not through timm's data set, which puts the next image in the place of one that it cannot read.
+            # Not through timm's data set, which replaces an image that it cannot read by the next one.
             file, label = self.dataset.reader[index][:2]
             with file:
                 return prepare(file), self._check(label)
@@ -224,7 +228,7 @@ class ShardSplit(_Labelled):
             raise DataError(f"cannot read {what}: {type(error).__name__}: {error}") from error
 
     def each(self, prepare: Prepare) -> Iterator[Sample]:
-        """As of any split.
+        """Yield every sample, prepared, and its label; instead of an unreadable one the error that names it.
 
         Raises:
             DataError: A tar that cannot be read, or another number of samples than `count`.
@@ -306,13 +310,13 @@ def has_split(
 
 
 def _describe(split: str, count: int, classes: Sequence[str], place: str) -> str:
-    """ "test: 372 images in 10 classes from clothing/test.tar"."""
+    """Return "test: 372 images in 10 classes from clothing/test.tar"."""
     kinds = f" in {len(classes)} class{'' if len(classes) == 1 else 'es'}" if classes else ""
     return f"{split}: {count_images(count)}{kinds} from {place}"
 
 
 def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str | Path | None]:
-    """What a source holds, and its table of labels, which may be the source: images then lie next to it."""
+    """Return what a source holds, and its table of labels. The source may be the table, next to its images."""
     if labels is None and is_table(source):
         source, labels = Path(source).parent, source
     return find_layout(source), labels
@@ -321,13 +325,13 @@ def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str
 def _open_files(source: str | Path, split: str, labels: str | Path | None, labelled: bool) -> Split:
     layout, table = _lay_out(source, labels)
     if table is not None:
-        place, listing = list_rows(layout, read_table(table), split, str(table))
+        folder, listing = list_rows(layout, read_table(table), split, str(table))
     else:
-        place = layout.place(split)
+        folder = layout.folder_of(split)
         if labelled:
             layout.check_classes()
-        listing = list_classes(place) if labelled else list_images(place)
-    shown = str(place)
+        listing = list_classes(folder) if labelled else list_images(folder)
+    shown = str(folder)
     if not listing.images:
         raise DataError(_nothing(str(source), split, shown, listing, table))
     taken = _describe(split, len(listing.images), listing.classes, shown)
@@ -343,7 +347,7 @@ def _open_files(source: str | Path, split: str, labels: str | Path | None, label
 
 
 def _nothing(source: str, split: str, place: str, listing: Listing, table: str | Path | None) -> str:
-    """What to say where no image was found that has a label."""
+    """Say why no image with a label was found."""
     loose = listing.left_out["image beside the class folders"]
     if loose:
         without = "" if split == "train" else ". To train without them, give the folder of the training images as data"
@@ -375,7 +379,7 @@ def _open_torchvision(name: str, split: str, root: str | Path | None, download: 
 
 
 def _load_hub(name: str, root: str | Path | None) -> Any:
-    """All splits of a Hugging Face data set, by name."""
+    """Load all splits of a Hugging Face data set, by name."""
     datasets = optional("datasets", repr(name), "train")
     try:
         return datasets.load_dataset(name.removeprefix("hfds/"), cache_dir=root and str(root))
@@ -413,7 +417,7 @@ def _open_hub(name: str, split: str, root: str | Path | None) -> Split:
 
 
 def _find_shards(name: str, split: str) -> str | None:
-    """What the `_info.json` of a folder of shards calls a split; None if it has no such one."""
+    """Return what the `_info.json` of a folder of shards calls a split; None if it does not have it."""
     webdataset = optional("webdataset", repr(name), "train")
     folder, problems = os.path.expanduser(name[len(SHARDS) :]), []
     for file in ("_info.json", "info.json"):  # as timm looks for them

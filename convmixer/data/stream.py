@@ -40,18 +40,19 @@ S = TypeVar("S", bound="_Workers")
 
 
 @lru_cache
-def policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Any:
-    """timm's augmentation of that name for PIL images of a size (height, width); gaps get the mean, in [0, 1]."""
+def policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
+    """Build timm's augmentation of that name for PIL images of (height, width); gaps get the mean, in [0, 1]."""
     fill = tuple(min(255, round(255 * value)) for value in mean)
     hparams: dict[str, Any] = {"translate_const": int(min(size) * 0.45), "img_mean": fill if len(fill) > 1 else fill[0]}
     hparams["magnitude_max"] = 9.99  # at 10, posterize keeps 0 bits, which newer versions of Pillow refuse
     make = rand_augment_transform if name.startswith("rand") else auto_augment_transform
-    return make(name, hparams)
+    change: Callable[[Image.Image], Image.Image] = make(name, hparams)
+    return change
 
 
 @dataclass(frozen=True)
 class Change:
-    """An image, as `read_image` takes it -> uint8 (C, H, W), cropped at random and changed by a policy of timm."""
+    """Turns what `read_image` takes into uint8 (C, H, W), cropped at random and changed by a policy of timm."""
 
     recipe: Recipe
     fit: Fit
@@ -66,7 +67,7 @@ class Change:
         return pixels
 
     def _crop(self, source: Any) -> Tensor:
-        """timm's random crop, drawn before the image is decoded, so that a large one need not be decoded whole."""
+        """Crop at random, as timm does. The crop is drawn before an image is decoded, perhaps at a reduced scale."""
         channels, height, width = self.fit.size
         crop = RandomResizedCropAndInterpolation(
             (height, width), (self.recipe.crop_scale, 1.0), (3 / 4, 4 / 3), self.fit.interpolation
@@ -74,7 +75,7 @@ class Change:
         whole, box = (0, 0), (0, 0, 0, 0)
 
         def draw(across: int, down: int) -> tuple[int, int]:
-            """The (width, height) of the whole image at which the crop has enough pixels."""
+            """Return the (width, height) of the whole image at which the crop has enough pixels."""
             nonlocal whole, box
             shape = torch.empty(1, down, across, device="meta")
             whole, box = (across, down), crop.get_params(shape, crop.scale, crop.ratio)
@@ -96,12 +97,12 @@ class Change:
 
 
 def default_workers() -> int:
-    """Processor cores for each of the processes that train on this machine."""
+    """Return the processor cores for each of the processes that train on this machine."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _collate(samples: list[Decoded]) -> tuple[Tensor, Tensor, list[str]]:
-    """A batch of what could be read, which may be nothing."""
+    """Return a batch of what could be read, which may be nothing."""
     read = [(pixels, label) for pixels, label, _ in samples if pixels is not None]
     pixels = torch.stack([pixels for pixels, _ in read]) if read else torch.empty(0)
     return pixels, torch.tensor([label for _, label in read]), [e for *_, errors in samples for e in errors]
@@ -119,7 +120,7 @@ class _Workers:
 
     Attributes:
         classes: Class names by label.
-        labels: For each label of the data that of the model.
+        labels: The model's label for each label of the data.
         fit: How images are prepared for validation.
         change: How they are prepared for training.
         workers: Worker processes; 0 decodes in the main process.
@@ -143,17 +144,17 @@ class _Workers:
 
     @property
     def at_once(self) -> int:
-        """Half of what the workers hold ready, so that they go on while the model learns from it."""
+        """Parts that the workers hold ready, halved, so that they work on while the model learns."""
         return max(1, self.workers)
 
     def record(self) -> dict[str, Any]:
         return {"images": len(self), "classes": list(self.classes)}  # type: ignore[arg-type]
 
     def _load(self, dataset: Any, *, training: bool, **how: Any) -> Iterator[Batch]:
-        """Batches of a data set, on the device.
+        """Yield the batches of a data set, on the device.
 
         Raises:
-            DataError: An image that cannot be read, unless such are skipped; a training batch of nothing else.
+            DataError: An image that cannot be read, unless those are skipped, or a training batch without any that can.
         """
         loader = DataLoader(
             dataset,
@@ -183,7 +184,7 @@ class _Workers:
 
 @dataclass(frozen=True)
 class _Decoder(Dataset[Decoded]):
-    """Decodes the image of a number, with randomness from further numbers."""
+    """Decodes images by their numbers, with randomness from further numbers."""
 
     split: Split
     index: Tensor
@@ -205,7 +206,7 @@ class _Decoder(Dataset[Decoded]):
 
 @dataclass
 class Stream(_Workers):
-    """Images of a split, any of which can be read at any time.
+    """Images of a split that can be read in any order.
 
     Attributes:
         split: Where they are.
@@ -253,7 +254,7 @@ class Stream(_Workers):
 
 @dataclass(frozen=True)
 class _Sized:
-    """Something to iterate over, and about how long it is, for a progress bar."""
+    """An iterable with a length, for a progress bar."""
 
     begin: Callable[[], Iterator[Batch]]
     length: int
@@ -301,6 +302,17 @@ def open_stream(
 
     Raises:
         DataError: Nothing there, no images, other classes than asked for, too few shards.
+
+    Example:
+        >>> from convmixer.data.memory import Fit
+        >>> from convmixer.data.stream import open_stream
+        >>> from convmixer.training import Recipe
+        >>> stream = open_stream(
+        ...     "data/flowers", "test", Recipe(stream=True), Fit((3, 32, 32)), mean=(0.5, 0.5, 0.5), workers=0
+        ... )
+        test: 6 images in 2 classes from flowers/test/
+        >>> [pixels.shape for pixels, labels in stream.in_order(batch_size=4)]
+        [torch.Size([4, 3, 32, 32]), torch.Size([2, 3, 32, 32])]
     """
     name = str(source)
     common: dict[str, Any] = {
@@ -374,7 +386,7 @@ class Shards(_Workers):
 
 @dataclass(frozen=True)
 class _ShardReader(IterableDataset[Any]):
-    """Batches of one worker: its part of a training epoch, or without a share its part of all samples."""
+    """Yields the batches of one worker: its part of a training epoch, or without a share its part of all samples."""
 
     shards: Shards
     share: Share | None
@@ -389,18 +401,18 @@ class _ShardReader(IterableDataset[Any]):
             yield DataError(f"cannot read {self.shards.name!r}: {type(error).__name__}: {error}")
 
     def _train(self, share: Share, worker: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        each = len(share.mine)
+        each = len(share.own)
         done, total = share.steps.start * each, share.steps.stop * each
         # The loader asks the workers in turn, beginning with the first: after an interruption, too, each part must come
         # from the stream that it came from.
         stream = (done + worker) % workers
-        process = share.mine.start // each
+        process = share.own.start // each
         samples = self._endless(share, process * workers + stream)
         for number in range(stream, total, workers):
             chosen = list(itertools.islice(samples, share.batch_size // share.parts))
             if number < done:
                 continue
-            part = number // each * share.parts + share.mine.start + number % each
+            part = number // each * share.parts + share.own.start + number % each
             decoded = []
             for i, sample in enumerate(chosen):
                 seed_all(share.seed, share.epoch, part, i, -1)

@@ -24,7 +24,7 @@ def is_table(source: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Row:
-    """What a table says of an image: its label, and with a column split, which one it belongs to."""
+    """What a table says about an image: its label, and its split if there is a column of that name."""
 
     image: str
     label: str
@@ -80,7 +80,7 @@ def read_table(path: str | Path) -> list[Row]:
 
 
 def _cell(value: object, missing: bool) -> str:
-    """A value as text; an empty one for what is missing, and for what is neither text nor a whole number or bool."""
+    """Return a value as text: "" if it is missing, or is neither text nor a whole number nor a boolean."""
     if isinstance(value, float) and value.is_integer():  # whole numbers, in a column in which one is missing
         value = int(value)
     if missing or isinstance(value, float | bytes | Mapping):
@@ -96,59 +96,59 @@ def has_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> boo
 
 
 def list_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> tuple[Folder, Listing]:
-    """Return where the images of a split lie, and those of them that a table has rows for.
+    """Return the folder of a split, and those of its images for which a table has rows.
 
     The column split decides where there is one; else the folder of the split, where the source has one.
 
     Raises:
         DataError: Rows without a file, with several that could be meant, or of one file with two labels.
     """
-    place, unlisted = layout.top, "image without a row in the table"
+    folder, unlisted = layout.top, "image without a row in the table"
     if any(row.split for row in rows):
         rows, unlisted = [row for row in rows if row.split == split], f"image without a row of the {split} split"
     else:
-        place = layout.place(split)
-    files = {(file.path, file.start): file for file in place.walk()}
+        folder = layout.folder_of(split)
+    files = {(file.path, file.start): file for file in folder.walk()}
     labels: dict[File, str] = {}
     for row, found in zip(rows, _find(layout, rows, table), strict=True):
         file = files.get((found.path, found.start))
         if file is not None and labels.setdefault(file, row.label) != row.label:
             raise DataError(f"{table!r} gives {file.name} the labels {labels[file]!r} and {row.label!r}")
-    listed = list_images(place)
+    listed = list_images(folder)
     listed.left_out[unlisted] += len(listed.images) - len(labels)
-    return place, list_labelled(labels.items(), listed.left_out)
+    return folder, list_labelled(labels.items(), listed.left_out)
 
 
 def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
-    """The file of each row: by its path from the source, or the end of its path, with or without its suffix."""
+    """Find the file of each row: by its path from the source, or the end of its path, with or without its suffix."""
     exact = {file.name: file for file in layout.top.walk()}
     absolute = {}
     if any(os.path.isabs(row.image) for row in rows):
         absolute = {os.path.abspath(file.path): file for file in exact.values() if file.size is None}
     last: dict[str, list[File]] = defaultdict(list)
-    for file in exact.values():
-        name = posixpath.basename(file.name)
+    for known in exact.values():
+        name = posixpath.basename(known.name)
         stem, suffix = posixpath.splitext(name)
         if suffix.lower() in image_suffixes():
-            last[name].append(file)
-            last[stem].append(file)
+            last[name].append(known)
+            last[stem].append(known)
     found: list[File] = []
     lost: list[str] = []
     for row in rows:
         name = posixpath.normpath(row.image.replace("\\", "/"))
-        meant = exact.get(name) or absolute.get(os.path.abspath(row.image))
-        if meant is None:
+        file = exact.get(name) or absolute.get(os.path.abspath(row.image))
+        if file is None:
             near = [f for f in last.get(posixpath.basename(name), ()) if _ends(f"/{f.name}", f"/{name}")]
             if len(near) > 1:
                 raise DataError(
                     f"{brief(row.image)!r} of {table!r} could be {some([f.name for f in near])} in {layout.source!r}: "
                     "write the path from there, or give the folder that the table belongs to"
                 )
-            meant = near[0] if near else None
-        if meant is None or posixpath.splitext(meant.name)[1].lower() not in image_suffixes():
+            file = near[0] if near else None
+        if file is None or posixpath.splitext(file.name)[1].lower() not in image_suffixes():
             lost.append(brief(row.image))
         else:
-            found.append(meant)
+            found.append(file)
     if lost:
         raise DataError(
             f"{len(lost)} of {len(rows)} rows of {table!r} name no image in {layout.source!r}: {some(lost)}. Write "
@@ -158,5 +158,5 @@ def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
 
 
 def _ends(path: str, name: str) -> bool:
-    """Whether a path ends in a name, with or without its own suffix."""
+    """Return whether a path ends in a name, with or without its own suffix."""
     return path.endswith(name) or posixpath.splitext(path)[0].endswith(name)

@@ -74,7 +74,7 @@ def write_card(source: Publishable, name: str, model_name: str, repository: str,
 
 
 def _plain(text: str) -> str:
-    """Text of others that starts no HTML, and in a table no cell."""
+    """Escape text of others, so that it starts no HTML, and in a table no cell."""
     return " ".join(text.replace("<", "&lt;").replace("|", r"\|").split())
 
 
@@ -145,7 +145,7 @@ def _keep_fields(data: Any, earlier: Any) -> None:
 
 
 def _keep_text(text: str, earlier: str) -> str:
-    """The generated text, with what stands above and below the generated part of an earlier card."""
+    """Return the generated text, with what stands above and below the generated part of an earlier card."""
     start, end = earlier.find(BEGIN), earlier.find(END)
     if 0 <= start < end:
         return earlier[:start] + text + earlier[end + len(END) :]

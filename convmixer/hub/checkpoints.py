@@ -53,7 +53,7 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, s
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
-    """A safetensors file whose header was checked by its library; what is wrong with it becomes a WeightsError."""
+    """Open a safetensors file, whose library checks the header; raise a WeightsError for what is wrong with it."""
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise WeightsError(f"no weights file at {str(path)!r}: give the path of a .safetensors file")
@@ -160,7 +160,7 @@ def variant_of(path: str | Path) -> str:
 
 
 def _advice(path: str | Path) -> str:
-    """What to do with a safetensors file that does not fit a model, or "" if it is not a ConvMixer's."""
+    """Say what to do with a safetensors file that does not fit a model, or "" if it is not a ConvMixer's."""
     command = f"convmixer convert {shlex.quote(str(path))}"
     shapes = read_shapes(path)
     try:

@@ -206,14 +206,14 @@ def _patiently(call: Callable[[], Result], lost_too: bool = True) -> Result:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it arose from, what that arose from, ...; also what a library hides by `from None`."""
+    """Yield an error, what it arose from, what that arose from, ...; also what a library hides by `from None`."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _response(error: BaseException) -> Any:
-    """The server's reply inside an error or its causes."""
+    """Return the server's reply inside an error or its causes."""
     replies = (getattr(e, "response", None) for e in _chain(error))
     return next((reply for reply in replies if reply is not None), None)
 
@@ -268,14 +268,14 @@ def _hashes(path: Path, size: int, expected: str) -> list[str]:
 
 
 def _reason(error: BaseException, token: str | bool | None) -> str:
-    """One line of why, without any token."""
+    """Return the reason in one line, without any token."""
     *_, last = _chain(error)
     text, cause = (" ".join(str(e).split()) or type(e).__name__ for e in (error, last))  # the Hub's have several lines
     return _without_token(text if cause in text else f"{text} {cause}", token)
 
 
 def _stripped(token: str | bool | None) -> str | bool | None:
-    """The token without the line break at the end of a file that it was read from."""
+    """Return the token without the line break at the end of a file that it was read from."""
     return token.strip() if isinstance(token, str) else token
 
 
@@ -287,7 +287,7 @@ def _without_token(text: str, token: str | bool | None) -> str:
 
 
 def _harmless(error: BaseException, token: str | bool | None) -> BaseException | None:
-    """The error as a cause, unless a traceback that shows it would show the token."""
+    """Return the error as a cause, unless a traceback that shows it would show the token."""
     return error if _without_token(repr(error), token) == repr(error) else None
 
 

@@ -220,7 +220,7 @@ def _parse(path: Path, name: str) -> Any:
 
 
 def _checked(given: Mapping[str, Any], checks: Mapping[str, Check], source: str) -> dict[str, Any]:
-    """The values of the keys that have a check; null counts as not given, lists become tuples."""
+    """Return the values of the keys that have a check; null counts as not given, lists become tuples."""
     values = {}
     for key, (check, wanted) in checks.items():
         value = given.get(key)

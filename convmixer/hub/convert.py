@@ -128,7 +128,7 @@ def _is_folder(destination: Path) -> bool:
 
 
 def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by our names, and what else the header of a safetensors file says that is worth keeping."""
+    """Return tensors by our names, and what else the header of a safetensors file says that is worth keeping."""
     if not source.is_file():
         raise WeightsError(f"no checkpoint at {str(source)!r}")
     named = repr(str(source))

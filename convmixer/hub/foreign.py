@@ -60,7 +60,7 @@ def first(keys: list[str]) -> str:
 
 
 def _rename_mmpretrain(values: Mapping[str, Value]) -> dict[str, Value]:
-    """mmpretrain keeps stem and blocks (its stages) in a backbone, and the classifier in a head next to it."""
+    """Rename tensors of mmpretrain, which keeps stem and stages in a backbone, and the classifier in a head."""
     mark = "backbone.stages.0.0.fn.0.weight"
     prefix = next((k.removesuffix(mark) for k in values if k.endswith(mark)), None)
     if prefix is None:
@@ -77,7 +77,7 @@ def _rename_mmpretrain(values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _without_prefix(values: dict[str, Value], source: str) -> dict[str, Value]:
-    """Without what wrappers put before each name, and without others' values: of a loss, a metric, another model."""
+    """Strip what wrappers put before names, and leave out tensors of others: a loss, a metric, another model."""
     starts = (k.removesuffix(stem) for stem in ("stem.0.weight", "0.weight") for k in values if k.endswith(stem))
     found = [p for p in starts if f"{p}blocks.0.0.fn.0.weight" in values or f"{p}3.0.fn.0.weight" in values]
     averages = [p for p in found if re.search(r"(?:^|[._])ema[._]", p)]
@@ -92,7 +92,7 @@ def _without_prefix(values: dict[str, Value], source: str) -> dict[str, Value]:
 
 
 def _rename_flat(values: dict[str, Value]) -> dict[str, Value]:
-    """Names of the paper's one flat Sequential (stem 0 to 2, blocks from 3, head last) to this package's."""
+    """Rename tensors of the paper's one flat Sequential: stem 0 to 2, blocks from 3, head last."""
     if "0.weight" not in values or not all(re.fullmatch(r"[0-9]+\..+", k) for k in values):
         return values
     head = max(int(k.split(".")[0]) for k in values)

@@ -126,7 +126,7 @@ def save_pretrained(
 
 
 def _card_of_folder(source: Publishable, folder: Path, repo_id: str, old: str) -> str:
-    """The card, whose examples load from the Hub if there is a `repo_id`, else from the folder."""
+    """Return the card, whose examples load from the Hub if there is a `repo_id`, else from the folder."""
     if repo_id:
         return write_card(source, repo_id.partition("/")[2], f"hf-hub:{repo_id}", repo_id, old)
     name = folder.resolve().name

@@ -137,7 +137,7 @@ def _labels(model: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
-    """The model of a finished run, and what its folder tells."""
+    """Return the model of a finished run, and what its folder says."""
     if not (run / "result.json").is_file() and (run / "config.json").is_file():  # recipe.json may be in both
         raise ArgumentError(
             f"{str(run)!r} is a folder in the Hub's form already. Publish it as it is with `hf upload OWNER/NAME "
@@ -162,7 +162,7 @@ def _read_run(run: Path) -> tuple[ConvMixer, dict[str, Any]]:
 
 
 def _facts_of_run(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """What recipe.json and result.json tell for a card, without the folders of this computer."""
+    """Return what recipe.json and result.json say for a card, without the folders of this computer."""
     from convmixer.training.recipe import Recipe  # imports all of training
 
     default = json.loads(json.dumps(asdict(Recipe())))
@@ -191,7 +191,7 @@ def _facts_of_run(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, A
 
 
 def _without_folder(name: str) -> str:
-    """A file, model or data set without the folder where it lay; names of the Hub and of torchvision stay."""
+    """Name a file, model or data set without its folder; names of the Hub and of torchvision stay."""
     scheme = next((s for s in ("hf-hub:", "torch/", "hfds/", "wds/", "local-dir:") if name.startswith(s)), "")
     rest = name.removeprefix(scheme)
     if scheme in ("hf-hub:", "torch/") or (scheme == "hfds/" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", rest)):
@@ -200,7 +200,7 @@ def _without_folder(name: str) -> str:
 
 
 def _read_registry(name: str) -> dict[str, Any]:
-    """What the registry tells of the weights of that name; nothing of a name that is not the registry's."""
+    """Return what the registry says about the weights of that name; nothing about other names."""
     weights = None if ":" in name else get_variant(name)[1]
     if weights is None:
         return {}

@@ -106,7 +106,7 @@ def config_of(model: Any, labels: Sequence[str] | None, licence: str) -> dict[st
 
 
 def _pretrained_cfg(model: Any, found: Mapping[str, Any], labels: Sequence[str] | None, licence: str) -> dict[str, Any]:
-    """Preprocessing and what else timm keeps with weights."""
+    """Return the preprocessing, and what else timm keeps with weights."""
     config = {key: found[key] for key in PREPROCESSING_CHECKS if found.get(key) is not None}
     (_, height, width), patch, classes = config["input_size"], model.stem[0].kernel_size[0], num_classes(model)
     config |= {"num_classes": classes, "pool_size": [height // patch, width // patch]}

@@ -19,7 +19,6 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -72,8 +71,8 @@ def inductor_lacks(device: torch.device) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def library() -> Any:
-    """The compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
+def library() -> ctypes.CDLL:
+    """Return the compiled kernels; raise a DependencyError if they cannot be compiled, or kept and run nowhere."""
     loaded = load(SOURCES)
     pointer, number = ctypes.c_void_p, ctypes.c_int
     for name in ("float32", "bfloat16", "int8"):
@@ -85,14 +84,27 @@ def library() -> Any:
     return loaded
 
 
-def load(sources: Sequence[Path]) -> Any:
-    """The library of a C++ file and those that it includes; a DependencyError if it can be compiled or kept nowhere."""
+def load(sources: Sequence[Path]) -> ctypes.CDLL:
+    """Load the library of a C++ file; the further files are those that it includes.
+
+    Raises:
+        DependencyError: It can be compiled or kept nowhere.
+    """
     with _COMPILING:
         return _find(sources)
 
 
-def _find(sources: Sequence[Path]) -> Any:
-    """A library from the cache, else compiled and put there, else compiled only for this process."""
+def check_records(kernels: ctypes.CDLL, records: Sequence[type[ctypes.Structure]]) -> None:
+    """Raise a RuntimeError where a record does not have the size that it has in C++."""
+    expected = list((ctypes.c_int32 * len(records)).in_dll(kernels, "convmixer_record_sizes"))
+    found = [ctypes.sizeof(record) for record in records]
+    if found != expected:
+        names = ", ".join(record.__name__ for record in records)
+        raise RuntimeError(f"{names} have {found} bytes in Python, {expected} in csrc/: declare the same fields")
+
+
+def _find(sources: Sequence[Path]) -> ctypes.CDLL:
+    """Take a library from the cache, else compile it and put it there, else compile it only for this process."""
     if reason := lacks():
         raise DependencyError(reason)
     path = compiler() or ""
@@ -116,7 +128,7 @@ def _find(sources: Sequence[Path]) -> Any:
     return _put(binary or _compile(path, sources[0]), instead_of(reason, "native kernels", "XDG_CACHE_HOME") / name)
 
 
-def _put(binary: bytes, file: Path) -> Any:
+def _put(binary: bytes, file: Path) -> ctypes.CDLL:
     write_atomically(file, lambda temporary: temporary.write_bytes(binary))
     return ctypes.CDLL(str(file))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from convmixer.errors import DependencyError
-from convmixer.native.library import library
+from convmixer.native.library import check_records, library
 
 if TYPE_CHECKING:
     from convmixer.runtime.folding import FoldedConvMixer
@@ -62,16 +62,7 @@ class ModelRecord(ctypes.Structure):
     ]
 
 
-_RECORDS = (AffineRecord, BlockRecord, ModelRecord)
-
-
-def check_records(kernels: Any) -> None:
-    """Raise a RuntimeError where a record here has not the size that it has in C++."""
-    expected = list((ctypes.c_int32 * len(_RECORDS)).in_dll(kernels, "convmixer_record_sizes"))
-    found = [ctypes.sizeof(record) for record in _RECORDS]
-    if found != expected:
-        names = ", ".join(record.__name__ for record in _RECORDS)
-        raise RuntimeError(f"{names} in packing.py have {found} bytes, in cpu.h {expected}: declare the same fields")
+RECORDS = (AffineRecord, BlockRecord, ModelRecord)
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -89,7 +80,7 @@ class Native:
     def __init__(self, folded: FoldedConvMixer, dtype: torch.dtype, threads: int) -> None:
         self.folded, self.dtype, self.threads = folded, dtype, threads
         kernels = library()
-        check_records(kernels)
+        check_records(kernels, RECORDS)
         if dtype == torch.int8 and not (hasattr(kernels, "convmixer_int8") and kernels.convmixer_amx()):
             raise DependencyError(
                 "native computes int8 on AMX, which this compiler does not know or this system does not permit: "

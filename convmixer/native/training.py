@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _forked = False  # a child by fork, where OpenMP would wait for threads of its parent
 
 
-class _Layer(ctypes.Structure):
+class LayerRecord(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "norm_weight", "norm_bias", "mean", "var", "moments")),
         *((f"grad_{name}", ctypes.c_void_p) for name in ("weight", "bias", "norm_weight", "norm_bias")),
@@ -57,23 +57,23 @@ _NUMBERS = (
 )
 
 
-class _Step(ctypes.Structure):
+class StepRecord(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in _NUMBERS),
         ("images", ctypes.c_void_p),
-        ("layers", ctypes.POINTER(_Layer)),
+        ("layers", ctypes.POINTER(LayerRecord)),
         *((name, ctypes.c_void_p) for name in ("kept", "scratch", "features")),
     ]
 
 
+RECORDS = (LayerRecord, StepRecord)
+
+
 @functools.lru_cache(maxsize=1)
-def kernels() -> Any:
+def kernels() -> ctypes.CDLL:
     """Return the compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
     loaded = library.load(SOURCES)
-    sizes = (ctypes.c_int * 2)()
-    loaded.convmixer_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(_Layer), ctypes.sizeof(_Step)]:
-        raise ConvMixerError(f"records of {list(sizes)} bytes in train.h are not those of native/training.py")
+    library.check_records(loaded, RECORDS)
     loaded.convmixer_bytes.restype = ctypes.c_int64
     return loaded
 
@@ -162,7 +162,7 @@ class Network(NamedTuple):
     keep: int
 
 
-def _places(images: Tensor, patch_size: int) -> tuple[Any, Any]:
+def _feature_size(images: Tensor, patch_size: int) -> tuple[Any, Any]:
     return images.shape[2] // patch_size, images.shape[3] // patch_size
 
 
@@ -171,8 +171,8 @@ def _rounded_up(n: Any, unit: int) -> Any:
 
 
 def _map_bytes(images: Tensor, dim: int, patch_size: int, half: bool) -> Any:
-    """Of one feature map: rows are filled up to 16, positions and channels to 32."""
-    height, width = _places(images, patch_size)
+    """Return the bytes of a feature map, with rows filled up to 16, positions and channels to 32."""
+    height, width = _feature_size(images, patch_size)
     positions = _rounded_up(height * _rounded_up(width, 16), 32)
     return images.shape[0] * _rounded_up(dim, 32) * positions * (2 if half else 4)
 
@@ -194,9 +194,9 @@ def _record(
     kept: Tensor,
     features: Tensor,
     scratch: Tensor | None,
-) -> _Step:
+) -> StepRecord:
     count = len(network.eps)
-    layers = (_Layer * count)()
+    layers = (LayerRecord * count)()
     names = ("weight", "bias", "norm_weight", "norm_bias")
     groups = [(names, parameters), (tuple(f"grad_{name}" for name in names), grads)]
     groups += [(("mean", "var"), () if running is None else running.flatten(0, 1).unbind()), (("moments",), moments)]
@@ -206,7 +206,7 @@ def _record(
             for name, tensor in zip(fields, tensors[len(fields) * i : len(fields) * (i + 1)], strict=False):
                 setattr(layer, name, tensor.data_ptr())
     batch, in_chans, height, width = images.shape
-    return _Step(
+    return StepRecord(
         batch=batch,
         dim=len(parameters[0]),
         depth=count // 2,
@@ -226,7 +226,7 @@ def _record(
     )
 
 
-def _call(function: Any, record: _Step, half: bool) -> None:
+def _call(function: Any, record: StepRecord, half: bool) -> None:
     if not function(ctypes.byref(record), ctypes.c_int(half)):
         raise ConvMixerError(
             f"too little memory for {record.batch} images of {record.height} x {record.width}: give fewer at a time"
@@ -246,7 +246,7 @@ _LIBRARY.define(
 
 
 def _outputs(images: Tensor, parameters: Sequence[Tensor], network: Network) -> tuple[Tensor, Tensor]:
-    dim, (height, width) = len(parameters[0]), _places(images, network.patch_size)
+    dim, (height, width) = len(parameters[0]), _feature_size(images, network.patch_size)
     dtype = torch.bfloat16 if network.half else torch.float32
     features = images.new_empty((len(images), dim, height, width), dtype=dtype)
     return features, images.new_zeros((len(network.eps), 3, dim))
@@ -255,7 +255,7 @@ def _outputs(images: Tensor, parameters: Sequence[Tensor], network: Network) -> 
 def _forward(
     images: Tensor, parameters: Sequence[Tensor], running: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of the last block, (B, dim, h, w).
+    """Compute the features of the last block, (B, dim, h, w).
 
     Args:
         images: (B, in_chans, H, W), contiguous float32, as all tensors here.
@@ -299,7 +299,7 @@ def _backward(
     parameters: Sequence[Tensor],
     *settings: Any,
 ) -> list[Tensor]:
-    """Gradients of the parameters; `grad` is that of the features, of their type and contiguous."""
+    """Compute the gradients of the parameters; `grad` is that of the features, of their type and contiguous."""
     network = Network(*settings)
     grads = [torch.empty_like(parameter) for parameter in parameters]
     size = _map_bytes(images, len(parameters[0]), network.patch_size, network.half)
@@ -384,13 +384,13 @@ def _say(reason: str | None, dtype: torch.dtype) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen(reason: str | None, dtype: torch.dtype) -> bool:
-    """Whether there is no reason against the kernels; the log says once what was chosen."""
+    """Return whether nothing speaks against the kernels; the log says once what was chosen."""
     _say(reason, dtype)
     return reason is None
 
 
 def takes(stem: Any, blocks: Any, images: Tensor, taken: Sequence[int], sync_batchnorm: bool) -> bool:
-    """Whether `features` computes these images; the log says why not."""
+    """Return whether `features` computes these images; the log says why not."""
     if images.device.type != "cpu" or stem[0].weight.device.type != "cpu":
         return False
     patch, in_chans = stem[0].kernel_size[0], stem[0].weight.shape[1]
@@ -467,7 +467,7 @@ def features(
         half=dtype == torch.bfloat16,
         keep=0 if not differentiable else 1 if checkpointing else 2,
     )
-    height, width = _places(images, network.patch_size)
+    height, width = _feature_size(images, network.patch_size)
     if any(batch):
         fused.check_count((len(images), len(parameters[0]), height, width))
     parameters = [parameter.to(torch.float32).contiguous() for parameter in parameters]

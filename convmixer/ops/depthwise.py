@@ -44,7 +44,7 @@ def _check(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _fits(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
-    """Whether the kernels take this device, type and size; the log says so once for each."""
+    """Return whether the kernels take this device, type and size; the log says so once for each."""
     return _check(device, dtype, kernel_size)  # torch.compile warns of a cached function that it meets itself
 
 
@@ -72,7 +72,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work, for which the kernels have no rules."""
+    """Return whether `torch.func` or forward-mode differentiation is at work, for which the kernels have no rules."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -133,7 +133,7 @@ class _DepthwiseConv2d(Function):
 def _differentiable_grads(
     wanted: tuple[bool, ...], x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by PyTorch, which can differentiate them once more."""
+    """Compute the gradients by PyTorch, which can differentiate them once more."""
     inputs = x, weight, bias
     leaves = [tensor for tensor, needed in zip(inputs, wanted, strict=True) if needed and tensor is not None]
     found = iter(torch.autograd.grad(reference.correlate(*inputs), leaves, grad, create_graph=True))
@@ -141,7 +141,7 @@ def _differentiable_grads(
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding="same", groups=C)`, whose gradients are computed by fast kernels.
+    """Compute `F.conv2d(x, weight, bias, padding="same", groups=C)`, with gradients by fast kernels.
 
     Under autocast the inputs are converted as those of a convolution are. Second derivatives are computed by PyTorch.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def check(device: torch.device, dtype: torch.dtype, kernel_sizes: Iterable[int])
         raise ConvMixerError(f"there are no fused blocks for {device.type!r} devices, only for cpu and cuda: {off}")
 
 
-def kernels(x: Tensor) -> Any:
+def kernels(x: Tensor) -> ModuleType:
     """Return the module with the functions of `reference.py` for the device of x."""
     if x.device.type == "cuda":
         from convmixer.ops.triton import launch

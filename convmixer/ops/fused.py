@@ -51,7 +51,7 @@ class _NoSecondDerivative(Function):
 
 
 def first_derivative(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A backward pass whose results have no gradient: asked for one, they say so."""
+    """Let the results of a backward pass raise an error when they are differentiated."""
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -110,7 +110,7 @@ class _Depthwise(Function):
 
 
 class _Pointwise(Function):
-    """c and x -> u, and the sums of act(u). What x is made of comes too: it is kept instead of x."""
+    """c and x -> u, and the sums of act(u). What x is computed from is an input too, and is saved instead of x."""
 
     @staticmethod
     def forward(
@@ -128,9 +128,9 @@ class _Pointwise(Function):
         act: str,
         batch: bool,
     ) -> tuple[Tensor, ...]:
-        product = weight.flatten(1).to(c.dtype)
+        matrix = weight.flatten(1).to(c.dtype)
         result: tuple[Tensor, ...] = dispatch.kernels(c).pointwise(
-            c, scale, shift, x, product, bias.to(center.dtype), act, center
+            c, scale, shift, x, matrix, bias.to(center.dtype), act, center
         )
         return result
 
@@ -149,22 +149,23 @@ class _Pointwise(Function):
         if ctx.batch:
             grad_u, total = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
         grad_weight = grad_bias = grad_c = grad_scale = grad_shift = grad_z = None
-        product = weight.to(c.dtype)
+        weight_of_type = weight.to(c.dtype)
         if ctx.needs_input_grad[4]:
             before = u_before, scale_before, shift_before, ctx.act_before
             z = kernels.sum_normalized(c, scale, shift, ctx.act, *before)
-            grad_weight = _convolution_grads(grad_u, z, product, (False, True))[1].to(weight.dtype)
+            grad_weight = _convolution_grads(grad_u, z, weight_of_type, (False, True))[1].to(weight.dtype)
             grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
         if ctx.needs_input_grad[5]:
             total = grad_u.sum((0, 2, 3), dtype=center.dtype) if total is None else total
             grad_bias = total.to(ctx.bias_type)
         if any(ctx.needs_input_grad[:4]):
-            grad_z = _convolution_grads(grad_u, c, product, (True, False))[0]
+            grad_z = _convolution_grads(grad_u, c, weight_of_type, (True, False))[0]
             grad_c, grad_scale, grad_shift = kernels.normalize_act_grad(grad_z, c, scale, ctx.act)
         return grad_c, grad_scale, grad_shift, grad_z, grad_weight, grad_bias, *[None] * 7
 
 
 def _convolution_grads(grad: Tensor, z: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Any:
+    """Return the gradients of a 1x1 convolution with respect to its input and its weight, as far as wanted."""
     one, none = [1, 1], [0, 0]
     return torch.ops.aten.convolution_backward(grad, z, weight, None, one, none, one, False, none, 1, [*wanted, False])
 
@@ -245,7 +246,7 @@ def _processes(group: Any) -> int:
 
 
 def is_synchronised(module: Any, asked: bool) -> bool:
-    """Whether a BatchNorm sees the images of other processes, because of its class or because that is asked for."""
+    """Return whether a BatchNorm sees the images of other processes, by its class or because that was asked for."""
     wanted = module.training and (asked or type(module) is nn.SyncBatchNorm)
     return wanted and _processes(getattr(module, "process_group", None)) > 1
 
@@ -261,11 +262,11 @@ def check_count(shape: Sequence[int]) -> None:
 
 
 def _expected(convolution: Any, act: str, features: Tensor | None, wide: torch.dtype) -> Tensor:
-    """About the mean of `act(convolution(x))`, (C,), where that of x is `features`, (C,); None: zero.
+    """Estimate the mean of `act(convolution(x))`, (C,), where that of x is `features`, (C,); None: zero.
 
-    BatchNorm's sums are taken relative to it, so that their squares keep the digits of the variance. It is made of
-    parameters alone, since a forward pass must not change what its backward pass reads. Running means do change: a
-    compiler holds a copy of them to be cheap to make again, and makes it of the means as they are by then.
+    BatchNorm's sums are taken relative to it, so that their squares keep the digits of the variance. It depends only on
+    parameters, since a forward pass must not change what its backward pass reads. Running means do change: a compiler
+    takes a copy of them to be cheap to compute again, and then computes it from means that have moved.
     """
     mean: Tensor = convolution.bias.detach().to(wide)
     if features is not None:
@@ -276,26 +277,31 @@ def _expected(convolution: Any, act: str, features: Tensor | None, wide: torch.d
 
 @dataclass(frozen=True)
 class _Norm:
-    """What a BatchNorm does to activations whose sums are known."""
+    """What a BatchNorm does to activations whose sums are known.
+
+    Attributes:
+        mean: The running mean or, with `batch`, what sums are taken relative to.
+        batch: Whether it uses the statistics of this batch.
+    """
 
     weight: Tensor | None
     bias: Tensor | None
-    mean: Tensor  # the one that is kept or, by the statistics of this batch, what sums are taken relative to
+    mean: Tensor
     var: Tensor | None
     eps: float
-    batch: bool  # by the statistics of this batch
+    batch: bool
     synchronised: bool
     group: Any
 
     @staticmethod
     def of(module: Any, convolution: Any, act: str, u: Tensor, features: Tensor | None, synchronised: bool) -> _Norm:
-        """Of a BatchNorm after an activation of u, which a convolution made of features of this mean."""
+        """Describe a BatchNorm after the activation of u, the output of a convolution of features of this mean."""
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
         batch = module.training or module.running_mean is None
         if batch:
             mean, var = _expected(convolution, act, features, wide), None
         else:
-            mean, var = (kept.detach().to(wide, copy=True) for kept in (module.running_mean, module.running_var))
+            mean, var = (running.detach().to(wide, copy=True) for running in (module.running_mean, module.running_var))
         group = getattr(module, "process_group", None)
         synchronised = is_synchronised(module, synchronised)
         weight, bias = (None if p is None else p.to(wide) for p in (module.weight, module.bias))
@@ -303,11 +309,11 @@ class _Norm:
 
     @property
     def features(self) -> Tensor:
-        """The mean of what this makes, (C,)."""
+        """The mean of its outputs, (C,)."""
         return torch.zeros_like(self.mean) if self.bias is None else self.bias.detach()
 
     def moments(self, u: Tensor, sums: Sequence[Tensor]) -> Moments:
-        """Of activations that have u's shape and these sums; without `batch`, those that are kept."""
+        """Return those of activations that have u's shape and these sums; without `batch`, the running ones."""
         if self.var is not None:
             return Moments(self.mean, self.var, self.var)
         s, q = sums
@@ -323,7 +329,7 @@ class _Norm:
         return Moments(self.mean + offset, var, var * (count / (count - 1)))
 
     def affine(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Scale and shift per channel (C,)."""
+        """Return scale and shift per channel (C,)."""
         scale = torch.rsqrt(moments.var + self.eps)
         scale = scale if self.weight is None else scale * self.weight
         shift = -moments.mean * scale
@@ -331,7 +337,7 @@ class _Norm:
 
 
 class _Track(Function):
-    """Moves running statistics; as a function because `torch.func` lets nothing else change a module's tensors."""
+    """Moves running statistics. `torch.func` lets only a `Function` change a module's tensors."""
 
     @staticmethod
     def forward(
@@ -363,7 +369,7 @@ def track(module: Any, moments: Moments) -> None:
 
 
 class _State(NamedTuple):
-    """Features `scale * act(u) + shift`; where scale and shift are None, u itself. About `mean` in each channel."""
+    """Features `scale * act(u) + shift`, or u itself where scale and shift are None; `mean` estimates their means."""
 
     u: Tensor
     scale: Tensor | None
@@ -382,14 +388,14 @@ def features(
     sync_batchnorm: bool = False,
     channels_last: bool = False,
 ) -> list[Tensor]:
-    """What the stem and the blocks make of images, as `check` expects them to be.
+    """Compute the outputs of stem and blocks for images; `check` says what these layers must be.
 
     Args:
         stem: Convolution, activation, BatchNorm.
         blocks: See `check`.
         images: (B, in_chans, H, W).
         taken: The blocks whose output is wanted, as numbers.
-        checkpointing: Keep one feature map per block, u, and compute c anew.
+        checkpointing: Save one feature map per block, u, and compute c again in the backward pass.
         sync_batchnorm: In training, BatchNorm sees the images of all processes.
         channels_last: Compute in channels_last, whatever the layout of images and weights; on CUDA devices always.
 
@@ -409,32 +415,34 @@ def features(
 
     run: Any = compute
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
-        # Left to itself, a compiler also keeps a part of what the backward pass would compute anew.
+        # By itself, a compiler also saves a part of what the backward pass would compute again.
         policy = functools.partial(_policy, checkpointing)
         contexts = functools.partial(create_selective_checkpoint_contexts, policy)
         run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     found: list[Tensor]
     found, moments = run(images)
-    for (_, module), its in zip(layers(stem, blocks), moments, strict=True):
-        track(module, its)  # here and not where a checkpoint would do it twice
+    for (_, norm), moments_of_norm in zip(layers(stem, blocks), moments, strict=True):
+        track(norm, moments_of_norm)  # here, as a checkpoint would do it twice
     return found
 
 
 def _policy(checkpointing: bool, _context: Any, operator: Any, *arguments: Any, **_options: Any) -> CheckpointPolicy:
+    """Say whether a compiler saves the result of an operator for the backward pass."""
     name = str(operator)  # the Triton operators exist only where Triton does
     if operator is torch.ops.aten.convolution.default:
-        kept = not checkpointing or arguments[8] == 1  # groups
+        saved = not checkpointing or arguments[8] == 1  # groups
     elif name == "convmixer.triton_depthwise.default":
-        kept = not checkpointing
-    else:  # beside u, vectors and what makes them of feature maps
-        kept = name == "convmixer.triton_pointwise.default" or operator is torch.ops.aten.sum.dim_IntList
-        kept |= all(argument.ndim < 2 for argument in arguments if isinstance(argument, Tensor))
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        saved = not checkpointing
+    else:  # besides u, vectors and the sums that make them
+        saved = name == "convmixer.triton_pointwise.default" or operator is torch.ops.aten.sum.dim_IntList
+        saved |= all(argument.ndim < 2 for argument in arguments if isinstance(argument, Tensor))
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _embed(
     stem: Any, images: Tensor, sizes: Iterable[int], sync_batchnorm: bool, channels_last: bool
 ) -> tuple[_State, Moments]:
+    """Compute the stem."""
     convolution, act, module = stem
     u = convolution(images)
     dispatch.check(u.device, u.dtype, sizes)  # autocast chooses the type, and models move
@@ -447,7 +455,7 @@ def _embed(
 
 
 def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, Moments, Moments]:
-    """A block after the features before it."""
+    """Compute a block."""
     (depthwise, act, module1), (_, pointwise, _, module2) = block[0].fn, block
     u, act = state.u, ACTIVATIONS[type(act)]
     norm1 = _Norm.of(module1, depthwise, act, u, state.mean, sync_batchnorm)
@@ -461,14 +469,16 @@ def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -
     def compute(u: Tensor, scale: Tensor, shift: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
         x, c, *sums = _Depthwise.apply(u, scale, shift, *parameters[:2], norm1.mean, before, act, norm1.batch)
         moments = norm1.moments(c, sums)
-        kept = u.detach(), scale.detach(), shift.detach()
-        own = norm1.affine(moments)
-        return *_Pointwise.apply(c, *own, x, *parameters[2:], *kept, norm2.mean, before, act, norm2.batch), *moments
+        input_of_block = u.detach(), scale.detach(), shift.detach()
+        affine = norm1.affine(moments)
+        return *_Pointwise.apply(
+            c, *affine, x, *parameters[2:], *input_of_block, norm2.mean, before, act, norm2.batch
+        ), *moments
 
     run: Any = compute
     if checkpointing and torch.is_grad_enabled():
         run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
-    # Parameters are arguments: what is computed anew must have these, whatever the modules hold by then.
+    # Parameters are arguments: what is computed again must use these, whatever the modules hold by then.
     parameters = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
     u, s, q, *moments1 = run(u, scale, shift, *parameters)
     moments2 = norm2.moments(u, (s, q))
@@ -478,6 +488,7 @@ def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -
 def _infer(
     depthwise: Any, pointwise: Any, norm1: _Norm, norm2: _Norm, x: Tensor, act: str
 ) -> tuple[_State, Moments, Moments]:
+    """Compute a block without gradients and by running statistics."""
     kernels, wide = dispatch.kernels(x), norm1.mean.dtype
     moments1, moments2 = norm1.moments(x, ()), norm2.moments(x, ())
     weights = depthwise.weight.to(x.dtype), depthwise.bias.to(wide), act
@@ -488,7 +499,7 @@ def _infer(
 
 
 def _normalize(state: _State) -> Tensor:
-    """The features themselves, (B, C, H, W)."""
+    """Return the features themselves, (B, C, H, W)."""
     if state.scale is None:
         return state.u
     result: Tensor = _Normalize.apply(state.u, state.scale, state.shift, state.act)
@@ -499,7 +510,7 @@ def _normalize(state: _State) -> Tensor:
 
 
 def cannot_compile() -> str | None:
-    """Why `torch.compile` does not take fused blocks; None where it does."""
+    """Say why `torch.compile` does not take fused blocks; None where it does."""
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
         here = torch.__version__
         return f"torch.compile of fused blocks needs torch 2.8, this is {here}: set_fused(False), or no compile"
@@ -515,7 +526,7 @@ def layers(stem: Any, blocks: Any) -> list[tuple[Any, Any]]:
 
 
 def kernel_sizes(blocks: Any) -> list[int]:
-    """Of the depthwise convolutions of blocks, as `check` expects them to be."""
+    """Return the kernel size of the depthwise convolution of each block."""
     return [block[0].fn[0].kernel_size[0] for block in blocks]
 
 
@@ -535,14 +546,15 @@ def check(stem: Any, blocks: Any, block_drop: nn.Module, depthwise: type, residu
         _refuse(found[0])
 
 
-# Not compiled: PyTorch 2.8 and 2.9 run functions anew that raise, in parts, and then overlook hooks.
+# Not compiled: PyTorch 2.8 and 2.9 run a function that raises again, in parts, and then overlook hooks.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse(reason: str) -> None:
     raise ArgumentError(f"this model cannot be fused: {reason}. set_fused(False) runs its layers one by one")
 
 
 def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> list[str]:
-    found: list[str] = []  # no generator: PyTorch 2.7 does not look into those while it compiles
+    """Say what keeps a model from being fused, one line each."""
+    found: list[str] = []  # not a generator: PyTorch 2.7 does not look into those while it compiles
     if block_drop.p:
         found.append(f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them")
     plain = ((nn.Conv2d,), tuple(ACTIVATIONS), _NORMS)
@@ -562,7 +574,7 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
                 activations.append(type(module).__name__)
         if len(modules) != len(expected):
             found.append(f"{group} has {len(modules)} layers, not {len(expected)}")
-        if _is_called_for_more(modules):
+        if _has_hooks(modules):
             found.append(f"{group} has hooks or a forward of its own, which would not be called")
     if len(set(activations)) > 1:
         found.append(f"its activations differ: {', '.join(sorted(set(activations)))}")
@@ -570,6 +582,7 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
 
 
 def _layer_obstacles(module: Any, classes: Sequence[type], in_stem: bool) -> list[str]:
+    """Say what keeps one layer from being fused."""
     found: list[str] = []
     kind = type(module)
     if kind not in classes:
@@ -580,7 +593,7 @@ def _layer_obstacles(module: Any, classes: Sequence[type], in_stem: bool) -> lis
         found.append("has no bias")
     if kind is nn.Conv2d and not in_stem and _geometry(module) != ((1, 1), (1, 1), (0, 0), 1):
         found.append("is not a plain 1x1 convolution")
-    if _is_called_for_more(module):
+    if _has_hooks(module):
         found.append("has hooks or a forward of its own, which would not be called")
     return found
 
@@ -589,5 +602,6 @@ def _geometry(convolution: Any) -> tuple[Any, ...]:
     return convolution.kernel_size, convolution.stride, convolution.padding, convolution.groups
 
 
-def _is_called_for_more(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether a call of a module runs more than the `forward` of its class."""
     return any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in module.__dict__

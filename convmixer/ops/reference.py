@@ -30,7 +30,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _parts(*maps: Tensor) -> list[tuple[Tensor, ...]]:
-    """Feature maps in groups of images; a compiler, and a GPU, take them whole."""
+    """Yield feature maps in groups of images; a compiler, and a GPU, take them whole."""
     first = maps[0]
     if torch.compiler.is_compiling() or first.device.type != "cpu" or first.numel() <= _PART:
         return [maps]
@@ -47,14 +47,14 @@ def _over_channels(vector: Tensor) -> Tensor:
 
 
 def activate(u: Tensor, act: str) -> Tensor:
-    """act(u), of u's type."""
+    """Compute act(u), of u's type."""
     if act == "gelu":
         return F.gelu(u)
     return u.relu() if act == "relu" else u
 
 
 def _activation_grad(grad: Tensor, u: Tensor, act: str) -> Tensor:
-    """grad * act'(u)"""
+    """Compute grad * act'(u)."""
     if act == "gelu":
         return cast("Tensor", torch.ops.aten.gelu_backward(grad, u))
     return torch.where(u > 0, grad, 0.0) if act == "relu" else grad
@@ -67,12 +67,12 @@ def _correlate(x: Tensor, weight: Tensor, bias: Tensor | None, before: int, afte
 
 
 def _borders(kernel_size: int) -> tuple[int, int]:
-    """Rows of padding before and after; even kernels need one more at the end."""
+    """Return the rows of padding before and after; even kernels need one more at the end."""
     return (kernel_size - 1) // 2, kernel_size // 2
 
 
 def correlate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding="same", groups=C)` with (C, 1, k, k) kernels."""
+    """Compute `F.conv2d(x, weight, bias, padding="same", groups=C)` with (C, 1, k, k) kernels."""
     return _correlate(x, weight, bias, *_borders(weight.shape[-1]))
 
 
@@ -80,7 +80,7 @@ def correlate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
-    """`scale * act(u) + shift`, of u's type."""
+    """Compute `scale * act(u) + shift`, of u's type."""
     return _join([to_type(_normalized(u, scale, shift, act), u.dtype) for (u,) in _parts(u)])
 
 
@@ -89,14 +89,14 @@ def _normalized(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
 
 
 def _add_normalized(x: Tensor, c: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
-    """`x + scale * act(c) + shift`, of x's type."""
+    """Compute `x + scale * act(c) + shift`, of x's type."""
     return _join([to_type(_wide(x) + _normalized(c, scale, shift, act), x.dtype) for x, c in _parts(x, c)])
 
 
 def sum_normalized(
     c: Tensor, scale: Tensor, shift: Tensor, act: str, u: Tensor, scale_u: Tensor, shift_u: Tensor, act_u: str
 ) -> Tensor:
-    """`scale * act(c) + shift + scale_u * act_u(u) + shift_u`, of c's type."""
+    """Compute `scale * act(c) + shift + scale_u * act_u(u) + shift_u`, of c's type."""
     before = scale_u, shift_u, act_u
     return _join(
         [to_type(_normalized(c, scale, shift, act) + _normalized(u, *before), c.dtype) for c, u in _parts(c, u)]
@@ -119,7 +119,7 @@ def _total(vectors: list[Tensor]) -> Tensor:
 
 
 def stats(u: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over B, H and W of `act(u) - center`, and of its square."""
+    """Sum `act(u) - center`, and its square, over B, H and W."""
     sums, squares = [], []
     for (part,) in _parts(u):
         offset = activate(_wide(part), act) - _over_channels(center)
@@ -131,7 +131,7 @@ def stats(u: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor]:
 def stats_grad(
     grad_u: Tensor, u: Tensor, act: str, center: Tensor, grad_s: Tensor, grad_q: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`grad_u` plus the gradient of `stats` for u; and the sum of that over B, H and W."""
+    """Return `grad_u` plus the gradient of `stats` for u; and the sum of that over B, H and W."""
     results, sums = [], []
     for grad, part in _parts(grad_u, u):
         values = _wide(part)
@@ -146,7 +146,7 @@ def stats_grad(
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """c, the convolution of x with (C, 1, k, k) kernels at equal resolution plus bias; and `stats` of c."""
+    """Compute c, the convolution of x with (C, 1, k, k) kernels at equal resolution plus bias; and `stats` of c."""
     c = correlate(x, weight, bias.to(x.dtype))
     return c, *stats(c, act, center)
 
@@ -154,7 +154,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor, act: str, center: Tensor)
 def depthwise_infer(
     x: Tensor, weight: Tensor, bias: Tensor, act: str, scale: Tensor, shift: Tensor, residual: Tensor
 ) -> Tensor:
-    """`scale * act(c) + shift + residual`, where c is `depthwise` of x."""
+    """Compute `scale * act(c) + shift + residual`, where c is `depthwise` of x."""
     c = correlate(x, weight, bias.to(x.dtype))
     return _add_normalized(residual, c, scale, shift, act)
 

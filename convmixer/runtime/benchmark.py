@@ -150,6 +150,15 @@ def benchmark(
 
     Raises:
         ArgumentError: An invalid argument. A candidate that fails raises nothing: its `failure` says why.
+
+    Example:
+        >>> from convmixer.runtime.benchmark import benchmark
+        >>> report = benchmark(
+        ...     batch_sizes=(1,), backends=("eager",), dtypes=("float32",), peers=False,
+        ...     device="cpu", rounds=2, seconds=0.01, report=lambda line: None,
+        ... )
+        >>> report.cases[0].results[0].failure
+        ''
     """
     _check_arguments(backends, dtypes, batch_sizes, image_sizes, rounds, seconds, calibration)
     target = resolve_device(device)

@@ -45,7 +45,13 @@ def find_backend(name: str) -> Backend:
 
 
 def available_backends(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-    """Return the backends that can compute in `dtype` on `device` with what is installed, usually the fastest first."""
+    """Return the backends that can compute in `dtype` on `device` with what is installed, usually the fastest first.
+
+    Example:
+        >>> from convmixer.runtime.choose import available_backends
+        >>> "eager" in available_backends("cpu", torch.bfloat16)
+        True
+    """
     device = torch.device(device)
     return tuple(
         name

@@ -13,7 +13,8 @@ from convmixer.model import DepthwiseConv2d
 from convmixer.native.compiled_code import settle
 from convmixer.native.library import inductor_lacks
 from convmixer.ops import prefers_channels_last
-from convmixer.runtime.chunks import ChunkRule, as_list
+from convmixer.runtime.chunks import ChunkRule, as_list, join_chunks
+from convmixer.runtime.cuda_graphs import Compute
 from convmixer.runtime.eager import Eager, EagerBackend
 from convmixer.runtime.graph_cache import GraphCache
 from convmixer.runtime.protocol import CPU
@@ -43,7 +44,17 @@ class Compiled(Eager):
         if x.is_inference():
             with torch.inference_mode(False):
                 x = x.clone()  # graphs are for ordinary tensors
-        return as_list(self._graphs(tuple(x.shape), x.stride(), x.dtype, x.device)(x))
+        return as_list(self._graphs(*_key(x))(x))
+
+    def bind(self, x: Tensor) -> Compute:
+        """Hold on to the graphs of these images, which the cache may drop: their weights are inside them."""
+        graphs = {_key(chunk): self._graphs(*_key(chunk)) for chunk in self.split(x)}
+
+        def run(images: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                return join_chunks([as_list(graphs[_key(chunk)](chunk)) for chunk in self.split(images)])
+
+        return run
 
     def _compile(
         self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -67,6 +78,11 @@ class Compiled(Eager):
                     f"TorchInductor cannot compile here ({type(error).__name__}: {reason}): choose another backend"
                 ) from error
         return compiled  # type: ignore[no-any-return]
+
+
+def _key(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
+    """Return what a graph is compiled for."""
+    return tuple(x.shape), x.stride(), x.dtype, x.device
 
 
 def _default_cache() -> str:

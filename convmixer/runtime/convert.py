@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from convmixer.errors import optional
 from convmixer.tracing import quietly, tracing
 from convmixer.wrappers import find_inner
+
+if TYPE_CHECKING:
+    import openvino
 
 Dimensions = dict[int, Any]  # axis of the images -> the `torch.export.Dim` that leaves it open
 
@@ -33,27 +36,34 @@ def to_program(module: nn.Module, example: Tensor, dimensions: Dimensions) -> to
         return torch.export.export(module, (example,), dynamic_shapes=(dimensions,))
 
 
-def to_openvino(module: nn.Module, example: Tensor | None = None, dimensions: Dimensions | None = None) -> Any:
-    """Convert a module in float32 on the CPU to an `openvino.Model`.
+def to_openvino(
+    module: nn.Module, example: Tensor | None = None, dimensions: Dimensions | None = None
+) -> openvino.Model:
+    """Convert a module in float32 on the CPU.
 
     Args:
         module: A ConvMixer of any kind, or with an `example` any module with one input.
         example: Images (B, C, H, W); None: some that fit a ConvMixer.
         dimensions: Which of them stay open; None: batch, height and width.
     """
-    openvino = optional("openvino", "openvino", "export")
+    runtime = optional("openvino", "openvino", "export")
     example = open_example(module) if example is None else example
     private = copy.deepcopy(module)  # OpenVINO reads the weights in place, and PyTorch may move a module's own
     with tracing(), quietly(), torch.no_grad():
-        return openvino.convert_model(to_program(private, example, dimensions or open_dimensions()))
+        model: openvino.Model = runtime.convert_model(to_program(private, example, dimensions or open_dimensions()))
+    return model
 
 
-def to_onnx_program(module: nn.Module, example: Tensor, dimensions: Dimensions, **options: Any) -> Any:
-    """Convert a module on the CPU to a `torch.onnx.ONNXProgram`; `options` are those of `torch.onnx.export`."""
+def to_onnx_program(
+    module: nn.Module, example: Tensor, dimensions: Dimensions, **options: Any
+) -> torch.onnx.ONNXProgram:
+    """Convert a module on the CPU; `options` are those of `torch.onnx.export`."""
     with tracing(), quietly(), torch.no_grad():
-        return torch.onnx.export(
+        program = torch.onnx.export(
             module, (example,), dynamo=True, verbose=False, dynamic_shapes=(dimensions,), **options
         )
+    assert program is not None  # as it is only without dynamo
+    return program
 
 
 def to_onnx(module: nn.Module) -> bytes:

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 _LOGGER = logging.getLogger(__name__)
 WARM_UP = 3  # eager calls before a capture: they compile, choose kernels, and allocate the optimizer's state
-KEPT = 3  # graphs, each of which holds the memory of a whole step
+MOST_GRAPHS = 3  # of a training step, each of which holds all its memory
 GRAPH_BYTES = 2**25  # of a feature map, above which launches on a GPU cost little and memory much
 
 
@@ -80,7 +80,7 @@ class CudaGraphs:
         return graph.replay
 
     def _renew_generator(self) -> None:
-        """Up to PyTorch 2.11 a failed capture leaves the generator in capture mode: give it a new state."""
+        """Give the generator a new state: up to PyTorch 2.11 a failed capture leaves it in capture mode."""
         generator = torch.cuda.default_generators[self.stream.device.index]
         fresh = torch.Generator(generator.device)
         fresh.set_state(generator.get_state())
@@ -145,8 +145,8 @@ class Graphed:
         self.captured[kind](*inputs)
 
     def _make_room(self) -> None:
-        """Drop the oldest graph when there are `KEPT`."""
-        if len(self.captured) >= KEPT:
+        """Drop the oldest graph when there are `MOST_GRAPHS`."""
+        if len(self.captured) >= MOST_GRAPHS:
             oldest = next(iter(self.captured))
             del self.captured[oldest], self.calls[oldest]
 
@@ -165,33 +165,55 @@ class SmallFeatureMaps:
         return batch * self.dim * positions * x.element_size() <= self.most
 
 
+Compute = Callable[[Tensor], list[Tensor]]  # images (B, C, H, W) -> outputs
+
+
+@dataclass
+class _Call:
+    """What computes the images of one shape, layout, type and device.
+
+    Attributes:
+        run: Computes them and, as long as it exists, keeps the weights that a graph of it reads.
+        captured: The graph, once there is one.
+        outputs: What the graph writes.
+    """
+
+    run: Compute
+    captured: Captured | None = None
+    outputs: list[Tensor] = field(default_factory=list)
+
+
 class Replayed:
     """A model in inference whose calls are replayed, with a graph for each shape that comes a second time.
 
     Threads may share it: they take turns, on the device as well. Each call returns new tensors.
 
     Args:
-        run: Computes a list of outputs from images (B, C, H, W), without gradients.
+        run: Computes outputs without gradients.
         worth: Says whether a call with such images is worth a graph, which keeps the memory of the entire call.
         make: Makes the `Graphs` for a device; None: `CudaGraphs`.
+        bind: From images to what computes images of the same shape, type and layout. It owns the weights that it
+            reads, so that they live as long as a graph that reads them, and it compiles nothing any more. None: `run`
+            does.
     """
 
-    kept = 8  # graphs; the one unused for longest goes first
+    most_graphs = 8  # the one unused for longest is dropped first
 
     def __init__(
         self,
-        run: Callable[[Tensor], list[Tensor]],
+        run: Compute,
         worth: Callable[[Tensor], bool],
         make: Callable[[torch.device], Graphs] | None = None,
+        bind: Callable[[Tensor], Compute] | None = None,
     ) -> None:
-        self.run, self.worth, self.make = run, worth, make
+        self.run, self.worth, self.make, self.bind = run, worth, make, bind
         self._lock, self._graphs = threading.Lock(), dict[torch.device, Graphs]()
-        self._captured: OrderedDict[Hashable, tuple[Captured, list[Tensor]] | None] = OrderedDict()
+        self._calls: OrderedDict[Hashable, _Call] = OrderedDict()
         self._used: dict[torch.device, Any] = {}  # an event after the last use of the graphs of a device
         self._failed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.run, self.worth, self.make)
+        return type(self), (self.run, self.worth, self.make, self.bind)
 
     def after_fork(self) -> None:
         """Do nothing: CUDA does not work in a forked child process, which `OptimizedConvMixer` refuses before."""
@@ -203,48 +225,50 @@ class Replayed:
         kind = (x.shape, x.stride(), x.dtype, x.device)
         with torch.inference_mode(False), torch.no_grad():
             with self._lock:
-                known = kind in self._captured
-            if not known:  # it may compile, which waits for calls of other threads: not in the lock
-                outputs = self.run(x)
-                with self._lock:
-                    if kind not in self._captured:
-                        self._keep(kind, None)
-                return outputs
-            with self._lock:
-                if kind not in self._captured:  # dropped meanwhile
-                    return self.run(x)
-                found = self._captured[kind] or self._capture(x)
-                if found is None:
-                    return self.run(x)
-                self._keep(kind, found)
-                return self._replay(x, *found)
+                call = self._calls.get(kind)
+                if call is not None:
+                    self._calls.move_to_end(kind)
+                    if call.captured is None:
+                        self._capture(call, x)
+                    if call.captured is not None:
+                        return self._replay(call.captured, call.outputs, x)
+            if call is not None:
+                return call.run(x)
+            return self._first_call(kind, x)
 
-    def _keep(self, kind: Hashable, found: tuple[Captured, list[Tensor]] | None) -> None:
-        self._captured[kind] = found
-        self._captured.move_to_end(kind)
-        if len(self._captured) > self.kept:
-            self._captured.popitem(last=False)
+    def _first_call(self, kind: Hashable, x: Tensor) -> list[Tensor]:
+        """Compute without a graph. It may compile, which waits for calls of other threads: not in the lock."""
+        images = x.clone()  # laid out as those of a graph
+        call = _Call(self.bind(images) if self.bind else self.run)
+        outputs = call.run(images)
+        with self._lock:
+            self._calls.setdefault(kind, call)
+            if len(self._calls) > self.most_graphs:
+                if x.device in self._used:  # a replay of the oldest may still be at work
+                    self._used[x.device].synchronize()
+                self._calls.popitem(last=False)
+        return outputs
 
-    def _capture(self, x: Tensor) -> tuple[Captured, list[Tensor]] | None:
-        """Return the graph of a call and the outputs that it writes; None if it cannot be captured."""
+    def _capture(self, call: _Call, x: Tensor) -> None:
+        """Make the graph of a call, unless it cannot be captured."""
         outputs: list[Tensor] = []
 
         def compute(images: Tensor) -> None:
-            outputs[:] = self.run(images)
+            outputs[:] = call.run(images)
 
+        images = x.clone()
         try:
             if x.device not in self._graphs:
                 self._graphs[x.device] = self.make(x.device) if self.make else CudaGraphs(x.device, shared=True)
-            self._graphs[x.device].warm_up(lambda: compute(x))
-            return Captured(self._graphs[x.device], compute, (x,)), outputs
+            self._graphs[x.device].warm_up(lambda: compute(images))
+            call.captured, call.outputs = Captured(self._graphs[x.device], compute, (images,)), outputs
         except RuntimeError as error:
             self._failed = True
-            self._captured.clear()  # frees their memory
+            self._calls.clear()  # frees their memory
             self._graphs.clear()
             _LOGGER.warning("calls are not replayed as CUDA graphs: %s", error)
-            return None
 
-    def _replay(self, x: Tensor, graph: Captured, outputs: list[Tensor]) -> list[Tensor]:
+    def _replay(self, graph: Captured, outputs: list[Tensor], x: Tensor) -> list[Tensor]:
         if not x.is_cuda:
             graph(x)
             return [output.clone() for output in outputs]

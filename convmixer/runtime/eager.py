@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from convmixer.ops import prefers_channels_last
 from convmixer.runtime.chunks import ChunkRule, SharedChunk, as_list, join_chunks
-from convmixer.runtime.cuda_graphs import GRAPH_BYTES, Replayed, SmallFeatureMaps
+from convmixer.runtime.cuda_graphs import GRAPH_BYTES, Compute, Replayed, SmallFeatureMaps
 from convmixer.runtime.folding import fold
 from convmixer.runtime.protocol import Backend, Built, Prepared, Request, Runtime
 from convmixer.wrappers import find_inner
@@ -31,12 +32,20 @@ class Eager:
         return type(self), (self.module, self.chunk_rule)
 
     def after_fork(self) -> None:
-        """PyTorch looks after its own threads: there is nothing to do."""
+        """Do nothing: PyTorch looks after its own threads."""
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            chunk = len(x) if self.chunk_rule is None else self.chunk_rule(*x.shape[2:])
-            return join_chunks([self.compute(part) for part in x.split(chunk)])
+            return join_chunks([self.compute(chunk) for chunk in self.split(x)])
+
+    def bind(self, x: Tensor) -> Compute:
+        """Return what computes images of this shape, and owns the weights that it reads: see `Replayed`."""
+        return self
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """Split images (B, C, H, W) into chunks."""
+        chunks: Sequence[Tensor] = x.split(len(x) if self.chunk_rule is None else self.chunk_rule(*x.shape[2:]))
+        return chunks
 
     def compute(self, x: Tensor) -> list[Tensor]:
         """Compute the outputs of one chunk."""
@@ -65,11 +74,13 @@ class EagerBackend(Backend):
         if request.device.type == "cpu":
             threads = torch.get_num_threads()
             rule = rule and SharedChunk(rule)
-        runtime: Runtime = self.runtime(prepared.folded, rule)
+        eager = self.runtime(prepared.folded, rule)
+        runtime: Runtime = eager
         if request.graphs and request.device.type == "cuda":
             inner = find_inner(prepared.folded)
             most = sys.maxsize if request.graphs is True else GRAPH_BYTES
-            runtime = Replayed(runtime, SmallFeatureMaps(inner.num_features, inner.patch_size, most))
+            worth = SmallFeatureMaps(inner.num_features, inner.patch_size, most)
+            runtime = Replayed(eager, worth, bind=eager.bind)
         chunks = request.describe_chunks(chunk and chunk * max(threads, 1))
         return Built(runtime, self.layout(prepared.folded), threads, chunks)
 

@@ -293,6 +293,12 @@ def export_model(
         DependencyError: The format's libraries are not installed.
         WriteError: No file can be written to the folder.
         ExportError: The format cannot hold the model, or the file computes something else. Nothing is left behind.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> written = convmixer.export_model(model, "convmixer.pt2")
+        >>> written.format, written.outputs, written.difference < 1e-4
+        ('torch-export', ('logits',), True)
     """
     path = Path(os.path.expanduser(path))
     format = _find_format(path, format)

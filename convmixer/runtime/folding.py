@@ -18,11 +18,11 @@ activations. Eight bits have no exponents: channels of very different size do no
 quantized carries x throughout.
 """
 
-# Annotations are no strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
+# Annotations are not strings here: torch.fx writes those of `forward` into its code, for TorchScript to read.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.models._features import FeatureGetterNet
@@ -119,7 +119,17 @@ class FoldedConvMixer(nn.Module):
     Raises:
         ArgumentError: From `train()`.
         ImageError: From `forward`: an input that is not (B, in_chans, H, W) with H and W of at least a patch.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> folded = convmixer.optimize(model)
+        >>> type(folded).__name__, folded.forward_features(torch.rand(1, 3, 32, 32)).shape
+        ('FoldedConvMixer', torch.Size([1, 256, 16, 16]))
     """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, model: ConvMixer, normalization: bool, dtype: torch.dtype, divide: bool = True) -> None:
         super().__init__()
@@ -169,7 +179,7 @@ class FoldedConvMixer(nn.Module):
         return self.forward_head(self.norms[-1](x))
 
     def _activations(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> what the last BatchNorm takes, (B, dim, H // patch_size, W // patch_size)."""
+        """Map images (B, in_chans, H, W) to the last BatchNorm's input, (B, dim, H // patch_size, W // patch_size)."""
         check_input(x, self.in_chans, self.patch_size)
         x = lay_out(self.stem(x), self.channels_last)
         for block in self.blocks:
@@ -242,7 +252,7 @@ def fold(
     folded = FoldedConvMixer(original, normalization, dtype, divide)
     if original is model:
         return folded
-    extractor = copy.deepcopy(model, {id(original): folded}).eval()
+    extractor = cast("FeatureGetterNet", copy.deepcopy(model, {id(original): folded}).eval())
     if normalization:
         config = {name: folded.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
         getattr(extractor, "pretrained_cfg", {}).update(config)

@@ -6,7 +6,7 @@ import functools
 import queue
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from convmixer.runtime.folding import FoldedConvMixer
 from convmixer.runtime.graph_cache import GraphCache
 from convmixer.runtime.protocol import CPU, Built, CpuBackend, Prepared, Request, missing_modules
 from convmixer.runtime.quantize import CHECKED_IMAGES, calibration_images, check_int8, quantize
+
+if TYPE_CHECKING:
+    import openvino
 
 # What OpenVINO calls the types.
 _CAPABILITIES = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.int8: "INT8"}
@@ -118,7 +121,7 @@ class OpenVINOBackend(CpuBackend):
             return f"dtype={dtype}: openvino finds no matrix multiplication of that type in this CPU; use torch.float32"
         return None
 
-    def convert(self, request: Request, folded: FoldedConvMixer) -> Any:
+    def convert(self, request: Request, folded: FoldedConvMixer) -> openvino.Model:
         model = to_openvino(folded)
         if request.dtype != torch.int8:
             return model

@@ -14,14 +14,17 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from convmixer.errors import DependencyError, optional
+
+if TYPE_CHECKING:
+    import openvino
 
 T = TypeVar("T")
 _FAULTS = ("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP")
 _LOCK = threading.Lock()
-_CORES: list[tuple[int, Any]] = []  # at most one, with the process that made it
+_CORES: list[tuple[int, openvino.Core]] = []  # at most one, with the process that made it
 
 
 def refuse_forked() -> None:
@@ -51,12 +54,12 @@ def aside(work: Callable[[], T]) -> T:
     return result.result()
 
 
-def core() -> Any:
-    """Return the process's `openvino.Core`, with the CPU plugin loaded; raise a DependencyError without OpenVINO."""
-    openvino = optional("openvino", "openvino", "export")
+def core() -> openvino.Core:
+    """Return the one of this process, with the CPU plugin loaded; raise a DependencyError without OpenVINO."""
+    runtime = optional("openvino", "openvino", "export")
 
-    def load() -> Any:
-        made = openvino.Core()
+    def load() -> openvino.Core:
+        made = runtime.Core()
         made.get_property("CPU", "OPTIMIZATION_CAPABILITIES")  # loads the plugin
         return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from timm.models._features import FeatureGetterNet
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError
 from convmixer.hardware import bf16_is_faster
-from convmixer.model import as_dtype, check_dtype
+from convmixer.model import ConvMixer, as_dtype, check_dtype
 from convmixer.runtime.choose import BACKENDS, candidates, fastest, first_that_works
 from convmixer.runtime.folding import FoldedConvMixer, find_convmixer, fold
 from convmixer.runtime.optimized_model import OptimizedConvMixer
@@ -20,6 +20,56 @@ from convmixer.runtime.protocol import Backend, Request
 from convmixer.wrappers import unwrap
 
 _LOGGER = logging.getLogger(__name__)
+
+
+@overload
+def optimize(
+    model: ConvMixer,
+    *,
+    normalization: bool = ...,
+    dtype: torch.dtype | str | None = ...,
+    backend: Literal["eager"] = ...,
+) -> FoldedConvMixer: ...
+
+
+@overload
+def optimize(
+    model: FeatureGetterNet,
+    *,
+    normalization: bool = ...,
+    dtype: torch.dtype | str | None = ...,
+    backend: Literal["eager"] = ...,
+) -> FeatureGetterNet: ...
+
+
+@overload
+def optimize(
+    model: nn.Module,
+    *,
+    normalization: bool = ...,
+    dtype: torch.dtype | str | None = ...,
+    backend: Literal["auto", "native", "openvino", "onnxruntime", "compile", "triton"],
+    chunk: int | None = ...,
+    threads: int | None = ...,
+    calibration: Tensor | str | Path | None = ...,
+    example: Tensor | None = ...,
+    graphs: bool | Literal["auto"] = ...,
+) -> OptimizedConvMixer: ...
+
+
+@overload
+def optimize(
+    model: nn.Module,
+    *,
+    normalization: bool = ...,
+    dtype: torch.dtype | str | None = ...,
+    backend: str = ...,
+    chunk: int | None = ...,
+    threads: int | None = ...,
+    calibration: Tensor | str | Path | None = ...,
+    example: Tensor | None = ...,
+    graphs: bool | Literal["auto"] = ...,
+) -> FoldedConvMixer | FeatureGetterNet | OptimizedConvMixer: ...
 
 
 def optimize(
@@ -76,6 +126,13 @@ def optimize(
         ArgumentError: Another kind of module; a type or a device that the backend does not compute; `normalization` for
             a model that says nothing about its preprocessing; arguments that contradict each other.
         DependencyError: A backend that is not installed; the message says how to get it.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu").eval()
+        >>> fast = convmixer.optimize(model)
+        >>> images = torch.rand(2, 3, 32, 32)
+        >>> torch.allclose(fast(images), model(images), atol=1e-4)
+        True
     """
     _check_backend(backend, chunk=chunk, threads=threads)
     model = unwrap(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -39,6 +39,12 @@ class OptimizedConvMixer(nn.Module):
         ImageError: Images that do not fit the model.
         DependencyError: From unpickling, where the runtime is not installed or the processor cannot compute it.
         ConvMixerError: On a GPU or with OpenVINO, in a forked child process.
+
+    Example:
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> fast = convmixer.optimize(model, backend="auto")
+        >>> fast(torch.rand(2, 3, 32, 32)).shape, fast.choice.dtype
+        (torch.Size([2, 10]), 'float32')
     """
 
     def __init__(self, folded: nn.Module, runtime: Runtime, choice: Choice) -> None:
@@ -54,7 +60,7 @@ class OptimizedConvMixer(nn.Module):
         self._process = os.getpid()
         self.eval()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | Any:
         if self._process != os.getpid():
             self._after_fork()
         with computing():
@@ -86,11 +92,11 @@ class OptimizedConvMixer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def load_state_dict(self, *_: Any, **__: Any) -> Any:
+    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
         """Raise an error: the weights are part of what was compiled."""
         raise ArgumentError("an optimized model keeps its weights: load others into the original, then optimize it")
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Tensor | Any:
         """Compute logits (B, num_classes) of images (B, in_chans, H, W); a feature extractor returns a list of maps."""
         check_input(x, self.in_chans, self.patch_size)
         own = next(self.folded.parameters())

@@ -208,7 +208,7 @@ class CpuBackend(Backend):
         # float16 has the smallest range, which decides what may be folded.
         dtype = torch.float16 if request.dtype == torch.float16 else torch.float32
         divide = request.dtype != torch.int8
-        folded = fold(request.model, request.normalization, dtype, divide=divide).float()
+        folded: Any = fold(request.model, request.normalization, dtype, divide=divide).float()
         return Prepared(folded, self.convert(request, folded))
 
     @abstractmethod

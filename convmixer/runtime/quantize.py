@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from convmixer.runtime.chunks import as_list
 from convmixer.tracing import computing, quietly
 from convmixer.wrappers import find_inner
 
+if TYPE_CHECKING:
+    import openvino
+
 CALIBRATION_IMAGES = 512
 CHECKED_IMAGES = 64  # calibration images for which int8 is compared with float32
 MOST_LOST = 0.25  # of the outputs' norm, by int8; a model that loses more classifies differently
@@ -28,7 +31,7 @@ MOST_LOST = 0.25  # of the outputs' norm, by int8; a model that loses more class
 _LOGGER = logging.getLogger(__name__)
 
 
-def quantize(model: Any, images: Tensor) -> Any:
+def quantize(model: openvino.Model, images: Tensor) -> openvino.Model:
     """Quantize the convolutions of an OpenVINO model to int8, by NNCF's post-training quantization.
 
     Args:

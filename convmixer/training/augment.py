@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from convmixer.data.memory import Batch, Share, Source
+from convmixer.data.memory import Batch, ImageSet, Share
 from convmixer.errors import ArgumentError
 from convmixer.training.recipe import Recipe
+from convmixer.training.schedule import image_size
 
 LEVELS = 31  # of the magnitude of RandAugment and TrivialAugment
 NOISE = 2**20  # random numbers of an epoch from which each erased rectangle takes a stretch
@@ -235,6 +236,15 @@ def draw(recipe: Recipe, numbers: RandomNumbers, shape: tuple[int, int], seen: t
         shape: (height, width) of the images.
         seen: (height, width) of what the model gets.
         mixing: Whether this part of the run mixes images.
+
+    Example:
+        >>> from convmixer.data.memory import Share
+        >>> from convmixer.training import Recipe
+        >>> from convmixer.training.augment import RandomNumbers, draw
+        >>> share = Share(seed=0, epoch=0, batch_size=8, parts=1, own=range(1), steps=range(1))
+        >>> draws = draw(Recipe(shift=2), RandomNumbers(share, [(0, 0)]), (32, 32), (32, 32), mixing=False)
+        >>> draws.flips.shape, draws.shifts.shape
+        ((8,), (2, 8))
     """
     crops = draw_crops(numbers, recipe.crop_scale, *shape) if recipe.crop_scale < 1 and not recipe.stream else None
     count, level = (1, None) if recipe.trivial_augment else recipe.rand_augment
@@ -360,7 +370,7 @@ def autocontrast(x: Tensor, _p: Tensor) -> Tensor:
 
 
 def equalize(x: Tensor, _p: Tensor) -> Tensor:
-    """Pillow's algorithm: each channel's values by their rank, the highest left out of the count."""
+    """Equalize as Pillow does: each channel's values by their rank, the highest left out of the count."""
     values = x.flatten(0, 1).flatten(1).long()
     ones = torch.ones(1, 1, dtype=torch.int32, device=x.device).expand_as(values)
     counts = torch.zeros(len(values), 256, dtype=torch.int32, device=x.device).scatter_add_(1, values, ones)
@@ -501,7 +511,11 @@ class Augment:
         height, width = (round(side * size / min(self.shape)) for side in self.shape)
         return height, width
 
-    def prepared(self, source: Source, share: Share, done: Callable[[int], float]) -> Iterator[Part]:
+    def sizes(self) -> set[tuple[int, int]]:
+        """Return every (height, width) of what the model gets during the run."""
+        return {self.seen(size) for _, size in self.recipe.image_sizes} or {self.shape}
+
+    def prepared(self, source: ImageSet, share: Share, done: Callable[[int], float]) -> Iterator[Part]:
         """Yield the parts of an epoch, ready for the model; several are computed at once.
 
         Args:
@@ -512,17 +526,16 @@ class Augment:
         recipe = self.recipe
         if recipe.random_erasing:
             rng = np.random.default_rng((share.seed, share.epoch, 0, 1))
-            sizes = {self.shape, *(self.seen(size) for _, size in recipe.image_sizes)}
-            length = NOISE + self.channels * max(map(math.prod, sizes))
+            length = NOISE + self.channels * max(map(math.prod, {self.shape, *self.sizes()}))
             self.noise = self._send(rng.standard_normal(length, dtype=np.float32))
 
         def phase(item: tuple[Batch, tuple[int, int]]) -> tuple[int | None, bool]:
             over = done(item[1][0])
-            return recipe.image_size(over), bool(recipe.mixup or recipe.cutmix) and over < recipe.mix_until
+            return image_size(recipe, over), bool(recipe.mixup or recipe.cutmix) and over < recipe.mix_until
 
         pixels = share.batch_size // share.parts * math.prod(self.shape)
         most = min(max(1, PIXELS.get(self.device.type, PIXELS_ELSEWHERE) // pixels), source.at_once)
-        positions = ((step, part) for step in share.steps for part in share.mine)
+        positions = ((step, part) for step in share.steps for part in share.own)
         batches = zip(
             source.parts(share), positions, strict=False
         )  # the images end first, and close what they have open
@@ -542,7 +555,7 @@ class Augment:
         yield from map(Part, inputs.chunk(count), targets.chunk(count), labels.chunk(count))
 
     def __call__(self, pixels: Tensor, draws: Draws, size: int | None = None) -> Tensor:
-        """uint8 (N, C, H, W) -> normalized float32 (N, C, S, S), unmixed; `size` is the shorter of the two sides."""
+        """Map uint8 (N, C, H, W) to normalized float32 (N, C, S, S), unmixed; `size` is the shorter side."""
         x = pixels
         if draws.crops is not None:
             x = crop(x, self._send(draws.crops))

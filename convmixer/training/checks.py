@@ -123,6 +123,22 @@ def check_counts(recipe: Recipe, splits: Splits) -> None:
         )
 
 
+def check_same_teacher(file: object, name: str, before: str | None, now: str | None) -> None:
+    """Raise an ArgumentError if a run would be resumed with a teacher that answers otherwise.
+
+    Args:
+        file: Where the state of the run was saved.
+        name: `teacher` of the recipe.
+        before: `Teacher.checksum` at that time; None: an older version did not save it.
+        now: `Teacher.checksum` of the teacher that was opened.
+    """
+    if before is not None and before != now:
+        raise ArgumentError(
+            f"cannot resume {str(file)!r}: teacher={name!r} is not the model that it was when the run began. Its "
+            "weights, classes or preprocessing have changed: restore them, or train in another folder"
+        )
+
+
 def check_same_data(file: object, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise an ArgumentError if a run would be resumed with other data.
 

@@ -5,7 +5,8 @@ Hinton et al., "Distilling the Knowledge in a Neural Network" (https://arxiv.org
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, WeightsError, brief
+from convmixer.errors import ArgumentError, WeightsError, brief, first_line
 from convmixer.factory import open_model
 from convmixer.model import ConvMixer
 from convmixer.registry import list_models
@@ -48,10 +49,15 @@ class Teacher:
         classes: The student's classes.
         device: Where the student learns.
         dtype: Type to compute in.
+        sizes: (height, width) of the student's inputs, all that come. A teacher that takes only one size gets them
+            resized to it.
         report: Called with a line that says what was understood.
 
+    Attributes:
+        checksum: Of its weights, its classes and its preprocessing.
+
     Raises:
-        ArgumentError: A teacher of other classes or other channels.
+        ArgumentError: A teacher of other classes, other channels or other image sizes.
         ConvMixerError: As `create_model`.
     """
 
@@ -62,11 +68,21 @@ class Teacher:
         classes: Sequence[str],
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        sizes: Collection[tuple[int, int]],
         report: Callable[[str], None] = lambda line: None,
     ) -> None:
         model = _open(name, device)
         own = preprocessing(model) if getattr(model, "pretrained_cfg", None) else config
         _check_channels(model, name, config)
+        self.checksum = _checksum(model, own)
+        self.size = _only_size(own)
+        for size in sorted(set(sizes)):
+            if self.size not in (None, size):
+                to, shown = (f"{height}x{width}" for height, width in (self.size, size))
+                report(f"the teacher {name!r} takes only images of {to} pixels: those of {shown} are resized for it")
+        for size in sorted({self.size or size for size in sizes}):
+            _check_size(model, name, size, len(config["mean"]))
         self.order = _order(model, name, classes, device, report)
         # x -> scale*x + shift takes the student's normalisation to the teacher's.
         mean, std, own_mean, own_std = (
@@ -81,6 +97,8 @@ class Teacher:
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return logits (B, classes) in float32 for normalised inputs (B, C, H, W) of the student."""
         x = inputs if self.same else torch.addcmul(self.shift, inputs, self.scale)
+        if self.size and self.size != x.shape[2:]:
+            x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         logits = self.compute(x).float()
         return logits if self.order is None else logits[:, self.order]
 
@@ -108,6 +126,35 @@ def _check_channels(model: nn.Module, name: str, config: dict[str, Any]) -> None
             f"teacher={name!r} takes images of {taken} channels, the student of {len(config['mean'])}: set "
             f"in_chans={taken}"
         )
+
+
+def _only_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the (height, width) to which timm has built a model; None if it takes others, too."""
+    if not config.get("fixed_input_size"):
+        return None
+    _, height, width = config["input_size"]
+    return height, width
+
+
+@torch.no_grad()
+def _check_size(model: nn.Module, name: str, size: tuple[int, int], channels: int) -> None:
+    """Raise an ArgumentError if a teacher cannot compute images (height, width)."""
+    try:
+        model(torch.zeros(1, channels, *size, device=next(model.parameters()).device))
+    except Exception as error:  # each architecture has its own
+        raise ArgumentError(
+            f"teacher={name!r} does not take images of {size[0]}x{size[1]} pixels: {first_line(error)}. Give another "
+            "teacher, or larger images (input_size, image_sizes)"
+        ) from error
+
+
+def _checksum(model: nn.Module, config: Mapping[str, Any]) -> str:
+    """Return a hash of everything that decides a teacher's answers."""
+    found = hashlib.sha256(repr([config.get(name) for name in ("mean", "std", "label_names")]).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _order(

@@ -48,8 +48,17 @@ def best_epoch(history: Sequence[Epoch], min_delta: float) -> int:
     return best
 
 
-def write_history(path: Path, history: Sequence[Epoch]) -> None:
-    """Write all rows to `path`, and replace what was there."""
+def write_history(path: str | Path, history: Sequence[Epoch]) -> None:
+    """Write all rows as CSV to `path`, to six decimals, and replace what was there.
+
+    Raises:
+        ArgumentError: There is no such folder, or `path` is one.
+        WriteError: The folder takes no files, or the disk is full.
+
+    Example:
+        >>> from convmixer.training.history import Epoch, write_history
+        >>> write_history("metrics.csv", [Epoch(1, 0.01, 2.0, 25.0, 1.8, 30.0, 60.0, 750.0)])
+    """
     text = io.StringIO(newline="")
     rows = csv.DictWriter(text, [field.name for field in dataclasses.fields(Epoch)])
     rows.writeheader()
@@ -64,6 +73,12 @@ def read_history(path: str | Path) -> list[Epoch]:
 
     Raises:
         DataError: There is no such file, or it is another kind of file.
+
+    Example:
+        >>> from convmixer.training.history import Epoch, read_history, write_history
+        >>> write_history("metrics.csv", [Epoch(1, 0.01, 2.0, 25.0, 1.8, 30.0, 60.0, 750.0)])
+        >>> read_history("metrics.csv")[0].validation_accuracy
+        30.0
     """
     path, names = Path(os.path.expanduser(path)), [field.name for field in dataclasses.fields(Epoch)]
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +89,11 @@ class Recipe:
         draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         seed: Seed of the split, the initialization, the order and the augmentation.
         note: What the recipe is for; it decides nothing.
+
+    Example:
+        >>> from convmixer.training import Recipe
+        >>> Recipe(model="convmixer_128_8_ks7_p2", epochs=10).batch_size
+        512
     """
 
     model: str = "convmixer_256_8"
@@ -212,25 +216,17 @@ class Recipe:
 
         Raises:
             ArgumentError: An unknown field, or a value that makes no sense.
+
+        Example:
+            >>> from convmixer.training import Recipe
+            >>> Recipe().override(epochs=5, lr=0.01).epochs
+            5
         """
         names = [f.name for f in dataclasses.fields(self)]
         for name in fields:
             if name not in names:
                 raise ArgumentError(f"unknown recipe field {name!r}; {nearest(name, names)}")
         return dataclasses.replace(self, **fields)
-
-    def learning_rate(self, progress: float) -> float:
-        """Return the learning rate after a part `progress`, in [0, 1], of the run."""
-        corners = [(0.0, 0.0 if self.warmup else 1.0), (self.warmup, 1.0), self.knee, (1.0, 0.0)]
-        for (x0, y0), (x1, y1) in itertools.pairwise(corners):
-            if progress <= x1 and x1 > x0:
-                return self.lr * (y0 + (y1 - y0) * (progress - x0) / (x1 - x0))
-        return 0.0
-
-    def image_size(self, progress: float) -> int | None:
-        """Return the side of training images after a part `progress` of the run, or None for the model's own."""
-        reached = [size for start, size in self.image_sizes if progress >= start]
-        return reached[-1] if reached else None
 
 
 # ---- what the fields may be -----------------------------------------------------------------------------------------

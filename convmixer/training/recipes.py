@@ -104,9 +104,8 @@ RECIPES = {
         mixup=0.0,
         cutmix=0.0,
         ema_decay=0.0,
-        note="The most accuracy in an hour on two CPU cores with AMX, by native kernels: `cifar10-best` over 34 epochs, "
-        "without what only long runs gain from, mixed images and an average of the weights. Like that, it holds no "
-        "images out.",
+        note="For an hour on two CPU cores with AMX, by native kernels: `cifar10-best` over 34 epochs, without mixed "
+        "images and an average of the weights, from which only long runs gain. Like that recipe, it holds no images out.",
     ),
     "cifar10-p1": Recipe(
         model="convmixer_256_8_ks9_p1",
@@ -197,6 +196,11 @@ def get_recipe(name: str, **fields: Any) -> Recipe:
 
     Raises:
         ArgumentError: No such recipe or field, or a value that makes no sense.
+
+    Example:
+        >>> from convmixer.training import get_recipe
+        >>> get_recipe("cifar10", epochs=5).epochs
+        5
     """
     if name not in RECIPES:
         raise ArgumentError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 import torch
 
-from convmixer.data.memory import Source, shorten
+from convmixer.data.memory import ImageSet, shorten
 from convmixer.errors import ConvMixerError, TrainingStopped
 from convmixer.hub.checkpoints import read_tensors
 from convmixer.model import ConvMixer
 from convmixer.native import training as native
 from convmixer.runtime.cuda_graphs import CudaGraphs
-from convmixer.training.checks import check_counts, check_same_data, check_sources
+from convmixer.training.checks import check_counts, check_same_data, check_same_teacher, check_sources
 from convmixer.training.history import Epoch, best_epoch
 from convmixer.training.machine import Machine, prepare_machine
 from convmixer.training.precision import flush_denormals
@@ -38,7 +38,14 @@ DRAW_EVERY = 10  # seconds between drawings of the curves, which take half a sec
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """What a run leaves: the trained model, its history, and top-1 in percent per test set."""
+    """What a run leaves.
+
+    Attributes:
+        model: The trained model, on the device that it was trained on.
+        history: A row for each epoch.
+        test_accuracy: Top-1 in percent, by the name of the test set.
+        weights: The file `model.safetensors`.
+    """
 
     model: ConvMixer
     history: list[Epoch]
@@ -109,6 +116,13 @@ def train(
             stops at once, and what was saved before is kept.
         DependencyError: An optional library, or the compiler that `compile` needs, is missing.
         ConvMixerError: The loss became infinite or not a number, or the disk is full.
+
+    Example:
+        >>> from convmixer.training import get_recipe, train
+        >>> recipe = get_recipe("cifar10", model_args=(("dim", 8), ("depth", 1)), epochs=1, batch_size=10)
+        >>> result = train(recipe, "data/flowers", "runs/flowers", device="cpu", report=lambda line: None)
+        >>> len(result.history), result.weights.name
+        (1, 'model.safetensors')
     """
     folder = RunFolder(output, recipe, resume=resume)
     sources = Sources(data, val, tests, labels, data_root, download, skip_unreadable, workers)
@@ -204,6 +218,10 @@ class _Session:
         )
         if not state:
             return
+        teacher = self.trainer.teacher
+        check_same_teacher(
+            self.folder.state_file, self.recipe.teacher, state.get("teacher"), teacher.checksum if teacher else None
+        )
         try:
             self.trainer.load(state)
         except (KeyError, RuntimeError, ValueError) as error:
@@ -283,7 +301,7 @@ class _Session:
             self.folder.draw(self.history)
             self.drawn = time.monotonic()
 
-    def _evaluate(self, images: Source) -> dict[str, float]:
+    def _evaluate(self, images: ImageSet) -> dict[str, float]:
         return evaluate(self.trainer.eval_model, images, precision=self.machine.precision)
 
     def _row(self, epoch: int, scores: dict[str, float]) -> Epoch:
@@ -386,7 +404,7 @@ class _Session:
         found: dict[str, Any] = broadcast_object_list([compute() if self.is_main else {}])[0]
         return found
 
-    def _report_unreadable(self, source: Source, consequence: str) -> None:
+    def _report_unreadable(self, source: ImageSet, consequence: str) -> None:
         """Say once which images of a source could not be read, in any process, and what was done."""
         from accelerate.utils import gather_object
 
@@ -398,7 +416,7 @@ class _Session:
 
 @contextlib.contextmanager
 def _stopping(folder: RunFolder) -> Iterator[Callable[[], int]]:
-    """`stop_signals`; a compilation that was stopped has made nothing that could be saved."""
+    """Enter `stop_signals`; a compilation that was stopped has made nothing that could be saved."""
     try:
         with stop_signals() as stopped:
             yield stopped

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convmixer.data.memory import Fit, Source, fitting, hold_out, load_images
+from convmixer.data.memory import Fit, ImageSet, fitting, hold_out, load_images
 from convmixer.data.readers import READERS, SHARDS, has_split
 from convmixer.data.stream import open_stream
 from convmixer.factory import create_model
@@ -35,9 +35,9 @@ class Sources:
 class Splits:
     """The images that a run trains on, validates after every epoch, and tests at the end, the last by name."""
 
-    training: Source
-    validation: Source
-    tests: dict[str, Source]
+    training: ImageSet
+    validation: ImageSet
+    tests: dict[str, ImageSet]
 
     def record(self) -> dict[str, Any]:
         """Return what must be the same when the run is resumed."""
@@ -77,7 +77,7 @@ def read_splits(
         training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
         held_out = f"{len(validation):,} of the training images, held out by validation_fraction"
         report(f"validation: {held_out if len(validation) else 'no images'}")
-    tests: dict[str, Source] = {}
+    tests: dict[str, ImageSet] = {}
     if has_own["test"]:
         tests[source_name(sources.data)] = read(sources.data, "test", classes=images.classes, labels=sources.labels)
     for source in sources.tests:
@@ -90,7 +90,7 @@ def read_splits(
 
 def _reader(
     sources: Sources, recipe: Recipe, processes: int, progress: Progress, report: Callable[[str], None]
-) -> Callable[..., Source]:
+) -> Callable[..., ImageSet]:
     """Return `read(source, split, classes=None, labels=None)`, into memory or as a stream as the recipe says."""
     checkpoint = recipe.checkpoint or None  # may bring an image size of its own
     model = create_model(recipe.model, checkpoint=checkpoint, device="meta", **recipe.sizes)
@@ -108,7 +108,7 @@ def _reader(
         options |= {"mean": mean, "workers": sources.workers, "processes": processes}
         return functools.partial(open_stream, recipe=recipe, fit=fit, **options)
 
-    def read(source: str | Path, split: str, **labelling: Any) -> Source:
+    def read(source: str | Path, split: str, **labelling: Any) -> ImageSet:
         return load_images(
             source,
             split,

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer.data.memory import Share, Source, class_weights, seed_all
+from convmixer.data.memory import ImageSet, Share, class_weights, seed_all
 from convmixer.errors import ConvMixerError
 from convmixer.factory import create_model
 from convmixer.model import ConvMixer, mirror
 from convmixer.runtime.cuda_graphs import Graphed, Graphs
+from convmixer.training import schedule
 from convmixer.training.augment import Augment, Part
 from convmixer.training.distillation import Teacher, distillation_loss
 from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
@@ -57,7 +58,7 @@ def build_model(
     config = preprocessing(model)
     size = (recipe.in_chans, *(recipe.input_size or config["input_size"][1:]))
     config |= {"label_names": classes, "num_classes": len(classes), "input_size": size}
-    model.pretrained_cfg = config  # type: ignore[assignment]
+    model.pretrained_cfg = config
     return model
 
 
@@ -135,7 +136,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        images: Source,
+        images: ImageSet,
         device: torch.device,
         accelerator: Accelerator,
         *,
@@ -164,7 +165,15 @@ class Trainer:
         self.teacher: Teacher | None = None
         if recipe.teacher:
             dtype = DTYPES[accelerator.mixed_precision]
-            self.teacher = Teacher(recipe.teacher, preprocessing(self.model), images.classes, device, dtype, report)
+            self.teacher = Teacher(
+                recipe.teacher,
+                preprocessing(self.model),
+                images.classes,
+                device,
+                dtype,
+                sizes=self.augment.sizes(),
+                report=report,
+            )
         self.parts_per_step = recipe.accumulate * accelerator.num_processes
         self.steps = len(images) // recipe.batch_size
         self.head_only: bool | None = None
@@ -192,7 +201,13 @@ class Trainer:
         average = self.average.module.state_dict() if self.average else None
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         optimizer = self.optimizer.state_dict()
-        return {"model": self.model.state_dict(), "optimizer": optimizer, "average": average, "scaler": scaler}
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": optimizer,
+            "average": average,
+            "scaler": scaler,
+            "teacher": self.teacher.checksum if self.teacher else None,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned, perhaps on another device."""
@@ -240,8 +255,8 @@ class Trainer:
         return (epoch * self.steps + step) / (self.recipe.epochs * self.steps)
 
     def learning_rate(self, epoch: int, step: int) -> float:
-        """Return the learning rate of a step."""
-        return self.recipe.learning_rate((epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
+        """Return the learning rate of a step, as in its middle."""
+        return schedule.learning_rate(self.recipe, (epoch + (step + 0.5) / self.steps) / self.recipe.epochs)
 
     def _schedule(self, epoch: int) -> Tensor:
         """Return the values of `scheduled` in each step of an epoch (steps, groups + 1)."""

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from convmixer.data.memory import Source
+from convmixer.data.memory import ImageSet
 from convmixer.inference import class_logits
-from convmixer.model import ConvMixer, evaluation_view
+from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.training.precision import autocast
 from convmixer.transforms import normalization, preprocessing
 from convmixer.wrappers import find_model
 
+T = TypeVar("T")
 Progress = Callable[..., Iterable[Any]]
 
 
-def no_progress(items: Iterable[Any], _description: str = "") -> Iterable[Any]:
+def no_progress(items: Iterable[T], _description: str = "") -> Iterable[T]:
     """Show nothing."""
     return items
 
 
 @torch.inference_mode()
 def evaluate(
-    model: ConvMixer,
-    images: Source,
+    model: nn.Module,
+    images: ImageSet,
     *,
     batch_size: int = 64,  # larger activations are mapped again for every batch on a CPU
     precision: str = "float32",
@@ -38,6 +40,17 @@ def evaluate(
 
     Returns:
         `{"loss": mean cross entropy, "top1": percent, "count": images}`.
+
+    Raises:
+        ArgumentError: Another kind of model, or a precision that the device does not compute.
+
+    Example:
+        >>> from convmixer.data.memory import load_images
+        >>> from convmixer.training import evaluate
+        >>> images = load_images("data/flowers", "test", (3, 32, 32), report=lambda line: None)
+        >>> model = convmixer.create_model("convmixer_256_8", num_classes=2, device="cpu")
+        >>> evaluate(model, images)["count"]
+        6
     """
     model = find_model(model)
     device = next(model.parameters()).device

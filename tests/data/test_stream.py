@@ -27,6 +27,7 @@ from convmixer.errors import ArgumentError, DataError, TrainingStopped
 from convmixer.evaluation import validate
 from convmixer.runtime.quantize import calibration_images
 from convmixer.training import evaluate, get_recipe, train
+from convmixer.training.schedule import learning_rate
 
 pytestmark = pytest.mark.usefixtures("no_curves")
 QUICK = {"epochs": 2, "batch_size": 32, "lr": 0.01, **SMALL_MODEL}
@@ -79,8 +80,8 @@ def _open(source, split="train", recipe=None, **options):
     return open_stream(source, split, recipe, Fit(SIZE), mean=(0.5, 0.5, 0.5), **{"workers": 0, **options})
 
 
-def _share(count, *, parts=1, mine=range(1), start=0, epoch=3, batch_size=30) -> Share:
-    return Share(7, epoch, batch_size, parts, mine, range(start, count // batch_size))
+def _share(count, *, parts=1, own=range(1), start=0, epoch=3, batch_size=30) -> Share:
+    return Share(7, epoch, batch_size, parts, own, range(start, count // batch_size))
 
 
 def _assert_same(a, b) -> None:
@@ -103,8 +104,8 @@ def test_a_stream_has_the_images_of_memory(digits, tmp_path, packed, workers):
     images, stream = load_images(source, "train", SIZE), _open(source, workers=workers)
     assert (len(stream), stream.classes, stream.record()) == (150, CLASSES, images.record())
     _assert_same(stream.in_order(40), images.in_order(40))
-    for mine in (range(1), range(1, 3)):  # two of the processes of a run
-        share = _share(150, parts=3, mine=mine, start=1)
+    for own in (range(1), range(1, 3)):  # two of the processes of a run
+        share = _share(150, parts=3, own=own, start=1)
         _assert_same(stream.parts(share), images.parts(share))
     held, held_stream = hold_out(images, 0.2, 5), hold_out(stream, 0.2, 5)
     for a, b in zip(held, held_stream, strict=True):
@@ -117,7 +118,7 @@ def test_augmentation_follows_from_the_image_and_the_epoch_alone(digits):
     whole = list(one.parts(_share(150)))
     _assert_same(whole, two.parts(_share(150)))
     _assert_same(whole[2:], two.parts(_share(150, start=2)))  # after an interruption
-    halves = [list(one.parts(_share(150, parts=2, mine=range(i, i + 1)))) for i in range(2)]
+    halves = [list(one.parts(_share(150, parts=2, own=range(i, i + 1)))) for i in range(2)]
     joined = [torch.cat([a[0], b[0]]) for a, b in zip(*halves, strict=True)]
     assert all(torch.equal(pixels, batch[0]) for pixels, batch in zip(joined, whole, strict=True))
     plain = _open(digits)
@@ -331,7 +332,7 @@ def test_processes_read_different_shards(digits, shards):
     images = _counts(load_images(digits, "train", SIZE).in_order(150))
     pattern = f"wds/{shards}/train-{{0..3}}.tar|150"
     streams = [_open(pattern, workers=0, processes=2) for _ in range(2)]
-    shares = [_share(150, parts=2, mine=range(i, i + 1), batch_size=30) for i in range(2)]
+    shares = [_share(150, parts=2, own=range(i, i + 1), batch_size=30) for i in range(2)]
     seen = [_counts(stream.parts(share)) for stream, share in zip(streams, shares, strict=True)]
     assert seen[0].keys() | seen[1].keys() <= images.keys()
     # Equal drawings of digits occur; beside them no image is in both.
@@ -444,7 +445,7 @@ def test_the_papers_recipe():
     assert (recipe.random_erasing, recipe.clip_grad, recipe.stream) == (0.25, 1.0, True)
     # The schedule of its code: up over two fifths, to a twentieth at four fifths, to nothing.
     expected = np.interp(np.linspace(0, 1, 31), [0, 0.4, 0.8, 1], [0, 0.01, 0.0005, 0])
-    assert [recipe.learning_rate(p) for p in np.linspace(0, 1, 31)] == pytest.approx(list(expected))
+    assert [learning_rate(recipe, p) for p in np.linspace(0, 1, 31)] == pytest.approx(list(expected))
 
 
 def test_images_that_do_not_fit_into_memory(digits, monkeypatch):

@@ -206,44 +206,99 @@ DTYPES = [
 ]
 
 
+def any_shape(entry, rng):
+    entry["shape"] = [rng.choice(HUGE) for _ in range(rng.randrange(6))]
+
+
+def another_first_size(entry, rng):
+    entry["shape"] = [rng.choice(HUGE[:9]), *entry["shape"][1:]]
+
+
+def an_empty_shape(entry, rng):
+    """Nothing at all, in as many numbers as one likes."""
+    entry["shape"] = [rng.choice(HUGE), 0, *entry["shape"][2:]]
+    entry["data_offsets"] = [entry["data_offsets"][0]] * 2
+
+
+def another_order(entry, rng):
+    entry["shape"] = rng.sample(entry["shape"], len(entry["shape"]))
+
+
+def another_dtype(entry, rng):
+    entry["dtype"] = rng.choice(DTYPES)
+
+
+def the_same_bytes_in_another_dtype(entry, rng):
+    count = (entry["data_offsets"][1] - entry["data_offsets"][0]) // 4
+    dtype, factor = rng.choice([("F16", 2), ("F8_E4M3", 4), ("F8_E8M0", 4), ("I32", 1), ("U8", 4), ("BOOL", 4)])
+    entry |= {"dtype": dtype, "shape": rng.choice([[count * factor], [1, count * factor], entry["shape"]])}
+
+
+def any_offsets(entry, rng):
+    entry["data_offsets"] = [rng.choice(HUGE) for _ in range(rng.choice((0, 1, 2, 2, 2, 3)))]
+
+
+def an_odd_field(entry, rng):
+    entry[rng.choice(list(entry))] = rng.choice(ODD)
+
+
+def rename(header, key, rng):
+    names = ["x", "", "../x", "\x1b[2J", "a" * 5000, "stem.0", f"blocks.{rng.choice(HUGE)}.0.fn.0.weight"]
+    header[rng.choice(names)] = header.pop(key)
+
+
+def leave_out(header, key, rng):
+    del header[key]
+
+
+def move_a_block(header, key, rng):
+    """Another block, or one less, with its bytes."""
+    moved = {re.sub(r"^blocks\.1\.", f"blocks.{rng.choice(HUGE)}.", name): entry for name, entry in header.items()}
+    header.clear()
+    header.update(moved)
+
+
+def in_entry(change):
+    return lambda header, key, rng: change(header[key], rng)
+
+
+SPOIL_KEY = [
+    *map(
+        in_entry,
+        (
+            any_shape,
+            another_first_size,
+            an_empty_shape,
+            another_order,
+            another_dtype,
+            the_same_bytes_in_another_dtype,
+            any_offsets,
+            an_odd_field,
+        ),
+    ),
+    rename,
+    leave_out,
+    move_a_block,
+]
+
+
+def spoil_metadata(header, rng):
+    header["__metadata__"] = rng.choice(
+        [*ODD, {"label_names": "[" * 50_000}, {"label_names": "[1]", "input_size": "9"}]
+    )
+
+
 def spoil_header(folder, rng):
     header = json.loads(json.dumps(folder.header))
     length = None
     for key in rng.sample(list(header), rng.choice((1, 1, 2, 4))):
-        if key not in header:  # renamed by the mutation before
+        if key not in header:  # renamed by the change before
             continue
-        entry = header[key]
-        kind = rng.randrange(11)
+        spoil = rng.choice(SPOIL_KEY)
         if key == "__metadata__":
-            header[key] = rng.choice([*ODD, {"label_names": "[" * 50_000}, {"label_names": "[1]", "input_size": "9"}])
-        elif kind == 0:
-            entry["shape"] = [rng.choice(HUGE) for _ in range(rng.randrange(6))]
-        elif kind == 1:
-            entry["shape"] = [rng.choice(HUGE[:9]), *entry["shape"][1:]]
-        elif kind == 2:  # nothing at all, in as many numbers as one likes
-            entry["shape"] = [rng.choice(HUGE), 0, *entry["shape"][2:]]
-            entry["data_offsets"] = [entry["data_offsets"][0]] * 2
-        elif kind == 3:
-            entry["shape"] = rng.sample(entry["shape"], len(entry["shape"]))
-        elif kind == 4:
-            entry["dtype"] = rng.choice(DTYPES)
-        elif kind == 5:  # the same bytes in another type
-            count = (entry["data_offsets"][1] - entry["data_offsets"][0]) // 4
-            dtype, factor = rng.choice([("F16", 2), ("F8_E4M3", 4), ("F8_E8M0", 4), ("I32", 1), ("U8", 4), ("BOOL", 4)])
-            entry |= {"dtype": dtype, "shape": rng.choice([[count * factor], [1, count * factor], entry["shape"]])}
-        elif kind == 6:
-            entry["data_offsets"] = [rng.choice(HUGE) for _ in range(rng.choice((0, 1, 2, 2, 2, 3)))]
-        elif kind == 7:
-            entry[rng.choice(list(entry))] = rng.choice(ODD)
-        elif kind == 8:
-            new = rng.choice(
-                ["x", "", "../x", "\x1b[2J", "a" * 5000, "stem.0", f"blocks.{rng.choice(HUGE)}.0.fn.0.weight"]
-            )
-            header[new] = header.pop(key)
-        elif kind == 9:
-            del header[key]
-        else:  # a block more or less, with its bytes
-            header = {re.sub(r"^blocks\.1\.", f"blocks.{rng.choice(HUGE)}.", name): e for name, e in header.items()}
+            spoil_metadata(header, rng)
+        else:
+            spoil(header, key, rng)
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     if rng.random() < 0.2:
         text = spoil_bytes(text, rng)

@@ -1,7 +1,6 @@
 """The native kernels of fused blocks against the layers in double precision, and what they do not take."""
 
 import copy
-import ctypes
 import logging
 import os
 import re
@@ -467,12 +466,6 @@ def test_a_child_by_fork_computes():
     """Where OpenMP would wait for threads that are gone."""
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "equal", done.stderr
-
-
-def test_records_have_the_same_size():
-    sizes = (ctypes.c_int * 2)()
-    native.kernels().convmixer_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(native._Layer), ctypes.sizeof(native._Step)]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

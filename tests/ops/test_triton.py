@@ -22,7 +22,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from convmixer.errors import ArgumentError, DependencyError
 from convmixer.ops.triton import tables
-from convmixer.ops.triton.tables import Direct, Gradient, Library, Product
+from convmixer.ops.triton.tables import Direct, Gemm, Gradient, Library
 
 pytest.importorskip("triton")
 gpu = pytest.mark.gpu
@@ -185,7 +185,7 @@ def test_pointwise(kernels, monkeypatch, dtype, act, shape):
     z = per_channel(gain) * ACTS[act](c.double()) + per_channel(offset) + x.double()
     product = torch.einsum("oc,bchw->bohw", weight.double(), z) + per_channel(bias)
     given = torch.einsum("oc,bchw->bohw", weight.double(), c.double()) + per_channel(bias)
-    for row in (Product(32, 16, 16, 4, 2, False), Product(32, 16, 16, 4, 2, True), Library()):
+    for row in (Gemm(32, 16, 16, 4, 2, False), Gemm(32, 16, 16, 4, 2, True), Library()):
         choose(monkeypatch, "pointwise", row)
         u, s, q = kernels.pointwise(c, gain, offset, x, weight, bias, act, center)
         close(u, product, dtype, factor=2)  # z is rounded, too

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +15,11 @@ from PIL import Image
 import convmixer
 from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
-from convmixer.runtime.cuda_graphs import KEPT, WARM_UP, CudaGraphs, Graphed, Replayed
+from convmixer.runtime import graph_cache
+from convmixer.runtime.chunks import FixedChunk
+from convmixer.runtime.compile import Compiled
+from convmixer.runtime.cuda_graphs import MOST_GRAPHS, WARM_UP, CudaGraphs, Graphed, Replayed
+from convmixer.runtime.eager import Eager
 from convmixer.training import get_recipe, train
 from convmixer.training.checks import why_no_graph
 from convmixer.training.machine import create_accelerator
@@ -71,7 +76,7 @@ def test_each_kind_of_call_has_a_graph_and_the_latest_are_kept():
     for x, last in [*kinds, *kinds]:
         for _ in range(WARM_UP + 2):
             step(x, last=last)
-    assert len(step.captured) == KEPT
+    assert len(step.captured) == MOST_GRAPHS
     assert seen[: WARM_UP + 2] == [(1, False)] * (WARM_UP + 1) + [(1, True)]
     assert len(tapes.tapes) == 2 * len(kinds)  # each was dropped before its turn came again
 
@@ -283,10 +288,10 @@ def test_calls_are_replayed_from_the_second_one_on():
 
 def test_few_graphs_are_kept():
     model, graphs = _replayed(_pooled)
-    for n in range(1, 2 * Replayed.kept):
+    for n in range(1, 2 * Replayed.most_graphs):
         for _ in range(2):
             model(torch.zeros(n, 1, 2, 2))
-    assert len(model._captured) == Replayed.kept
+    assert len(model._calls) == Replayed.most_graphs
     model(torch.zeros(n, 1, 2, 2))
     assert graphs() == n
 
@@ -331,6 +336,50 @@ def test_a_first_call_that_compiles_waits_for_no_other_thread():
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
+@pytest.mark.parametrize("batch", [2, 5])  # one chunk, and three of two sizes
+def test_weights_live_as_long_as_a_graph_that_reads_them(monkeypatch, batch):
+    """What `Compiled` drops takes its frozen weights with it, and a CUDA graph would read what comes into their memory.
+
+    Neither is it compiled again for the capture, which holds a lock that other threads wait for.
+    """
+
+    class Graph:
+        def __init__(self, key):
+            self.weight = torch.full((), float(key[0][0]))
+
+        def __call__(self, x):
+            return x * self.weight
+
+    made = []
+
+    def compile_graph(*key):
+        made.append(weakref.ref(graph := Graph(key)))
+        return graph
+
+    monkeypatch.setattr(graph_cache, "MOST_GRAPHS", 4)
+    monkeypatch.setattr(Compiled, "_compile", lambda self, *key: compile_graph(*key))
+    compiled = Compiled(torch.nn.Identity(), FixedChunk(2))
+    replayed = Replayed(compiled, lambda x: len(x) == batch, Tapes, compiled.bind)
+    x = torch.rand(batch, 1, 4, 4)
+    expected = replayed(x)[0]
+    count = len(made)
+    for side in range(5, 10):  # more shapes than are kept
+        compiled(torch.rand(1, 1, side, side))
+    assert made[-5]() is None  # as those of other models are
+    for _ in range(3):
+        assert torch.equal(replayed(x)[0], expected)
+    assert len(made) == count + 5
+    assert all(graph() for graph in made[:count])
+
+
+def test_images_that_do_not_lie_next_to_each_other():
+    compiled = Eager(torch.nn.Flatten())
+    replayed = Replayed(compiled, lambda x: True, Tapes, compiled.bind)
+    for _ in range(3):
+        x = torch.rand(1, 1, 8, 8)[..., ::2].expand(3, 2, 8, 4)
+        assert torch.equal(replayed(x)[0], x.flatten(1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -369,10 +418,10 @@ def test_optimized_models_are_replayed(backend):
                 found = fast(x)
             torch.cuda.synchronize()
             assert torch.equal(found, plain(x))
-    assert len(fast.runtime._captured) == 3
+    assert len(fast.runtime._calls) == 3
     x = torch.randn(512, 3, 32, 32, device="cuda")
     assert torch.equal(fast(x), plain(x))
-    assert len(fast.runtime._captured) == 3  # too large for a graph
+    assert len(fast.runtime._calls) == 3  # too large for a graph
 
 
 WAYS = {"plain": {}, "compiled": {"compile": True}, "fused": {"fused": True}}

@@ -357,7 +357,7 @@ def test_erased_rectangles_are_noise():
 # ---- mixing ---------------------------------------------------------------------------------------------------------
 
 
-def _parts(fields, *, count=512, batch=64, parts=1, mine=None, start=0, chunk=None, shape=(3, 12, 10), classes=7):
+def _parts(fields, *, count=512, batch=64, parts=1, own=None, start=0, chunk=None, shape=(3, 12, 10), classes=7):
     """What an epoch of images of `classes` classes becomes."""
     images = Images(photographs(count, *shape), torch.arange(count) % classes, ("a",) * classes)
     if chunk:
@@ -365,7 +365,7 @@ def _parts(fields, *, count=512, batch=64, parts=1, mine=None, start=0, chunk=No
     recipe = get_recipe("cifar10", **{**PLAIN, "batch_size": batch, **fields})
     changes = Augment(recipe, config(*shape), classes, torch.device("cpu"))
     steps = count // batch
-    share = Share(5, 2, batch, parts, mine or range(parts), range(start, steps))
+    share = Share(5, 2, batch, parts, own or range(parts), range(start, steps))
     return list(changes.prepared(images, share, lambda step: step / steps)), images, share
 
 
@@ -456,7 +456,7 @@ def test_processes_and_parts_of_a_step_make_no_difference():
     _assert_same(whole, joined)
     mixed = _parts(MIXED, parts=4)[0]  # images are mixed within a part
     for process in range(2):
-        mine = _parts(MIXED, parts=4, mine=range(2 * process, 2 * process + 2))[0]
+        mine = _parts(MIXED, parts=4, own=range(2 * process, 2 * process + 2))[0]
         _assert_same(mine, [part for i, part in enumerate(mixed) if i % 4 // 2 == process])
 
 

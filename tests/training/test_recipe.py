@@ -6,6 +6,7 @@ import pytest
 
 from convmixer.errors import ArgumentError
 from convmixer.training import RECIPES, Recipe, get_recipe
+from convmixer.training.schedule import image_size, learning_rate
 
 
 def test_published_recipe():
@@ -22,15 +23,15 @@ def test_published_recipe():
 
 def test_triangular_schedule():
     recipe = RECIPES["cifar10"]
-    at = [recipe.learning_rate(p) for p in (0, 0.2, 0.4, 0.6, 0.8, 0.9, 1)]
+    at = [learning_rate(recipe, p) for p in (0, 0.2, 0.4, 0.6, 0.8, 0.9, 1)]
     assert at == pytest.approx([0, 0.025, 0.05, 0.02625, 0.0025, 0.00125, 0])
-    assert Recipe(warmup=0.0, knee=(1.0, 0.0)).learning_rate(0) == 0.05
+    assert learning_rate(Recipe(warmup=0.0, knee=(1.0, 0.0)), 0) == 0.05
 
 
 def test_image_sizes_change_at_their_part_of_the_run():
     recipe = Recipe(image_sizes=((0.0, 16), (0.5, 32)))
-    assert [recipe.image_size(p) for p in (0, 0.49, 0.5, 1)] == [16, 16, 32, 32]
-    assert Recipe().image_size(0.5) is None
+    assert [image_size(recipe, p) for p in (0, 0.49, 0.5, 1)] == [16, 16, 32, 32]
+    assert image_size(Recipe(), 0.5) is None
 
 
 @pytest.mark.parametrize(
@@ -99,4 +100,4 @@ def test_best_recipes_hold_out_no_images_and_differ_in_little():
     assert (small.weight_decay, small.random_erasing, small.mixup, small.cutmix) == (0.05, 0.1, 0.0, 0.0)
     assert (fine.batch_size, fine.epochs) == (128, 200)
     # A rise over a tenth of the run, then a line to 0.
-    assert [best.learning_rate(p) for p in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.005, 0.01, 0.005, 0.0])
+    assert [learning_rate(best, p) for p in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.005, 0.01, 0.005, 0.0])

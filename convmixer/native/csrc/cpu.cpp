@@ -417,7 +417,7 @@ bool forward(const Model &model, const float *images, int batch, int height, int
 
 extern "C" {
 
-// In bytes; packing.py compares them with its own records.
+// In bytes; library.py compares them with those of its own records.
 extern const int32_t convmixer_record_sizes[3];
 const int32_t convmixer_record_sizes[3] = {sizeof(Affine), sizeof(Block), sizeof(Model)};
 

@@ -33,7 +33,7 @@ except ImportError as error:
 
 from convmixer.ops.limits import ACTIVATIONS, DTYPES, KERNEL_SIZES
 from convmixer.ops.triton import kernels
-from convmixer.ops.triton.tables import Direct, Elementwise, Gradient, Library, Product, Sums, pointwise_key, row
+from convmixer.ops.triton.tables import Direct, Elementwise, Gemm, Gradient, Library, Sums, pointwise_key, row
 
 INTERPRETED = not isinstance(kernels.normalize, triton.JITFunction)  # TRITON_INTERPRET=1 at the first import
 PROGRAMS = 2048  # of a weight gradient, about
@@ -68,7 +68,7 @@ def _require(first: Tensor, act: str | None = None, **others: Tensor | None) -> 
 
 
 def _vector(name: str, vector: Tensor | None, length: int, x: Tensor) -> Tensor | None:
-    """A vector of one float32 per channel, checked."""
+    """Return a vector of one float32 per channel, checked."""
     if vector is None:
         return None
     if vector.shape != (length,) or vector.device != x.device:
@@ -80,7 +80,7 @@ def _vector(name: str, vector: Tensor | None, length: int, x: Tensor) -> Tensor 
 
 
 def _kernel(weight: Tensor, x: Tensor) -> Tensor:
-    """A depthwise kernel (C, 1, k, k), checked, as (k, k, 1, C): channels side by side as in the activations."""
+    """Return a checked depthwise kernel (C, 1, k, k) as (k, k, 1, C), with channels next to each other."""
     if weight.dim() != 4 or weight.shape[:2] != (x.shape[1], 1) or weight.shape[2] != weight.shape[3]:
         raise ArgumentError(f"weight of shape {tuple(weight.shape)}: ({x.shape[1]}, 1, k, k) is needed")
     _size(weight.shape[-1])
@@ -107,7 +107,7 @@ def _last(x: Tensor) -> Tensor:
 
 
 def _empty(x: Tensor, channels: int | None = None) -> Tensor:
-    """An output (B, channels, H, W) in channels_last, of x's type."""
+    """Return an output (B, channels, H, W) in channels_last, of x's type."""
     shape = (x.shape[0], channels or x.shape[1], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -179,7 +179,7 @@ def _normalize(
     act_x: str = "identity",
     config: Elementwise | None = None,
 ) -> Tensor:
-    """`scale*act(u + bias) + shift`, plus `x`, or with `scale_x` plus `scale_x*act_x(x) + shift_x`."""
+    """Compute `scale*act(u + bias) + shift`, plus `x`, or with `scale_x` plus `scale_x*act_x(x) + shift_x`."""
     _require(u, act, x=x)
     _require(u, act_x)
     batch, channels, height, width = u.shape
@@ -203,7 +203,7 @@ def _normalize(
 
 @_operator("(Tensor u, Tensor scale, Tensor shift, str act) -> Tensor", lambda u, scale, shift, act: _empty(u))
 def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
-    """`scale*act(u) + shift`, (B, C, H, W) of u's type."""
+    """Compute `scale*act(u) + shift`, (B, C, H, W) of u's type."""
     return _normalize(u, act, scale, shift)
 
 
@@ -214,7 +214,7 @@ def normalize_act(u: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
 def sum_normalized(
     c: Tensor, scale: Tensor, shift: Tensor, act: str, u: Tensor, scale_u: Tensor, shift_u: Tensor, act_u: str
 ) -> Tensor:
-    """`scale*act(c) + shift + scale_u*act_u(u) + shift_u`, (B, C, H, W) of c's type."""
+    """Compute `scale*act(c) + shift + scale_u*act_u(u) + shift_u`, (B, C, H, W) of c's type."""
     return _normalize(c, act, scale, shift, None, u, scale_u, shift_u, act_u)
 
 
@@ -226,7 +226,7 @@ def _sums(
     config: Sums | None = None,
     **vectors: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`sums_of_tiles` of the vectors given: its output, which may be empty, and its sums (1 or 2, C)."""
+    """Run `sums_of_tiles` on the vectors given: return its output, which may be empty, and its sums (1 or 2, C)."""
     _require(u, act, grad=grad)
     batch, channels, height, width = u.shape
     positions = batch * height * width
@@ -297,7 +297,7 @@ def _stats(u: Tensor, act: str, center: Tensor) -> Tensor:
 
 
 def stats(u: Tensor, act: str, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over B, H and W of `act(u) - center`, and of its square, (C,) each in float32."""
+    """Sum `act(u) - center`, and its square, over B, H and W: (C,) each in float32."""
     sums = _stats(u, act, center)
     return sums[0], sums[1]
 
@@ -317,7 +317,7 @@ def _convolve(
     transpose: bool = False,
     config: Direct | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The depthwise convolution or its transpose, and what follows; with `center` the sums (2, C)."""
+    """Compute the depthwise convolution or its transpose, and what follows; with `center` the sums (2, C)."""
     _require(x, act, residual=residual)
     batch, channels, height, width = x.shape
     size = weight.shape[-1]
@@ -363,7 +363,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, center:
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str, center: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Depthwise "same" convolution and sums of its activation in one pass.
+    """Compute the depthwise "same" convolution and the sums of its activation in one pass.
 
     Args:
         x: (B, C, H, W).
@@ -392,7 +392,7 @@ def depthwise_infer(
     shift: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """`scale*act(depthwise(x) + bias) + shift + residual` in one pass; what is None is left out."""
+    """Compute `scale*act(depthwise(x) + bias) + shift + residual` in one pass; what is None is left out."""
     return _convolve(x, weight, bias, act, scale=scale, shift=shift, residual=residual)[0]
 
 
@@ -457,9 +457,9 @@ def _multiply(
     center: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    config: Product | Library | None = None,
+    config: Gemm | Library | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The 1x1 convolution and what follows, of c or of `scale1*act(c) + shift1 + x`; with `center` the sums (2, O)."""
+    """Compute the 1x1 convolution of c or `scale1*act(c) + shift1 + x`, and what follows; with `center` sums (2, O)."""
     scale1, shift1, x = prologue or (None, None, None)
     _require(c, act, x=x)
     batch, channels, height, width = c.shape
@@ -505,7 +505,7 @@ def _by_library(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`_multiply` of z by cuBLAS. In training it adds the bias, in z's type; in inference the pass after it does."""
+    """Compute `_multiply` of z by cuBLAS, which adds the bias in training, in z's type; else the pass after it does."""
     flat = _last(z).permute(0, 2, 3, 1).flatten(0, 2)
     if center is not None and bias is not None:
         product = torch.addmm(bias.detach().to(z.dtype), flat, weight.t())
@@ -574,5 +574,5 @@ def pointwise(
 def pointwise_infer(
     z: Tensor, weight: Tensor, bias: Tensor | None, act: str, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """`scale*act(weight z + bias) + shift`, (B, O, H, W) of z's type; what is None is left out."""
+    """Compute `scale*act(weight z + bias) + shift`, (B, O, H, W) of z's type; what is None is left out."""
     return _multiply(z, weight, bias, act, scale=scale, shift=shift)[0]

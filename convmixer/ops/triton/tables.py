@@ -43,7 +43,7 @@ class Gradient(NamedTuple):
     warps: int
 
 
-class Product(NamedTuple):
+class Gemm(NamedTuple):
     """Of `pointwise`: a program's tile of `rows` positions x `outputs`, in steps of `inputs` channels.
 
     `apart`: z is formed by a pass of its own before, and not by each program.
@@ -78,8 +78,8 @@ class Sums(NamedTuple):
     programs: int
 
 
-FORMS = {form.__name__: form for form in (Direct, Gradient, Product, Library, Elementwise, Sums)}
-Row = Direct | Gradient | Product | Library | Elementwise | Sums
+FORMS = {form.__name__: form for form in (Direct, Gradient, Gemm, Library, Elementwise, Sums)}
+Row = Direct | Gradient | Gemm | Library | Elementwise | Sums
 Table = dict[tuple[int, int, int], Row]
 
 # By compute capability (the nearest below counts), what else decides, and bytes of an element. What a GPU of 9.0 takes
@@ -94,14 +94,14 @@ WEIGHT_GRADIENT: Table = {
 # By `pointwise_key`.
 POINTWISE: Table = {
     # 12.0 has the shared memory of 8.6, and 10.0 another matrix multiplication, with an accumulator of its own.
-    **{(capability, z, 2): Product(128, 128, 32, 8, 3, z > 1) for capability in (80, 120) for z in range(4)},
-    **{(capability, z, 4): Product(64, 64, 32, 4, 2, z > 1) for capability in (80, 120) for z in range(4)},
-    (90, 0, 2): Product(128, 128, 64, 8, 3),
-    (90, 1, 2): Product(128, 256, 64, 8, 3),
-    (90, 2, 2): Product(128, 128, 64, 4, 3, apart=True),
-    (90, 3, 2): Product(128, 128, 64, 8, 3, apart=True),
-    **{(100, z, 2): Product(128, 128, 64, 8, 3, z > 1) for z in range(4)},
-    **{(capability, z, 4): Product(64, 128, 32, 8, 2, z > 1) for capability in (90, 100) for z in range(4)},
+    **{(capability, z, 2): Gemm(128, 128, 32, 8, 3, z > 1) for capability in (80, 120) for z in range(4)},
+    **{(capability, z, 4): Gemm(64, 64, 32, 4, 2, z > 1) for capability in (80, 120) for z in range(4)},
+    (90, 0, 2): Gemm(128, 128, 64, 8, 3),
+    (90, 1, 2): Gemm(128, 256, 64, 8, 3),
+    (90, 2, 2): Gemm(128, 128, 64, 4, 3, apart=True),
+    (90, 3, 2): Gemm(128, 128, 64, 8, 3, apart=True),
+    **{(100, z, 2): Gemm(128, 128, 64, 8, 3, z > 1) for z in range(4)},
+    **{(capability, z, 4): Gemm(64, 128, 32, 8, 2, z > 1) for capability in (90, 100) for z in range(4)},
 }
 # Of one tensor (0), or of two (1).
 NORMALIZE: Table = {(80, inputs, itemsize): Elementwise(16, 128, 4) for inputs in (0, 1) for itemsize in (2, 4)}
@@ -122,8 +122,8 @@ TABLES = {
 
 
 def pointwise_key(outputs: int, formed: bool) -> int:
-    """What decides besides GPU and type: z is given, for up to 1024 outputs (0) or more (1), or formed of c and x, for
-    up to 256 outputs (2) or more (3).
+    """Return the key of a row: 0 where z is given, 1 for more than 1024 outputs; 2 where z is formed of c and x, 3 for
+    more than 256 outputs.
     """
     return 2 + (outputs > 256) if formed else int(outputs > 1024)
 

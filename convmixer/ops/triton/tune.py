@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import operator
-import os
 import re
 import statistics
 import sys
@@ -30,14 +29,15 @@ import torch
 from torch import Tensor
 
 from convmixer.errors import ArgumentError
+from convmixer.files import write_atomically
 from convmixer.hardware import usable_cores
 from convmixer.ops.triton import launch, tables
 from convmixer.ops.triton.tables import (
     Direct,
     Elementwise,
+    Gemm,
     Gradient,
     Library,
-    Product,
     Row,
     Sums,
     pointwise_key,
@@ -107,16 +107,16 @@ def _gradient(block: Block) -> Iterator[Row]:
 
 
 def _product(_block: Block) -> Iterator[Row]:
-    yield Product(128, 128, 64, 4, 3, apart=True)
+    yield Gemm(128, 128, 64, 4, 3, apart=True)
     yield Library()
-    yield Product(128, 256, 64, 8, 3, apart=True)
-    yield Product(128, 128, 64, 8, 3, apart=True)
-    yield Product(128, 128, 64, 4, 4, apart=True)
-    yield Product(256, 128, 64, 8, 3, apart=True)
-    yield Product(64, 128, 64, 4, 4, apart=True)
-    yield Product(64, 64, 64, 4, 4, apart=True)
-    yield Product(64, 256, 64, 4, 3)
-    yield Product(128, 128, 64, 4, 3)
+    yield Gemm(128, 256, 64, 8, 3, apart=True)
+    yield Gemm(128, 128, 64, 8, 3, apart=True)
+    yield Gemm(128, 128, 64, 4, 4, apart=True)
+    yield Gemm(256, 128, 64, 8, 3, apart=True)
+    yield Gemm(64, 128, 64, 4, 4, apart=True)
+    yield Gemm(64, 64, 64, 4, 4, apart=True)
+    yield Gemm(64, 256, 64, 4, 3)
+    yield Gemm(128, 128, 64, 4, 3)
 
 
 def _elementwise(_block: Block) -> Iterator[Row]:
@@ -141,7 +141,7 @@ CANDIDATES: dict[str, tuple[Callable[[Block], Iterator[Row]], Callable[[Block], 
 
 
 def tasks(blocks: Iterable[Block]) -> list[Task]:
-    """Every candidate of every operation: the most promising one of each, then the next one of each."""
+    """List every candidate of every operation: the most promising one of each, then the next one of each."""
     ranked: list[tuple[int, Task]] = []
     for block in blocks:
         for operation, (rows, keys) in CANDIDATES.items():
@@ -217,7 +217,7 @@ def compile_all(todo: list[Task], dtype: torch.dtype, seconds: float, workers: i
 
 
 def microseconds(function: Callable[[], Any], calls: int = 5, rounds: int = 5) -> float:
-    """Median time of a call on the GPU, without what it takes to launch it: several calls are one CUDA graph."""
+    """Measure the median time of a call on the GPU, without launches: several calls are one CUDA graph."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -237,7 +237,7 @@ def microseconds(function: Callable[[], Any], calls: int = 5, rounds: int = 5) -
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether two rows' results differ by more than rounding."""
+    """Return whether two rows' results differ by more than rounding."""
     pairs = zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]
     return any(a.numel() and not (a.float() - b.float()).norm() <= 0.01 * b.float().norm() for a, b in pairs)
 
@@ -245,7 +245,7 @@ def _differ(one: Any, other: Any) -> bool:
 def measure_all(
     todo: list[Task], dtype: torch.dtype, seconds: float, report: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Times of all rows, those of one operation and block together, the fastest first in each.
+    """Measure all rows, those of one operation and block together, the fastest first in each.
 
     A row whose result differs from the first one's is left out, and reported.
     """
@@ -345,13 +345,12 @@ def _check_folder(name: str) -> None:
 
 def write_rows(name: str, found: list[dict[str, Any]]) -> Path:
     """Write rows for a GPU of that name into its file, in which those for other shapes or types stay."""
-    place = operator.itemgetter("operation", "key", "bytes", "channels", "positions")
-    kept = {place(record): record for record in [*tables.tuned(name), *found]}
+    block = operator.itemgetter("operation", "key", "bytes", "channels", "positions")
+    rows = {block(record): record for record in [*tables.tuned(name), *found]}
     file = tuned_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps({"torch": torch.__version__, "rows": list(kept.values())}, indent=1) + "\n")
-    scratch.replace(file)  # whole or not at all
+    text = json.dumps({"torch": torch.__version__, "rows": list(rows.values())}, indent=1) + "\n"
+    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
     tables.forget_choices()
     return file
 
