@@ -465,12 +465,6 @@ def class_activation(
         ArgumentError: A model without a head, or no such class.
 
     Example:
-        >>> from convmixer.plots import plot_class_activation
-        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
-        >>> plot_class_activation(model, "cat.png").axes[0].get_title()
-        "the model's input, 32x32"
-
-    Example:
         >>> from convmixer.plots import class_activation
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
         >>> class_activation(model, "cat.png", side=96).heat.shape
@@ -518,6 +512,12 @@ def plot_class_activation(model: nn.Module, image: Any, target: int | None = Non
     Raises:
         ImageError: An image that cannot be read.
         ArgumentError: A model without a head, or no such class.
+
+    Example:
+        >>> from convmixer.plots import plot_class_activation
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> plot_class_activation(model, "cat.png").axes[0].get_title()
+        "the model's input, 32x32"
     """
     found, names = class_activation(model, image, target), label_names(find_model(model))
     best = int(found.probabilities.argmax())

@@ -105,7 +105,7 @@ RECIPES = {
         cutmix=0.0,
         ema_decay=0.0,
         note="For an hour on two CPU cores with AMX, by native kernels: `cifar10-best` over 34 epochs, without mixed "
-        "images and an average of the weights, from which only long runs gain. Like that recipe, it holds no images out.",
+        "images and an average of the weights, from which only long runs gain. It holds no images out, either.",
     ),
     "cifar10-p1": Recipe(
         model="convmixer_256_8_ks9_p1",
