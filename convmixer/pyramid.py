@@ -178,7 +178,7 @@ def check_reductions(name: str, reductions: Any) -> tuple[int, ...]:
 
 def _extractor(backbone: Any, out_indices: Any, count: int) -> tuple[Any, list[int]]:
     """Return a module that returns feature maps, and the place of each level's one among them."""
-    info = getattr(backbone, "feature_info", None)
+    info: Any = getattr(backbone, "feature_info", None)
     ready = isinstance(info, FeatureInfo)
     if not ready and not (isinstance(info, list) and info and hasattr(backbone, "forward_intermediates")):
         raise ArgumentError(

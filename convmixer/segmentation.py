@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from convmixer.errors import ArgumentError, optional
 from convmixer.factory import create_model
 from convmixer.pyramid import FeaturePyramid
-from convmixer.registry import get_variant, list_models, list_pretrained
+from convmixer.registry import list_models, list_pretrained
 
 __all__ = ["ConvMixerEncoder", "register_encoders"]
 
 
-def register_encoders(*, channels: int = 128, finest: Literal[2, 4] | None = None) -> list[str]:
+def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2) -> list[str]:
     """Tell segmentation_models_pytorch the names of this package; a second call replaces what the first one told it.
 
     `variant` is an encoder with random weights and `variant.tag` one with these weights. Its models take both with
@@ -23,7 +23,8 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] | None = Non
     Args:
         channels: Channels of every feature map.
         finest: Reduction of the finest map that is computed, 2 or 4. With 4 the map of reduction 2 has 0 channels, as
-            in the library's own Mix Vision Transformers. None is 2 for patches of 1 or 2 pixels and 4 for larger ones.
+            in the library's own Mix Vision Transformers. That saves time where a decoder does not use it, as in FPN,
+            PAN and DeepLabV3Plus. UnetPlusPlus and Linknet need 2: Linknet's features pass through that map.
 
     Returns:
         The names.
@@ -39,8 +40,8 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] | None = Non
         >>> unet(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 11, 64, 64])
     """
-    if finest not in (None, 2, 4):
-        raise ArgumentError(f"finest={finest!r}; valid: 2, 4, None")
+    if finest not in (2, 4):
+        raise ArgumentError(f"finest={finest!r}; valid: 2, 4")
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise ArgumentError(f"channels={channels!r}: give a whole number of at least 1")
     library = optional("segmentation_models_pytorch.encoders", "register_encoders", "dense")
@@ -86,13 +87,12 @@ class ConvMixerEncoder(nn.Module):
     _is_torch_compilable = True
 
     def __init__(
-        self, name: str, pretrained: bool, channels: int, finest: int | None, depth: int = 5, output_stride: int = 32
+        self, name: str, pretrained: bool, channels: int, finest: int, depth: int = 5, output_stride: int = 32
     ) -> None:
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 2:
             raise ArgumentError(f"encoder_depth={depth!r}: give a whole number of at least 2; decoders need 3 to 5")
         super().__init__()
-        self._source = {"name": name, "pretrained": pretrained}
-        finest = finest or (2 if get_variant(name)[0].patch_size <= 2 else 4)
+        self._source: dict[str, Any] = {"name": name, "pretrained": pretrained}
         self._reductions = [min(2**i, output_stride) for i in range(1, depth + 1)]
         self.output_stride: int = self._reductions[-1]
         computed = sorted({r for r in self._reductions if r >= finest})
