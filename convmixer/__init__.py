@@ -7,6 +7,7 @@ from convmixer.hub.convert import convert_checkpoint
 from convmixer.hub.publish import push_to_hub, save_pretrained
 from convmixer.inference import predict
 from convmixer.model import ConvMixer, accelerate
+from convmixer.pyramid import FeaturePyramid
 from convmixer.registry import list_models, list_pretrained, model_info
 from convmixer.runtime.export import export_model
 from convmixer.runtime.optimize import optimize
@@ -15,6 +16,7 @@ from convmixer.transforms import create_transform
 __all__ = [
     "ConvMixer",
     "ConvMixerError",
+    "FeaturePyramid",
     "accelerate",
     "convert_checkpoint",
     "create_model",

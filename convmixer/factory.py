@@ -25,6 +25,7 @@ from convmixer.hub.config import MAX_SIDE, read_config
 from convmixer.hub.untrusted import json_excess
 from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
 from convmixer.ops import prefers_channels_last
+from convmixer.pyramid import FeaturePyramid, check_reductions
 from convmixer.registry import HUB_FILE, VARIANTS, WEIGHTS_FOLDER, Variant, Weights, get_variant
 from convmixer.wrappers import find_inner
 
@@ -33,6 +34,7 @@ __all__ = ["create_model", "extractor", "open_model", "open_run", "read_recipe",
 # What may be set per model; the rest of the constructor (device, dtype) has parameters of its own in create_model.
 _MODEL_ARGS = [p for p in inspect.signature(ConvMixer).parameters if p not in ("device", "dtype")]
 _FEATURE_ARGS = ["features_only", "out_indices"]
+_PYRAMID_ARGS = ["pyramid", "pyramid_channels", "return_dict"]
 
 
 def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
@@ -150,6 +152,10 @@ def _check_names(given: dict[str, Any], valid: list[str], what: str) -> None:
 
 
 @overload
+def create_model(name: str, pretrained: bool = ..., *, pyramid: Sequence[int], **arguments: Any) -> FeaturePyramid: ...
+
+
+@overload
 def create_model(
     name: str,
     pretrained: bool = ...,
@@ -194,7 +200,7 @@ def create_model(
     token: str | bool | None = None,
     local_files_only: bool = False,
     **model_args: Any,
-) -> ConvMixer | FeatureGetterNet:
+) -> ConvMixer | FeatureGetterNet | FeaturePyramid:
     """Build a ConvMixer, load weights into it, and move it to a device. It comes in training mode, as in timm.
 
     Args:
@@ -217,10 +223,12 @@ def create_model(
         local_files_only: Never touch the network, like `HF_HUB_OFFLINE=1`.
         **model_args: Arguments of `ConvMixer`, and `features_only=True` with `out_indices` for a backbone that returns
             a list of feature maps. A `num_classes` other than the weights' gives a new random head; other `in_chans`
-            adapt the first convolution as timm does.
+            adapt the first convolution as timm does. `pyramid=(4, 8, 16, 32)` makes maps of these reductions, with
+            `pyramid_channels` (256), `out_indices` and `return_dict` as in `FeaturePyramid`: new layers on the loaded
+            backbone, and no head.
 
     Returns:
-        A `ConvMixer`; with `features_only` timm's `FeatureGetterNet` around one.
+        A `ConvMixer`; with `features_only` timm's `FeatureGetterNet` around one; with `pyramid` a `FeaturePyramid`.
 
     Raises:
         UnknownModelError: No such model or weights.
@@ -235,10 +243,11 @@ def create_model(
     """
     if not isinstance(name, str):
         raise ArgumentError(f"name={name!r}: give a string; for a folder local-dir:PATH")
-    _check_names(model_args, [*_MODEL_ARGS, *_FEATURE_ARGS], "argument")
+    _check_names(model_args, [*_MODEL_ARGS, *_FEATURE_ARGS, *_PYRAMID_ARGS], "argument")
+    pyramid_args = _take_pyramid_args(model_args)
     features_only = bool(model_args.get("features_only", False))
     if "out_indices" in model_args and not features_only:
-        raise ArgumentError("out_indices chooses feature maps: set features_only=True with it")
+        raise ArgumentError("out_indices chooses feature maps: set features_only=True or pyramid=(...) with it")
     kind = as_dtype(dtype)
     if kind is not None:
         check_dtype(kind)
@@ -270,7 +279,30 @@ def create_model(
     inner = find_inner(model)
     inner.channels_last = channels_last
     inner.set_fused(fused)
-    return model
+    return FeaturePyramid(model, **pyramid_args) if pyramid_args else model
+
+
+def _take_pyramid_args(model_args: dict[str, Any]) -> dict[str, Any]:
+    """Take out of model_args what `FeaturePyramid` is built with, and leave what its backbone is built with."""
+    reductions = model_args.pop("pyramid", None)
+    given = {name: model_args.pop(name) for name in _PYRAMID_ARGS[1:] if name in model_args}
+    if reductions is None:
+        if given:
+            raise ArgumentError(f"{', '.join(given)} without pyramid: add reductions, such as pyramid=(4, 8, 16, 32)")
+        return {}
+    taken = {"reductions": check_reductions("pyramid", reductions)}
+    if model_args.pop("features_only", False):
+        raise ArgumentError(f"pyramid={reductions!r} returns feature maps itself: leave features_only out")
+    head = [name for name in ("num_classes", "global_pool", "drop_rate") if model_args.pop(name, None)]
+    if head:
+        raise ArgumentError(f"{', '.join(head)} with pyramid={reductions!r}: a pyramid has no head, so leave it out")
+    model_args |= {"num_classes": 0, "global_pool": ""}
+    for name, argument in (("pyramid_channels", "channels"), ("return_dict", "return_dict")):
+        if name in given:
+            taken[argument] = given[name]
+    if "out_indices" in model_args:
+        taken["out_indices"] = model_args.pop("out_indices")
+    return taken
 
 
 def open_model(
@@ -316,8 +348,9 @@ def open_run(
             f"{str(run)!r} has no model.safetensors, which the end of a run writes: finish it with --resume, or "
             f"load best.safetensors as the checkpoint of {recipe['model']}"
         )
-    sizes = dict(recipe.get("model_args", ()))
-    return create_model(recipe["model"], checkpoint=weights, device=device, **sizes)
+    sizes: dict[str, Any] = dict(recipe.get("model_args", ()))
+    model: ConvMixer = create_model(recipe["model"], checkpoint=weights, device=device, **sizes)  # type: ignore[assignment]
+    return model
 
 
 def read_recipe(run: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The examples run, on a small budget."""
 
 import ast
+import csv
 import json
 import runpy
 import sys
@@ -73,6 +74,20 @@ def test_timm_parts(tmp_path, monkeypatch, capsys):
     assert line.startswith("epoch 1: loss")
     assert float(line.split("accuracy ")[1].split(" %")[0]) > 30  # of ten classes
     assert len(list((tmp_path / "validation").rglob("*.png"))) == 225
+
+
+def test_dense_prediction(tmp_path, monkeypatch):
+    """Both heads on one backbone; what training for longer reaches is in the documentation."""
+    for library in ("segmentation_models_pytorch", "torchmetrics", "pycocotools", "matplotlib"):
+        pytest.importorskip(library, reason="pip install 'convmixer[dense]' matplotlib")
+    options = ["--steps", "2", "--scenes", "6", "--backbones", "convmixer_128_8_ks7_p2.cifar10"]
+    monkeypatch.setattr(sys, "argv", ["dense_digits.py", *options, "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "dense_digits.py"), run_name="__main__")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == ["U-Net", "RetinaNet"]
+    assert [row["score"].split(" 0.")[0] for row in rows] == ["mean IoU", "mAP"]
+    assert (tmp_path / "dense.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["from_scratch.py", "fine_tune_digits.py"])

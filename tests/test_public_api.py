@@ -16,6 +16,7 @@ def test_exported_names():
     names = [
         "ConvMixer",
         "ConvMixerError",
+        "FeaturePyramid",
         "accelerate",
         "convert_checkpoint",
         "create_model",

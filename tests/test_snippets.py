@@ -1,5 +1,6 @@
 """The Python snippets of README and the documentation run, those of a page one after the other."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def _exported(_here):
 
 def run(page):
     document = SYBIL.parse(ROOT / page)
-    document.namespace["torch"] = torch  # for the conditions under which snippets are left out
+    # For the conditions under which snippets are left out.
+    document.namespace["torch"] = torch
+    document.namespace["dense"] = importlib.util.find_spec("segmentation_models_pytorch")
     for example in document.examples():
         example.evaluate()
 

@@ -145,6 +145,12 @@ def open_classifiers(
         ArgumentError: A text instead of a list of names.
         UnknownModelError: There is no such folder, file or model.
         ConvMixerError: A model that cannot be opened, or as `Classifier`.
+
+    Example:
+        >>> from convmixer.demo import open_classifiers
+        >>> models = open_classifiers({"small": "convmixer_128_8_ks7_p2"}, device="cpu", backends=())
+        >>> models["small"].classify("cat.png").predictions[0][0]
+        'cat'
     """
     if isinstance(models, str):
         raise ArgumentError(f"models={models!r}: give a list of names, or a mapping from names for people")

@@ -43,6 +43,11 @@ def serve(
         ArgumentError: A port that is taken, or an address that this machine does not have.
         DependencyError: Gradio is not installed.
         ConvMixerError: A model that cannot be opened or classifies no pictures, or a backend that does not compute it.
+
+    Example:
+        >>> from convmixer.demo import serve
+        >>> serve(["convmixer_256_8", "runs/flowers"], port=8000)  # doctest: +SKIP
+        http://127.0.0.1:8000 (Ctrl-C ends it)
     """
     optional("gradio", "the page", "demo")
     with listen(host, port) as listener:

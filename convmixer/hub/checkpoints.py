@@ -163,6 +163,11 @@ def _advice(path: str | Path) -> str:
     """Say what to do with a safetensors file that does not fit a model, or "" if it is not a ConvMixer's."""
     command = f"convmixer convert {shlex.quote(str(path))}"
     shapes = read_shapes(path)
+    if any(key.startswith("backbone.model.stem.") for key in shapes):
+        return (
+            "It has the weights of a FeaturePyramid: build one with the same arguments, without checkpoint, and call "
+            "convmixer.load_checkpoint(model, file)"
+        )
     try:
         ours = our_names(shapes, "")
         sizes = recognise(ours, "")

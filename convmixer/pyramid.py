@@ -1,0 +1,205 @@
+"""Feature maps at several resolutions out of a backbone that has one, for segmentation and detection.
+
+After the simple feature pyramid of ViTDet (Li et al., "Exploring Plain Vision Transformer Backbones for Object
+Detection", https://arxiv.org/abs/2203.16527), which has no top-down path. Each map of the pyramid comes from one map of
+the backbone, (B, dim, h, w) in cells of p pixels:
+
+    p -> q      doubled by transposed convolutions, or max-pooled by a power of two, as near to r as that goes
+    q -> r      bilinear, if they differ (7 or 14 pixels); centres of cells stay where they are in the image
+    project     1x1 convolution -> LayerNorm -> 3x3 convolution -> LayerNorm,  (B, channels, ceil(H/r), ceil(W/r))
+
+Deviations from ViTDet: any patch size and any image size. Images are padded with zeros to whole patches, at the right
+and at the bottom, so that the backbone sees every pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, get_device_dtype
+from timm.models._features import FeatureGetterNet, FeatureInfo
+from torch import Tensor, nn
+
+from convmixer.errors import ArgumentError
+from convmixer.model import plain_indices
+from convmixer.wrappers import describe, find_inner
+
+REDUCTIONS = (4, 8, 16, 32)
+
+
+class FeaturePyramid(nn.Module):
+    """A backbone and layers that make maps of several resolutions of its features.
+
+    Args:
+        backbone: A `ConvMixer`, or a model of timm, with `features_only=True` or with `forward_intermediates`. The
+            pyramid takes it over: its head and the blocks that no map needs are removed. Its keys in the state dict
+            start with `backbone.model.`, as in timm's feature extractors.
+        reductions: Pixels of the image per cell, in increasing order. A map is
+            (B, channels, ceil(H / reduction), ceil(W / reduction)).
+        channels: Channels of every map.
+        out_indices: The blocks (or outputs, with `features_only=True`) that the maps are made of: one for each
+            reduction, or one for all. Negative ones count from the end. None is the last one, which has seen most of
+            the image.
+        return_dict: Return an `OrderedDict` with the keys "0", "1", ..., as torchvision's detectors take it, instead of
+            a list. It may be set at any time.
+
+    Attributes:
+        feature_info: timm's `FeatureInfo`, with `channels()` and `reduction()`.
+        out_channels: Channels of every map, for torchvision's detectors.
+
+    Raises:
+        ArgumentError: A value that makes no sense, or a module that does not say which feature maps it has.
+        ImageError: From `forward`, as of the backbone.
+
+    Example:
+        >>> backbone = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> pyramid = convmixer.FeaturePyramid(backbone, (4, 8, 16), channels=64)
+        >>> [tuple(features.shape) for features in pyramid(torch.zeros(1, 3, 50, 70))]
+        [(1, 64, 13, 18), (1, 64, 7, 9), (1, 64, 4, 5)]
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        reductions: Sequence[int] = REDUCTIONS,
+        *,
+        channels: int = 256,
+        out_indices: Sequence[int] | None = None,
+        return_dict: bool = False,
+    ) -> None:
+        reductions = check_reductions("reductions", reductions)
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise ArgumentError(f"channels={channels!r}: give a whole number of at least 1")
+        super().__init__()
+        self.backbone, self._taken = _extractor(backbone, out_indices, len(reductions))
+        info: FeatureInfo = self.backbone.feature_info
+        dims, strides = info.channels(), info.reduction()
+        factory = get_device_dtype(self.backbone)
+        self.levels = nn.ModuleList(
+            _Level(dims[i], strides[i], reduction, channels, factory)
+            for i, reduction in zip(self._taken, reductions, strict=True)
+        )
+        self._multiple: int = max(strides)
+        self.feature_info = FeatureInfo(
+            [{"num_chs": channels, "reduction": r, "module": f"levels.{i}"} for i, r in enumerate(reductions)],
+            tuple(range(len(reductions))),
+        )
+        self.out_channels = channels
+        self.return_dict = return_dict
+        inner = find_inner(backbone)
+        self.in_chans: int = getattr(inner, "in_chans", 3)
+        self.pretrained_cfg: Any = getattr(backbone, "pretrained_cfg", None) or getattr(inner, "pretrained_cfg", None)
+
+    def forward(self, x: Tensor) -> list[Tensor] | OrderedDict[str, Tensor]:
+        """Compute the maps, finest first: (B, in_chans, H, W) -> (B, channels, ceil(H / r), ceil(W / r)) for each r."""
+        height, width = x.shape[-2:]
+        features = self.backbone(F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple)))
+        maps = [level(features[i], height, width) for level, i in zip(self.levels, self._taken, strict=True)]
+        return OrderedDict((str(i), y) for i, y in enumerate(maps)) if self.return_dict else maps
+
+    def set_fused(self, enable: bool | Literal["auto"] = True, *, sync_batchnorm: bool = False) -> None:
+        """Compute the backbone's blocks by fused functions, as `ConvMixer.set_fused` does.
+
+        Raises:
+            ConvMixerError: As there; also for a backbone that is not a `ConvMixer` of this package.
+        """
+        inner = find_inner(self.backbone)
+        if not hasattr(inner, "set_fused"):
+            raise ArgumentError(f"{describe(inner)} has no fused blocks: they are for a convmixer.ConvMixer")
+        inner.set_fused(enable, sync_batchnorm=sync_batchnorm)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass instead of keeping their activations."""
+        find_inner(self.backbone).set_grad_checkpointing(enable)
+
+
+class _Level(nn.Module):
+    """One map of a pyramid: (B, dim, h, w) in cells of `stride` pixels -> (B, channels, ceil(H / r), ceil(W / r))."""
+
+    def __init__(self, dim: int, stride: int, reduction: int, channels: int, factory: dict[str, Any]) -> None:
+        super().__init__()
+        doublings = round(math.log2(stride / reduction))
+        self.resize = nn.Sequential()
+        for i in range(doublings):
+            if i:
+                self.resize.extend([LayerNorm2d(dim, **factory), nn.GELU()])
+            half = max(dim // 2, 1)
+            self.resize.append(nn.ConvTranspose2d(dim, half, kernel_size=2, stride=2, **factory))
+            dim = half
+        if doublings < 0:
+            self.resize.append(nn.MaxPool2d(2**-doublings, ceil_mode=True))
+        self.reduction = reduction
+        self.scale = stride / 2**doublings / reduction  # from 0.7 to 1.4; exactly 1 for patches of 1, 2, 4, ... pixels
+        self.project = nn.Sequential(
+            nn.Conv2d(dim, channels, kernel_size=1, bias=False, **factory),
+            LayerNorm2d(channels, **factory),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False, **factory),
+            LayerNorm2d(channels, **factory),
+        )
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        x = self.resize(x)
+        rows, columns = -(-height // self.reduction), -(-width // self.reduction)
+        if self.scale == 1:
+            x = x[..., :rows, :columns]
+        else:
+            x = _sample(_sample(x, self.scale, rows, dim=2), self.scale, columns, dim=3)
+        result: Tensor = self.project(x)
+        return result
+
+
+def _sample(x: Tensor, scale: float, count: int, dim: int) -> Tensor:
+    """Interpolate `count` cells of 1 / scale cells of x each along dim 2 or 3; the last may lie beyond those of x.
+
+    `F.interpolate` takes the scale or the size, and a scale that follows from two sizes would move cells by up to one.
+    """
+    last = x.shape[dim] - 1
+    centres = (torch.arange(count, device=x.device) + 0.5) / scale - 0.5
+    low = centres.clamp(0, last).floor().long()
+    weight = (centres - low).clamp(0, 1).to(x.dtype)
+    weight = weight[:, None] if dim == 2 else weight
+    return torch.lerp(x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=last)), weight)
+
+
+def check_reductions(name: str, reductions: Any) -> tuple[int, ...]:
+    """Return the reductions of a pyramid, checked; `name` is what the caller calls them."""
+    found = plain_indices(reductions)
+    found = [plain_indices(r) for r in found] if isinstance(found, list | tuple) else []
+    whole = all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in found)
+    if not found or not whole or sorted(set(found)) != found:
+        raise ArgumentError(f"{name}={reductions!r}: give whole numbers in increasing order, such as {REDUCTIONS}")
+    return tuple(found)
+
+
+def _extractor(backbone: Any, out_indices: Any, count: int) -> tuple[Any, list[int]]:
+    """Return a module that returns feature maps, and the place of each level's one among them."""
+    info: Any = getattr(backbone, "feature_info", None)
+    ready = isinstance(info, FeatureInfo)
+    if not ready and not (isinstance(info, list) and info and hasattr(backbone, "forward_intermediates")):
+        raise ArgumentError(
+            f"{describe(backbone)} does not say which feature maps it has: give a ConvMixer, or a model of timm "
+            "with features_only=True. Build the pyramid first, then compile or wrap it"
+        )
+    total = len(info.out_indices) if ready else len(info)
+    blocks = _indices(out_indices, total, count)
+    if ready:
+        return backbone, blocks
+    wanted = sorted(set(blocks))
+    return FeatureGetterNet(backbone, tuple(wanted)), [wanted.index(block) for block in blocks]
+
+
+def _indices(out_indices: Any, total: int, count: int) -> list[int]:
+    found = [-1] if out_indices is None else plain_indices(out_indices)
+    found = [plain_indices(i) for i in found] if isinstance(found, list | tuple) else []
+    fine = all(isinstance(i, int) and not isinstance(i, bool) and -total <= i < total for i in found)
+    if not fine or len(found) not in (1, count):
+        raise ArgumentError(
+            f"out_indices={out_indices!r}: give one index for all {count} maps or {count} of them, "
+            f"from {-total} to {total - 1}"
+        )
+    return [i % total for i in found] * (count if len(found) == 1 else 1)

@@ -1,0 +1,123 @@
+"""Encoders for segmentation_models_pytorch (extra `dense`): `register_encoders`, then `smp.Unet(NAME, ...)`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from convmixer.errors import ArgumentError, optional
+from convmixer.factory import create_model
+from convmixer.pyramid import FeaturePyramid
+from convmixer.registry import list_models, list_pretrained
+
+__all__ = ["ConvMixerEncoder", "register_encoders"]
+
+
+def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2) -> list[str]:
+    """Tell segmentation_models_pytorch the names of this package; a second call replaces what the first one told it.
+
+    `variant` is an encoder with random weights and `variant.tag` one with these weights. Its models take both with
+    `encoder_weights=None`.
+
+    Args:
+        channels: Channels of every feature map.
+        finest: Reduction of the finest map that is computed, 2 or 4. With 4 the map of reduction 2 has 0 channels, as
+            in the library's own Mix Vision Transformers. That saves time where a decoder does not use it, as in FPN,
+            PAN and DeepLabV3Plus. UnetPlusPlus and Linknet need 2: Linknet's features pass through that map.
+
+    Returns:
+        The names.
+
+    Raises:
+        DependencyError: segmentation_models_pytorch is missing.
+        ArgumentError: A value that makes no sense.
+
+    Example:
+        >>> import segmentation_models_pytorch as smp
+        >>> names = convmixer.segmentation.register_encoders()
+        >>> unet = smp.Unet("convmixer_256_8.cifar10", encoder_weights=None, classes=11)
+        >>> unet(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 11, 64, 64])
+    """
+    if finest not in (2, 4):
+        raise ArgumentError(f"finest={finest!r}; valid: 2, 4")
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+        raise ArgumentError(f"channels={channels!r}: give a whole number of at least 1")
+    library = optional("segmentation_models_pytorch.encoders", "register_encoders", "dense")
+    pretrained = list_pretrained()
+    names = [*list_models(), *pretrained]
+    for name in names:
+        library.encoders[name] = {
+            "encoder": ConvMixerEncoder,
+            "pretrained_settings": _InTheName(),
+            "params": {"name": name, "pretrained": name in pretrained, "channels": channels, "finest": finest},
+        }
+    return names
+
+
+class _InTheName(dict[str, Any]):
+    """The weights of an encoder that the library can download: none, and asking for some says where they are."""
+
+    def __contains__(self, weights: object) -> bool:
+        raise ArgumentError(
+            f"encoder_weights={weights!r}: the weights of a ConvMixer are in its name, such as "
+            f"{list_pretrained()[0]!r}; pass encoder_weights=None with it"
+        )
+
+
+class ConvMixerEncoder(nn.Module):
+    """A `FeaturePyramid` as segmentation_models_pytorch calls it: (B, C, H, W) -> the image and a map per reduction.
+
+    Args:
+        name: As in `create_model`.
+        pretrained: Load the weights that the name stands for.
+        channels: As in `register_encoders`.
+        finest: As in `register_encoders`.
+        depth: Number of maps after the image, of reductions 2, 4, 8, ...
+        output_stride: Largest reduction; further maps are the last one again.
+
+    Attributes:
+        pyramid: The `FeaturePyramid`.
+        out_channels: Channels of the image and of each map.
+    """
+
+    _is_torch_scriptable = False
+    _is_torch_exportable = True
+    _is_torch_compilable = True
+
+    def __init__(
+        self, name: str, pretrained: bool, channels: int, finest: int, depth: int = 5, output_stride: int = 32
+    ) -> None:
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 2:
+            raise ArgumentError(f"encoder_depth={depth!r}: give a whole number of at least 2; decoders need 3 to 5")
+        super().__init__()
+        self._source: dict[str, Any] = {"name": name, "pretrained": pretrained}
+        self._reductions = [min(2**i, output_stride) for i in range(1, depth + 1)]
+        self.output_stride: int = self._reductions[-1]
+        computed = sorted({r for r in self._reductions if r >= finest})
+        self.pyramid = FeaturePyramid(self._backbone(in_chans=3), computed, channels=channels)
+        self.out_channels = [3, *(channels if r in computed else 0 for r in self._reductions)]
+
+    def _backbone(self, in_chans: int) -> nn.Module:
+        model: nn.Module = create_model(
+            **self._source, device="cpu", in_chans=in_chans, features_only=True, out_indices=1
+        )
+        return model
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Compute the maps, (B, channels, ceil(H / r), ceil(W / r)), after the image itself."""
+        height, width = x.shape[-2:]
+        maps = dict(zip(self.pyramid.feature_info.reduction(), self.pyramid(x), strict=True))
+        if 2 not in maps:
+            maps[2] = x.new_empty(x.shape[0], 0, -(-height // 2), -(-width // 2))
+        return [x, *(maps[r] for r in self._reductions)]
+
+    def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
+        """Take images of `in_channels` channels; pretrained weights are adapted as in `create_model(in_chans=...)`."""
+        if in_channels != self.out_channels[0]:
+            self.pyramid.backbone = self._backbone(in_channels)
+            self.pyramid.in_chans = self.out_channels[0] = in_channels
+
+    def make_dilated(self, output_stride: int) -> None:
+        """Do nothing: the library calls it after the constructor, which has taken `output_stride` into account."""
