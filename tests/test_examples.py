@@ -75,6 +75,16 @@ def test_timm_parts(tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "validation").rglob("*.png"))) == 225
 
 
+def test_near_duplicates(monkeypatch, capsys):
+    """Nearly all changed copies find their original, and no pair that is called one is anything else."""
+    monkeypatch.setattr(sys, "argv", ["near_duplicates.py"])
+    runpy.run_path(str(EXAMPLES / "near_duplicates.py"), run_name="__main__")
+    *changes, pairs = capsys.readouterr().out.splitlines()[-5:]
+    counts = [[int(word) for word in line.split() if word.isdigit()] for line in changes]
+    assert sum(found for found, _ in counts) > 0.8 * sum(count for _, count in counts)
+    print(pairs)
+
+
 @pytest.mark.parametrize("name", ["from_scratch.py", "fine_tune_digits.py"])
 def test_length(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 60

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from convmixer import errors
 from convmixer.batch.predictor import Predictor
 from convmixer.errors import ArgumentError, ConvMixerError, first_line, optional
 
 
 class _Actor:
-    """Optimizes the model where it runs, and writes the parts that it is given."""
+    """Optimizes the model where it runs, and writes the parts that it is given.
+
+    Errors of this package are returned as values, by class and text: Ray would wrap them in its own, with traces.
+    """
 
     def __init__(self, predictor: Any, model: Any, optimize: Callable[[nn.Module], nn.Module]) -> None:
         ray: Any = optional("ray", "ray=", "ray")
@@ -28,15 +32,22 @@ class _Actor:
             cores = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
             self.predictor = replace(self.predictor, workers=int(cores) - 1)
         device = "cuda" if ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"
-        self.model = optimize(ray.get(model).to(device))
+        self.model: nn.Module | None = None
+        self.error: ConvMixerError | None = None
+        try:
+            self.model = optimize(ray.get(model).to(device))
+        except ConvMixerError as error:
+            self.error = error
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        counts = []
-        for part in rows["part"].tolist():
-            images: list[int] = []
-            self.predictor.write(self.model, [part], images.append)
-            counts.append(sum(images))
-        return {"part": rows["part"], "images": counts}
+        images: list[int] = []
+        try:
+            if self.model is not None:
+                self.predictor.write(self.model, rows["part"].tolist(), images.append)
+        except ConvMixerError as error:
+            self.error = error
+        kind, text = (type(self.error).__name__, str(self.error)) if self.error else ("", "")
+        return {"images": [sum(images)], "error": [kind], "text": [text]}
 
 
 def write_on_ray(
@@ -81,9 +92,12 @@ def write_on_ray(
         )
         try:
             for row in done.iter_rows():
+                if row["error"]:
+                    raise getattr(errors, row["error"])(row["text"])
                 advance(row["images"])
         except ray.exceptions.RayError as error:
-            raise _ours(error) from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise ConvMixerError(f"Ray failed: {why}. Give the same call again: files already written stay") from error
 
 
 def _share(nodes: Sequence[dict[str, float]], actors: int | None) -> tuple[int, dict[str, float]]:
@@ -102,16 +116,6 @@ def _share(nodes: Sequence[dict[str, float]], actors: int | None) -> tuple[int, 
             + (" where its GPUs are" if gpus else "")
         )
     return count, {"num_cpus": each, **({"num_gpus": 1 / on_gpu} if gpus else {})}
-
-
-def _ours(error: BaseException) -> ConvMixerError:
-    """The error of this package that an actor raised, or what Ray says."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConvMixerError):
-            return type(cause)(str(getattr(cause, "cause", None) or cause))
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return ConvMixerError(f"Ray failed: {type(error).__name__}: {first_line(error)}. Files already written are kept")
 
 
 @contextlib.contextmanager

@@ -128,13 +128,14 @@ def predict_dataset(
         >>> pandas.read_parquet("predictions").label.value_counts()
     """
     _check(topk=topk, batch_size=batch_size, rows_per_file=rows_per_file, actors=actors, workers=workers)
-    kind = _check_backend(backend, dtype)
+    chosen = _check_backend(backend, dtype)
     optional("pyarrow", "predict_dataset", "batch")
     if ray:
         optional("ray", "predict_dataset(ray=...)", "ray")
     elif actors is not None:
         raise ArgumentError(f"actors={actors} is for Ray: add ray=True, or an address")
     model = find_model(model)
+    kind = next(model.parameters()).dtype if chosen is None else chosen
     computed, answers = _answering(model, embed, topk)
     prepare = preparation(model, draft=draft)
     source = open_parts(
@@ -171,7 +172,8 @@ def predict_dataset(
         else:
             address = ray if isinstance(ray, str) else None
             options = {"address": address, "actors": actors, "advance": advance}
-            write_on_ray(predictor, computed.cpu(), speed_up, missing, **options)  # type: ignore[arg-type]
+            sent = copy.deepcopy(computed).cpu()  # the caller's stays where it is
+            write_on_ray(predictor, sent, speed_up, missing, **options)  # type: ignore[arg-type]
         seconds = time.perf_counter() - begun
         done |= {part: _written(predictor, part) for part in missing}
     images, errors = (sum(counts) for counts in zip(*done.values(), strict=True))

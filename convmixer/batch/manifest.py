@@ -43,7 +43,7 @@ def claim(output: Path, record: Record) -> None:
     """Write the manifest of a new run into a folder, or check that the one there is the same.
 
     Raises:
-        ArgumentError: The folder holds something else, or another run; nothing in it is changed.
+        ArgumentError: The folder holds another run; nothing in it is changed.
         DataError: A manifest that cannot be read.
         WriteError: The folder takes no files.
     """
@@ -52,12 +52,6 @@ def claim(output: Path, record: Record) -> None:
     if file.exists():
         _compare(output, _read(file), json.loads(json.dumps(record)))
         return
-    if others := sorted(entry.name for entry in output.iterdir() if not entry.name.startswith(".")):
-        raise ArgumentError(
-            f"{str(output)!r} is not empty and has no {NAME}: it holds {brief(others[0])}"
-            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
-            + ". Give a new folder, or that of a run that is to go on"
-        )
     text = json.dumps(record, indent=2) + "\n"
     write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -67,13 +61,14 @@ def reserve(output: Path) -> Iterator[None]:
     """Make the folder if need be, and keep other runs out of it within the block.
 
     Raises:
-        ArgumentError: It is a file, cannot be made, or another run is writing into it.
+        ArgumentError: It is a file, cannot be made, holds something else, or another run is writing into it.
         WriteError: It takes no files.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"cannot make the folder {str(output)!r}: {error.strerror}; give another output") from error
+    _check_ours(output)
     lock = FileLock(output / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -87,6 +82,17 @@ def reserve(output: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_ours(output: Path) -> None:
+    """Raise ArgumentError if a folder holds something and is not one of predictions."""
+    others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith("."))
+    if others and not (output / NAME).exists():
+        raise ArgumentError(
+            f"{str(output)!r} is not empty and has no {NAME}: it holds {brief(others[0])}"
+            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+            + ". Give a new folder, or that of a run that is to go on"
+        )
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:

@@ -225,22 +225,29 @@ def open_parts(
     Raises:
         DataError: Nothing there, no images, or several that could be meant.
     """
-    path = os.path.expanduser(str(source))
-    named = path.startswith((*READERS, SHARDS))
+    path = _absolute(os.path.expanduser(str(source)))
     columns = {"image_column": image_column, "key_column": key_column}
-    if not named and _holds_parquet(path) and (files := find_parquet(path)):
-        table = open_parquet(str(source), files, **columns)
+    if _holds_parquet(path) and (files := find_parquet(path)):
+        table = open_parquet(path, files, **columns)
         if table is not None:
             if split is not None:
-                raise DataError(f"Parquet files have no splits: give the files of {split!r} in {str(source)!r}")
-            return _ParquetParts(os.path.abspath(path), None, rows, table)
+                raise DataError(f"Parquet files have no splits: give the files of {split!r} in {path!r}")
+            return _ParquetParts(path, None, rows, table)
     if image_column or key_column:
         raise DataError(f"image_column and key_column are for Parquet files with images, {str(source)!r} holds none")
-    opened = open_split(source, split, labelled=False, root=root, download=download)
+    opened = open_split(path, split, labelled=False, root=root, download=download)
     if isinstance(opened, Split):
-        return _SplitParts(path if named else os.path.abspath(path), split, rows, opened)
-    place = path.removeprefix(SHARDS)
-    return _ShardParts(path if ":" in place else SHARDS + os.path.abspath(place), split, opened)
+        return _SplitParts(path, split, rows, opened)
+    return _ShardParts(path, split, opened)
+
+
+def _absolute(source: str) -> str:
+    """A source as all processes and machines understand it, whatever folder they are in."""
+    if source.startswith(SHARDS):
+        place = os.path.expanduser(source.removeprefix(SHARDS))
+        return source if ":" in place else SHARDS + os.path.abspath(place)
+    exists = os.path.exists(source) or find_parquet(source)
+    return os.path.abspath(source) if exists and not source.startswith(READERS) else source
 
 
 def _holds_parquet(path: str) -> bool:

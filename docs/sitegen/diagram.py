@@ -1,4 +1,4 @@
-"""The architecture of a variant as a drawing in SVG, for light and for dark pages."""
+"""Drawings in SVG, for light and for dark pages: the architecture of a variant, and the way of a batch of images."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ class _Drawing:
             f'<path d="M{x - 6:g} {y:g}h12M{x:g} {y - 6:g}v12" stroke="{outline}" stroke-width="1.5"/>'
         )
 
-    def svg(self, title: str) -> str:
+    def svg(self, title: str, height: int = HEIGHT) -> str:
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-            f'height="{HEIGHT}" font-family="{FONTS}" role="img">\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+            f'height="{height}" font-family="{FONTS}" role="img">\n'
             f"<title>{escape(title)}</title>\n"
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
             f'orient="auto"><path d="M0 0L8 4L0 8z" fill="{self.palette.quiet}"/></marker></defs>\n'
@@ -153,3 +153,23 @@ def draw(variant: Variant, palette: Palette) -> str:
     _network(drawing, variant)
     _block(drawing, variant)
     return drawing.svg(f"Architecture of {variant.name}: patch embedding, {variant.depth} blocks, mean, linear layer")
+
+
+def draw_batch(palette: Palette) -> str:
+    """SVG of `predict_dataset`: a source in parts, workers that decode, the model, a file for each part."""
+    drawing = _Drawing(palette)
+    drawing.box(14, 66, 118, 76, "plain", "source", "folder, tar, shards,", "Parquet, hfds/")
+    for i, y in enumerate((20, 84, 148)):
+        drawing.box(186, y, 100, 40, "patches", f"part {i}")
+        drawing.path(f"M133 104L184 {y + 20}", arrow=True)
+        drawing.path(f"M287 {y + 20}L334 104", arrow=True)
+        drawing.box(598, y, 138, 40, "patches", f"part-0000{i}.parquet")
+        drawing.path(f"M549 104L596 {y + 20}", arrow=True)
+    drawing.box(336, 66, 92, 76, "depthwise", "workers", "decode", "ahead")
+    drawing.box(464, 66, 84, 76, "pointwise", "model", "optimized")
+    drawing.path("M429 104H462", arrow=True)
+    drawing.path("M324 50H560V158H324Z", dashed=True)
+    drawing.text(442, 40, "one process, or each actor on Ray", quiet=True, size=12)
+    drawing.text(606, 214, "a file that is there is not computed again", quiet=True, size=12)
+    drawing.text(236, 214, "same images, same order, always", quiet=True, size=12)
+    return drawing.svg("From a source in parts, through workers and the model, to a Parquet file for each part", 228)

@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter
 import convmixer
 from convmixer import plots, registry
 from convmixer.training.history import read_history
-from sitegen.diagram import PALETTES, draw
+from sitegen.diagram import PALETTES, draw, draw_batch
 from sitegen.records import DOCS
 from sitegen.runs import LOGS, anchor, by_script, counted, evaluation, losses, runs
 from sitegen.speed import benches, gpu_sections, result
@@ -248,6 +248,7 @@ def draw_all() -> None:
     """Every figure that a page of the site shows."""
     draw_charts(FIGURES)
     for scheme, palette in PALETTES.items():
+        (FIGURES / f"batch-{scheme}.svg").write_text(draw_batch(palette), encoding="utf-8")
         for variant in registry.VARIANTS:
             (FIGURES / f"{variant.name}-{scheme}.svg").write_text(draw(variant, palette), encoding="utf-8")
     _draw_runs()

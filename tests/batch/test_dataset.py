@@ -315,7 +315,9 @@ def test_another_run_in_the_folder(model, digits, tmp_path):
         ArgumentError, match=r"rows of another run: settings topk was 3 and is 2\. To go on there, repeat"
     ):
         compute(model, digits, out, topk=2)
-    with pytest.raises(ArgumentError, match=r"settings dtype was 'None' and is 'bfloat16'; settings rows_per_file was"):
+    with pytest.raises(
+        ArgumentError, match=r"settings dtype was 'float32' and is 'bfloat16'; settings rows_per_file was"
+    ):
         compute(model, digits, out, dtype="bfloat16", rows_per_file=7)
     with pytest.raises(ArgumentError, match=r"source data was '.*train' and is '.*zero'; source listing was "):
         compute(model, digits / "zero", out)
@@ -411,7 +413,7 @@ def test_a_reader_that_dies(model, digits, tmp_path, monkeypatch):
         ({"data": "torch/cifar10"}, DataError, "has the splits train and test: say which one is meant"),
         ({"data": "phtoos"}, DataError, "no data at 'phtoos'"),
         ({"data": "none.parquet"}, DataError, "no table at 'none.parquet'"),
-        ({"data": "wds/none/x-{0..1}.tar"}, DataError, "cannot read the shard 'none/x-0.tar'"),
+        ({"data": "wds/none/x-{0..1}.tar"}, DataError, "none/x-0.tar'"),
         ({"image_column": "image"}, DataError, "image_column and key_column are for Parquet files"),
     ],
 )
@@ -427,7 +429,7 @@ def test_senseless_arguments(model, digits, tmp_path, monkeypatch, options, erro
 def test_parquet_that_is_not_clear(model, files, tmp_path):
     content = [file.read_bytes() for file in files[:2]]
     pq.write_table(pa.table({"left": content, "right": content, "n": [1, 2]}), tmp_path / "in.parquet")
-    with pytest.raises(DataError, match="several columns of .* could hold images, left, right: say image_column="):
+    with pytest.raises(DataError, match=r"several columns of .* could hold images, left, right: say image_column="):
         compute(model, tmp_path / "in.parquet", tmp_path / "out")
     with pytest.raises(
         DataError, match=r"no column 'rihgt' with the bytes of images in .*columns of bytes are left, right"

@@ -26,6 +26,7 @@ pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pi
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'convmixer[ray]'")
 
 COUNT, ROWS = 160, 10
+PATIENCE = 1200  # seconds: on a busy machine Ray takes minutes to start
 PROGRAM = """
 import json, sys
 import convmixer
@@ -77,7 +78,7 @@ def cluster(tmp_path_factory):
     command = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", *ports, f"--temp-dir={folder}"]
     command += ["--include-dashboard=false", "--object-store-memory=80000000", "--disable-usage-stats"]
     with log.open("w") as file, started(command, env=env, stdout=file, stderr=subprocess.STDOUT) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while "Ray runtime started" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -108,7 +109,7 @@ def expected(digits, tmp_path_factory) -> list[dict]:
 
 
 def _wait_for_file(process, output: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE
     while not list(output.glob("part*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -129,7 +130,7 @@ def _actors(cluster_process) -> list[psutil.Process]:
 
 def test_two_actors(digits, expected, cluster, tmp_path):
     address, _, env = cluster
-    result = finish(program(digits, tmp_path / "out", ray=address, actors=2), env=env)
+    result = finish(program(digits, tmp_path / "out", ray=address, actors=2), env=env, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert rows(tmp_path / "out") == expected
     assert f"images={COUNT}, errors=1, files={COUNT // ROWS}, kept=0" in result.stdout
@@ -147,7 +148,7 @@ def test_an_actor_that_is_killed(digits, expected, cluster, tmp_path):
         assert len(actors) == 2
         actors[0].send_signal(signal.SIGKILL)
         assert len(list(output.glob("part*"))) < COUNT // ROWS
-        printed, errors = driver.communicate(timeout=400)
+        printed, errors = driver.communicate(timeout=PATIENCE)
         assert driver.returncode == 0, errors
     assert rows(output) == expected
     assert "kept=0" in printed
@@ -162,13 +163,13 @@ def test_a_driver_that_is_killed(digits, expected, cluster, tmp_path):
         _wait_for_file(driver, output)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while _actors(process):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     kept = len(list(output.glob("part*")))
     assert 1 <= kept < COUNT // ROWS
-    result = finish(program(digits, output), env=env)
+    result = finish(program(digits, output), env=env, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert f"kept={kept * ROWS}" in result.stdout
     assert rows(output) == expected
@@ -179,15 +180,17 @@ def test_command_and_errors_of_actors(digits, cluster, tmp_path):
     address, _, env = cluster
     command = [sys.executable, "-m", "convmixer", "predict", "--data", digits, "--workers", 0, "--rows-per-file", 80]
     options = ["--ray", address, "--actors", 2, "--topk", 1, "--embed", "--output", tmp_path / "out"]
-    result = finish([*command, *options], env=env)
+    result = finish([*command, *options], env=env, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert f"{COUNT} images, of which 1 could not be read" in result.stdout
     assert result.stderr == f"{COUNT} images from train/\n"
     assert len(rows(tmp_path / "out")[0]["embedding"]) == 256
-    result = finish([*command, *options[:2], "--actors", 3, "--output", tmp_path / "more"], env=env)
+    result = finish([*command, *options[:2], "--actors", 3, "--output", tmp_path / "more"], env=env, timeout=PATIENCE)
     assert result.returncode == 2
     assert "actors=3: each needs a processor core, and Ray has 2" in result.stderr
-    result = finish([*command, *options[:4], "--backend", "triton", "--output", tmp_path / "triton"], env=env)
+    result = finish(
+        [*command, *options[:4], "--backend", "triton", "--output", tmp_path / "triton"], env=env, timeout=PATIENCE
+    )
     assert result.returncode == 2
     assert "error: backend='triton'" in result.stderr
     assert "Traceback" not in result.stderr
