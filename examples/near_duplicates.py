@@ -58,6 +58,6 @@ nearest = neighbours[:, 1]  # the first one is the image itself
 for change in CHANGES:
     found = names[nearest[kinds == change]] == names[kinds == change]
     print(f"{change:10} nearest neighbour of {found.sum():3} of {len(found):3} copies is the original")
-mutual = [(i, j) for i, j in enumerate(nearest) if i < j and nearest[j] == i and distances[i, 1] < 0.02]
+mutual = [(i, j) for i, j in enumerate(nearest) if i < j and nearest[j] == i and distances[i, 1] < 0.05]
 right = sum(names[i] == names[j] for i, j in mutual)
-print(f"{len(mutual)} pairs closer than 0.02, of which {right} are an image and its copy; {len(names)} images")
+print(f"{len(mutual)} pairs closer than 0.05, of which {right} are an image and its copy; {len(names)} images")
