@@ -529,8 +529,11 @@ def _read_classes(file: str) -> tuple[str, ...]:
     webdataset = optional("webdataset", repr(file), "train")
     try:
         with webdataset.gopen(file) as lines:
-            return tuple(line.strip() for line in lines.read().decode().splitlines() if line.strip())
+            classes = tuple(line.strip() for line in lines.read().decode().splitlines() if line.strip())
+        if not classes:
+            raise DataError("it is empty")
     except Exception as error:
         raise DataError(
             f"cannot read {file!r}: {error}. It names the classes, one per line, in the order of the samples' .cls"
         ) from error
+    return classes
