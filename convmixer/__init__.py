@@ -1,5 +1,6 @@
 """A model zoo for ConvMixer ("Patches Are All You Need?")."""
 
+from convmixer.batch.dataset import predict_dataset
 from convmixer.errors import ConvMixerError
 from convmixer.factory import create_model
 from convmixer.hub.checkpoints import load_checkpoint
@@ -28,6 +29,7 @@ __all__ = [
     "model_info",
     "optimize",
     "predict",
+    "predict_dataset",
     "push_to_hub",
     "save_pretrained",
 ]

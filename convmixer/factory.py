@@ -349,7 +349,7 @@ def open_run(
             f"load best.safetensors as the checkpoint of {recipe['model']}"
         )
     sizes: dict[str, Any] = dict(recipe.get("model_args", ()))
-    model: ConvMixer = create_model(recipe["model"], checkpoint=weights, device=device, **sizes)  # type: ignore[assignment]
+    model: ConvMixer = create_model(recipe["model"], checkpoint=weights, device=device, **sizes)
     return model
 
 

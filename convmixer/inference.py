@@ -82,20 +82,32 @@ def least_size(model: nn.Module) -> Size:
     return enough(height, width, config["crop_pct"])
 
 
-def preparation(model: nn.Module, *, draft: bool = True) -> Callable[[Any], Tensor]:
-    """Build the function from an image, as `read_image` takes it, to the tensor (C, H, W) that `predict` computes.
+@dataclass(frozen=True)
+class Preparation:
+    """An image, as `read_image` takes it -> the tensor (C, H, W) that `predict` computes.
+
+    Attributes:
+        transform: From a PIL image to the tensor.
+        channels: 1 or 3.
+        least: As in `read_image`.
+    """
+
+    transform: Callable[[Any], Tensor]
+    channels: int
+    least: Size | None
+
+    def __call__(self, image: Any) -> Tensor:
+        return self.transform(read_image(image, self.channels, least=self.least))
+
+
+def preparation(model: nn.Module, *, draft: bool = True) -> Preparation:
+    """Build the function from an image to a tensor that belongs to a model; worker processes can be given it.
 
     Args:
         model: A classifier from `create_model`.
         draft: Decode large JPEG photographs at a reduced scale, of which the transform needs at most half.
     """
-    transform, least = create_transform(model), least_size(model) if draft else None
-    channels = in_channels(model)
-
-    def prepare(image: Any) -> Tensor:
-        return transform(read_image(image, channels, least=least))
-
-    return prepare
+    return Preparation(create_transform(model), in_channels(model), least_size(model) if draft else None)
 
 
 @overload
@@ -169,13 +181,28 @@ def _check_counts(**counts: int) -> None:
 
 
 @torch.inference_mode()
-def _classify(model: nn.Module, batch: Tensor, topk: int, names: Sequence[str]) -> list[Prediction]:
-    """Compute the predictions for prepared images (N, C, H, W)."""
+def compute(model: nn.Module, batch: Tensor) -> Tensor:
+    """Return what a model answers in evaluation mode to prepared images (N, C, H, W), as float32 on its device."""
     parameter = next(model.parameters())
     view = evaluation_view(model)
     with computing():
-        logits = class_logits(view(batch.to(parameter.device, parameter.dtype)).float())
-        values, indices = logits.softmax(1).topk(min(topk, len(names)))
+        outputs: Tensor = view(batch.to(parameter.device, parameter.dtype)).float()
+    return outputs
+
+
+@torch.inference_mode()
+def top_classes(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Return probabilities and numbers of the most probable classes, (N, topk) each, most probable first.
+
+    The arguments are what a model answers, (N, num_classes), and how many classes are wanted, at most all of them.
+    """
+    logits = class_logits(logits)
+    return tuple(logits.softmax(1).topk(min(topk, logits.shape[1])))  # type: ignore[return-value]
+
+
+def _classify(model: nn.Module, batch: Tensor, topk: int, names: Sequence[str]) -> list[Prediction]:
+    """Compute the predictions for prepared images (N, C, H, W)."""
+    values, indices = top_classes(compute(model, batch), topk)
     rows = zip(indices.tolist(), values.tolist(), strict=True)
     return [[(names[i], p) for i, p in zip(row, probabilities, strict=True)] for row, probabilities in rows]
 

@@ -90,6 +90,17 @@ def test_dense_prediction(tmp_path, monkeypatch):
     assert (tmp_path / "dense.png").stat().st_size > 10_000
 
 
+def test_near_duplicates(monkeypatch, capsys):
+    """Nearly all changed copies find their original, and nearly all pairs are an image and its copy."""
+    monkeypatch.setattr(sys, "argv", ["near_duplicates.py"])
+    runpy.run_path(str(EXAMPLES / "near_duplicates.py"), run_name="__main__")
+    *changes, pairs = capsys.readouterr().out.splitlines()[-5:]
+    counts = [[int(word) for word in line.split() if word.isdigit()] for line in changes]
+    assert sum(found for found, _ in counts) > 0.8 * sum(count for _, count in counts)
+    closer, right = [int(word) for word in pairs.split() if word.isdigit()][:2]
+    assert right > 0.9 * closer > 10
+
+
 @pytest.mark.parametrize("name", ["from_scratch.py", "fine_tune_digits.py"])
 def test_length(name):
     assert len((EXAMPLES / name).read_text().splitlines()) <= 60

@@ -28,6 +28,7 @@ def test_exported_names():
         "model_info",
         "optimize",
         "predict",
+        "predict_dataset",
         "push_to_hub",
         "save_pretrained",
     ]
@@ -88,6 +89,7 @@ def test_only_hub_imports_huggingface_hub():
 
 def test_import_prints_nothing_changes_no_environment_and_needs_no_extra():
     optional = ("accelerate", "captum", "datasets", "matplotlib", "nncf", "onnx", "onnxruntime", "openvino")
+    optional += ("pyarrow", "ray")
     code = (
         "import os, sys, torch, timm;"
         "state = lambda: (dict(os.environ), torch.get_num_threads(), torch.initial_seed());"

@@ -8,7 +8,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,10 @@ class Split(_Labelled):
     def targets(self) -> Tensor:
         """Return the label of each image (N,)."""
 
+    def image_name(self, index: int) -> str:
+        """Return what an image is called, which no other image of the split is: by default its number."""
+        return str(index)
+
     def each(self, prepare: Prepare) -> Iterator[Sample]:
         for index in range(len(self)):
             try:
@@ -137,6 +141,9 @@ class FileSplit(Split):
     def targets(self) -> Tensor:
         return torch.tensor(self.labels)
 
+    def image_name(self, index: int) -> str:
+        return self.images[index].name
+
     def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
         file = self.images[index]
         try:
@@ -159,7 +166,9 @@ class NamedSplit(Split):
         return len(self.dataset)
 
     def _check(self, label: Any) -> int:
-        """Return the label; raise a DataError if there is none, which data sets of the Hub write as -1."""
+        """Return the label, 0 if none is needed; raise a DataError if there is none: data sets of the Hub write -1."""
+        if not self.classes:
+            return 0
         if label is None or not 0 <= label < len(self.classes):
             raise DataError(f"its label is {label}, so it shows none of the {len(self.classes)} classes: not labelled")
         return int(label)
@@ -186,12 +195,38 @@ class NamedSplit(Split):
 
 
 @dataclass(frozen=True)
+class HubImages(Split):
+    """The images of a data set of the Hub, without labels.
+
+    Attributes:
+        rows: Its rows, whose images are not decoded.
+        column: The column of images.
+    """
+
+    rows: Any
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def targets(self) -> Tensor:
+        return torch.zeros(len(self), dtype=torch.int64)
+
+    def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
+        try:
+            image = self.rows[index][self.column]
+            return prepare(image["bytes"] or image["path"]), 0
+        except Exception as error:
+            raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
+
+
+@dataclass(frozen=True)
 class ShardSplit(_Labelled):
     """A split in WebDataset tars, which are read from their start to their end.
 
     Attributes:
         urls: The tars: paths, or whatever webdataset opens.
-        count: Number of samples in all of them.
+        count: Number of samples in all of them; 0 where labels were not asked for and nothing says it.
     """
 
     urls: tuple[str, ...]
@@ -219,13 +254,18 @@ class ShardSplit(_Labelled):
             content = next((sample[key] for key in keys if key in sample), None)
             if content is None:
                 raise DataError(f"none of its parts ends in {', '.join(keys)}")
-            label = int(sample["cls"])
-            if not 0 <= label < len(self.classes):
-                raise DataError(f"class {label}, of {len(self.classes)} in classes.txt")
-            return prepare(content), label
+            return prepare(content), self._label(sample)
         except Exception as error:
             what = f"{sample.get('__key__')} in {sample.get('__url__')!r}"
             raise DataError(f"cannot read {what}: {type(error).__name__}: {error}") from error
+
+    def _label(self, sample: dict[str, Any]) -> int:
+        if not self.classes:
+            return 0
+        label = int(sample["cls"])
+        if not 0 <= label < len(self.classes):
+            raise DataError(f"class {label}, of {len(self.classes)} in classes.txt")
+        return label
 
     def each(self, prepare: Prepare) -> Iterator[Sample]:
         """Yield every sample, prepared, and its label; instead of an unreadable one the error that names it.
@@ -241,7 +281,7 @@ class ShardSplit(_Labelled):
             except Exception as error:  # of the tar, or of the network
                 raise DataError(f"cannot read {self.name!r}: {type(error).__name__}: {error}") from error
             found += sample is not None
-            if found > self.count or (sample is None and found < self.count):
+            if self.count and (found > self.count or (sample is None and found < self.count)):
                 other = "more" if sample else str(found)
                 raise DataError(f"{self.name!r} should have {self.count} samples and has {other}: correct the number")
             if sample is None:
@@ -257,7 +297,7 @@ class ShardSplit(_Labelled):
 
 def open_split(
     source: str | Path,
-    split: str,
+    split: str | None,
     *,
     labels: str | Path | None = None,
     labelled: bool = True,
@@ -268,9 +308,11 @@ def open_split(
 
     Args:
         source: As for `load_images`.
-        split: "train", "validation" or "test"; of an `hfds/` data set any split that it has.
+        split: "train", "validation" or "test"; of an `hfds/` data set any split that it has. None, where labels are
+            not needed: all images of a folder, tar or table; the only split of another data set.
         labels: A table of labels.
-        labelled: Whether labels are needed; without them, all images of a folder or tar are taken.
+        labelled: Whether labels are needed; without them, all images of a folder or tar are taken, shards need no
+            classes.txt, and data sets of the Hub no column of labels.
         root: Where downloaded data sets lie.
         download: Let `torch/` data sets download what is missing.
 
@@ -281,14 +323,17 @@ def open_split(
     if labels is not None and name.startswith((*READERS, SHARDS)):
         raise DataError(f"labels={str(labels)!r} is for images in folders and tars: {name!r} has labels of its own")
     if name.startswith("hfds/"):
-        return _open_hub(name, split, root)
-    wanted = role(split)
-    if wanted is None:
+        return _open_hub(name, split, root, labelled)
+    wanted = split and role(split)
+    if wanted is None and split is not None:
         raise DataError(f"unknown split {split!r} of {name!r}; valid: {', '.join(ROLES)}")
     if name.startswith(SHARDS):
-        return _open_shards(name, wanted)
+        return _open_shards(name, wanted, labelled)
     if name.startswith("torch/"):
-        return _open_torchvision(name, wanted, root, download)
+        if wanted is None:
+            raise DataError(f"{name!r} has the splits train and test: say which one is meant")
+        found = _open_torchvision(name, wanted, root, download)
+        return found if labelled else replace(found, classes=())
     return _open_files(source, wanted, labels, labelled)
 
 
@@ -309,10 +354,10 @@ def has_split(
     return has_rows(layout, read_table(labels), split, str(labels))
 
 
-def _describe(split: str, count: int, classes: Sequence[str], place: str) -> str:
+def _describe(split: str | None, count: int, classes: Sequence[str], place: str) -> str:
     """Return "test: 372 images in 10 classes from clothing/test.tar"."""
     kinds = f" in {len(classes)} class{'' if len(classes) == 1 else 'es'}" if classes else ""
-    return f"{split}: {count_images(count)}{kinds} from {place}"
+    return f"{f'{split}: ' if split else ''}{count_images(count) if count else 'images'}{kinds} from {place}"
 
 
 def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str | Path | None]:
@@ -322,12 +367,12 @@ def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str
     return find_layout(source), labels
 
 
-def _open_files(source: str | Path, split: str, labels: str | Path | None, labelled: bool) -> Split:
+def _open_files(source: str | Path, split: str | None, labels: str | Path | None, labelled: bool) -> Split:
     layout, table = _lay_out(source, labels)
     if table is not None:
         folder, listing = list_rows(layout, read_table(table), split, str(table))
     else:
-        folder = layout.folder_of(split)
+        folder = layout.top if split is None else layout.folder_of(split)
         if labelled:
             layout.check_classes()
         listing = list_classes(folder) if labelled else list_images(folder)
@@ -341,12 +386,12 @@ def _open_files(source: str | Path, split: str, labels: str | Path | None, label
         taken += ", as there is no test split"
     if listing.left_out:
         taken += f"; left out: {describe_left_out(listing.left_out)}"
-    if layout.other:
+    if layout.other and split is not None:
         taken += f"; no split: {some(layout.other)}"
     return FileSplit(str(source), listing.classes, taken, listing.images, listing.labels)
 
 
-def _nothing(source: str, split: str, place: str, listing: Listing, table: str | Path | None) -> str:
+def _nothing(source: str, split: str | None, place: str, listing: Listing, table: str | Path | None) -> str:
     """Say why no image with a label was found."""
     loose = listing.left_out["image beside the class folders"]
     if loose:
@@ -355,16 +400,20 @@ def _nothing(source: str, split: str, place: str, listing: Listing, table: str |
             f"the {split} images of {source!r}, {loose:,} in {place}, lie in no class folders, so nothing says what "
             f"they show{without}. {LAYOUTS}. `convmixer predict` classifies images without labels"
         )
+    if table is not None and split is None:
+        return f"no row of {str(table)!r} names an image of {source!r}"
     if table is not None:
         return f"no row of {str(table)!r} is of the {split} images of {source!r}, in {place}"
     left_out = f" It holds {describe_left_out(listing.left_out)}." if listing.left_out else ""
+    if split is None:
+        return f"no images in {source!r}.{left_out} Files of images are known by their suffixes: .jpg, .png, ..."
     return f"no images in the {split} split of {source!r}, {place}.{left_out} {LAYOUTS}"
 
 
 # ---- data sets by name ----------------------------------------------------------------------------------------------
 
 
-def _open_torchvision(name: str, split: str, root: str | Path | None, download: bool) -> Split:
+def _open_torchvision(name: str, split: str, root: str | Path | None, download: bool) -> NamedSplit:
     if split == "validation":
         raise DataError(f"no validation split in {name!r}: data sets of torchvision are read as train and test")
     if name.lower() in ("torch/image_folder", "torch/folder"):
@@ -387,14 +436,28 @@ def _load_hub(name: str, root: str | Path | None) -> Any:
         raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}") from error
 
 
-def _open_hub(name: str, split: str, root: str | Path | None) -> Split:
-    splits = _load_hub(name, root)
-    meant = [split] if split in splits else [own for own in splits if role(own) and role(own) == role(split)]
-    if not meant and role(split) == "test":  # as in a folder
-        meant = [own for own in splits if role(own) == "validation"]
+def _choose_split(name: str, split: str | None, valid: Sequence[str]) -> str:
+    """What a data set of the Hub calls a split."""
+    if split is None:
+        meant = list(valid)
+    elif split in valid:
+        meant = [split]
+    else:
+        meant = [own for own in valid if role(own) and role(own) == role(split)]
+        if not meant and role(split) == "test":  # as in a folder
+            meant = [own for own in valid if role(own) == "validation"]
     if len(meant) != 1:
-        raise DataError(f"no split {split!r} in {name!r}; valid: {', '.join(splits)}")
-    features = splits[meant[0]].features
+        wrong = f"no split {split!r} in {name!r}" if split else f"{name!r} has several splits: say which one is meant"
+        raise DataError(f"{wrong}; valid: {', '.join(valid)}")
+    return meant[0]
+
+
+def _open_hub(name: str, split: str | None, root: str | Path | None, labelled: bool) -> Split:
+    splits = _load_hub(name, root)
+    chosen_split = _choose_split(name, split, list(splits))
+    if not labelled:
+        return _open_hub_images(name, chosen_split, splits[chosen_split])
+    features = splits[chosen_split].features
     datasets = optional("datasets", repr(name), "train")
     kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}  # timm expects "image" and "label"
     columns = {key: [c for c, f in features.items() if isinstance(f, kind)] for key, kind in kinds.items()}
@@ -402,39 +465,50 @@ def _open_hub(name: str, split: str, root: str | Path | None) -> Split:
         raise DataError(f"{name!r} has no column of images or none of class labels: {features}")
     chosen = {key: names[0] for key, names in columns.items()}
     try:
-        dataset = create_dataset(name, root=root and str(root), split=meant[0], **chosen)
+        dataset = create_dataset(name, root=root and str(root), split=chosen_split, **chosen)
     except Exception as error:
         raise DataError(f"cannot open {name!r}: {type(error).__name__}: {error}") from error
     if not len(dataset):
-        raise DataError(f"no images in the {meant[0]} split of {name!r}")
+        raise DataError(f"no images in the {chosen_split} split of {name!r}")
     table = dataset.reader.class_to_idx
     classes = tuple(map(str, sorted(table, key=table.__getitem__)))
-    taken = _describe(role(split) or split, len(dataset), classes, f"{name}, split {meant[0]}")
+    taken = _describe(role(chosen_split) or chosen_split, len(dataset), classes, f"{name}, split {chosen_split}")
     return NamedSplit(name, classes, taken, dataset)
+
+
+def _open_hub_images(name: str, split: str, rows: Any) -> Split:
+    """A split of the Hub of which only the images are read."""
+    datasets = optional("datasets", repr(name), "train")
+    column = next((c for c, feature in rows.features.items() if isinstance(feature, datasets.Image)), None)
+    if column is None or not len(rows):
+        raise DataError(f"{name!r} has no images in its split {split}: {rows.features}")
+    images = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    return HubImages(name, (), _describe(None, len(rows), (), f"{name}, split {split}"), images, column)
 
 
 # ---- WebDataset -----------------------------------------------------------------------------------------------------
 
 
-def _find_shards(name: str, split: str) -> str | None:
-    """Return what the `_info.json` of a folder of shards calls a split; None if it does not have it."""
+def _find_shards(name: str, split: str | None) -> str | None:
+    """Return what the `_info.json` of a folder of shards calls a split, None being any; None if it does not have it."""
     webdataset = optional("webdataset", repr(name), "train")
     folder, problems = os.path.expanduser(name[len(SHARDS) :]), []
     for file in ("_info.json", "info.json"):  # as timm looks for them
         try:
             with webdataset.gopen(os.path.join(folder, file)) as stream:
-                own = [key for key in json.load(stream)["splits"] if role(key) == split]
+                own = [key for key in json.load(stream)["splits"] if split is None or role(key) == split]
         except Exception as error:  # of webdataset, of the network, of JSON
             problems.append(f"{type(error).__name__}: {error}")
             continue
         if len(own) > 1:
-            raise DataError(f"several {split} splits in {name!r}: {', '.join(own)}. Leave one of them in {file}")
+            advice = f"Leave one of them in {file}" if split else "Say which one is meant"
+            raise DataError(f"several {f'{split} ' if split else ''}splits in {name!r}: {', '.join(own)}. {advice}")
         return own[0] if own else None
-    raise DataError(f"cannot open the {split} split of {name!r}: {'; '.join(problems)}. {_SHARDS_WANTED}")
+    raise DataError(f"cannot open the {split or 'only'} split of {name!r}: {'; '.join(problems)}. {_SHARDS_WANTED}")
 
 
-def _open_shards(name: str, split: str) -> ShardSplit:
-    webdataset = optional("webdataset", repr(name), "train")
+def _open_shards(name: str, split: str | None, labelled: bool) -> ShardSplit:
+    optional("webdataset", repr(name), "train")
     folder, _, chosen = name.removeprefix(SHARDS).rpartition("/") if ".tar" in name else (name[len(SHARDS) :], "", "")
     folder, note = os.path.expanduser(folder), ""
     if not chosen:
@@ -442,21 +516,28 @@ def _open_shards(name: str, split: str) -> ShardSplit:
         if not chosen and split == "test":  # as in a folder
             chosen, note = _find_shards(name, "validation") or "", ", as there is no test split"
         if not chosen:
-            raise DataError(f"no {split} split in the _info.json of {name!r}. {_SHARDS_WANTED}")
+            raise DataError(f"no {split or 'single'} split in the _info.json of {name!r}. {_SHARDS_WANTED}")
     try:
         reader = create_reader(SHARDS, root=folder, split=chosen)
     except Exception as error:  # timm's and webdataset's
-        raise DataError(f"cannot open the {split} split of {name!r}: {error}. {_SHARDS_WANTED}") from error
-    if not reader.num_samples:
+        raise DataError(f"cannot open the {split or 'only'} split of {name!r}: {error}. {_SHARDS_WANTED}") from error
+    if not reader.num_samples and labelled:
         raise DataError(f"{name!r} does not say how many samples it has: add |NUMBER to it")
-    names = os.path.join(folder, "classes.txt")
-    try:
-        with webdataset.gopen(names) as file:
-            classes = tuple(line.strip() for line in file.read().decode().splitlines() if line.strip())
-    except Exception as error:
-        raise DataError(
-            f"cannot read {names!r}: {error}. It names the classes, one per line, in the order of the samples' .cls"
-        ) from error
+    classes = _read_classes(os.path.join(folder, "classes.txt")) if labelled else ()
     urls = tuple(os.path.join(folder, file) for file in reader.split_info.filenames)
     taken = _describe(split, reader.num_samples, classes, f"{len(urls)} shards of {name}, {chosen}{note}")
     return ShardSplit(name, classes, taken, urls, reader.num_samples)
+
+
+def _read_classes(file: str) -> tuple[str, ...]:
+    webdataset = optional("webdataset", repr(file), "train")
+    try:
+        with webdataset.gopen(file) as lines:
+            classes = tuple(line.strip() for line in lines.read().decode().splitlines() if line.strip())
+        if not classes:
+            raise DataError("it is empty")
+    except Exception as error:
+        raise DataError(
+            f"cannot read {file!r}: {error}. It names the classes, one per line, in the order of the samples' .cls"
+        ) from error
+    return classes

@@ -7,6 +7,7 @@ the image, whatever the number of workers. `Shards` reads WebDataset tars from t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -108,10 +109,21 @@ def _collate(samples: list[Decoded]) -> tuple[Tensor, Tensor, list[str]]:
     return pixels, torch.tensor([label for _, label in read]), [e for *_, errors in samples for e in errors]
 
 
-def _leave_signals_to_the_main_process(_worker: int) -> None:
+def leave_signals_to_the_main_process(_worker: int) -> None:
     # Ctrl-C, and SIGTERM of a batch system, reach all processes; the main one still needs batches to end its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def watching_workers(name: str) -> Iterator[None]:
+    """Make a DataError, with the name of the data, of the death of a worker of a DataLoader within the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(f"a process that reads {name!r} ended: {error}. Give fewer workers") from error
 
 
 @dataclass
@@ -160,11 +172,11 @@ class _Workers:
             dataset,
             num_workers=self.workers if len(self) else 0,  # type: ignore[arg-type]
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=leave_signals_to_the_main_process,
             generator=torch.Generator(),  # else the loader draws from the one that training uses
             **how,
         )
-        try:
+        with watching_workers(self.name):
             for batch in loader:
                 if isinstance(batch, DataError):
                     raise batch
@@ -176,10 +188,6 @@ class _Workers:
                     raise DataError(f"no image of {self.name!r} can be read: {shorten(errors)}")
                 if len(pixels):
                     yield pixels.to(self.device, non_blocking=True), self.labels[labels].to(self.device)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(f"a process that reads {self.name!r} ended: {error}. Give fewer workers") from error
 
 
 @dataclass(frozen=True)

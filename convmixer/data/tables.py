@@ -95,8 +95,8 @@ def has_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> boo
     return split in layout.splits and bool(list_rows(layout, rows, split, table)[1].images)
 
 
-def list_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> tuple[Folder, Listing]:
-    """Return the folder of a split, and those of its images for which a table has rows.
+def list_rows(layout: Layout, rows: Sequence[Row], split: str | None, table: str) -> tuple[Folder, Listing]:
+    """Return the folder of a split, or of all images without one, and those of its images for which a table has rows.
 
     The column split decides where there is one; else the folder of the split, where the source has one.
 
@@ -104,9 +104,9 @@ def list_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> tu
         DataError: Rows without a file, with several that could be meant, or of one file with two labels.
     """
     folder, unlisted = layout.top, "image without a row in the table"
-    if any(row.split for row in rows):
+    if split is not None and any(row.split for row in rows):
         rows, unlisted = [row for row in rows if row.split == split], f"image without a row of the {split} split"
-    else:
+    elif split is not None:
         folder = layout.folder_of(split)
     files = {(file.path, file.start): file for file in folder.walk()}
     labels: dict[File, str] = {}

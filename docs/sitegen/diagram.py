@@ -1,4 +1,4 @@
-"""Drawings in SVG, for light and for dark pages: the architecture of a variant, and steps one after the other."""
+"""Drawings in SVG, for light and dark pages: the architecture of a variant, steps in turn, and the way of a batch."""
 
 from __future__ import annotations
 
@@ -191,3 +191,23 @@ def draw_flow(name: str, palette: Palette) -> str:
         if i:
             drawing.path(f"M{x - gap + 2} 52H{x - 3}", arrow=True)
     return drawing.svg(title, height=104)
+
+
+def draw_batch(palette: Palette) -> str:
+    """SVG of `predict_dataset`: a source in parts, workers that decode, the model, a file for each part."""
+    drawing = _Drawing(palette)
+    drawing.box(14, 66, 118, 76, "plain", "source", "folder, tar, shards,", "Parquet, hfds/")
+    for i, y in enumerate((20, 84, 148)):
+        drawing.box(186, y, 100, 40, "patches", f"part {i}")
+        drawing.path(f"M133 104L184 {y + 20}", arrow=True)
+        drawing.path(f"M287 {y + 20}L334 104", arrow=True)
+        drawing.box(598, y, 138, 40, "patches", f"part-0000{i}.parquet")
+        drawing.path(f"M549 104L596 {y + 20}", arrow=True)
+    drawing.box(336, 66, 92, 76, "depthwise", "workers", "decode", "ahead")
+    drawing.box(464, 66, 84, 76, "pointwise", "model", "optimized")
+    drawing.path("M429 104H462", arrow=True)
+    drawing.path("M324 50H560V158H324Z", dashed=True)
+    drawing.text(442, 40, "one process, or each actor on Ray", quiet=True, size=12)
+    drawing.text(606, 214, "a file that is there is not computed again", quiet=True, size=12)
+    drawing.text(236, 214, "same images, same order, always", quiet=True, size=12)
+    return drawing.svg("From a source in parts, through workers and the model, to a Parquet file for each part", 228)

@@ -24,7 +24,7 @@ import convmixer
 from convmixer import plots, registry
 from convmixer.hub import zoo
 from convmixer.training.history import read_history
-from sitegen.diagram import FLOWS, PALETTES, draw, draw_flow
+from sitegen.diagram import FLOWS, PALETTES, draw, draw_batch, draw_flow
 from sitegen.records import DOCS
 from sitegen.runs import LOGS, anchor, counted, evaluation, runs
 from sitegen.speed import benches, gpu_sections, result
@@ -231,6 +231,7 @@ def draw_all() -> None:
     """Every figure that a page of the site shows."""
     draw_charts(FIGURES)
     for scheme, palette in PALETTES.items():
+        (FIGURES / f"batch-{scheme}.svg").write_text(draw_batch(palette), encoding="utf-8")
         for variant in registry.VARIANTS:
             (FIGURES / f"{variant.name}-{scheme}.svg").write_text(draw(variant, palette), encoding="utf-8")
         for flow in FLOWS:

@@ -524,3 +524,11 @@ def test_home(shards, monkeypatch):
     assert has_split(source, "test")
     assert not has_split(source, "validation")
     assert len(open_split(source, "train")) == len(open_split(f"wds/{shards}", "train")) > 0
+
+
+def test_an_empty_list_of_classes(shards, tmp_path):
+    """Which would otherwise stand for labels that nobody needs."""
+    shutil.copytree(shards, tmp_path / "set")
+    (tmp_path / "set" / "classes.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"cannot read '.*classes\.txt': it is empty\. It names the classes"):
+        open_split(f"wds/{tmp_path / 'set'}", "train")

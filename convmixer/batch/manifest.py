@@ -1,0 +1,118 @@
+"""What a folder of predictions was computed from: a run goes on in it only with the same source, model and settings."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from convmixer.errors import ArgumentError, DataError, WriteError, brief
+from convmixer.files import write_atomically
+from convmixer.transforms import preprocessing
+
+NAME = "_manifest.json"  # readers of Parquet folders skip names that begin with _ or .
+_LOCK = ".lock"
+_FORMAT = 1
+
+Record = Mapping[str, Mapping[str, Any]]  # source, model and settings, by name
+
+
+def describe_model(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return what tells a model from another one: a name, a digest of weights, layers, preprocessing and labels."""
+    config = preprocessing(model)
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    layers = sorted({type(module).__name__ for module in model.modules()})
+    prepared = [config[key] for key in ("input_size", "interpolation", "crop_mode", "crop_pct", "mean", "std")]
+    digest.update(json.dumps([layers, prepared, labels]).encode())
+    tag = config.get("tag")
+    return {"name": f"{config.get('architecture')}{f'.{tag}' if tag else ''}", "digest": digest.hexdigest()}
+
+
+def claim(output: Path, record: Record) -> None:
+    """Write the manifest of a new run into a folder, or check that the one there is the same.
+
+    Raises:
+        ArgumentError: The folder holds another run; nothing in it is changed.
+        DataError: A manifest that cannot be read.
+        WriteError: The folder takes no files.
+    """
+    file = output / NAME
+    record = {"format": {"version": _FORMAT}, **record}
+    if file.exists():
+        _compare(output, _read(file), json.loads(json.dumps(record)))
+        return
+    text = json.dumps(record, indent=2) + "\n"
+    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def reserve(output: Path) -> Iterator[None]:
+    """Make the folder if need be, and keep other runs out of it within the block.
+
+    Raises:
+        ArgumentError: It is a file, cannot be made, holds something else, or another run is writing into it.
+        WriteError: It takes no files.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"cannot make the folder {str(output)!r}: {error.strerror}; give another output") from error
+    _check_ours(output)
+    lock = FileLock(output / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ArgumentError(f"another run is writing into {str(output)!r}: wait for it, or stop it") from error
+    except OSError as error:
+        raise WriteError(
+            f"cannot write into {str(output)!r}: {error.strerror or error}. Give another output"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_ours(output: Path) -> None:
+    """Raise ArgumentError if a folder holds something and is not one of predictions."""
+    others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith("."))
+    if others and not (output / NAME).exists():
+        raise ArgumentError(
+            f"{str(output)!r} is not empty and has no {NAME}: it holds {brief(others[0])}"
+            + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+            + ". Give a new folder, or that of a run that is to go on"
+        )
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+            raise ValueError("not an object of objects")
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {str(file)!r}: {error}. Give another output") from error
+    return found
+
+
+def _compare(output: Path, there: Record, here: Record) -> None:
+    differences = []
+    for part in sorted(there.keys() | here.keys()):
+        old, new = there.get(part, {}), here.get(part, {})
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        differences += [f"{part} {key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed]
+    if differences:
+        raise ArgumentError(
+            f"{os.fspath(output)!r} holds the rows of another run: {'; '.join(differences)}. To go on there, "
+            "repeat what was; to begin a new run, give another output"
+        )
