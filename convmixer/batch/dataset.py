@@ -123,9 +123,11 @@ def predict_dataset(
         DependencyError: pyarrow, Ray or the backend is not installed.
 
     Example:
-        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
-        >>> summary = convmixer.predict_dataset(model, "photos.tar", "predictions", topk=1)
-        >>> pandas.read_parquet("predictions").label.value_counts()
+        >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+        >>> options = {"split": "test", "workers": 0, "backend": "eager", "report": lambda line: None}
+        >>> summary = convmixer.predict_dataset(model, "data/flowers", "predictions", topk=1, **options)
+        >>> summary.images
+        6
     """
     _check(topk=topk, batch_size=batch_size, rows_per_file=rows_per_file, actors=actors, workers=workers)
     chosen = _check_backend(backend, dtype)
