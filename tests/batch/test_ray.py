@@ -87,13 +87,14 @@ def cluster(tmp_path_factory):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield f"127.0.0.1:{port}", process, env
-    deadline = time.monotonic() + PATIENCE
-    while rest := list(alive(process)):  # a worker may have been starting while the others were killed
-        assert time.monotonic() < deadline, rest
-        for one in rest:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        time.sleep(0.2)
+        # Ray's processes rename themselves, and with that hide the mark that `started` looks for.
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        _, rest = psutil.wait_procs(family, timeout=5)
+    for one in rest:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    assert not psutil.wait_procs(family, timeout=PATIENCE)[1]
     subprocess.run(["rm", "-rf", folder], check=True)
 
 
