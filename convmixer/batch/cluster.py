@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +19,8 @@ from torch import nn
 from convmixer import errors
 from convmixer.batch.predictor import Predictor
 from convmixer.errors import ArgumentError, ConvMixerError, first_line, optional
+
+_HINT = "start a cluster with `ray start --head`, and give its address, HOST:PORT"
 
 
 class _Actor:
@@ -100,6 +104,17 @@ def write_on_ray(
             raise ConvMixerError(f"Ray failed: {why}. Give the same call again: files already written stay") from error
 
 
+def check_address(address: str) -> None:
+    """Raise ArgumentError if nothing answers at HOST:PORT, where Ray would go on trying for minutes."""
+    found = re.fullmatch(r"(?:ray://)?(?P<host>[^/]+):(?P<port>\d+)", address)
+    if found is None:  # what else `ray.init` takes, such as auto
+        return
+    try:
+        socket.create_connection((found["host"].strip("[]"), int(found["port"])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ArgumentError(f"no connection to Ray at {address!r}: {error}; {_HINT}") from error
+
+
 def _share(nodes: Sequence[dict[str, float]], actors: int | None) -> tuple[int, dict[str, float]]:
     """How many actors, and what each takes of machines with these resources, so that all of them fit."""
     nodes = [node for node in nodes if node.get("CPU", 0) >= 1]
@@ -129,8 +144,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         ray.init(address, **quiet)
     except Exception as error:  # Ray raises its own, ConnectionError, ValueError, and bare ones
         place = f" at {address!r}" if address else ""
-        hint = "start a cluster with `ray start --head`, and give its address, HOST:PORT"
-        raise ArgumentError(f"no connection to Ray{place}: {first_line(error)}; {hint}") from error
+        raise ArgumentError(f"no connection to Ray{place}: {first_line(error)}; {_HINT}") from error
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from convmixer.batch.cluster import write_on_ray
+from convmixer.batch.cluster import check_address, write_on_ray
 from convmixer.batch.manifest import claim, describe_model, reserve
 from convmixer.batch.predictor import Answers, Predictor
 from convmixer.data.parts import open_parts
@@ -134,6 +134,8 @@ def predict_dataset(
     optional("pyarrow", "predict_dataset", "batch")
     if ray:
         optional("ray", "predict_dataset(ray=...)", "ray")
+        if isinstance(ray, str):
+            check_address(ray)
     elif actors is not None:
         raise ArgumentError(f"actors={actors} is for Ray: add ray=True, or an address")
     model = find_model(model)

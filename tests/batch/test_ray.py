@@ -4,6 +4,7 @@ The cluster is a program of its own, as on many machines, and ends with these te
 process. Its ports are fixed before, as Ray gives up on a busy machine when it has to look for them.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ import pytest
 from conftest import write_digits
 from processes import alive, finish, started
 
+import convmixer
 from convmixer.batch.cluster import _share
 from convmixer.errors import ArgumentError
 
@@ -85,7 +87,14 @@ def cluster(tmp_path_factory):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         yield f"127.0.0.1:{port}", process, env
-    assert not list(alive(process))
+        # Ray's processes rename themselves, and with that hide the mark that `started` looks for.
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        _, rest = psutil.wait_procs(family, timeout=5)
+    for one in rest:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    assert not psutil.wait_procs(family, timeout=PATIENCE)[1]
     subprocess.run(["rm", "-rf", folder], check=True)
 
 
@@ -184,7 +193,8 @@ def test_command_and_errors_of_actors(digits, cluster, tmp_path):
     result = finish([*command, *options], env=env, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert f"{COUNT} images, of which 1 could not be read" in result.stdout
-    assert result.stderr == f"{COUNT} images from train/\n"
+    assert result.stderr.startswith(f"{COUNT} images from train/\n")
+    assert len(result.stderr.splitlines()) <= 2  # Ray itself writes a line about the arguments of actors
     assert len(rows(tmp_path / "out")[0]["embedding"]) == 256
     result = finish([*command, *options[:2], "--actors", 3, "--output", tmp_path / "more"], env=env, timeout=PATIENCE)
     assert result.returncode == 2
@@ -197,12 +207,18 @@ def test_command_and_errors_of_actors(digits, cluster, tmp_path):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.slow
-def test_no_cluster_there(digits, tmp_path):
-    (port,) = _free_ports(1)
-    result = finish(program(digits, tmp_path / "out", ray=f"127.0.0.1:{port}"))
-    assert f"ArgumentError: no connection to Ray at '127.0.0.1:{port}'" in result.stderr
-    assert "start a cluster with `ray start --head`" in result.stderr
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "no.such.host.invalid:{}", "127.0.0.1:{}0000"]
+)
+def test_no_cluster_there(digits, tmp_path, address):
+    """At once, and before anything is written; Ray would try for more than five minutes."""
+    address = address.format(*_free_ports(1))
+    model = convmixer.create_model("convmixer_256_8", device="cpu")
+    with pytest.raises(
+        ArgumentError, match=rf"no connection to Ray at '{address}': .*; start a cluster with `ray start"
+    ):
+        convmixer.predict_dataset(model, digits, tmp_path / "out", ray=address)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
