@@ -138,6 +138,7 @@ def _actors(cluster_process) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_two_actors(digits, expected, cluster, tmp_path):
     address, _, env = cluster
     result = finish(program(digits, tmp_path / "out", ray=address, actors=2), env=env, timeout=PATIENCE)
