@@ -69,6 +69,7 @@ with stop_signals() as stopped:
 
 
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
+@pytest.mark.slow
 def test_elsewhere(platform, cat, tmp_path):
     done = finish([sys.executable, "-c", ELSEWHERE, platform, cat, tmp_path])
     assert done.returncode == 0, done.stderr

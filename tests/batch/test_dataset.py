@@ -352,6 +352,7 @@ convmixer.predict_dataset(model, sys.argv[1], sys.argv[2], rows_per_file=5, batc
 """
 
 
+@pytest.mark.slow
 def test_killed(digits, tmp_path):
     """kill -9 in the middle: nothing half-written is taken for a file, and the next run has every image once."""
     out = tmp_path / "out"

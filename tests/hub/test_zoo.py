@@ -69,7 +69,7 @@ LIMITED = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("a server", marks=pytest.mark.slow)])
 def pushed(tmp_path_factory):
     """The server after all pushes; by case, requests that could change something, and what the command printed."""
     with serve() as hub:
