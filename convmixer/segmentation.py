@@ -14,7 +14,7 @@ from convmixer.registry import list_models, list_pretrained
 __all__ = ["ConvMixerEncoder", "register_encoders"]
 
 
-def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2) -> list[str]:
+def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2, block: int = -1) -> list[str]:
     """Tell segmentation_models_pytorch the names of this package; a second call replaces what the first one told it.
 
     `variant` is an encoder with random weights and `variant.tag` one with these weights. Its models take both with
@@ -25,6 +25,8 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2) -> list
         finest: Reduction of the finest map that is computed, 2 or 4. With 4 the map of reduction 2 has 0 channels, as
             in the library's own Mix Vision Transformers. That saves time where a decoder does not use it, as in FPN,
             PAN and DeepLabV3Plus. UnetPlusPlus and Linknet need 2: Linknet's features pass through that map.
+        block: The block whose output all maps are made of; negative ones count from the end. Later blocks are removed,
+            so an earlier one costs less. A model that has no such block is an error when it is built.
 
     Returns:
         The names.
@@ -44,14 +46,17 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2) -> list
         raise ArgumentError(f"finest={finest!r}; valid: 2, 4")
     if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise ArgumentError(f"channels={channels!r}: give a whole number of at least 1")
+    if isinstance(block, bool) or not isinstance(block, int):
+        raise ArgumentError(f"block={block!r}: give the number of a block, such as 3, or -1 for the last")
     library = optional("segmentation_models_pytorch.encoders", "register_encoders", "dense")
     pretrained = list_pretrained()
     names = [*list_models(), *pretrained]
+    settings = {"channels": channels, "finest": finest, "block": block}
     for name in names:
         library.encoders[name] = {
             "encoder": ConvMixerEncoder,
             "pretrained_settings": _InTheName(),
-            "params": {"name": name, "pretrained": name in pretrained, "channels": channels, "finest": finest},
+            "params": {"name": name, "pretrained": name in pretrained, **settings},
         }
     return names
 
@@ -74,6 +79,7 @@ class ConvMixerEncoder(nn.Module):
         pretrained: Load the weights that the name stands for.
         channels: As in `register_encoders`.
         finest: As in `register_encoders`.
+        block: As in `register_encoders`.
         depth: Number of maps after the image, of reductions 2, 4, 8, ...
         output_stride: Largest reduction; further maps are the last one again.
 
@@ -87,12 +93,19 @@ class ConvMixerEncoder(nn.Module):
     _is_torch_compilable = True
 
     def __init__(
-        self, name: str, pretrained: bool, channels: int, finest: int, depth: int = 5, output_stride: int = 32
+        self,
+        name: str,
+        pretrained: bool,
+        channels: int,
+        finest: int,
+        block: int = -1,
+        depth: int = 5,
+        output_stride: int = 32,
     ) -> None:
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 2:
             raise ArgumentError(f"encoder_depth={depth!r}: give a whole number of at least 2; decoders need 3 to 5")
         super().__init__()
-        self._source: dict[str, Any] = {"name": name, "pretrained": pretrained}
+        self._source: dict[str, Any] = {"name": name, "pretrained": pretrained, "out_indices": (block,)}
         self._reductions = [min(2**i, output_stride) for i in range(1, depth + 1)]
         self.output_stride: int = self._reductions[-1]
         computed = sorted({r for r in self._reductions if r >= finest})
@@ -100,9 +113,7 @@ class ConvMixerEncoder(nn.Module):
         self.out_channels = [3, *(channels if r in computed else 0 for r in self._reductions)]
 
     def _backbone(self, in_chans: int) -> nn.Module:
-        model: nn.Module = create_model(
-            **self._source, device="cpu", in_chans=in_chans, features_only=True, out_indices=1
-        )
+        model: nn.Module = create_model(**self._source, device="cpu", in_chans=in_chans, features_only=True)
         return model
 
     def forward(self, x: Tensor) -> list[Tensor]:

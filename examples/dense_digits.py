@@ -35,6 +35,7 @@ import convmixer
 from convmixer.segmentation import register_encoders
 
 SIDE, BATCH, CHANNELS, REDUCTIONS = 64, 8, 64, (4, 8, 16)
+BLOCKS = {"masks": 3, "boxes": 4}  # the last block that is used: with it both networks cost what they cost on ResNet-18
 PHOTOGRAPHS = {"train": ("astronaut", "chelsea", "rocket", "gravel", "grass"), "test": ("coffee", "camera")}
 BACKBONES = {
     "ConvMixer, CIFAR-10 weights": "convmixer_128_8_ks7_p2.cifar10",
@@ -117,6 +118,7 @@ def make_detector(backbone: str) -> nn.Module:
         pyramid = ResNetFPN()
     else:
         options = {"pyramid": REDUCTIONS, "pyramid_channels": CHANNELS, "return_dict": True, "device": "cpu"}
+        options["out_indices"] = (BLOCKS["boxes"],)
         pyramid = convmixer.create_model(backbone, pretrained="." in backbone, **options)
     anchors = AnchorGenerator(((14, 17), (20, 24), (28, 33)), ((1.0, 1.6),) * 3)
     head = RetinaNetHead(CHANNELS, 4, num_classes=1, norm_layer=partial(nn.GroupNorm, 16))
@@ -212,7 +214,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("dense"), help="folder for results.csv and dense.png")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    register_encoders(channels=CHANNELS)
+    register_encoders(channels=CHANNELS, block=BLOCKS["masks"])
     images, masks, targets = scenes("test", args.scenes, np.random.default_rng(1))
     tasks = {"masks": (make_unet, unet_loss), "boxes": (make_detector, detector_loss)}
     rows = []

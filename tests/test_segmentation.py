@@ -97,6 +97,23 @@ def test_save_and_load(tmp_path):
     assert torch.equal(again(image), model(image))
 
 
+@torch.no_grad()
+def test_an_earlier_block():
+    """The maps are made of that block's output, and the blocks after it are gone."""
+    register_encoders(channels=16, block=2)
+    name = "convmixer_128_8_ks7_p2.cifar10"
+    backbone = smp.Unet(name, encoder_weights=None).encoder.pyramid.backbone.eval()
+    expected = convmixer.create_model(name, pretrained=True, features_only=True, device="cpu", out_indices=(2,)).eval()
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(backbone(image), expected(image), rtol=0, atol=0)
+    assert len(backbone.model.blocks) == 3
+    register_encoders(block=8)
+    with pytest.raises(ArgumentError, match=r"indices=\[8\]: give different block indices from -8 to 7"):
+        smp.Unet(name, encoder_weights=None)
+    with pytest.raises(ArgumentError, match="block='last': give the number of a block, such as 3, or -1"):
+        register_encoders(block="last")
+
+
 def test_errors(monkeypatch):
     text = r"encoder_weights='imagenet': the weights .* are in its name, such as 'convmixer_\S+'; pass .*=None"
     with pytest.raises(ArgumentError, match=text):
