@@ -11,7 +11,7 @@ images give 100,000. In each round take turns:
 
 The ratio is the time of the last one to the sum of the first two; at most 1.15 is the aim. Memory is that of this
 process and its workers, without pages that they share counted twice (PSS), sampled while predict_dataset runs: the
-largest value of the second and of the last quarter of the time tell whether it grows.
+largest values of the four quarters of the time tell whether it grows.
 """
 
 import io
@@ -125,12 +125,14 @@ def main() -> None:
         median = statistics.median(times)
         print(f"{name:20} {median:8.1f} s  {arguments.images / median:8,.0f} images/s")
     print(f"predict_dataset / (decoding + inference) {ratio:.2f}; memory in MiB {memory[-1]}; {fast.choice}")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    record = {"images": arguments.images, "model": arguments.model, "seconds": seconds, "ratio": ratio}
-    record |= {
+    record = {
+        "images": arguments.images,
+        "model": arguments.model,
+        "seconds": seconds,
+        "ratio": ratio,
         "memory_mib": memory,
         "choice": str(fast.choice),
-        "load_average": load,
+        "load_average": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
     }
     harness.write(arguments.json, record)

@@ -95,6 +95,12 @@ def optional(module: str, what: str, extra: str) -> ModuleType:
         raise DependencyError(missing(what, [module.partition(".")[0]], extra)) from error
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise an ArgumentError if an argument is not a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name}={value!r}: give a whole number of at least {least}")
+
+
 def brief(value: object, longest: int = 80) -> str:
     """Return a value from a file for a message: cut if it is long, escaped if a terminal would obey it."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)

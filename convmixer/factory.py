@@ -114,7 +114,7 @@ def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: A
 
 
 def _registered(name: str, weights: Weights, revision: str | None, **hub_options: Any) -> Path:
-    """The file of registered weights: from the package, else from the Hub, checked against the record."""
+    """Return the file of registered weights: from the package, else from the Hub, checked against the record."""
     if weights.path is not None and not revision:
         return weights.path
     if not weights.hub_id:

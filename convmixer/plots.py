@@ -116,6 +116,26 @@ def plot_history(history: Sequence[Epoch]) -> Figure:
     return figure
 
 
+def plot_losses(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw loss and accuracy by epoch of a training that another program did, as docs/runs keeps it in losses.csv.
+
+    Args:
+        rows: One per epoch: `epoch`, `train_loss`, `loss_of_5000_training_images` and `top1_of_5000_training_images`.
+    """
+    figure = _figure(9, 3.4)
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    left.plot(epochs, [row["train_loss"] for row in rows], ".-", label="training, augmented")
+    left.plot(epochs, [row["loss_of_5000_training_images"] for row in rows], ".-", label="5,000 training images")
+    left.set(title="loss", xlabel="epoch", ylabel="cross entropy")
+    right.plot(epochs, [row["top1_of_5000_training_images"] for row in rows], ".-", color="tab:orange")
+    right.set(title="accuracy of 5,000 training images", xlabel="epoch", ylabel="top-1 (%)")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
 # ---- predictions ----------------------------------------------------------------------------------------------------
 
 

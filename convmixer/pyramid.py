@@ -25,7 +25,7 @@ from timm.layers import LayerNorm2d, get_device_dtype
 from timm.models._features import FeatureGetterNet, FeatureInfo
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError
+from convmixer.errors import ArgumentError, check_count
 from convmixer.model import plain_indices
 from convmixer.wrappers import describe, find_inner
 
@@ -73,8 +73,7 @@ class FeaturePyramid(nn.Module):
         return_dict: bool = False,
     ) -> None:
         reductions = check_reductions("reductions", reductions)
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ArgumentError(f"channels={channels!r}: give a whole number of at least 1")
+        check_count("channels", channels)
         super().__init__()
         self.backbone, self._taken = _extractor(backbone, out_indices, len(reductions))
         info: FeatureInfo = self.backbone.feature_info

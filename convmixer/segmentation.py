@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, optional
+from convmixer.errors import ArgumentError, check_count, optional
 from convmixer.factory import create_model
 from convmixer.pyramid import FeaturePyramid
 from convmixer.registry import list_models, list_pretrained
@@ -44,8 +44,7 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2, block: 
     """
     if finest not in (2, 4):
         raise ArgumentError(f"finest={finest!r}; valid: 2, 4")
-    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-        raise ArgumentError(f"channels={channels!r}: give a whole number of at least 1")
+    check_count("channels", channels)
     if isinstance(block, bool) or not isinstance(block, int):
         raise ArgumentError(f"block={block!r}: give the number of a block, such as 3, or -1 for the last")
     library = optional("segmentation_models_pytorch.encoders", "register_encoders", "dense")

@@ -116,7 +116,7 @@ def check_address(address: str) -> None:
 
 
 def _share(nodes: Sequence[dict[str, float]], actors: int | None) -> tuple[int, dict[str, float]]:
-    """How many actors, and what each takes of machines with these resources, so that all of them fit."""
+    """Return how many actors there are, and what each takes of machines with these resources, so that all fit."""
     nodes = [node for node in nodes if node.get("CPU", 0) >= 1]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if gpus:

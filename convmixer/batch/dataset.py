@@ -19,7 +19,7 @@ from convmixer.batch.cluster import check_address, write_on_ray
 from convmixer.batch.manifest import claim, describe_model, reserve
 from convmixer.batch.predictor import Answers, Predictor
 from convmixer.data.parts import open_parts
-from convmixer.errors import ArgumentError, DataError, optional
+from convmixer.errors import ArgumentError, DataError, check_count, optional
 from convmixer.inference import label_names, preparation
 from convmixer.model import as_dtype
 from convmixer.runtime.choose import BACKENDS
@@ -129,7 +129,12 @@ def predict_dataset(
         >>> summary.images
         6
     """
-    _check(topk=topk, batch_size=batch_size, rows_per_file=rows_per_file, actors=actors, workers=workers)
+    for name, value in {"topk": topk, "batch_size": batch_size, "rows_per_file": rows_per_file}.items():
+        check_count(name, value)
+    if actors is not None:
+        check_count("actors", actors)
+    if workers is not None:
+        check_count("workers", workers, least=0)
     chosen = _check_backend(backend, dtype)
     optional("pyarrow", "predict_dataset", "batch")
     if ray:
@@ -190,18 +195,8 @@ def predict_dataset(
     return Summary(images, errors, len(done), kept, seconds, choice)
 
 
-def _check(**counts: int | None) -> None:
-    for name, value in counts.items():
-        optional_ = name in ("actors", "workers")
-        least = 0 if name == "workers" else 1
-        if value is None and optional_:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}={value!r}: give a whole number of at least {least}")
-
-
 def _check_backend(backend: str, dtype: torch.dtype | str | None) -> Any:
-    """The type to compute in, or None or "auto"; `optimize` checks further, but on Ray in another process."""
+    """Return the type to compute in, or None or "auto"; `optimize` checks further, but on Ray in another process."""
     if backend not in BACKENDS:
         raise ArgumentError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
     kind = as_dtype(dtype)
@@ -213,7 +208,7 @@ def _check_backend(backend: str, dtype: torch.dtype | str | None) -> Any:
 
 
 def _answering(model: nn.Module, embed: bool, topk: int) -> tuple[nn.Module, Answers]:
-    """The model to compute, and the columns of what it answers."""
+    """Return the model to compute, and the columns of what it answers."""
     inner: Any = find_convmixer(model)
     if isinstance(model, FeatureGetterNet):
         raise ArgumentError("this model returns feature maps: build it without features_only")
@@ -240,7 +235,7 @@ class _Counter:
 
 
 def _count_rows(predictor: Predictor, part: int) -> tuple[int, int] | None:
-    """Rows of the file of a part, and those of errors; None if it is not there."""
+    """Count the rows of the file of a part, and those of errors; None if it is not there."""
     file, parquet = predictor.file(part), optional("pyarrow.parquet", "predict_dataset", "batch")
     if not file.exists():
         return None

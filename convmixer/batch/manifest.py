@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
 from convmixer.errors import ArgumentError, DataError, WriteError, brief
 from convmixer.files import write_atomically
+from convmixer.hub.checkpoints import digest
+from convmixer.registry import PREPROCESSING
 from convmixer.transforms import preprocessing
 
 NAME = "_manifest.json"  # readers of Parquet folders skip names that begin with _ or .
@@ -28,15 +29,11 @@ Record = Mapping[str, Mapping[str, Any]]  # source, model and settings, by name
 def describe_model(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
     """Return what tells a model from another one: a name, a digest of weights, layers, preprocessing and labels."""
     config = preprocessing(model)
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    layers = sorted({type(module).__name__ for module in model.modules()})
-    prepared = [config[key] for key in ("input_size", "interpolation", "crop_mode", "crop_pct", "mean", "std")]
-    digest.update(json.dumps([layers, prepared, labels]).encode())
     tag = config.get("tag")
-    return {"name": f"{config.get('architecture')}{f'.{tag}' if tag else ''}", "digest": digest.hexdigest()}
+    layers = sorted({type(module).__name__ for module in model.modules()})
+    parts = [digest(model), layers, [config[key] for key in PREPROCESSING], labels]
+    name = f"{config.get('architecture')}{f'.{tag}' if tag else ''}"
+    return {"name": name, "digest": hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}
 
 
 def claim(output: Path, record: Record) -> None:

@@ -145,7 +145,7 @@ class Predictor:
                 write_atomically(self.file(part), lambda path, b=batches: self._fill(path, model, b, advance))  # type: ignore[misc]
 
     def _load(self, model: nn.Module, parts: Iterable[int]) -> Iterator[Decoded]:
-        """Batches of parts in their order, which workers decode ahead of the model."""
+        """Yield the batches of parts in their order, which workers decode ahead of the model."""
         loader = DataLoader(
             _Decoder(self.source, self.prepare),
             sampler=((part, batch) for part in parts for batch in self._batches(part)),
@@ -159,7 +159,7 @@ class Predictor:
         return iter(loader)
 
     def _batches(self, part: int) -> Iterator[list[Item]]:
-        """The images of a part, batch after batch; an empty batch for an empty part, whose file is written too."""
+        """Yield the images of a part by batch; one without images for an empty part, whose file is written too."""
         items = self.source.read(part)
         yield list(itertools.islice(items, self.batch_size))
         while batch := list(itertools.islice(items, self.batch_size)):
@@ -181,7 +181,7 @@ class Predictor:
                 writer.write_table(arrow.Table.from_batches(waiting, schema))
 
     def _rows(self, model: nn.Module, batch: Decoded, arrow: Any, schema: Any) -> Any:
-        """A row for each image; where there is an error, what the model would say is null."""
+        """Return a row for each image; where there is an error, what the model would say is null."""
         count = len(batch.names)
         errors = arrow.array([batch.errors.get(i) for i in range(count)], arrow.string())
         names = arrow.array([_valid(name) for name in batch.names], arrow.string())
@@ -197,5 +197,5 @@ class Predictor:
 
 
 def _valid(name: str) -> str:
-    """A name that Parquet holds, which stores UTF-8: what else a file name has is escaped."""
+    """Return a name that Parquet holds, which stores UTF-8: what else a file name has is escaped."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -366,6 +366,12 @@ def list_folder(path: str | Path) -> Listing:
     return list_images(_DiskFolder(str(path), ""))
 
 
+def holds_images(path: str | Path) -> bool:
+    """Return whether a folder on a disk holds an image or a tar, at any depth; look no further than the first one."""
+    suffixes = {*image_suffixes(), ".tar"}
+    return any(os.path.splitext(file.name)[1].lower() in suffixes for file in _DiskFolder(str(path), "").walk())
+
+
 def list_images(folder: Folder) -> Listing:
     """List all images of a folder, without labels."""
     left_out: Counter[str] = Counter()

@@ -85,7 +85,7 @@ class ParquetImages:
 
 
 def _groups(metadata: Any, low: int, high: int) -> tuple[list[int], int]:
-    """The row groups that hold rows from `low` to `high`, and the number of the first row in them."""
+    """Return the row groups that hold rows from `low` to `high`, and the number of the first row in them."""
     groups: list[int] = []
     before = first = 0
     for i in range(metadata.num_row_groups):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from convmixer.data.images import SUFFIXES
-from convmixer.data.layout import list_folder
+from convmixer.data.layout import holds_images
 from convmixer.data.parquet import ParquetImages, find_parquet, open_parquet
 from convmixer.data.readers import READERS, SHARDS, FileSplit, Prepare, ShardSplit, Split, open_split
 from convmixer.errors import DataError
@@ -30,15 +30,17 @@ class Parts(ABC):
     Attributes:
         name: Of the source, from the root of the file system on if it is there.
         split: The split that was asked for.
+        images: The split, the shards or the Parquet files that are cut into parts.
     """
 
     name: str
     split: str | None
+    images: Any
 
     @property
-    @abstractmethod
     def taken(self) -> str:
         """A line that says which images were taken."""
+        return str(self.images.taken)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -87,8 +89,8 @@ class _Ranges(Parts):
     rows: int
 
     @property
-    @abstractmethod
-    def count(self) -> int: ...
+    def count(self) -> int:
+        return len(self.images)
 
     def __len__(self) -> int:
         return -(-self.count // self.rows)
@@ -105,14 +107,6 @@ class _SplitParts(_Ranges):
     """Files, members of tars, and data sets of libraries, which the process that decodes reads."""
 
     images: Split
-
-    @property
-    def taken(self) -> str:
-        return self.images.taken
-
-    @property
-    def count(self) -> int:
-        return len(self.images)
 
     def read(self, part: int) -> Iterator[tuple[str, int]]:
         for index in self.range(part):
@@ -132,14 +126,6 @@ class _ParquetParts(_Ranges):
     """Rows of Parquet files, of which the main process reads the bytes."""
 
     images: ParquetImages
-
-    @property
-    def taken(self) -> str:
-        return self.images.taken
-
-    @property
-    def count(self) -> int:
-        return len(self.images)
 
     def read(self, part: int) -> Iterator[tuple[str, Any]]:
         rows = self.range(part)
@@ -166,10 +152,6 @@ class _ShardParts(Parts):
     """Shards of a WebDataset, each of which is a part and is read from its start to its end by the main process."""
 
     images: ShardSplit
-
-    @property
-    def taken(self) -> str:
-        return self.images.taken
 
     def __len__(self) -> int:
         return len(self.images.urls)
@@ -232,17 +214,17 @@ def open_parts(
         if table is not None:
             if split is not None:
                 raise DataError(f"Parquet files have no splits: give the files of {split!r} in {path!r}")
-            return _ParquetParts(path, None, rows, table)
+            return _ParquetParts(path, None, table, rows)
     if image_column or key_column:
         raise DataError(f"image_column and key_column are for Parquet files with images, {str(source)!r} holds none")
     opened = open_split(path, split, labelled=False, root=root, download=download)
     if isinstance(opened, Split):
-        return _SplitParts(path, split, rows, opened)
+        return _SplitParts(path, split, opened, rows)
     return _ShardParts(path, split, opened)
 
 
 def _absolute(source: str) -> str:
-    """A source as all processes and machines understand it, whatever folder they are in."""
+    """Return a source as all processes and machines understand it, whatever folder they are in."""
     if source.startswith(SHARDS):
         place = os.path.expanduser(source.removeprefix(SHARDS))
         return source if ":" in place else SHARDS + os.path.abspath(place)
@@ -251,8 +233,5 @@ def _absolute(source: str) -> str:
 
 
 def _holds_parquet(path: str) -> bool:
-    """Whether a path names Parquet files, or is a folder that may hold some and holds no images and tars."""
-    if not os.path.isdir(path):
-        return path.lower().endswith(".parquet")
-    listing = list_folder(path)
-    return not listing.images and ".tar" not in listing.left_out
+    """Return whether a path names Parquet files, or is a folder that may hold some and holds no images and tars."""
+    return not holds_images(path) if os.path.isdir(path) else path.lower().endswith(".parquet")

@@ -20,7 +20,7 @@ CSS = """
 .times.times :is(tr, th, td) { border: none; border-bottom: 1px solid var(--border-color-primary); }
 [role="alert"] { margin: 0; color: var(--error-text-color); font-weight: 600; }
 """
-KEPT = 3600  # seconds after which pictures that were dropped on the page are deleted
+DELETED_AFTER = 3600  # seconds: pictures that were dropped on the page
 
 
 def theme() -> Any:
@@ -61,7 +61,7 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
             rows.append(row)
             yield table_of_times(name, rows, backends[len(rows) :])
 
-    with gr.Blocks(title="convmixer", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+    with gr.Blocks(title="convmixer", analytics_enabled=False, delete_cache=(DELETED_AFTER, DELETED_AFTER)) as page:
         gr.Markdown("# convmixer\nDrop a picture, and see what a ConvMixer takes it for, and why.")
         with gr.Row():
             with gr.Column():

@@ -193,9 +193,8 @@ def _patiently(call: Callable[[], Result], lost_too: bool = True) -> Result:
             transient = getattr(response, "status_code", None) in (_TRANSIENT if lost_too else (429, 503))
             if lost_too:
                 transient |= any(isinstance(e, ConnectionResetError | ConnectionAbortedError) for e in _chain(error))
-                transient |= (
-                    type(error) is OSError and error.errno is None
-                )  # the client's, for a body of another length
+                # The client's own error, for a body of another length.
+                transient |= type(error) is OSError and error.errno is None
             if not transient or attempt == _ATTEMPTS - 1 or time.monotonic() - started > _PATIENCE:
                 raise
             asked = str(getattr(response, "headers", {}).get("Retry-After", ""))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmixer import plots, registry
-from convmixer.errors import ArgumentError, DataError, HubError, WeightsError, optional
+from convmixer.errors import ArgumentError, DataError, HubError, WeightsError
 from convmixer.hub import client, publish
 from convmixer.hub.card import BEGIN, eval_results
 from convmixer.hub.publishable import HUB_DATASETS, Publishable, gather
@@ -210,7 +210,7 @@ def _runs_folder(given: str | Path | None) -> Path:
 
 
 def _files_of_run(folder: Path, name: str) -> dict[str, bytes]:
-    """The files that describe a training, and its curves, by their paths in the repository."""
+    """Return the files that describe a training, and its curves, by their paths in the repository."""
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     complete = [files for files in RUN_FILES if present.issuperset(files)]
     if not complete:
@@ -228,20 +228,10 @@ def curves(folder: Path) -> Figure:
     """Draw the history of a training by epoch: metrics.csv of `convmixer train`, else another program's losses.csv."""
     if (folder / "metrics.csv").is_file():
         return plots.plot_history(read_history(folder / "metrics.csv"))
+    return plots.plot_losses(read_losses(folder))
+
+
+def read_losses(folder: Path) -> list[dict[str, float]]:
+    """Read losses.csv of a training by another program: a row for each epoch, by column."""
     with (folder / "losses.csv").open(newline="", encoding="utf-8") as file:
-        return _plot_losses([{title: float(value) for title, value in row.items()} for row in csv.DictReader(file)])
-
-
-def _plot_losses(rows: Sequence[dict[str, float]]) -> Figure:
-    figure: Figure = optional("matplotlib.figure", "this figure", "train").Figure((9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    left.plot(epochs, [row["train_loss"] for row in rows], ".-", label="training, augmented")
-    left.plot(epochs, [row["loss_of_5000_training_images"] for row in rows], ".-", label="5,000 training images")
-    left.set(title="loss", xlabel="epoch", ylabel="cross entropy")
-    right.plot(epochs, [row["top1_of_5000_training_images"] for row in rows], ".-", color="tab:orange")
-    right.set(title="accuracy of 5,000 training images", xlabel="epoch", ylabel="top-1 (%)")
-    left.legend()
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    return figure
+        return [{title: float(value) for title, value in row.items()} for row in csv.DictReader(file)]

@@ -48,7 +48,7 @@ class Compiled(Eager):
 
     def bind(self, x: Tensor) -> Compute:
         """Hold on to the graphs of these images, which the cache may drop: their weights are inside them."""
-        graphs = {_key(chunk): self._graphs(*_key(chunk)) for chunk in self.split(x)}
+        graphs = {key: self._graphs(*key) for key in map(_key, self.split(x))}
 
         def run(images: Tensor) -> list[Tensor]:
             with torch.no_grad():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, WeightsError, brief, first_line
 from convmixer.factory import open_model
+from convmixer.hub.checkpoints import digest
 from convmixer.model import ConvMixer
 from convmixer.registry import list_models
 from convmixer.runtime.optimize import optimize
@@ -150,11 +151,8 @@ def _check_size(model: nn.Module, name: str, size: tuple[int, int], channels: in
 
 def _checksum(model: nn.Module, config: Mapping[str, Any]) -> str:
     """Return a hash of everything that decides a teacher's answers."""
-    found = hashlib.sha256(repr([config.get(name) for name in ("mean", "std", "label_names")]).encode())
-    for name, tensor in model.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+    parts = [digest(model), *(config.get(name) for name in ("mean", "std", "label_names"))]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _order(

@@ -6,7 +6,6 @@ For weights that ship, `docs/runs/NAME` holds what benchmarks/accuracy.py found 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import inspect
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convmixer import registry
+from convmixer.hub.zoo import read_losses
 from convmixer.training import RECIPES, Recipe
 from convmixer.training.history import read_history
 from sitegen.records import DOCS, record, table
@@ -144,11 +144,6 @@ def by_script(name: str) -> bool:
     return (LOGS / name / "job.json").exists()
 
 
-def losses(name: str) -> list[dict[str, float]]:
-    with (LOGS / name / "losses.csv").open(newline="", encoding="utf-8") as file:
-        return [{title: float(value) for title, value in row.items()} for row in csv.DictReader(file)]
-
-
 def evaluation(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((LOGS / name / "evaluation.json").read_text(encoding="utf-8"))
     return found
@@ -216,7 +211,7 @@ def _job(name: str) -> dict[str, Any]:
 def _epochs(name: str) -> str:
     """The losses by epoch; of a run of `convmixer train`, whose curves show all of them, of every eighth."""
     if by_script(name):
-        rows = [tuple(f"{value:g}" for value in row.values()) for row in losses(name)]
+        rows = [tuple(f"{value:g}" for value in row.values()) for row in read_losses(LOGS / name)]
         return table(("epoch", "training loss", "loss of 5,000 training images", "top-1 of them, %"), rows)
     history = read_history(LOGS / name / "metrics.csv")
     rows = [
