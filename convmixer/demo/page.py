@@ -93,7 +93,8 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
             show_progress="minimal",
         )
         # One at a time, whoever asks: backends that are timed together share the processor.
-        event.then(time, [model, answered], times, concurrency_limit=1, show_progress="minimal")
+        timing = event.then(time, [model, answered], times, concurrency_limit=1, show_progress="minimal")
+        gr.on([picture.change, model.change], cancels=[timing])  # which would go on for a picture that is gone
     return page
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -15,6 +16,7 @@ import pytest
 
 import convmixer
 from convmixer.demo import server as module
+from convmixer.demo.classifier import Classifier
 from convmixer.demo.text import describe
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'convmixer[demo]'")
@@ -145,6 +147,18 @@ def test_a_broken_file_takes_the_old_answer_away(page, cat, tmp_path):
     upload(page, cat)
     wait_for_bars(page, "cat")
     page.wait_for_selector("[role=alert]", state="detached")
+
+
+def test_times_of_a_picture_that_is_gone(browser, cat, monkeypatch):
+    """They end with it, and do not come back when the backend that was being timed is ready."""
+    monkeypatch.setattr(Classifier, "_milliseconds", lambda self, backend: time.sleep(2) or 1.0)
+    with serving() as address, visit(browser, address) as page:
+        upload(page, cat)
+        page.wait_for_selector(".times td:text-is('being timed')")
+        page.click('[aria-label="Remove Image"]')
+        page.wait_for_selector(".times table", state="detached")
+        page.wait_for_timeout(3000)
+        assert not page.query_selector_all(".times table")
 
 
 def test_two_at_once(browser, address, photographs):
