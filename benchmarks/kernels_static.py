@@ -78,6 +78,8 @@ def compile_launch(launch: dict[str, Any], capability: int) -> Any:
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name in launch["constants"] or value is None or value == 1:
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
             if value % 16 == 0:

@@ -474,7 +474,6 @@ def features(
     kept = torch.stack(running).to(torch.float32).unflatten(0, (len(layers), 2))
     result, moments, _ = _Stack.apply(images.detach().to(torch.float32).contiguous(), kept, network, *parameters)
     if any(batch):
-        for (_, norm), its in zip(layers, moments.unbind(), strict=True):
-            fused.track(norm, fused.Moments(*its.unbind()))
+        fused.track([norm for _, norm in layers], [fused.Moments(*its.unbind()) for its in moments.unbind()])
     found: Tensor = result.contiguous(memory_format=torch.channels_last) if channels_last else result
     return found

@@ -211,6 +211,38 @@ class _Stats(Function):
         return grad, None, None
 
 
+class _Affine(Function):
+    """The sums of act(u) -> the scale and shift of its BatchNorm; and mean and variance, which have no gradients."""
+
+    @staticmethod
+    def forward(
+        s: Tensor, q: Tensor, center: Tensor, weight: Tensor | None, bias: Tensor | None, count: float, eps: float
+    ) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = dispatch.kernels(s).affine(s, q, center, weight, bias, count, eps)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        s, q, center, weight, bias, ctx.count, ctx.eps = inputs
+        ctx.affine = weight is not None, bias is not None
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # of mean and variance, or each would be filled with zeros
+        ctx.save_for_backward(s, q, center, *(() if weight is None else (weight,)))
+
+    @staticmethod
+    @first_derivative
+    def backward(ctx: Any, grad_scale: Tensor | None, grad_shift: Tensor | None, *_: None) -> tuple[Any, ...]:
+        s, q, center, *weights = ctx.saved_tensors
+        grad_scale = torch.zeros_like(s) if grad_scale is None else grad_scale
+        grad_shift = torch.zeros_like(s) if grad_shift is None else grad_shift
+        weight = weights[0] if weights else None
+        grad_s, grad_q, grad_weight = dispatch.kernels(s).affine_grad(
+            grad_scale, grad_shift, s, q, center, weight, ctx.count, ctx.eps
+        )
+        has_weight, has_bias = ctx.affine
+        return grad_s, grad_q, None, grad_weight if has_weight else None, grad_shift if has_bias else None, None, None
+
+
 class _AllReduce(Function):
     """The sum over processes; its gradient is the sum of theirs."""
 
@@ -261,18 +293,18 @@ def check_count(shape: Sequence[int]) -> None:
         )
 
 
-def _expected(convolution: Any, act: str, features: Tensor | None, wide: torch.dtype) -> Tensor:
-    """Estimate the mean of `act(convolution(x))`, (C,), where that of x is `features`, (C,); None: zero.
+def _expected(convolution: Any, act: str, u: Tensor, features: Tensor | None, wide: torch.dtype) -> Tensor:
+    """Estimate the mean of `act(u)`, (C,), where that of what u is a convolution of is `features`, (C,); None: zero.
 
     BatchNorm's sums are taken relative to it, so that their squares keep the digits of the variance. It depends only on
     parameters, since a forward pass must not change what its backward pass reads. Running means do change: a compiler
     takes a copy of them to be cheap to compute again, and then computes it from means that have moved.
     """
-    mean: Tensor = convolution.bias.detach().to(wide)
-    if features is not None:
-        weight = convolution.weight.detach().to(wide).flatten(1)
-        mean = mean + (weight * (features if convolution.groups == 1 else features[:, None])).sum(1)
-    return reference.activate(mean, act)
+    if features is None:
+        return reference.activate(convolution.bias.detach().to(wide), act)
+    weight, bias = convolution.weight.detach(), convolution.bias.detach()
+    mean: Tensor = dispatch.kernels(u).expected_mean(weight, bias, features, act)
+    return mean
 
 
 @dataclass(frozen=True)
@@ -299,7 +331,7 @@ class _Norm:
         wide = torch.float64 if u.dtype == torch.float64 else torch.float32
         batch = module.training or module.running_mean is None
         if batch:
-            mean, var = _expected(convolution, act, features, wide), None
+            mean, var = _expected(convolution, act, u, features, wide), None
         else:
             mean, var = (running.detach().to(wide, copy=True) for running in (module.running_mean, module.running_var))
         group = getattr(module, "process_group", None)
@@ -312,28 +344,29 @@ class _Norm:
         """The mean of its outputs, (C,)."""
         return torch.zeros_like(self.mean) if self.bias is None else self.bias.detach()
 
-    def moments(self, u: Tensor, sums: Sequence[Tensor]) -> Moments:
-        """Return those of activations that have u's shape and these sums; without `batch`, the running ones."""
+    def affine(self, u: Tensor, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor, Moments]:
+        """Return scale and shift, (C,), and the moments of activations that have u's shape and these sums.
+
+        Without `batch` by the running moments.
+        """
         if self.var is not None:
-            return Moments(self.mean, self.var, self.var)
+            scale = torch.rsqrt(self.var + self.eps)
+            scale = scale if self.weight is None else scale * self.weight
+            shift = -self.mean * scale
+            shift = shift if self.bias is None else shift + self.bias
+            return scale, shift, Moments(self.mean, self.var, self.var)
         s, q = sums
         count: Any = u.shape[0] * u.shape[2] * u.shape[3]
+        values = torch.sym_float(count)
         if self.synchronised:
             # The parameters of all processes are the same, so their sums are relative to the same.
             total = _AllReduce.apply(torch.cat([s, q, s.new_full((1,), count)]), self.group)
-            (s, q), count = total[:-1].chunk(2), total[-1].detach()
+            count, values = total[-1].detach(), 1.0
+            s, q = (total[:-1] / count).chunk(2)
         else:
             check_count(u.shape)
-        offset = s / count
-        var = (q / count - offset.square()).clamp(min=0)
-        return Moments(self.mean + offset, var, var * (count / (count - 1)))
-
-    def affine(self, moments: Moments) -> tuple[Tensor, Tensor]:
-        """Return scale and shift per channel (C,)."""
-        scale = torch.rsqrt(moments.var + self.eps)
-        scale = scale if self.weight is None else scale * self.weight
-        shift = -moments.mean * scale
-        return scale, shift if self.bias is None else shift + self.bias
+        scale, shift, mean, var = _Affine.apply(s, q, self.mean, self.weight, self.bias, values, self.eps)
+        return scale, shift, Moments(mean, var, var * (count / (count - 1)))
 
 
 class _Track(Function):
@@ -357,12 +390,23 @@ class _Track(Function):
 
 
 @torch.no_grad()
-def track(module: Any, moments: Moments) -> None:
+def track(norms: Iterable[Any], moments: Iterable[Moments]) -> None:
     """Move running statistics as nn.BatchNorm2d does in training."""
-    if module.training and module.running_mean is not None:
-        running = module.running_mean, module.running_var, module.num_batches_tracked, module.momentum
-        move = _Track.apply if is_transformed() else _Track.forward
-        move(moments.mean, moments.unbiased, *running)
+    together: dict[Any, list[tuple[Any, Moments]]] = {}
+    for norm, its in zip(norms, moments, strict=True):
+        if not norm.training or norm.running_mean is None:
+            continue
+        if is_transformed() or norm.momentum is None or norm.running_mean.dtype != its.mean.dtype:
+            move = _Track.apply if is_transformed() else _Track.forward
+            move(its.mean, its.unbiased, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+        else:
+            together.setdefault(norm.momentum, []).append((norm, its))
+    for momentum, pairs in together.items():  # a GPU is given few kernels for all
+        running = [tensor for norm, _ in pairs for tensor in (norm.running_mean, norm.running_var)]
+        torch._foreach_lerp_(running, [tensor for _, its in pairs for tensor in (its.mean, its.unbiased)], momentum)
+        counters = [norm.num_batches_tracked for norm, _ in pairs if norm.num_batches_tracked is not None]
+        if counters:
+            torch._foreach_add_(counters, 1)
 
 
 # ---- stem and blocks ------------------------------------------------------------------------------------------------
@@ -421,8 +465,7 @@ def features(
         run = functools.partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     found: list[Tensor]
     found, moments = run(images)
-    for (_, norm), moments_of_norm in zip(layers(stem, blocks), moments, strict=True):
-        track(norm, moments_of_norm)  # here, as a checkpoint would do it twice
+    track([norm for _, norm in layers(stem, blocks)], moments)  # here, as a checkpoint would do it twice
     return found
 
 
@@ -450,8 +493,8 @@ def _embed(
         u = u.contiguous(memory_format=torch.channels_last)  # on CUDA as the kernels write
     act = ACTIVATIONS[type(act)]
     norm = _Norm.of(module, convolution, act, u, None, sync_batchnorm)
-    moments = norm.moments(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
-    return _State(u, *norm.affine(moments), act, norm.features), moments
+    scale, shift, moments = norm.affine(u, _Stats.apply(u, norm.mean, act) if norm.batch else ())
+    return _State(u, scale, shift, act, norm.features), moments
 
 
 def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -> tuple[_State, Moments, Moments]:
@@ -468,9 +511,8 @@ def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -
 
     def compute(u: Tensor, scale: Tensor, shift: Tensor, *parameters: Tensor) -> tuple[Any, ...]:
         x, c, *sums = _Depthwise.apply(u, scale, shift, *parameters[:2], norm1.mean, before, act, norm1.batch)
-        moments = norm1.moments(c, sums)
+        *affine, moments = norm1.affine(c, sums)
         input_of_block = u.detach(), scale.detach(), shift.detach()
-        affine = norm1.affine(moments)
         return *_Pointwise.apply(
             c, *affine, x, *parameters[2:], *input_of_block, norm2.mean, before, act, norm2.batch
         ), *moments
@@ -481,8 +523,8 @@ def _mix(block: Any, state: _State, checkpointing: bool, sync_batchnorm: bool) -
     # Parameters are arguments: what is computed again must use these, whatever the modules hold by then.
     parameters = (depthwise.weight, depthwise.bias, pointwise.weight, pointwise.bias)
     u, s, q, *moments1 = run(u, scale, shift, *parameters)
-    moments2 = norm2.moments(u, (s, q))
-    return _State(u, *norm2.affine(moments2), act, norm2.features), Moments(*moments1), moments2
+    scale, shift, moments2 = norm2.affine(u, (s, q))
+    return _State(u, scale, shift, act, norm2.features), Moments(*moments1), moments2
 
 
 def _infer(
@@ -490,11 +532,12 @@ def _infer(
 ) -> tuple[_State, Moments, Moments]:
     """Compute a block without gradients and by running statistics."""
     kernels, wide = dispatch.kernels(x), norm1.mean.dtype
-    moments1, moments2 = norm1.moments(x, ()), norm2.moments(x, ())
+    *affine1, moments1 = norm1.affine(x, ())
+    *affine2, moments2 = norm2.affine(x, ())
     weights = depthwise.weight.to(x.dtype), depthwise.bias.to(wide), act
-    z = kernels.depthwise_infer(x, *weights, *norm1.affine(moments1), x)
+    z = kernels.depthwise_infer(x, *weights, *affine1, x)
     weights = pointwise.weight.flatten(1).to(x.dtype), pointwise.bias.to(wide), act
-    u = kernels.pointwise_infer(z, *weights, *norm2.affine(moments2))
+    u = kernels.pointwise_infer(z, *weights, *affine2)
     return _State(u, None, None, act, norm2.features), moments1, moments2
 
 

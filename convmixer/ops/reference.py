@@ -239,3 +239,68 @@ def pointwise_infer(z: Tensor, weight: Tensor, bias: Tensor, act: str, scale: Te
     """Return `scale * act(u) + shift`, where u is (O, C) weights times z, plus bias."""
     u = F.conv2d(z, weight[..., None, None], bias.to(z.dtype))
     return normalize_act(u, scale, shift, act)
+
+
+# ---- vectors --------------------------------------------------------------------------------------------------------
+
+
+def expected_mean(weight: Tensor, bias: Tensor, features: Tensor, act: str) -> Tensor:
+    """Compute `act(convolution(x))`, (O,), of x that is everywhere its mean over positions.
+
+    Args:
+        weight: (O, I, k, k).
+        bias: (O,).
+        features: The mean of x, (I,); (O,) where each output sees one channel (I = 1).
+        act: Of the output.
+
+    Returns:
+        Of the type of `features`.
+    """
+    wide = features.dtype
+    products = weight.to(wide).flatten(1) * (features[:, None] if weight.shape[1] == 1 else features)
+    return activate(bias.to(wide) + products.sum(1), act)
+
+
+def affine(
+    s: Tensor, q: Tensor, center: Tensor, weight: Tensor | None, bias: Tensor | None, count: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what BatchNorm does to values: their scale and shift, mean and variance, each (C,).
+
+    Args:
+        s: The sum of the values minus `center`, (C,).
+        q: The sum of its squares, (C,).
+        center: (C,).
+        weight: Of the BatchNorm, (C,); None: 1.
+        bias: Of the BatchNorm, (C,); None: 0.
+        count: How many values each sum is of.
+        eps: What is added to the variance.
+    """
+    offset = s / count
+    var = (q / count - offset.square()).clamp(min=0)
+    mean, scale = center + offset, torch.rsqrt(var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias, mean, var
+
+
+def affine_grad(
+    grad_scale: Tensor,
+    grad_shift: Tensor,
+    s: Tensor,
+    q: Tensor,
+    center: Tensor,
+    weight: Tensor | None,
+    count: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `affine` for s, q and weight, given those for scale and shift. That for bias is the last.
+
+    The mean and the variance that `affine` returns have none.
+    """
+    offset = s / count
+    var = q / count - offset.square()
+    root = torch.rsqrt(var.clamp(min=0) + eps)
+    scale = root if weight is None else root * weight
+    grad_scale = grad_scale - (center + offset) * grad_shift
+    grad_var = torch.where(var < 0, 0.0, -0.5 * root.square() * scale * grad_scale)
+    return (-grad_shift * scale - 2 * offset * grad_var) / count, grad_var / count, grad_scale * root

@@ -223,6 +223,63 @@ def test_elementwise(kernels, dtype, act, shape):
     check_sums(*kernels.stats(u, act, center), u, act, center)
 
 
+@gpu
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("channels", [5, 200])
+def test_vectors(kernels, affine, channels):
+    """BatchNorm of sums and its gradients, against autograd of the formula in float64."""
+    from convmixer.ops import reference
+
+    a = values(40, channels) * 2 + values(channels) * 3
+    center = a.mean(0) + 0.1
+    s, q = (a - center).sum(0), (a - center).square().sum(0)
+    weight, bias = values(2, channels) if affine else (None, None)
+    leaves = [None if v is None else v.double().requires_grad_() for v in (a, weight, bias)]
+    var, mean = torch.var_mean(leaves[0], 0, correction=0)
+    scale = (var + 1e-5).rsqrt() * (leaves[1] if affine else 1)
+    expected = scale, (leaves[2] if affine else 0) - mean * scale, mean, var
+    actual = kernels.affine(s, q, center, weight, bias, 40, 1e-5)
+    for one, other in zip(actual, expected, strict=True):
+        close(one, other.detach(), factor=4)
+    grads = values(2, channels)
+    loss = sum((its * grad).sum() for its, grad in zip(expected, grads.double(), strict=False))
+    grad_a, *grad_weight = torch.autograd.grad(loss, leaves[:2] if affine else leaves[:1])
+    grad_s, grad_q, weight_grad = kernels.affine_grad(*grads, s, q, center, weight, 40, 1e-5)
+    close(grad_s + 2 * (a - center) * grad_q, grad_a, factor=4)
+    if affine:
+        close(weight_grad, grad_weight[0], factor=20)
+    by_reference = reference.affine_grad(*grads, s, q, center, weight, 40, 1e-5)
+    torch.testing.assert_close((grad_s, grad_q, weight_grad), by_reference)
+
+
+@gpu
+def test_values_that_are_all_the_same_or_not_finite(kernels):
+    """A variance that rounding takes below zero counts as zero and has no gradient; NaN stays."""
+    one, center = torch.ones(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    s, q = torch.tensor([[8.0, 8.0, torch.nan], [8.0, 7.9, 8.0]], device=DEVICE)
+    for functions in (kernels, importlib.import_module("convmixer.ops.reference")):
+        scale, shift, mean, var = functions.affine(s, q, center, None, None, 8, 0.25)
+        assert scale.tolist()[:2] == [2, 2]
+        assert var.tolist()[:2] == [0, 0]
+        assert shift.tolist()[:2] == [-2, -2]
+        assert all(torch.isnan(vector[2]) for vector in (scale, shift, mean, var))
+        grad_s, grad_q, _ = functions.affine_grad(one, center, s, q, center, None, 8, 0.25)
+        assert grad_q[:2].tolist() == [-0.5, 0.0]
+        assert grad_s[1] == 0
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7, 1, 1), (20, 1, 3, 3), (9, 300, 1, 1)])
+def test_expected_means(kernels, dtype, shape):
+    weight, bias = values(*shape, dtype=dtype), values(shape[0], dtype=dtype)
+    features = values(shape[0] if shape[1] == 1 else shape[1])
+    wide = weight.double()
+    x = features.double()[:, None, None].expand(-1, *shape[2:])
+    expected = F.gelu(F.conv2d(x, wide, bias.double(), groups=shape[0] if shape[1] == 1 else 1).flatten())
+    close(kernels.expected_mean(weight, bias, features, "gelu"), expected, factor=4)
+
+
 @pytest.fixture(scope="module")
 def static():
     with pytest.MonkeyPatch.context() as patch:
@@ -273,6 +330,18 @@ def test_other_sizes_and_gpus_compile(static, monkeypatch, capability, size, sha
     records = list(static.report(capability, torch.float16, "other"))
     assert len(records) == 12
     check_compiled(records)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_functions_of_vectors_compile(kernels, static, capability):
+    with static.launches(capability) as recorded:
+        vector = torch.empty(256, device="cuda")
+        kernels.expected_mean(torch.empty(256, 256, 1, 1, device="cuda"), vector, vector, "gelu")
+        kernels.expected_mean(torch.empty(256, 1, 9, 9, device="cuda", dtype=torch.bfloat16), vector, vector, "relu")
+        kernels.affine(vector, vector, vector, None, vector, 4096.0, 1e-5)
+        kernels.affine_grad(vector, vector, vector, vector, vector, vector, 4096.0, 1e-5)
+    for launch in recorded:
+        assert not static.disassemble(static.compile_launch(launch, capability))["spill_instructions"]
 
 
 def test_tuning(kernels, static, monkeypatch, tmp_path):
@@ -376,6 +445,9 @@ def test_operators_for_compilers(kernels):
         "depthwise_weight_grad": (x, x, 3),
         "pointwise": (x, vector, vector, x, square, wide, "gelu", wide),
         "pointwise_infer": (x, square, wide, "gelu", None, None),
+        "expected_mean": (square, wide, vector, "gelu"),
+        "affine": (vector, vector, vector, None, vector, 30.0, 1e-5),
+        "affine_grad": (vector, vector, vector, vector, vector, vector, 30.0, 1e-5),
     }.items():
         operator = getattr(operators, f"triton_{name}").default
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

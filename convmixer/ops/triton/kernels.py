@@ -426,3 +426,87 @@ def sums_of_tiles(
     tl.store(partial, tl.sum(first, 0), mask=fits)
     if scale_ptr is not None or grad_ptr is None:
         tl.store(partial + tl.num_programs(0).to(tl.int64) * C, tl.sum(second, 0), mask=fits)
+
+
+@triton.jit
+def expected_mean(
+    weight_ptr, bias_ptr, features_ptr, mean_ptr, outputs, inputs,
+    ACT: tl.constexpr, GROUPED: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """Act of a convolution of features that are their means: mean = act(sum over i of weight[i] features[i] + bias).
+
+    weight (O, I); bias, mean (O,); features (I,), or with GROUPED (O,), one for each output. A program computes OUTPUTS
+    means, in steps of INPUTS.
+    """
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    fits = n < outputs
+    total = tl.zeros((OUTPUTS, INPUTS), tl.float32)
+    for start in range(0, inputs, INPUTS):
+        k = start + tl.arange(0, INPUTS)
+        ok = fits[:, None] & (k < inputs)[None, :]
+        value = tl.load(weight_ptr + n[:, None] * inputs + k[None, :], mask=ok, other=0.0).to(tl.float32)
+        if not GROUPED:
+            value *= tl.load(features_ptr + k, mask=k < inputs, other=0.0)[None, :]
+        total += value
+    mean = tl.sum(total, 1)
+    if GROUPED:
+        mean *= tl.load(features_ptr + n, mask=fits, other=0.0)
+    mean += tl.load(bias_ptr + n, mask=fits, other=0.0).to(tl.float32)
+    tl.store(mean_ptr + n, _activate(mean, ACT, True), mask=fits)
+
+
+@triton.jit
+def _moments(s_ptr, q_ptr, n, fits, count):
+    """Return the mean relative to the centre, and the variance before it is cut at 0, of sums over `count` values."""
+    offset = tl.load(s_ptr + n, mask=fits, other=0.0) / count
+    return offset, tl.load(q_ptr + n, mask=fits, other=0.0) / count - offset * offset
+
+
+@triton.jit
+def affine(
+    s_ptr, q_ptr, center_ptr, weight_ptr, bias_ptr, out_ptr, C, count, eps, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """BatchNorm of activations with these sums, as scale and shift: out = (scale, shift, mean, var).
+
+        mean = center + s/count      var = q/count - (s/count)²      scale = weight/sqrt(var + eps)
+        shift = bias - mean*scale
+
+    s, q, center, weight, bias (C,); out (4, C).
+    """
+    n = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    fits = n < C
+    offset, var = _moments(s_ptr, q_ptr, n, fits, count)
+    var = tl.where(var < 0, 0.0, var)  # NaN stays
+    mean = tl.load(center_ptr + n, mask=fits, other=0.0) + offset
+    scale = 1.0 / tl.sqrt_rn(var + eps)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + n, mask=fits, other=0.0)
+    shift = -mean * scale
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + n, mask=fits, other=0.0)
+    tl.store(out_ptr + n, scale, mask=fits)
+    tl.store(out_ptr + C + n, shift, mask=fits)
+    tl.store(out_ptr + 2 * C + n, mean, mask=fits)
+    tl.store(out_ptr + 3 * C + n, var, mask=fits)
+
+
+@triton.jit
+def affine_grad(
+    grad_scale_ptr, grad_shift_ptr, s_ptr, q_ptr, center_ptr, weight_ptr, out_ptr, C, count, eps,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of `affine` with respect to s, q and weight: out (3, C). That of bias is that of shift."""
+    n = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    fits = n < C
+    offset, var = _moments(s_ptr, q_ptr, n, fits, count)
+    root = 1.0 / tl.sqrt_rn(tl.where(var < 0, 0.0, var) + eps)
+    scale = root
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + n, mask=fits, other=0.0)
+    grad_shift = tl.load(grad_shift_ptr + n, mask=fits, other=0.0)
+    mean = tl.load(center_ptr + n, mask=fits, other=0.0) + offset
+    grad_scale = tl.load(grad_scale_ptr + n, mask=fits, other=0.0) - mean * grad_shift
+    grad_var = tl.where(var < 0, 0.0, -0.5 * root * root * scale * grad_scale)
+    tl.store(out_ptr + n, (-grad_shift * scale - 2.0 * offset * grad_var) / count, mask=fits)
+    tl.store(out_ptr + C + n, grad_var / count, mask=fits)
+    tl.store(out_ptr + 2 * C + n, grad_scale * root, mask=fits)

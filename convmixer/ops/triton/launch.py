@@ -576,3 +576,89 @@ def pointwise_infer(
 ) -> Tensor:
     """Compute `scale*act(weight z + bias) + shift`, (B, O, H, W) of z's type; what is None is left out."""
     return _multiply(z, weight, bias, act, scale=scale, shift=shift)[0]
+
+
+# ---- vectors --------------------------------------------------------------------------------------------------------
+
+
+@_operator(
+    "(Tensor weight, Tensor bias, Tensor features, str act) -> Tensor",
+    lambda weight, bias, features, act: _floats(features, weight.shape[0]),
+)
+def expected_mean(weight: Tensor, bias: Tensor, features: Tensor, act: str) -> Tensor:
+    """Compute `act(convolution(x))`, (O,), of x that is everywhere its mean `features`, as `reference` does."""
+    outputs, grouped = len(weight), weight.shape[1] == 1
+    taken = _vector("features", features, outputs if grouped else weight.shape[1], features)
+    flat = weight.detach().flatten(1).contiguous()
+    mean = _floats(features, outputs)
+    _launch(
+        kernels.expected_mean,
+        (-(-outputs // 8),),
+        *(flat, bias.detach().contiguous(), taken, mean, *flat.shape),
+        ACT=act,
+        GROUPED=grouped,
+        OUTPUTS=8,
+        INPUTS=128,
+        warps=4,
+    )
+    return mean
+
+
+def _vectors(kernel: Any, rows: int, first: Tensor, *others: Tensor | None, numbers: tuple[float, float]) -> Tensor:
+    """Run a kernel on vectors (C,): return its outputs (rows, C)."""
+    channels = len(first)
+    given = [_vector("a vector", vector, channels, first) for vector in (first, *others)]
+    out = _floats(first, rows, channels)
+    _launch(kernel, (-(-channels // 128),), *given, out, channels, *numbers, CHANNELS=128, warps=1)
+    return out
+
+
+@_operator(
+    "(Tensor s, Tensor q, Tensor center, Tensor? weight, Tensor? bias, float count, float eps) -> Tensor",
+    lambda s, q, center, weight, bias, count, eps: _floats(s, 4, len(s)),
+)
+def _affine(
+    s: Tensor, q: Tensor, center: Tensor, weight: Tensor | None, bias: Tensor | None, count: float, eps: float
+) -> Tensor:
+    return _vectors(kernels.affine, 4, s, q, center, weight, bias, numbers=(count, eps))
+
+
+def affine(
+    s: Tensor, q: Tensor, center: Tensor, weight: Tensor | None, bias: Tensor | None, count: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the scale and shift of BatchNorm, and mean and variance, (C,) each, as `reference` does."""
+    scale, shift, mean, var = _affine(s, q, center, weight, bias, count, eps).unbind()
+    return scale, shift, mean, var
+
+
+@_operator(
+    "(Tensor grad_scale, Tensor grad_shift, Tensor s, Tensor q, Tensor center, Tensor? weight, float count, float eps)"
+    " -> Tensor",
+    lambda grad_scale, grad_shift, s, q, center, weight, count, eps: _floats(s, 3, len(s)),
+)
+def _affine_grad(
+    grad_scale: Tensor,
+    grad_shift: Tensor,
+    s: Tensor,
+    q: Tensor,
+    center: Tensor,
+    weight: Tensor | None,
+    count: float,
+    eps: float,
+) -> Tensor:
+    return _vectors(kernels.affine_grad, 3, grad_scale, grad_shift, s, q, center, weight, numbers=(count, eps))
+
+
+def affine_grad(
+    grad_scale: Tensor,
+    grad_shift: Tensor,
+    s: Tensor,
+    q: Tensor,
+    center: Tensor,
+    weight: Tensor | None,
+    count: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `affine` with respect to s, q and weight, (C,) each, as `reference` does."""
+    grad_s, grad_q, grad_weight = _affine_grad(grad_scale, grad_shift, s, q, center, weight, count, eps).unbind()
+    return grad_s, grad_q, grad_weight
