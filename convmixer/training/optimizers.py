@@ -16,6 +16,7 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
+from timm.optim.muon import get_lr_scale, zeropower_via_newtonschulz
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -30,6 +31,44 @@ MUON = {  # other arguments are timm's defaults
     "ns_coefficients": "original",
     "adjust_lr_fn": "match_rms_adamw",
 }
+
+
+COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]  # of the iteration of Newton and Schulz; timm's "original"
+
+
+class BatchedMuon(Muon):  # type: ignore[misc]
+    """timm's Muon with the arguments `MUON`, in one batch for all matrices of a shape.
+
+    timm's multiplies them one by one, which are two dozen small kernels for each.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                lists = shapes.setdefault(parameter.shape, ([], [], []))
+                for tensors, tensor in zip(lists, (parameter, parameter.grad, state["momentum_buffer"]), strict=True):
+                    tensors.append(tensor)
+            for lists in shapes.values():
+                self._update(*lists, group)
+
+    @staticmethod
+    def _update(
+        parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)
+        directions = zeropower_via_newtonschulz(ahead, group["ns_steps"], COEFFICIENTS, eps=group["eps"])
+        rate = group["lr"]
+        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+        changes = directions.float() * (-rate * get_lr_scale(ahead.shape, group["adjust_lr_fn"]))
+        torch._foreach_add_(parameters, list(changes.view(-1, *parameters[0].shape)))
 
 
 class MuonAdamW(Optimizer):
@@ -55,7 +94,7 @@ class MuonAdamW(Optimizer):
         muon: dict[str, Any],
         adamw: dict[str, Any],
     ) -> None:
-        self.muon, self.adamw = Muon(matrices, lr=lr, **muon), torch.optim.AdamW(others, lr=lr, **adamw)
+        self.muon, self.adamw = BatchedMuon(matrices, lr=lr, **muon), torch.optim.AdamW(others, lr=lr, **adamw)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {"lr": lr})
         self._share()
 
@@ -179,5 +218,6 @@ class Average:
         changes = torch._foreach_sub(values, averages)
         torch._foreach_mul_(changes, weight)
         torch._foreach_add_(averages, changes)
-        for counter, value in self.counters:
-            counter.copy_(value)
+        if self.counters:
+            counters, counts = map(list, zip(*self.counters, strict=True))
+            torch._foreach_copy_(counters, counts)

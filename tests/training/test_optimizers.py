@@ -6,14 +6,15 @@ import math
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from timm.optim import Lookahead
+from timm.optim import Lookahead, Muon
 
 import convmixer
 from convmixer.data.memory import Images
 from convmixer.errors import ArgumentError
 from convmixer.training import get_recipe
 from convmixer.training.machine import create_accelerator
-from convmixer.training.optimizers import Average, create_optimizer, takes_tensors
+from convmixer.training.optimizers import MUON as MUON_ARGUMENTS
+from convmixer.training.optimizers import Average, BatchedMuon, create_optimizer, takes_tensors
 from convmixer.training.trainer import PartialEpoch, Trainer
 from convmixer.training.validation import no_progress
 
@@ -86,6 +87,34 @@ def test_muon_against_the_formula():
             found = parameter.detach().double()
             assert (found - (decayed - rate * change)).norm() < tolerance * (rate * change).norm(), name
             weights[name] = found
+
+
+def test_matrices_in_a_batch_change_as_one_by_one():
+    """As timm's Muon changes them, over some steps; a matrix without a gradient stays."""
+    ours, theirs = ([p.detach().clone().requires_grad_() for p in _matrices()] for _ in range(2))
+    both = (
+        BatchedMuon(ours, lr=0.02, weight_decay=0.1, **MUON_ARGUMENTS),
+        Muon(theirs, lr=0.02, weight_decay=0.1, **MUON_ARGUMENTS),
+    )
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for a, b in list(zip(ours, theirs, strict=True))[: 3 if step == 2 else 4]:
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in both:
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b, start in zip(ours, theirs, _matrices(), strict=True):
+        assert (a - b).norm() < 0.01 * (b - start).norm()
+    assert [list(optimizer.state_dict()["state"][0]) for optimizer in both] == [
+        ["momentum_buffer"],
+        ["use_muon", "momentum_buffer"],
+    ]
+
+
+def _matrices() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, 16, 1, 1) / 4 for shape in (16, 24, 16, 24)]
 
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "muon"])
