@@ -149,25 +149,18 @@ class _Pointwise(Function):
         if ctx.batch:
             grad_u, total = kernels.stats_grad(grad_u, u, ctx.act, center, grad_s, grad_q)
         grad_weight = grad_bias = grad_c = grad_scale = grad_shift = grad_z = None
-        weight_of_type = weight.to(c.dtype)
         if ctx.needs_input_grad[4]:
             before = u_before, scale_before, shift_before, ctx.act_before
             z = kernels.sum_normalized(c, scale, shift, ctx.act, *before)
-            grad_weight = _convolution_grads(grad_u, z, weight_of_type, (False, True))[1].to(weight.dtype)
-            grad_weight = grad_weight.flatten(1).view(weight.shape)  # of the strides that DDP expects
+            grad_weight = kernels.pointwise_weight_grad(grad_u, z).to(weight.dtype)
+            grad_weight = grad_weight.view(weight.shape)  # of the strides that DDP expects
         if ctx.needs_input_grad[5]:
             total = grad_u.sum((0, 2, 3), dtype=center.dtype) if total is None else total
             grad_bias = total.to(ctx.bias_type)
         if any(ctx.needs_input_grad[:4]):
-            grad_z = _convolution_grads(grad_u, c, weight_of_type, (True, False))[0]
+            grad_z = kernels.pointwise_input_grad(grad_u, weight.flatten(1).to(c.dtype))
             grad_c, grad_scale, grad_shift = kernels.normalize_act_grad(grad_z, c, scale, ctx.act)
         return grad_c, grad_scale, grad_shift, grad_z, grad_weight, grad_bias, *[None] * 7
-
-
-def _convolution_grads(grad: Tensor, z: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Any:
-    """Return the gradients of a 1x1 convolution with respect to its input and its weight, as far as wanted."""
-    one, none = [1, 1], [0, 0]
-    return torch.ops.aten.convolution_backward(grad, z, weight, None, one, none, one, False, none, 1, [*wanted, False])
 
 
 class _Normalize(Function):

@@ -241,6 +241,20 @@ def pointwise_infer(z: Tensor, weight: Tensor, bias: Tensor, act: str, scale: Te
     return normalize_act(u, scale, shift, act)
 
 
+def pointwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of a 1x1 convolution for its input, given (O, C) weights and that for its output."""
+    return F.conv2d(grad, weight.t()[..., None, None])
+
+
+def pointwise_weight_grad(grad: Tensor, z: Tensor) -> Tensor:
+    """Return the gradient (O, C) of a 1x1 convolution of z for its weight, given that for its output."""
+    like, one, none = z.new_empty(grad.shape[1], z.shape[1], 1, 1), [1, 1], [0, 0]
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        grad, z, like, None, one, none, one, False, none, 1, [False, True, False]
+    )
+    return gradients[1].flatten(1)
+
+
 # ---- vectors --------------------------------------------------------------------------------------------------------
 
 

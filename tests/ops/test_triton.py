@@ -224,6 +224,27 @@ def test_elementwise(kernels, dtype, act, shape):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_pointwise_gradients(kernels, dtype):
+    """In the layout of the kernels; of matrices that are not square."""
+    grad, z, weight = values(3, 6, 5, 4, dtype=dtype), values(3, 9, 5, 4, dtype=dtype), values(6, 9, dtype=dtype)
+    leaves = [leaf.double().requires_grad_() for leaf in (z, weight)]
+    expected = torch.autograd.grad(F.conv2d(leaves[0], leaves[1][..., None, None]), leaves, grad.double())
+    for functions in (kernels, importlib.import_module("convmixer.ops.reference")):
+        grad_z = functions.pointwise_input_grad(grad, weight)
+        assert grad_z.is_contiguous(memory_format=torch.channels_last)
+        close(grad_z, expected[0], dtype)
+        close(functions.pointwise_weight_grad(grad, z), expected[1], dtype)
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(1, 1300, 9), (2, 3, 130), (2, 512, 8), (3, 0, 4), (1, 1, 1)])
+def test_partial_sums(kernels, shape):
+    partials = values(*shape)
+    close(kernels._add_up(partials), partials.double().sum(1), factor=4)
+
+
+@gpu
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("channels", [5, 200])
 def test_vectors(kernels, affine, channels):

@@ -429,6 +429,20 @@ def sums_of_tiles(
 
 
 @triton.jit
+def add_up(partials_ptr, out_ptr, partials, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of what programs have added up: out = sum over p of partials[:, p], of (R, partials, N) to (R, N)."""
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    fits = n < N
+    row = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, partials, ROWS):
+        p = start + tl.arange(0, ROWS)
+        offset = (row * partials + p[:, None]) * N + n[None, :]
+        total += tl.load(partials_ptr + offset, mask=(p < partials)[:, None] & fits[None, :], other=0.0)
+    tl.store(out_ptr + row * N + n, tl.sum(total, 0), mask=fits)
+
+
+@triton.jit
 def expected_mean(
     weight_ptr, bias_ptr, features_ptr, mean_ptr, outputs, inputs,
     ACT: tl.constexpr, GROUPED: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,

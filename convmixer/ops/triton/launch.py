@@ -142,6 +142,16 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, sta
             _COMPILED[key] = compiled
 
 
+def _add_up(sums: Tensor) -> Tensor:
+    """Return the sum (R, N) of the partial sums (R, programs, N) of a kernel's programs."""
+    rows, partials, length = sums.shape
+    total = _floats(sums, rows, length)
+    if not partials:
+        return total.zero_()
+    _launch(kernels.add_up, (-(-length // 8), rows), sums, total, partials, length, ROWS=512, COLUMNS=8, warps=8)
+    return total
+
+
 _LIBRARY = torch.library.Library("convmixer", "FRAGMENT")
 
 
@@ -248,7 +258,7 @@ def _sums(
         CHANNELS=config.channels,
         warps=config.warps,
     )
-    return u.new_empty(0) if out is None else out, sums.sum(1)
+    return u.new_empty(0) if out is None else out, _add_up(sums)
 
 
 @_operator(
@@ -349,7 +359,7 @@ def _convolve(
         FULL=width % (config.across * config.columns) == 0,
         warps=config.warps,
     )
-    return y, x.new_empty(0) if sums is None else sums.sum(1)
+    return y, x.new_empty(0) if sums is None else _add_up(sums)
 
 
 @_operator(
@@ -441,7 +451,7 @@ def _correlate(x: Tensor, grad: Tensor, size: int, config: Gradient | None = Non
         FULL=width % config.columns == 0,
         warps=config.warps,
     )
-    total = sums.sum(0)
+    total = _add_up(sums.flatten(1)[None]).view(size * size + 1, channels)
     return total[:-1].t().reshape(channels, 1, size, size).contiguous(), total[-1].clone()
 
 
@@ -493,7 +503,7 @@ def _multiply(
         warps=config.warps,
         stages=config.stages,
     )
-    return u, c.new_empty(0) if sums is None else sums.sum(1)
+    return u, c.new_empty(0) if sums is None else _add_up(sums)
 
 
 def _by_library(
@@ -506,7 +516,7 @@ def _by_library(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `_multiply` of z by cuBLAS, which adds the bias in training, in z's type; else the pass after it does."""
-    flat = _last(z).permute(0, 2, 3, 1).flatten(0, 2)
+    flat = _rows(z)
     if center is not None and bias is not None:
         product = torch.addmm(bias.detach().to(z.dtype), flat, weight.t())
     else:
@@ -576,6 +586,23 @@ def pointwise_infer(
 ) -> Tensor:
     """Compute `scale*act(weight z + bias) + shift`, (B, O, H, W) of z's type; what is None is left out."""
     return _multiply(z, weight, bias, act, scale=scale, shift=shift)[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return (B, C, H, W) as a matrix of positions and channels, (B*H*W, C)."""
+    return _last(x).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def pointwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient of the 1x1 convolution with respect to its input, by (O, C) weights of grad's type."""
+    batch, _, height, width = grad.shape
+    # By cuBLAS, as convolutions do, which would return it in another layout.
+    return (_rows(grad) @ weight).view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def pointwise_weight_grad(grad: Tensor, z: Tensor) -> Tensor:
+    """Return the gradient of the 1x1 convolution of z with respect to its weight, (O, C) of grad's type."""
+    return _rows(grad).t() @ _rows(z)
 
 
 # ---- vectors --------------------------------------------------------------------------------------------------------
