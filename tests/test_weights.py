@@ -12,7 +12,7 @@ from convmixer.runtime.choose import available_backends
 
 REFERENCE = json.loads((Path(__file__).parent / "reference_logits.json").read_text())
 SMALL, MIDDLE, LARGE = (f"convmixer_{name}.cifar10" for name in ("128_8_ks7_p2", "256_8", "256_8_ks9_p1"))
-RIGHT = {LARGE: 9508, MIDDLE: 9507, SMALL: 9383}  # of the 10,000 test images, in float32
+RIGHT = {LARGE: 9508, MIDDLE: 9568, SMALL: 9387}  # of the 10,000 test images, in float32
 
 
 def load(name):

@@ -24,7 +24,12 @@ from sitegen.records import DOCS, record, table
 LOGS = DOCS / "runs"
 
 
-_RUNS = {"finetune": "digits"}
+_RUNS = {
+    "cifar10-best": "convmixer_256_8.cifar10",
+    "cifar10-best-128": "convmixer_128_8_ks7_p2.cifar10",
+    "cifar10-fast": "cifar10-fast",
+    "finetune": "digits",
+}
 
 
 _DATA = {"imagenet1k": "data/imagenet --precision float16", "finetune": "data/flowers"}
@@ -86,7 +91,7 @@ def runs() -> list[list[tuple[str, dict[str, Any]]]]:
     """The runs in `docs/runs`, (folder, result) each; those that differ only in the seed are together."""
     groups: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for file in sorted(LOGS.rglob("result.json")):
-        if file.parent.name in registry.list_pretrained():  # described among the weights that ship
+        if file.relative_to(LOGS).parts[0] in registry.list_pretrained():  # described among the weights that ship
             continue
         result = json.loads(file.read_text(encoding="utf-8"))
         settings = {k: v for k, v in result["recipe"].items() if k != "seed"}
@@ -208,6 +213,16 @@ def _job(name: str) -> dict[str, Any]:
     }
 
 
+def _seeds(name: str) -> str:
+    """Top-1 of the runs of a set of weights, where there is more than one seed."""
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((LOGS / name).rglob("result.json"))]
+    if len(results) < 2:
+        return "One seed, so no spread is known."
+    reached = {r["recipe"]["seed"]: next(iter(r["test_accuracy"].values())) for r in results}
+    each = ", ".join(f"{accuracy:.2f} % (seed {seed})" for seed, accuracy in reached.items())
+    return f"{len(reached)} runs reached {_mean(list(reached.values()))} of the test images: {each}. Seed 0 ships."
+
+
 def _epochs(name: str) -> str:
     """The losses by epoch; of a run of `convmixer train`, whose curves show all of them, of every eighth."""
     if by_script(name):
@@ -244,7 +259,7 @@ def _shipped_section(name: str) -> str:
     settings = [(f"`{key}`", value) for key, value in job["settings"].items()]
     parts = [
         f"({here})=\n### {name}",
-        f"Trained by {job['program']}. It took {job['seconds']:.0f} s on {job['machine']}; {versions}.",
+        f"Trained by {job['program']}. It took {job['seconds']:.0f} s on {job['machine']}; {versions}. {_seeds(name)}",
         _folded("Settings", table(("setting", "value"), settings)),
         _folded("Losses by epoch", _epochs(name)),
         f"![Losses and accuracy of {name} by epoch](_figures/{here}-losses.png)",

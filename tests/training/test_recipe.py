@@ -96,7 +96,7 @@ def test_best_recipes_hold_out_no_images_and_differ_in_little():
     best, small, fine = (RECIPES[f"cifar10-best{name}"] for name in ("", "-128", "-p1"))
     assert {recipe.validation_fraction for recipe in (best, small, fine)} == {0.0}
     assert (best.opt, best.lr, best.weight_decay, best.batch_size, best.epochs) == ("muon", 0.01, 0.1, 256, 200)
-    assert (best.mixup, best.cutmix, best.mix_prob, best.mix_until) == (0.5, 0.5, 0.5, 0.8)
+    assert (best.mixup, best.cutmix, best.mix_prob, best.mix_until) == (0.5, 0.5, 0.5, 1.0)
     assert (small.weight_decay, small.random_erasing, small.mixup, small.cutmix) == (0.05, 0.1, 0.0, 0.0)
     assert (fine.batch_size, fine.epochs) == (128, 200)
     # A rise over a tenth of the run, then a line to 0.
