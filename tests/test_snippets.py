@@ -55,7 +55,7 @@ def run(page):
     document = SYBIL.parse(ROOT / page)
     # For the conditions under which snippets are left out.
     document.namespace["torch"] = torch
-    document.namespace["dense"] = importlib.util.find_spec("segmentation_models_pytorch")
+    document.namespace["installed"] = importlib.util.find_spec
     for example in document.examples():
         example.evaluate()
 

@@ -116,7 +116,8 @@ class _Stop:
             # The exception makes `subprocess.run` kill the compiler, and the processes of that lose their parent.
             self.halting = True
             try:
-                self.halted |= _halt(self.halted, self.older)
+                while fresh := _halt(self.halted, self.older):  # one may start another before it is suspended
+                    self.halted |= fresh
             finally:
                 self.halting = False
             raise StoppedWhileCompilingError(self.number)

@@ -10,8 +10,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
 from processes import alive, started, wait_for
+
+from convmixer.training import signals
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
 TORCH = tuple(map(int, version("torch").split(".")[:2]))
@@ -49,6 +52,19 @@ def endless(tmp_path) -> Path:
     script.write_text('#!/bin/sh\ncase "$*" in *-version*) exec g++ "$@";; esac\ntouch "$0.called"\nsleep 600\n')
     script.chmod(0o755)
     return script
+
+
+def test_a_process_started_while_its_parent_is_suspended(monkeypatch):
+    """It is suspended, too: when the parent is killed, nothing would find it any more."""
+    with started(["sleep", "600"]) as parent, started(["sleep", "600"]) as child:
+        both = {process.pid: psutil.Process(process.pid) for process in (parent, child)}
+        views = [{parent.pid: both[parent.pid]}, both, both]
+        monkeypatch.setattr(signals, "_descendants", lambda: views.pop(0))
+        stop = signals._Stop()
+        stop.running, stop.number = 1, signal.SIGTERM
+        with pytest.raises(signals.StoppedWhileCompilingError):
+            stop._obey()
+        assert stop.halted == both
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
