@@ -386,6 +386,7 @@ class _Track(Function):
 def track(norms: Iterable[Any], moments: Iterable[Moments]) -> None:
     """Move running statistics as nn.BatchNorm2d does in training."""
     together: dict[Any, list[tuple[Any, Moments]]] = {}
+    seen: list[Any] = []
     for norm, its in zip(norms, moments, strict=True):
         if not norm.training or norm.running_mean is None:
             continue
@@ -393,8 +394,10 @@ def track(norms: Iterable[Any], moments: Iterable[Moments]) -> None:
             move = _Track.apply if is_transformed() else _Track.forward
             move(its.mean, its.unbiased, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
         else:
-            together.setdefault(norm.momentum, []).append((norm, its))
-    for momentum, pairs in together.items():  # a GPU is given few kernels for all
+            before = sum(norm is other for other in seen)  # a list that holds a tensor twice would lose an update
+            together.setdefault((norm.momentum, before), []).append((norm, its))
+            seen.append(norm)
+    for (momentum, _), pairs in together.items():  # a GPU is given few kernels for all
         running = [tensor for norm, _ in pairs for tensor in (norm.running_mean, norm.running_var)]
         torch._foreach_lerp_(running, [tensor for _, its in pairs for tensor in (its.mean, its.unbiased)], momentum)
         counters = [norm.num_batches_tracked for norm, _ in pairs if norm.num_batches_tracked is not None]

@@ -329,6 +329,19 @@ def test_what_is_compiled_is_fused(mode, checkpointing):
     assert_equal(list(fused.state_dict().values()), list(plain.state_dict().values()))
 
 
+@compiles
+def test_a_shared_batchnorm_counts_each_use():
+    """Compiled, an update of a tensor that a list holds twice would be lost."""
+    plain, fused = pair(depth=2, kernel_size=3)
+    for model in (plain, fused):
+        model.train()
+        model.blocks[1][3] = model.blocks[0][3]
+    torch._dynamo.reset()
+    x = torch.randn(3, 3, 12, 15, dtype=torch.float64)
+    assert_equal(gradients(torch.compile(fused, backend="aot_eager"), x), gradients(plain, x))
+    assert_equal(list(fused.state_dict().values()), list(plain.state_dict().values()))
+
+
 COMPILED = [
     *(
         (backend, checkpointing, momentum)

@@ -597,7 +597,7 @@ def pointwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient of the 1x1 convolution with respect to its input, by (O, C) weights of grad's type."""
     batch, _, height, width = grad.shape
     # By cuBLAS, as convolutions do, which would return it in another layout.
-    return (_rows(grad) @ weight).view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return (_rows(grad) @ weight).view(batch, height, width, weight.shape[1]).permute(0, 3, 1, 2)
 
 
 def pointwise_weight_grad(grad: Tensor, z: Tensor) -> Tensor:
