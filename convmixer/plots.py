@@ -436,7 +436,7 @@ def plot_depthwise_kernels(model: nn.Module, block: int | None = None) -> Figure
 
 @dataclass(frozen=True)
 class ClassActivation:
-    """Where an image speaks for a class, by `class_activation`.
+    """Which regions of an image support a class, by `class_activation`.
 
     Attributes:
         probabilities: Of all classes, float32 (N).
@@ -454,7 +454,7 @@ class ClassActivation:
 
     @property
     def opacity(self) -> npt.NDArray[Any]:
-        """How much of the picture the map covers, (H, W): where nothing speaks for the class, the picture shows."""
+        """How much of the picture the map covers, (H, W): the picture shows where nothing supports the class."""
         opacity: npt.NDArray[Any] = 0.8 * self.heat**0.5
         return opacity
 
@@ -469,7 +469,7 @@ class ClassActivation:
 def class_activation(
     model: nn.Module, image: Any, target: int | None = None, *, side: int = SHOWN_SIDE
 ) -> ClassActivation:
-    """Compute Grad-CAM: which places of an image speak for a class, by the last block's output and its gradient.
+    """Compute Grad-CAM: which regions of an image support a class, by the last block's output and its gradient.
 
     The activation is scaled to at most 1 and interpolated between the centres of the patches. Method: Selvaraju et al.,
     "Grad-CAM", arXiv:1610.02391; captum's `LayerGradCam` computes it.
@@ -519,7 +519,7 @@ def class_activation(
 
 
 def plot_class_activation(model: nn.Module, image: Any, target: int | None = None) -> Figure:
-    """Draw Grad-CAM: which places of an image speak for a class.
+    """Draw Grad-CAM: which regions of an image support a class.
 
     On the left is what the model sees; on the right the activation over the same part of the image. `class_activation`
     computes it.

@@ -1,15 +1,16 @@
-"""Feature maps at several resolutions out of a backbone that has one, for segmentation and detection.
+"""Feature maps at several resolutions from a backbone with a single one, for segmentation and detection.
 
 After the simple feature pyramid of ViTDet (Li et al., "Exploring Plain Vision Transformer Backbones for Object
 Detection", https://arxiv.org/abs/2203.16527), which has no top-down path. Each map of the pyramid comes from one map of
 the backbone, (B, dim, h, w) in cells of p pixels:
 
-    p -> q      doubled by transposed convolutions, or max-pooled by a power of two, as near to r as that goes
-    q -> r      bilinear, if they differ (7 or 14 pixels); centres of cells stay where they are in the image
+    p -> q      transposed convolutions double, or max pooling divides, by the power of two that comes nearest to r
+    q -> r      bilinear interpolation, if they differ (patches of 7 or 14 pixels); cells stay in their places
     project     1x1 convolution -> LayerNorm -> 3x3 convolution -> LayerNorm,  (B, channels, ceil(H/r), ceil(W/r))
 
-Deviations from ViTDet: any patch size and any image size. Images are padded with zeros to whole patches, at the right
-and at the bottom, so that the backbone sees every pixel.
+where q and r are the pixels per cell of the resized and of the final map. Other than ViTDet, this takes any patch size
+and any image size. Images are padded with zeros to whole patches, at the right and at the bottom, so that the backbone
+sees every pixel.
 """
 
 from __future__ import annotations
@@ -33,28 +34,28 @@ REDUCTIONS = (4, 8, 16, 32)
 
 
 class FeaturePyramid(nn.Module):
-    """A backbone and layers that make maps of several resolutions of its features.
+    """A backbone, and layers that turn its features into maps of several resolutions.
 
     Args:
         backbone: A `ConvMixer`, or a model of timm, with `features_only=True` or with `forward_intermediates`. The
-            pyramid takes it over: its head and the blocks that no map needs are removed. Its keys in the state dict
-            start with `backbone.model.`, as in timm's feature extractors.
+            pyramid uses it, not a copy, and removes its head and the blocks that no map needs. Its keys in the state
+            dict start with `backbone.model.`, as in timm's feature extractors.
         reductions: Pixels of the image per cell, in increasing order. A map is
             (B, channels, ceil(H / reduction), ceil(W / reduction)).
         channels: Channels of every map.
         out_indices: The blocks (or outputs, with `features_only=True`) that the maps are made of: one for each
-            reduction, or one for all. Negative ones count from the end. None is the last one, which has seen most of
-            the image.
+            reduction, or one for all. Negative numbers count from the end. None is the last one, whose cells have seen
+            most of the image.
         return_dict: Return an `OrderedDict` with the keys "0", "1", ..., as torchvision's detectors take it, instead of
-            a list. It may be set at any time.
+            a list. The attribute may change at any time.
 
     Attributes:
         feature_info: timm's `FeatureInfo`, with `channels()` and `reduction()`.
         out_channels: Channels of every map, for torchvision's detectors.
 
     Raises:
-        ArgumentError: A value that makes no sense, or a module that does not say which feature maps it has.
-        ImageError: From `forward`, as of the backbone.
+        ArgumentError: An argument makes no sense, or the backbone does not say which feature maps it has.
+        ImageError: From `forward`, as the backbone raises it.
 
     Example:
         >>> backbone = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
@@ -75,13 +76,13 @@ class FeaturePyramid(nn.Module):
         reductions = check_reductions("reductions", reductions)
         check_count("channels", channels)
         super().__init__()
-        self.backbone, self._taken = _extractor(backbone, out_indices, len(reductions))
+        self.backbone, self._sources = _extractor(backbone, out_indices, len(reductions))
         info: FeatureInfo = self.backbone.feature_info
         dims, strides = info.channels(), info.reduction()
         factory = get_device_dtype(self.backbone)
         self.levels = nn.ModuleList(
             _Level(dims[i], strides[i], reduction, channels, factory)
-            for i, reduction in zip(self._taken, reductions, strict=True)
+            for i, reduction in zip(self._sources, reductions, strict=True)
         )
         self._multiple: int = max(strides)
         self.feature_info = FeatureInfo(
@@ -98,14 +99,14 @@ class FeaturePyramid(nn.Module):
         """Compute the maps, finest first: (B, in_chans, H, W) -> (B, channels, ceil(H / r), ceil(W / r)) for each r."""
         height, width = x.shape[-2:]
         features = self.backbone(F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple)))
-        maps = [level(features[i], height, width) for level, i in zip(self.levels, self._taken, strict=True)]
+        maps = [level(features[i], height, width) for level, i in zip(self.levels, self._sources, strict=True)]
         return OrderedDict((str(i), y) for i, y in enumerate(maps)) if self.return_dict else maps
 
     def set_fused(self, enable: bool | Literal["auto"] = True, *, sync_batchnorm: bool = False) -> None:
         """Compute the backbone's blocks by fused functions, as `ConvMixer.set_fused` does.
 
         Raises:
-            ConvMixerError: As there; also for a backbone that is not a `ConvMixer` of this package.
+            ConvMixerError: As `ConvMixer.set_fused`, or the backbone is not a `ConvMixer` of this package.
         """
         inner = find_inner(self.backbone)
         if not hasattr(inner, "set_fused"):
@@ -118,7 +119,15 @@ class FeaturePyramid(nn.Module):
 
 
 class _Level(nn.Module):
-    """One map of a pyramid: (B, dim, h, w) in cells of `stride` pixels -> (B, channels, ceil(H / r), ceil(W / r))."""
+    """The layers of one map of a pyramid.
+
+    Args:
+        dim: Channels of the backbone's map.
+        stride: Pixels per cell of the backbone's map.
+        reduction: Pixels per cell of the map to make.
+        channels: Channels of the map to make.
+        factory: Device and type of the parameters.
+    """
 
     def __init__(self, dim: int, stride: int, reduction: int, channels: int, factory: dict[str, Any]) -> None:
         super().__init__()
@@ -133,7 +142,8 @@ class _Level(nn.Module):
         if doublings < 0:
             self.resize.append(nn.MaxPool2d(2**-doublings, ceil_mode=True))
         self.reduction = reduction
-        self.scale = stride / 2**doublings / reduction  # from 0.7 to 1.4; exactly 1 for patches of 1, 2, 4, ... pixels
+        # Cells of the map to make per resized cell, from 0.7 to 1.42; exactly 1 for patches of 1, 2, 4, ... pixels.
+        self.scale = stride / 2**doublings / reduction
         self.project = nn.Sequential(
             nn.Conv2d(dim, channels, kernel_size=1, bias=False, **factory),
             LayerNorm2d(channels, **factory),
@@ -142,6 +152,7 @@ class _Level(nn.Module):
         )
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Map (B, dim, h, w), of an image of height x width, to (B, channels, ceil(height / r), ceil(width / r))."""
         x = self.resize(x)
         rows, columns = -(-height // self.reduction), -(-width // self.reduction)
         if self.scale == 1:
@@ -153,9 +164,10 @@ class _Level(nn.Module):
 
 
 def _sample(x: Tensor, scale: float, count: int, dim: int) -> Tensor:
-    """Interpolate `count` cells of 1 / scale cells of x each along dim 2 or 3; the last may lie beyond those of x.
+    """Interpolate x along dim 2 or 3 into `count` cells, each 1 / scale cells of x wide.
 
-    `F.interpolate` takes the scale or the size, and a scale that follows from two sizes would move cells by up to one.
+    The last ones may lie beyond the border of x, and repeat it. `F.interpolate` takes either scale or size, and a
+    scale that follows from the sizes would move cells by up to one.
     """
     last = x.shape[dim] - 1
     centres = (torch.arange(count, device=x.device) + 0.5) / scale - 0.5
@@ -166,7 +178,7 @@ def _sample(x: Tensor, scale: float, count: int, dim: int) -> Tensor:
 
 
 def check_reductions(name: str, reductions: Any) -> tuple[int, ...]:
-    """Return the reductions of a pyramid, checked; `name` is what the caller calls them."""
+    """Return the reductions of a pyramid as a tuple; raise an ArgumentError for others, with the argument's `name`."""
     found = plain_indices(reductions)
     found = [plain_indices(r) for r in found] if isinstance(found, list | tuple) else []
     whole = all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in found)
@@ -176,7 +188,7 @@ def check_reductions(name: str, reductions: Any) -> tuple[int, ...]:
 
 
 def _extractor(backbone: Any, out_indices: Any, count: int) -> tuple[Any, list[int]]:
-    """Return a module that returns feature maps, and the place of each level's one among them."""
+    """Return a module that computes a backbone's feature maps, and for each level which of them it is made of."""
     info: Any = getattr(backbone, "feature_info", None)
     ready = isinstance(info, FeatureInfo)
     if not ready and not (isinstance(info, list) and info and hasattr(backbone, "forward_intermediates")):
@@ -193,10 +205,11 @@ def _extractor(backbone: Any, out_indices: Any, count: int) -> tuple[Any, list[i
 
 
 def _indices(out_indices: Any, total: int, count: int) -> list[int]:
+    """Return `count` indices from 0 to total - 1; raise an ArgumentError for others than `FeaturePyramid` describes."""
     found = [-1] if out_indices is None else plain_indices(out_indices)
     found = [plain_indices(i) for i in found] if isinstance(found, list | tuple) else []
-    fine = all(isinstance(i, int) and not isinstance(i, bool) and -total <= i < total for i in found)
-    if not fine or len(found) not in (1, count):
+    valid = all(isinstance(i, int) and not isinstance(i, bool) and -total <= i < total for i in found)
+    if not valid or len(found) not in (1, count):
         raise ArgumentError(
             f"out_indices={out_indices!r}: give one index for all {count} maps or {count} of them, "
             f"from {-total} to {total - 1}"

@@ -15,25 +15,25 @@ __all__ = ["ConvMixerEncoder", "register_encoders"]
 
 
 def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2, block: int = -1) -> list[str]:
-    """Tell segmentation_models_pytorch the names of this package; a second call replaces what the first one told it.
+    """Register the variants and weights of this package as encoders of segmentation_models_pytorch.
 
-    `variant` is an encoder with random weights and `variant.tag` one with these weights. Its models take both with
-    `encoder_weights=None`.
+    `variant` is an encoder with random weights, and `variant.tag` one with these weights. Use both with
+    `encoder_weights=None`. A second call replaces the encoders of the first one.
 
     Args:
         channels: Channels of every feature map.
-        finest: Reduction of the finest map that is computed, 2 or 4. With 4 the map of reduction 2 has 0 channels, as
-            in the library's own Mix Vision Transformers. That saves time where a decoder does not use it, as in FPN,
-            PAN and DeepLabV3Plus. UnetPlusPlus and Linknet need 2: Linknet's features pass through that map.
-        block: The block whose output all maps are made of; negative ones count from the end. Later blocks are removed,
-            so an earlier one costs less. A model that has no such block is an error when it is built.
+        finest: Reduction of the finest map, 2 or 4. With 4 the map of reduction 2 has 0 channels, as in the library's
+            own Mix Vision Transformers. That saves time where a decoder does not use this map, as in FPN, PAN and
+            DeepLabV3Plus. UnetPlusPlus and Linknet need 2: Linknet's features pass through that map.
+        block: The block whose output all maps are made of; negative numbers count from the end. Later blocks are
+            removed, so an earlier one costs less. If a model has no such block, building it raises an error.
 
     Returns:
-        The names.
+        The names of the encoders.
 
     Raises:
         DependencyError: segmentation_models_pytorch is missing.
-        ArgumentError: A value that makes no sense.
+        ArgumentError: An argument makes no sense.
 
     Example:
         >>> import segmentation_models_pytorch as smp
@@ -54,14 +54,14 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2, block: 
     for name in names:
         library.encoders[name] = {
             "encoder": ConvMixerEncoder,
-            "pretrained_settings": _InTheName(),
+            "pretrained_settings": _NoDownloads(),
             "params": {"name": name, "pretrained": name in pretrained, **settings},
         }
     return names
 
 
-class _InTheName(dict[str, Any]):
-    """The weights of an encoder that the library can download: none, and asking for some says where they are."""
+class _NoDownloads(dict[str, Any]):
+    """The weights of an encoder that the library can download: none. A look-up raises an error that says what to do."""
 
     def __contains__(self, weights: object) -> bool:
         raise ArgumentError(
@@ -71,7 +71,7 @@ class _InTheName(dict[str, Any]):
 
 
 class ConvMixerEncoder(nn.Module):
-    """A `FeaturePyramid` as segmentation_models_pytorch calls it: (B, C, H, W) -> the image and a map per reduction.
+    """A `FeaturePyramid` with the interface of segmentation_models_pytorch's encoders.
 
     Args:
         name: As in `create_model`.
@@ -85,6 +85,9 @@ class ConvMixerEncoder(nn.Module):
     Attributes:
         pyramid: The `FeaturePyramid`.
         out_channels: Channels of the image and of each map.
+
+    Raises:
+        ArgumentError: An argument makes no sense.
     """
 
     _is_torch_scriptable = False
@@ -104,7 +107,7 @@ class ConvMixerEncoder(nn.Module):
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 2:
             raise ArgumentError(f"encoder_depth={depth!r}: give a whole number of at least 2; decoders need 3 to 5")
         super().__init__()
-        self._source: dict[str, Any] = {"name": name, "pretrained": pretrained, "out_indices": (block,)}
+        self._backbone_arguments: dict[str, Any] = {"name": name, "pretrained": pretrained, "out_indices": (block,)}
         self._reductions = [min(2**i, output_stride) for i in range(1, depth + 1)]
         self.output_stride: int = self._reductions[-1]
         computed = sorted({r for r in self._reductions if r >= finest})
@@ -112,11 +115,17 @@ class ConvMixerEncoder(nn.Module):
         self.out_channels = [3, *(channels if r in computed else 0 for r in self._reductions)]
 
     def _backbone(self, in_chans: int) -> nn.Module:
-        model: nn.Module = create_model(**self._source, device="cpu", in_chans=in_chans, features_only=True)
+        """Create a feature extractor for images with `in_chans` channels."""
+        model: nn.Module = create_model(**self._backbone_arguments, device="cpu", in_chans=in_chans, features_only=True)
         return model
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Compute the maps, (B, channels, ceil(H / r), ceil(W / r)), after the image itself."""
+        """Compute the maps of images (B, C, H, W).
+
+        Returns:
+            The images, and a map (B, channels, ceil(H / r), ceil(W / r)) for each reduction r. With `finest=4` the map
+            of reduction 2 has 0 channels.
+        """
         height, width = x.shape[-2:]
         maps = dict(zip(self.pyramid.feature_info.reduction(), self.pyramid(x), strict=True))
         if 2 not in maps:
@@ -124,10 +133,10 @@ class ConvMixerEncoder(nn.Module):
         return [x, *(maps[r] for r in self._reductions)]
 
     def set_in_channels(self, in_channels: int, pretrained: bool = True) -> None:
-        """Take images of `in_channels` channels; pretrained weights are adapted as in `create_model(in_chans=...)`."""
+        """Rebuild the backbone for images with `in_channels` channels; weights are adapted as by `create_model`."""
         if in_channels != self.out_channels[0]:
             self.pyramid.backbone = self._backbone(in_channels)
             self.pyramid.in_chans = self.out_channels[0] = in_channels
 
     def make_dilated(self, output_stride: int) -> None:
-        """Do nothing: the library calls it after the constructor, which has taken `output_stride` into account."""
+        """Do nothing: the library calls this after the constructor, which has used `output_stride` already."""

@@ -88,7 +88,7 @@ def test_measures(model, folder):
 
 
 def test_class_activation(model, cat):
-    """What speaks for one class speaks against the other."""
+    """What supports one class counts against the other."""
     model.pretrained_cfg["label_names"] = ["cat"]
     figures = [plots.plot_class_activation(model, cat, target=target) for target in (0, 1)]
     titles = [figure.axes[1].get_title() for figure in figures]

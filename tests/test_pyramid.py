@@ -1,4 +1,4 @@
-"""Feature pyramids: sizes, places in the image, weights, and what they work with."""
+"""Feature pyramids: sizes, places of cells, weights, and the libraries that they work with."""
 
 from collections import OrderedDict
 from math import ceil
@@ -25,7 +25,7 @@ def make(reductions=ALL, patch_size=2, depth=2, channels=6, **options) -> Featur
 @pytest.mark.parametrize("patch_size", [1, 2, 3, 4, 5, 7, 14, 16])
 @torch.inference_mode()
 def test_sizes(patch_size):
-    """ceil(H / r) for any image, also one smaller than a patch."""
+    """Maps have ceil(H / r) rows for any image, also for one smaller than a patch."""
     model = make(patch_size=patch_size)
     for height, width in ((1, 1), (3, 40), (13, 14), (15, 29), (32, 64), (33, 65), (63, 50), (97, 56)):
         maps = model(torch.randn(2, 3, height, width))
@@ -34,7 +34,7 @@ def test_sizes(patch_size):
 
 
 class Coordinates(nn.Module):
-    """A backbone whose two channels are row and column of the centre of each cell, in pixels."""
+    """A backbone whose two channels are the row and the column of each cell's centre, in pixels."""
 
     def __init__(self, stride: int) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ class Coordinates(nn.Module):
 
 
 @pytest.mark.parametrize(("stride", "reduction"), [(7, 8), (14, 16), (5, 4), (3, 4), (6, 7), (8, 8), (9, 8)])
-def test_cells_stay_at_their_places(stride, reduction):
-    """Away from the border a cell of the pyramid is centred where its own pixels are, whatever the patches."""
+def test_cells_stay_in_their_places(stride, reduction):
+    """Away from the border, a cell is centred on its own pixels, whatever the patch size."""
     model = FeaturePyramid(Coordinates(stride), (reduction,))
     model.levels[0].project = nn.Identity()
     (centres,) = model(torch.zeros(1, 3, 200, 150))
@@ -94,7 +94,7 @@ def test_gradients_reach_every_parameter():
 
 @torch.inference_mode()
 def test_blocks():
-    """Each map changes with its own block, and with no later one."""
+    """A map changes with its own block, and not with a later one."""
     model = make((4, 8), depth=2, out_indices=(0, 1))
     image = torch.randn(1, 3, 32, 32)
     before = model(image)
@@ -115,7 +115,7 @@ def test_torch_export(patch_size):
 
 @pytest.mark.parametrize("out_indices", [None, (0, 1, 1)])
 def test_fused_training(out_indices):
-    """The same maps, running statistics and gradients as by layers."""
+    """Fused blocks give the maps, running statistics and gradients of plain layers."""
     models = [make((4, 8, 16), out_indices=out_indices).double().train() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     models[1].set_fused()
@@ -143,7 +143,7 @@ def test_checkpointing():
 
 @torch.inference_mode()
 def test_pretrained():
-    """The keys are timm's under a prefix, and the backbone computes what it computes by itself."""
+    """The keys are timm's with a prefix, and the backbone computes what it computes without a pyramid."""
     model = convmixer.create_model("convmixer_256_8", pretrained=True, pyramid=(4, 8), device="cpu").eval()
     backbone = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu").eval()
     own = {f"backbone.model.{k}": v for k, v in backbone.state_dict().items() if not k.startswith("head.")}
@@ -200,7 +200,7 @@ def test_an_optimized_backbone_computes_the_same():
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
 @torch.inference_mode()
 def test_other_backbones(name):
-    """A map of timm's extractors for each level; a model with one resolution."""
+    """One of timm's extractors with a map for each level, and a model with one resolution."""
     if name.startswith("vit"):
         model = FeaturePyramid(timm.create_model(name, depth=2, img_size=64), (8, 16, 32), channels=8)
     else:
@@ -252,7 +252,7 @@ def test_a_pyramid_is_not_a_classifier(cat):
 
 @pytest.mark.parametrize("kind", ["FasterRCNN", "RetinaNet"])
 def test_torchvisions_detectors(kind):
-    """Losses in training, boxes inside the images in evaluation, with gradients down to the stem."""
+    """Losses in training, with gradients down to the stem; boxes inside the images in evaluation."""
     from torchvision.models import detection
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 

@@ -1,4 +1,4 @@
-"""Encoders for segmentation_models_pytorch, in its models."""
+"""Encoders for segmentation_models_pytorch, alone and in its models."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_pretrained():
 
 
 @torch.inference_mode()
-def test_other_channels_of_images():
+def test_grey_images():
     """Pretrained weights are adapted as `create_model` adapts them."""
     encoder = smp.FPN("convmixer_128_8_ks7_p2.cifar10", encoder_weights=None, in_channels=1).encoder.eval()
     one = convmixer.create_model("convmixer_128_8_ks7_p2", pretrained=True, in_chans=1, device="cpu").eval()
@@ -99,7 +99,7 @@ def test_save_and_load(tmp_path):
 
 @torch.no_grad()
 def test_an_earlier_block():
-    """The maps are made of that block's output, and the blocks after it are gone."""
+    """The maps are made of that block's output, and the blocks after it are removed."""
     register_encoders(channels=16, block=2)
     name = "convmixer_128_8_ks7_p2.cifar10"
     backbone = smp.Unet(name, encoder_weights=None).encoder.pyramid.backbone.eval()

@@ -3,7 +3,7 @@
     source --> data.parts (numbered parts) --> dataset (which are missing) --> predictor (decode, compute, write)
                                                                           \\-> cluster (the same, in Ray's actors)
 
-A part becomes one file, which is written whole or not at all. So whoever computes a part, and how often, the folder
-holds the same rows; what is missing after an interruption is the parts without a file. `manifest` keeps two runs from
-sharing a folder.
+Each part becomes one file, which is written whole or not at all. So the rows do not depend on which process computes a
+part, or on how often it is computed, and an interrupted run is resumed with the parts that have no file. `manifest`
+keeps two runs from sharing a folder.
 """

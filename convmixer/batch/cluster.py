@@ -1,6 +1,6 @@
 """Parts computed by a pool of actors on Ray Data, on this machine or on many that see the same files.
 
-Ray starts the actors, hands out parts, starts an actor again that has died, and repeats its part.
+Ray starts the actors and hands out parts. If an actor dies, Ray starts it again and repeats its parts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _HINT = "start a cluster with `ray start --head`, and give its address, HOST:POR
 
 
 class _Actor:
-    """Optimizes the model where it runs, and writes the parts that it is given.
+    """Optimizes the model where it runs, and writes the files of parts that Ray hands out.
 
-    Errors of this package are returned as values, by class and text: Ray would wrap them in its own, with traces.
+    It returns errors of this package as values, class and text: Ray would wrap them in its own, with traces.
     """
 
     def __init__(self, predictor: Any, model: Any, optimize: Callable[[nn.Module], nn.Module]) -> None:
@@ -44,6 +44,7 @@ class _Actor:
             self.error = error
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """Write the parts in the column "part". Return a row: number of images, class and text of an error or ""."""
         images: list[int] = []
         try:
             if self.model is not None:
@@ -71,12 +72,13 @@ def write_on_ray(
         model: The model, on the CPU, and not optimized yet.
         optimize: Optimizes it in the actor, on the device that Ray gives to it.
         parts: Numbers of the parts.
-        address: Of a cluster; None: as `ray.init()` finds one or starts it. A connection that the caller made is used.
-        actors: How many; None: one for each GPU of the cluster, without GPUs one for each machine.
-        advance: Called with the number of images whenever a part has been written.
+        address: Of a cluster; None: the one that `ray.init()` finds or starts. If the caller has connected to a
+            cluster, that one is used.
+        actors: Number of actors; None: one for each GPU of the cluster, without GPUs one for each machine.
+        advance: Called with the number of images after each part.
 
     Raises:
-        ArgumentError: No cluster there, or more actors than it has processor cores.
+        ArgumentError: No cluster answers, or it has fewer processor cores than actors.
         DependencyError: Ray is not installed.
         ConvMixerError: As `Predictor.write`, from an actor; or Ray itself failed.
     """
@@ -84,7 +86,7 @@ def write_on_ray(
     data: Any = optional("ray.data", "ray=", "ray")
     with _connected(ray, address), _quiet(data):
         count, resources = _share([node["Resources"] for node in ray.nodes() if node["Alive"]], actors)
-        # An actor that is started again fetches these, so they must not go out of scope here.
+        # Ray drops them when these references are gone, and an actor that is started again fetches them.
         stored = ray.put(predictor), ray.put(model)
         todo = data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
         done = todo.map_batches(
@@ -101,13 +103,13 @@ def write_on_ray(
                 advance(row["images"])
         except ray.exceptions.RayError as error:
             why = f"{type(error).__name__}: {first_line(error)}"
-            raise ConvMixerError(f"Ray failed: {why}. Give the same call again: files already written stay") from error
+            raise ConvMixerError(f"Ray failed: {why}. Repeat the call: files already written are kept") from error
 
 
 def check_address(address: str) -> None:
-    """Raise ArgumentError if nothing answers at HOST:PORT, where Ray would go on trying for minutes."""
+    """Raise ArgumentError if nothing answers at HOST:PORT: Ray itself would try for minutes."""
     found = re.fullmatch(r"(?:ray://)?(?P<host>[^/]+):(?P<port>\d+)", address)
-    if found is None:  # what else `ray.init` takes, such as auto
+    if found is None:  # something else that `ray.init` takes, such as auto
         return
     try:
         socket.create_connection((found["host"].strip("[]"), int(found["port"])), timeout=10).close()
@@ -116,26 +118,39 @@ def check_address(address: str) -> None:
 
 
 def _share(nodes: Sequence[dict[str, float]], actors: int | None) -> tuple[int, dict[str, float]]:
-    """Return how many actors there are, and what each takes of machines with these resources, so that all fit."""
+    """Share machines among actors, so that all actors fit: one that does not fit would wait forever.
+
+    Args:
+        nodes: The resources of each machine, by Ray's names: "CPU", "GPU".
+        actors: As in `write_on_ray`.
+
+    Returns:
+        The number of actors, and what each of them takes, as arguments of `map_batches`. With GPUs, only machines that
+        have some are used, and actors share a GPU if there are more of them.
+
+    Raises:
+        ArgumentError: There are fewer cores than actors.
+    """
     nodes = [node for node in nodes if node.get("CPU", 0) >= 1]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if gpus:
         nodes = [node for node in nodes if node.get("GPU", 0) >= 1]
     count = actors or gpus or len(nodes)
-    on_gpu = -(-count // gpus) if gpus else 0
-    cores = [(int(node["CPU"]), on_gpu * int(node["GPU"]) if gpus else -(-count // len(nodes))) for node in nodes]
-    each = max(min((cpus // most for cpus, most in cores), default=0), 1)
-    if sum(cpus // each for cpus, _ in cores) < max(count, 1):
+    actors_per_gpu = -(-count // gpus) if gpus else 0
+    most_actors = [actors_per_gpu * int(node["GPU"]) if gpus else -(-count // len(nodes)) for node in nodes]
+    cores = [int(node["CPU"]) for node in nodes]
+    cores_each = max(min((have // most for have, most in zip(cores, most_actors, strict=True)), default=0), 1)
+    if sum(have // cores_each for have in cores) < max(count, 1):
         raise ArgumentError(
-            f"actors={actors}: each needs a processor core, and Ray has {sum(cpus for cpus, _ in cores)}"
+            f"actors={actors}: each needs a processor core, and Ray has {sum(cores)}"
             + (" where its GPUs are" if gpus else "")
         )
-    return count, {"num_cpus": each, **({"num_gpus": 1 / on_gpu} if gpus else {})}
+    return count, {"num_cpus": cores_each, **({"num_gpus": 1 / actors_per_gpu} if gpus else {})}
 
 
 @contextlib.contextmanager
 def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    """Connect to a cluster within the block, unless the caller has done it."""
+    """Connect to a cluster within the block, unless the caller has connected to one."""
     if ray.is_initialized():
         yield
         return
@@ -153,7 +168,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(data: Any) -> Iterator[None]:
-    """Let Ray Data print nothing but errors within the block: progress is ours."""
+    """Let Ray Data print only errors within the block: this package shows the progress."""
     context, logger = data.DataContext.get_current(), logging.getLogger("ray.data")
     before, level = context.enable_progress_bars, logger.level
     context.enable_progress_bars = False

@@ -17,7 +17,7 @@ from torch import nn
 
 from convmixer.batch.cluster import check_address, write_on_ray
 from convmixer.batch.manifest import claim, describe_model, reserve
-from convmixer.batch.predictor import Answers, Predictor
+from convmixer.batch.predictor import Answers, Predictor, import_pyarrow
 from convmixer.data.parts import open_parts
 from convmixer.errors import ArgumentError, DataError, check_count, optional
 from convmixer.inference import label_names, preparation
@@ -36,8 +36,8 @@ class Summary:
         images: Rows in all files.
         errors: Rows of images that could not be read.
         files: Number of Parquet files.
-        kept: Rows that an earlier run had written.
-        seconds: What this run took from the first part on.
+        kept: Rows that an earlier run wrote.
+        seconds: Time that this run took to compute and write, without its preparation.
         choice: What computed the model.
     """
 
@@ -50,7 +50,7 @@ class Summary:
 
     @property
     def images_per_second(self) -> float:
-        """Images of this run per second, with reading, decoding and writing; 0 if nothing was left to do."""
+        """Images of this run per second, with reading, decoding and writing; 0 if it had nothing to do."""
         return (self.images - self.kept) / self.seconds if self.images > self.kept else 0.0
 
 
@@ -81,45 +81,45 @@ def predict_dataset(
 
     The columns are `image` (its name in the source), then `label`, `probability`, `labels` and `probabilities` (the
     `topk` most probable classes, most probable first), or with `embed` the `embedding`; last `error`. An image that
-    cannot be read has its error there, and null in the columns before. `part-00000.parquet` and so on hold the rows in
-    the order of the source. A file is written whole or not at all.
+    cannot be read has its error there, and null in all other columns but `image`. `part-00000.parquet` and so on hold
+    the rows in the order of the source. A file is written whole or not at all.
 
-    If a run was interrupted, the same call goes on where it stopped: files that are there are kept, the others are
-    written. `_manifest.json` in the folder makes sure that source, model and settings are the same.
+    If a run was interrupted, the same call resumes it: it keeps the files that exist, and writes the others.
+    `_manifest.json` in the folder makes sure that source, model and settings are the same.
 
     Args:
         model: A model from `create_model`, as `optimize` takes it.
         data: A folder or a .tar with images at any depth; a table with the columns image and label; Parquet files with
             the bytes of images (a file, a folder or a pattern); WebDataset shards (`wds/...`); a data set of the Hub
             (`hfds/...`) or of torchvision (`torch/...`).
-        output: A folder, which is created if it is not there. On several machines all of them must see it, and `data`.
+        output: A folder, which is created if it does not exist. On Ray, all machines must see it and `data`.
         split: A split of `data`. None takes all images of a folder, tar or table, and the only split of another source.
         embed: Write the pooled features in front of the head, (head_hidden_size,) each, instead of classes.
-        topk: Classes of a row, at most all of them.
+        topk: Number of classes in a row, at most all of them.
         batch_size: Images computed at a time.
-        rows_per_file: Images of a file. A shard of a WebDataset becomes one file, whatever its size.
+        rows_per_file: Images in a file. A shard of a WebDataset becomes one file, whatever its size.
         backend: As in `optimize`.
         dtype: As in `optimize`, but not int8.
         draft: Decode large JPEG photographs at a reduced scale; see `predict`.
         workers: Processes that decode; 0 decodes in the process that computes. None: one per core; on Ray one fewer
             than the cores of an actor.
         ray: Compute on Ray Data, with a pool of actors: True for the cluster that `ray.init()` finds or starts, or an
-            address. Each actor computes on a GPU if the cluster has some, and else on CPUs.
-        actors: Their number; None: one per GPU, without GPUs one per machine.
+            address. Each actor computes on a GPU if the cluster has any, and else on CPUs.
+        actors: Number of actors; None: one per GPU, without GPUs one per machine.
         image_column: The column of Parquet files with the images; None: the only one with bytes, or one called image.
         key_column: The column that names them; None: key, path, file_name or id, or else file and row are their names.
         data_root: Where downloaded data sets lie; see `validate`.
         download: Let `torch/` data sets download what is missing.
-        progress: Called with how many rows are written or computed, and how many there will be if that is known.
-        report: Takes a line about what was taken for the source, and one about what an earlier run has done.
+        progress: Called with the number of rows that are written or computed, and of all rows, or None if unknown.
+        report: Called with a line that says what is read, and one that says what an earlier run has written.
 
     Returns:
-        How many rows there are, how many of them errors, and how long it took.
+        The numbers of rows and of errors, and the time.
 
     Raises:
-        ArgumentError: An argument that makes no sense, a folder that holds something else or another run.
-        DataError: A source that cannot be found or read.
-        WriteError: A folder that takes no files, or a full disk.
+        ArgumentError: An argument makes no sense, or the folder holds something else or another run.
+        DataError: The source cannot be found or read.
+        WriteError: The folder takes no files, or the disk is full.
         DependencyError: pyarrow, Ray or the backend is not installed.
 
     Example:
@@ -129,22 +129,11 @@ def predict_dataset(
         >>> summary.images
         6
     """
-    for name, value in {"topk": topk, "batch_size": batch_size, "rows_per_file": rows_per_file}.items():
-        check_count(name, value)
-    if actors is not None:
-        check_count("actors", actors)
-    if workers is not None:
-        check_count("workers", workers, least=0)
+    _check_counts(topk, batch_size, rows_per_file, workers, actors)
     chosen = _check_backend(backend, dtype)
-    optional("pyarrow", "predict_dataset", "batch")
-    if ray:
-        optional("ray", "predict_dataset(ray=...)", "ray")
-        if isinstance(ray, str):
-            check_address(ray)
-    elif actors is not None:
-        raise ArgumentError(f"actors={actors} is for Ray: add ray=True, or an address")
+    import_pyarrow()
+    _check_ray(ray, actors)
     model = find_model(model)
-    kind = next(model.parameters()).dtype if chosen is None else chosen
     computed, answers = _answering(model, embed, topk)
     prepare = preparation(model, draft=draft)
     source = open_parts(
@@ -157,46 +146,53 @@ def predict_dataset(
         download=download,
     )
     report(source.taken)
+    compute_type = next(model.parameters()).dtype if chosen is None else chosen
+    speed_up = partial(optimize, backend=backend, dtype=compute_type)
+    fast = None if ray else speed_up(computed)  # before anything is written: it may raise an error
     folder = Path(os.path.abspath(os.path.expanduser(output)))
     predictor = Predictor(source, folder, answers, prepare, batch_size, workers)
-    speed_up = partial(optimize, backend=backend, dtype=kind)
-    fast = None if ray else speed_up(computed)  # what is wrong with it is said before anything is written
     settings: dict[str, Any] = {"embed": embed, "topk": answers.topk, "rows_per_file": rows_per_file, "draft": draft}
-    settings |= {"backend": backend, "dtype": str(kind).removeprefix("torch.")}
+    settings |= {"backend": backend, "dtype": str(compute_type).removeprefix("torch.")}
     with reserve(folder):
         record = {"source": source.record(), "model": describe_model(model, answers.labels), "settings": settings}
         claim(folder, record)
-        for leftover in folder.glob(".part-*"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
-        done = {part: counts for part in range(len(source)) if (counts := _count_rows(predictor, part))}
-        kept, missing = sum(rows for rows, _ in done.values()), [p for p in range(len(source)) if p not in done]
-        if done:
-            report(f"{len(done):,} of {len(source):,} files are there already, with {kept:,} rows, and stay")
+        counts = _count_existing(predictor, report)
+        kept = sum(rows for rows, _ in counts.values())
+        missing = [part for part in range(len(source)) if part not in counts]
         advance = _Counter(kept, source.count, progress)
         begun = time.perf_counter()
-        if not missing:
-            pass
-        elif fast is not None:
+        if missing and fast is not None:
             predictor.write(fast, missing, advance)
-        else:
+        elif missing:
             address = ray if isinstance(ray, str) else None
-            options = {"address": address, "actors": actors, "advance": advance}
-            sent = copy.deepcopy(computed).cpu()  # the caller's stays where it is
-            write_on_ray(predictor, sent, speed_up, missing, **options)  # type: ignore[arg-type]
+            portable = copy.deepcopy(computed).cpu()  # a copy: the caller's model stays on its device
+            write_on_ray(predictor, portable, speed_up, missing, address=address, actors=actors, advance=advance)
         seconds = time.perf_counter() - begun
-        done |= {part: _written(predictor, part) for part in missing}
-    images, errors = (sum(counts) for counts in zip(*done.values(), strict=True))
+        counts |= {part: _count_written(predictor, part) for part in missing}
+    images, errors = (sum(column) for column in zip(*counts.values(), strict=True))
     if source.count not in (None, images):
         raise DataError(
             f"{source.name!r} should have {source.count} samples and has {images}: correct the number. All {images} "
             f"rows are in {str(folder)!r}"
         )
     choice = "actors on Ray" if fast is None else str(getattr(fast, "choice", "eager, the folded module"))
-    return Summary(images, errors, len(done), kept, seconds, choice)
+    return Summary(images, errors, len(counts), kept, seconds, choice)
+
+
+def _check_counts(topk: int, batch_size: int, rows_per_file: int, workers: int | None, actors: int | None) -> None:
+    """Raise ArgumentError for a number that makes no sense."""
+    counts = {"topk": topk, "batch_size": batch_size, "rows_per_file": rows_per_file}
+    for name, count in (counts if actors is None else {**counts, "actors": actors}).items():
+        check_count(name, count)
+    if workers is not None:
+        check_count("workers", workers, least=0)
 
 
 def _check_backend(backend: str, dtype: torch.dtype | str | None) -> Any:
-    """Return the type to compute in, or None or "auto"; `optimize` checks further, but on Ray in another process."""
+    """Return the type to compute in, None for the model's, or "auto".
+
+    `optimize` checks the rest, but on Ray only in another process.
+    """
     if backend not in BACKENDS:
         raise ArgumentError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
     kind = as_dtype(dtype)
@@ -207,8 +203,18 @@ def _check_backend(backend: str, dtype: torch.dtype | str | None) -> Any:
     return kind
 
 
+def _check_ray(ray: bool | str, actors: int | None) -> None:
+    """Raise an error if Ray is missing or does not answer at its address, or for actors without Ray."""
+    if ray:
+        optional("ray", "predict_dataset(ray=...)", "ray")
+        if isinstance(ray, str):
+            check_address(ray)
+    elif actors is not None:
+        raise ArgumentError(f"actors={actors} is for Ray: add ray=True, or an address")
+
+
 def _answering(model: nn.Module, embed: bool, topk: int) -> tuple[nn.Module, Answers]:
-    """Return the model to compute, and the columns of what it answers."""
+    """Return the model that computes the answers, for embeddings one without a head, and the columns they go into."""
     inner: Any = find_convmixer(model)
     if isinstance(model, FeatureGetterNet):
         raise ArgumentError("this model returns feature maps: build it without features_only")
@@ -223,7 +229,7 @@ def _answering(model: nn.Module, embed: bool, topk: int) -> tuple[nn.Module, Ans
 
 
 class _Counter:
-    """Adds up images for a progress bar."""
+    """Adds up images, and calls `progress` with the sum and the total."""
 
     def __init__(self, done: int, total: int | None, progress: Callable[[int, int | None], object]) -> None:
         self.done, self.total, self.progress = done, total, progress
@@ -234,9 +240,25 @@ class _Counter:
         self.progress(self.done, self.total)
 
 
+def _count_existing(predictor: Predictor, report: Callable[[str], None]) -> dict[int, tuple[int, int]]:
+    """Return `_count_rows` of the parts that have a file; delete what a run that was killed left half-written."""
+    for leftover in predictor.output.glob(".part-*"):
+        leftover.unlink(missing_ok=True)
+    total = len(predictor.source)
+    counts = {part: found for part in range(total) if (found := _count_rows(predictor, part))}
+    if counts:
+        rows = sum(rows for rows, _ in counts.values())
+        report(f"{len(counts):,} of {total:,} files exist already, with {rows:,} rows, and are kept")
+    return counts
+
+
 def _count_rows(predictor: Predictor, part: int) -> tuple[int, int] | None:
-    """Count the rows of the file of a part, and those of errors; None if it is not there."""
-    file, parquet = predictor.file(part), optional("pyarrow.parquet", "predict_dataset", "batch")
+    """Return the number of rows in the file of a part, and how many of them are errors; None if there is no file.
+
+    Raises:
+        DataError: The file cannot be read, or has another number of rows than the part has images.
+    """
+    file, parquet = predictor.file(part), import_pyarrow("pyarrow.parquet")
     if not file.exists():
         return None
     try:
@@ -252,8 +274,11 @@ def _count_rows(predictor: Predictor, part: int) -> tuple[int, int] | None:
     return metadata.num_rows, errors
 
 
-def _written(predictor: Predictor, part: int) -> tuple[int, int]:
+def _count_written(predictor: Predictor, part: int) -> tuple[int, int]:
+    """Return `_count_rows` of a part that has just been written, here or on another machine."""
     counts = _count_rows(predictor, part)
     if counts is None:
-        raise DataError(f"{str(predictor.file(part))!r} was written, and cannot be seen here: give a shared folder")
+        raise DataError(
+            f"{str(predictor.file(part))!r} was written, but this machine does not see it: give a shared folder"
+        )
     return counts

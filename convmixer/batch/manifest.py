@@ -1,4 +1,4 @@
-"""What a folder of predictions was computed from: a run goes on in it only with the same source, model and settings."""
+"""What a folder of predictions was computed from: only the same source, model and settings resume a run in it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ NAME = "_manifest.json"  # readers of Parquet folders skip names that begin with
 _LOCK = ".lock"
 _FORMAT = 1
 
-Record = Mapping[str, Mapping[str, Any]]  # source, model and settings, by name
+Record = Mapping[str, Mapping[str, Any]]  # sections "source", "model" and "settings", each with values by name
 
 
 def describe_model(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
-    """Return what tells a model from another one: a name, a digest of weights, layers, preprocessing and labels."""
+    """Return what identifies a model: its name, and a digest of its weights, layers, preprocessing and labels."""
     config = preprocessing(model)
     tag = config.get("tag")
     layers = sorted({type(module).__name__ for module in model.modules()})
@@ -37,17 +37,17 @@ def describe_model(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
 
 
 def claim(output: Path, record: Record) -> None:
-    """Write the manifest of a new run into a folder, or check that the one there is the same.
+    """Write the manifest of a new run into a folder, or check that the existing one is the same.
 
     Raises:
         ArgumentError: The folder holds another run; nothing in it is changed.
-        DataError: A manifest that cannot be read.
+        DataError: The manifest cannot be read.
         WriteError: The folder takes no files.
     """
     file = output / NAME
     record = {"format": {"version": _FORMAT}, **record}
     if file.exists():
-        _compare(output, _read(file), json.loads(json.dumps(record)))
+        _check_same(output, _read(file), json.loads(json.dumps(record)))
         return
     text = json.dumps(record, indent=2) + "\n"
     write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
@@ -55,10 +55,10 @@ def claim(output: Path, record: Record) -> None:
 
 @contextlib.contextmanager
 def reserve(output: Path) -> Iterator[None]:
-    """Make the folder if need be, and keep other runs out of it within the block.
+    """Create the folder if it does not exist, and keep other runs out of it within the block.
 
     Raises:
-        ArgumentError: It is a file, cannot be made, holds something else, or another run is writing into it.
+        ArgumentError: It is a file, cannot be created or holds something else, or another run is writing into it.
         WriteError: It takes no files.
     """
     try:
@@ -82,34 +82,36 @@ def reserve(output: Path) -> Iterator[None]:
 
 
 def _check_ours(output: Path) -> None:
-    """Raise ArgumentError if a folder holds something and is not one of predictions."""
+    """Raise ArgumentError if a folder holds files and no manifest."""
     others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith("."))
     if others and not (output / NAME).exists():
         raise ArgumentError(
             f"{str(output)!r} is not empty and has no {NAME}: it holds {brief(others[0])}"
             + (f" and {len(others) - 1} more" if len(others) > 1 else "")
-            + ". Give a new folder, or that of a run that is to go on"
+            + ". Give a new folder, or that of a run to resume"
         )
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """Read a manifest; raise DataError if it is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not all(isinstance(part, dict) for part in found.values()):
+        if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):
             raise ValueError("not an object of objects")
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {str(file)!r}: {error}. Give another output") from error
     return found
 
 
-def _compare(output: Path, there: Record, here: Record) -> None:
+def _check_same(output: Path, written: Record, given: Record) -> None:
+    """Raise ArgumentError that says how the record of this run differs from the one in the folder."""
     differences = []
-    for part in sorted(there.keys() | here.keys()):
-        old, new = there.get(part, {}), here.get(part, {})
+    for section in sorted(written.keys() | given.keys()):
+        old, new = written.get(section, {}), given.get(section, {})
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        differences += [f"{part} {key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed]
+        differences += [f"{section} {key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed]
     if differences:
         raise ArgumentError(
-            f"{os.fspath(output)!r} holds the rows of another run: {'; '.join(differences)}. To go on there, "
-            "repeat what was; to begin a new run, give another output"
+            f"{os.fspath(output)!r} holds the rows of another run: {'; '.join(differences)}. To resume it, give what "
+            "it had; for a new run, give another output"
         )

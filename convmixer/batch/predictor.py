@@ -1,4 +1,4 @@
-"""From a part of a source to its file: workers decode batch after batch, the model computes, rows are written."""
+"""From a part of a source to its file: workers decode batches, the model computes them, rows are written."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ ROW_GROUP = 8192  # rows that are compressed together, and kept in memory until 
 Item = tuple[str, Any]  # the name of an image, and what `Parts.decode` takes
 
 
+def import_pyarrow(module: str = "pyarrow") -> Any:
+    """Return pyarrow or a module of it; raise a DependencyError if it is not installed."""
+    return optional(module, "predict_dataset", "batch")
+
+
 class Decoded(NamedTuple):
-    """A batch of a part.
+    """A decoded batch, whose images are all of one part.
 
     Attributes:
-        part: Its number.
-        names: Of all images.
-        images: Those that could be read, (N, C, H, W); None if none could.
-        errors: Why the others could not, by their position.
+        part: The number of the part.
+        names: The names of all images.
+        images: The images that could be read, (N, C, H, W); None if none could.
+        errors: Why the others could not, by position in `names`.
     """
 
     part: int
@@ -41,7 +46,7 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class _Decoder(Dataset[Decoded]):
-    """Decodes batches in worker processes."""
+    """Decodes batches, as a worker of a DataLoader asks for them: by the number of their part, and their images."""
 
     source: Parts
     prepare: Preparation
@@ -57,18 +62,19 @@ class _Decoder(Dataset[Decoded]):
         return Decoded(part, [name for name, _ in items], torch.stack(tensors) if tensors else None, errors)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _uncollated(batch: Any) -> Any:
+    """Return what a worker decoded: it is a batch already."""
     return batch
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of images, as columns of a table.
+    """The columns of a table that hold a model's answers: classes or embeddings.
 
     Attributes:
-        labels: Names of the classes; none for embeddings.
-        topk: How many classes a row names.
-        width: Numbers of an embedding.
+        labels: Names of the classes; empty for embeddings.
+        topk: Number of classes in a row.
+        width: Length of an embedding.
     """
 
     labels: tuple[str, ...]
@@ -76,8 +82,8 @@ class Answers:
     width: int
 
     def schema(self) -> Any:
-        """Return the columns of a file, as pyarrow.Schema."""
-        arrow: Any = optional("pyarrow", "predict_dataset", "batch")
+        """Return names and types of all columns of a file, a pyarrow.Schema."""
+        arrow: Any = import_pyarrow()
         if self.labels:
             columns = {
                 "label": arrow.string(),
@@ -90,8 +96,8 @@ class Answers:
         return arrow.schema({"image": arrow.string(), **columns, "error": arrow.string()})
 
     def columns(self, outputs: Tensor) -> list[Any]:
-        """Return what the model answered, (N, classes) or (N, width), as the columns between image and error."""
-        arrow: Any = optional("pyarrow", "predict_dataset", "batch")
+        """Return the columns between image and error, pyarrow arrays, for outputs (N, classes) or (N, width)."""
+        arrow: Any = import_pyarrow()
         if not self.labels:
             return [arrow.FixedSizeListArray.from_arrays(arrow.array(outputs.cpu().numpy().ravel()), self.width)]
         values, indices = (tensor.cpu().numpy() for tensor in top_classes(outputs, self.topk))
@@ -107,15 +113,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Writes parts of a source. It can be sent to other processes, which see the same files.
+    """Computes parts of a source and writes their files. It can be sent to processes that see the same files.
 
     Attributes:
         source: The images.
-        output: The folder that takes a file for each part.
-        answers: The columns.
-        prepare: From an image to what the model takes.
-        batch_size: Images computed at a time; a batch has images of one part.
-        workers: Processes that decode; 0 decodes in this one; None: as many as there are cores.
+        output: The folder for the files.
+        answers: The columns of the files.
+        prepare: Turns an image into what the model takes.
+        batch_size: Images computed at a time; a batch has images of one part only.
+        workers: Processes that decode; 0 decodes in this one; None: one per core.
     """
 
     source: Parts
@@ -126,6 +132,7 @@ class Predictor:
     workers: int | None
 
     def file(self, part: int) -> Path:
+        """Return the path of a part's file."""
         return self.output / f"part-{part:05}.parquet"
 
     def write(self, model: nn.Module, parts: Iterable[int], advance: Callable[[int], object]) -> None:
@@ -133,41 +140,44 @@ class Predictor:
 
         Args:
             model: The optimized model.
-            parts: Their numbers.
-            advance: Called with the number of images whenever some have been computed.
+            parts: The numbers of the parts.
+            advance: Called after each batch with its number of images.
 
         Raises:
-            DataError: A source that cannot be read further, or a worker that died. Files of other parts stay.
+            DataError: The source cannot be read further, or a worker died. Files that were written before stay.
             WriteError: The disk is full, or the folder takes no files.
         """
         with watching_workers(self.source.name):
             for part, batches in itertools.groupby(self._load(model, parts), key=lambda batch: batch.part):
-                write_atomically(self.file(part), lambda path, b=batches: self._fill(path, model, b, advance))  # type: ignore[misc]
+                write_atomically(self.file(part), lambda path, b=batches: self._write_file(path, model, b, advance))  # type: ignore[misc]
 
     def _load(self, model: nn.Module, parts: Iterable[int]) -> Iterator[Decoded]:
-        """Yield the batches of parts in their order, which workers decode ahead of the model."""
+        """Yield the decoded batches of parts, in order; workers decode ahead of the model."""
         loader = DataLoader(
             _Decoder(self.source, self.prepare),
             sampler=((part, batch) for part in parts for batch in self._batches(part)),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_uncollated,
             num_workers=default_workers() if self.workers is None else self.workers,
             pin_memory=next(model.parameters()).is_cuda,
             worker_init_fn=leave_signals_to_the_main_process,
-            generator=torch.Generator(),  # else the loader draws from the caller's
+            generator=torch.Generator(),  # the default one belongs to the caller
         )
         return iter(loader)
 
     def _batches(self, part: int) -> Iterator[list[Item]]:
-        """Yield the images of a part by batch; one without images for an empty part, whose file is written too."""
+        """Yield the images of a part by batches. An empty part is one empty batch, so that its file is written, too."""
         items = self.source.read(part)
         yield list(itertools.islice(items, self.batch_size))
         while batch := list(itertools.islice(items, self.batch_size)):
             yield batch
 
-    def _fill(self, path: Path, model: nn.Module, batches: Iterable[Decoded], advance: Callable[[int], object]) -> None:
-        arrow: Any = optional("pyarrow", "predict_dataset", "batch")
-        parquet: Any = optional("pyarrow.parquet", "predict_dataset", "batch")
+    def _write_file(
+        self, path: Path, model: nn.Module, batches: Iterable[Decoded], advance: Callable[[int], object]
+    ) -> None:
+        """Compute the batches of a part, and write their rows into a file."""
+        arrow: Any = import_pyarrow()
+        parquet: Any = import_pyarrow("pyarrow.parquet")
         schema = self.answers.schema()
         with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
             waiting: list[Any] = []
@@ -181,21 +191,21 @@ class Predictor:
                 writer.write_table(arrow.Table.from_batches(waiting, schema))
 
     def _rows(self, model: nn.Module, batch: Decoded, arrow: Any, schema: Any) -> Any:
-        """Return a row for each image; where there is an error, what the model would say is null."""
+        """Return a row for each image, a pyarrow.RecordBatch; where the image could not be read, answers are null."""
         count = len(batch.names)
         errors = arrow.array([batch.errors.get(i) for i in range(count)], arrow.string())
-        names = arrow.array([_valid(name) for name in batch.names], arrow.string())
+        names = arrow.array([_escaped(name) for name in batch.names], arrow.string())
         if batch.images is None:
             answers = [arrow.nulls(count, field.type) for field in list(schema)[1:-1]]
         else:
             answers = self.answers.columns(compute(model, batch.images))
             if batch.errors:
-                read = iter(range(count))
-                places = [None if i in batch.errors else next(read) for i in range(count)]
-                answers = [column.take(arrow.array(places, arrow.int64())) for column in answers]
+                positions = iter(range(count))  # of readable images in the model's output
+                taken = [None if i in batch.errors else next(positions) for i in range(count)]
+                answers = [column.take(arrow.array(taken, arrow.int64())) for column in answers]
         return arrow.RecordBatch.from_arrays([names, *answers, errors], schema=schema)
 
 
-def _valid(name: str) -> str:
-    """Return a name that Parquet holds, which stores UTF-8: what else a file name has is escaped."""
+def _escaped(name: str) -> str:
+    """Return a file name with escapes for what is not UTF-8, which is all that Parquet stores."""
     return name.encode("utf-8", "backslashreplace").decode()

@@ -1,9 +1,9 @@
-"""A page on which people try models: a picture in, the classes, the places that speak for them, and times out.
+"""A page to try models: for a picture it shows classes, a class activation map, and how fast backends are.
 
-`classifier` computes what the page shows, and `text` says it in words. `page` is the page in Gradio's components,
-`server` puts it on the network, and `space` writes the files of a Hugging Face Space that does. Nothing leaves the
-machine: the page asks no other host for anything, and tells browsers to let none of it through. Gradio comes with
-`pip install 'convmixer[demo]'` and is imported when a page is made. The folder `photographs` holds its examples.
+`classifier` computes what the page shows, and `text` writes it as text. `page` builds the page of Gradio's components,
+`server` serves it, and `space` writes the files of a Hugging Face Space that serves it. Nothing leaves the machine: the
+page asks no other host for anything, and a policy keeps browsers from doing so. Gradio comes with
+`pip install 'convmixer[demo]'`, and is imported when a page is built. The folder `photographs` holds the examples.
 """
 
 from convmixer.demo.classifier import Answer, BackendTime, Classifier, open_classifiers

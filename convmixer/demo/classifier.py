@@ -1,4 +1,4 @@
-"""What the page shows of one model: classes, the places that speak for the first of them, and times by backend."""
+"""What the page shows of one model: classes, the class activation map of the first, and the time of each backend."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from convmixer.wrappers import find_model, in_channels
 
 TOP = 5
 MAP_SIDE = 448  # pixels of the class activation map
-SECONDS = 0.2  # that the timed calls of a backend take together
+SECONDS = 0.2  # for all timed calls of a backend
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says of an image.
+    """What a model predicts for an image.
 
     Attributes:
         predictions: `[(label, probability), ...]`, most probable first, at most five.
-        activation: The class activation of the first of them over what the model sees of the image.
+        activation: The class activation map of the first one, drawn over what the model sees of the image.
     """
 
     predictions: Prediction
@@ -58,19 +58,20 @@ class BackendTime:
 
 
 class Classifier:
-    """A model behind the page. Several threads may use it.
+    """A model of the page. Several threads may use it.
 
     Args:
         model: A classifier of images with 1 or 3 channels.
-        backends: To time; None: all that can compute the model here except "compile", which compiles for minutes.
+        backends: The backends to time; None: all that can compute the model here except "compile", which compiles for
+            minutes.
 
     Attributes:
         labels: Class names by index.
-        backends: That `time_backends` times.
+        backends: The backends that `time_backends` times.
 
     Raises:
-        ArgumentError: A model without classes or for other channels, or a backend that does not compute it here.
-        DependencyError: A backend that is not installed.
+        ArgumentError: The model has no classes or takes other channels, or a backend does not compute it here.
+        DependencyError: A backend is not installed.
     """
 
     def __init__(self, model: nn.Module, *, backends: Sequence[str] | None = None) -> None:
@@ -91,22 +92,23 @@ class Classifier:
         self._building = threading.Lock()
 
     def classify(self, image: Any) -> Answer:
-        """Return what the model says of an image; every pixel is decoded, as by `predict(draft=False)`.
+        """Classify an image; every pixel is decoded, as by `predict(draft=False)`.
 
         Args:
             image: Whatever `read_image` takes.
 
         Raises:
-            ImageError: An image that cannot be read.
+            ImageError: The image cannot be read.
+            DependencyError: captum or matplotlib is not installed.
         """
         opened = read_image(image, self.channels)
         activation = class_activation(self.model, opened, side=MAP_SIDE)
         return Answer(predict(self.model, opened, TOP), activation.overlay())
 
     def time_backends(self) -> Iterator[BackendTime]:
-        """Time each backend on one image of noise, built when it is asked for the first time.
+        """Time each backend on one image of noise. The first call builds the backends.
 
-        A backend that fails stops none of the others.
+        If one fails, the others are timed all the same.
         """
         for backend in self.backends:
             try:
@@ -116,6 +118,7 @@ class Classifier:
 
     @torch.inference_mode()
     def _milliseconds(self, backend: str) -> float:
+        """Return the median time of a call, in milliseconds; build the backend first if that has not been done."""
         with self._building:
             if backend not in self._optimized:
                 self._optimized[backend] = optimize(self.model, backend=backend)
@@ -125,7 +128,7 @@ class Classifier:
 
 
 def packaged_models() -> list[str]:
-    """Return the names of the weights that ship with the package, the default ones of `convmixer predict` first."""
+    """Return the names of the weights that ship with the package, first the ones that `convmixer predict` uses."""
     names = [name for name in list_pretrained() if (weights := get_variant(name)[1]) and weights.path]
     return sorted(names, key=lambda name: name != "convmixer_256_8.cifar10")
 
@@ -133,18 +136,19 @@ def packaged_models() -> list[str]:
 def open_classifiers(
     models: Sequence[str] | Mapping[str, str] = (), *, device: str = "auto", backends: Sequence[str] | None = None
 ) -> dict[str, Classifier]:
-    """Open models, by the name that the page calls them.
+    """Open models, and return them by the names that the page shows.
 
     Args:
         models: Names of `create_model`, folders of finished runs of `convmixer train`, or .safetensors files; or a
-            mapping from a name for people to one of these. Without any, the weights that ship with the package.
+            mapping from the name that the page shows to one of these. Without any, the weights that ship with the
+            package.
         device: As in `create_model`.
         backends: As in `Classifier`.
 
     Raises:
-        ArgumentError: A text instead of a list of names.
+        ArgumentError: `models` is a string instead of a list.
         UnknownModelError: There is no such folder, file or model.
-        ConvMixerError: A model that cannot be opened, or as `Classifier`.
+        ConvMixerError: A model cannot be opened, or as `Classifier`.
 
     Example:
         >>> from convmixer.demo import open_classifiers
@@ -153,13 +157,14 @@ def open_classifiers(
         'cat'
     """
     if isinstance(models, str):
-        raise ArgumentError(f"models={models!r}: give a list of names, or a mapping from names for people")
+        raise ArgumentError(f"models={models!r}: give a list of names, or a mapping from the names that the page shows")
     models = models or packaged_models()
     named = models if isinstance(models, Mapping) else {name: name for name in models}
     return {name: Classifier(_open(source, device), backends=backends) for name, source in named.items()}
 
 
 def _open(source: str, device: str) -> Any:
+    """Open a model; the error for an unknown name also says that there is no such folder or file."""
     try:
         return open_model(source, device=device)
     except UnknownModelError as error:

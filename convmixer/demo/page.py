@@ -20,11 +20,11 @@ CSS = """
 .times.times :is(tr, th, td) { border: none; border-bottom: 1px solid var(--border-color-primary); }
 [role="alert"] { margin: 0; color: var(--error-text-color); font-weight: 600; }
 """
-DELETED_AFTER = 3600  # seconds: pictures that were dropped on the page
+DELETED_AFTER = 3600  # seconds that uploaded pictures are kept
 
 
 def theme() -> Any:
-    """Return Gradio's theme "Soft" in the fonts of the reader's system, so that none is fetched."""
+    """Return Gradio's theme "Soft" in the fonts of the reader's system, so that browsers fetch none."""
     return gr.themes.Soft(
         primary_hue="teal",
         secondary_hue="teal",
@@ -34,7 +34,7 @@ def theme() -> Any:
 
 
 def build_page(classifiers: Mapping[str, Classifier]) -> Any:
-    """Build the page for models, by the names that it calls them; the first one is chosen at the beginning."""
+    """Build the page for models, by the names that it shows; the first one is selected at the beginning."""
     names = list(classifiers)
 
     def about_model(name: str) -> str:
@@ -77,7 +77,7 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
                     height=340,
                     interactive=False,
                     buttons=["download", "fullscreen"],
-                    alt_text="The places of the picture that speak for the first class",
+                    alt_text="The regions of the picture that support the first class",
                 )
                 times = gr.Markdown(elem_classes="times")
         answered = gr.State(False)
@@ -94,7 +94,7 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
         )
         # One at a time, whoever asks: backends that are timed together share the processor.
         timing = event.then(time, [model, answered], times, concurrency_limit=1, show_progress="minimal")
-        gr.on([picture.change, model.change], cancels=[timing])  # which would go on for a picture that is gone
+        gr.on([picture.change, model.change], cancels=[timing])  # the times of a picture that is gone
     return page
 
 

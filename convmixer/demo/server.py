@@ -1,4 +1,4 @@
-"""Serve the page: on which address, and what a browser may fetch for it."""
+"""Serve the page: the address, and what a browser may fetch for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from convmixer.demo.classifier import Classifier, open_classifiers
 from convmixer.errors import ArgumentError, optional
 
 HOST, PORT = "127.0.0.1", 7860
-# Nothing from elsewhere, whatever a library on the page asks for. Gradio's own code stands in the page and calls eval.
+# Nothing from other hosts, whatever a library on the page asks for. Gradio's own code is inline and calls eval.
 POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
@@ -32,17 +32,19 @@ def serve(
 
     Args:
         models: Names of `create_model`, folders of finished runs of `convmixer train`, or .safetensors files; or a
-            mapping from a name for people to one of these. Without any, the weights that ship with the package.
-        host: Address to listen on. Only this machine reaches the default; "0.0.0.0" is every address of it.
-        port: 0 takes any that is free.
+            mapping from the name that the page shows to one of these. Without any, the weights that ship with the
+            package.
+        host: Address to listen on. Only this machine reaches the default; "0.0.0.0" stands for all its addresses.
+        port: Port to listen on; 0 takes any that is free.
         device: As in `create_model`.
-        backends: To time; None: all that can compute a model here except "compile", which compiles for minutes.
-        report: Takes a line with the address of the page.
+        backends: The backends to time; None: all that can compute a model here except "compile", which compiles for
+            minutes.
+        report: Called with a line that holds the address of the page.
 
     Raises:
-        ArgumentError: A port that is taken, or an address that this machine does not have.
+        ArgumentError: The port is taken, or this machine does not have the address.
         DependencyError: Gradio is not installed.
-        ConvMixerError: A model that cannot be opened or classifies no pictures, or a backend that does not compute it.
+        ConvMixerError: A model cannot be opened or does not classify pictures, or a backend does not compute it.
 
     Example:
         >>> from convmixer.demo import serve
@@ -61,24 +63,24 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there; raise ArgumentError where it cannot."""
+    """Return a socket that listens on a host and a port; raise ArgumentError if that is impossible."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError, OverflowError) as error:
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         advice = "give another port, or 0 for any that is free" if taken else f"the usual ones are {HOST!r} and {PORT}"
-        reason = "another program has this port" if taken else str(error)
+        reason = "another program uses this port" if taken else str(error)
         raise ArgumentError(f"cannot listen at host={host!r}, port={port}: {reason}; {advice}") from error
 
 
 def create_app(
     models: Sequence[str] | Mapping[str, str] = (), *, device: str = "auto", backends: Sequence[str] | None = None
 ) -> Any:
-    """Build the page and the application that serves it; arguments are those of `serve`."""
+    """Build the page and the application that serves it. The arguments are those of `serve`."""
     gradio = optional("gradio", "the page", "demo")
     classifiers = open_classifiers(models, device=device, backends=backends)
-    # In a thread whose event loop runs: elsewhere Gradio sets loops of its own, and leaves them open.
+    # In a thread with a running event loop: without one Gradio creates loops of its own, and leaves them open.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, _mount(gradio, classifiers)).result()
 
@@ -90,7 +92,7 @@ async def _mount(gradio: Any, classifiers: Mapping[str, Classifier]) -> Any:
     from convmixer.demo.page import CSS, PHOTOGRAPHS, build_page, theme
 
     page = build_page(classifiers)
-    # Gradio's own launch() would ask a local address through a proxy, and can open a tunnel.
+    # Not by Gradio's launch(), which asks a local address through a proxy and can open a tunnel.
     app = gradio.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None),
         page,
@@ -105,20 +107,20 @@ async def _mount(gradio: Any, classifiers: Mapping[str, Classifier]) -> Any:
         pwa=False,
         ssr_mode=False,
     )
-    page.has_launched = True  # as launch() sets it: before, a request may name any file of this machine
+    page.has_launched = True  # as launch() does: until then, a request may name any file of this machine
     app.add_middleware(_OnlyOwnHost)
     return app
 
 
 def server(app: Any) -> Any:
-    """Return the HTTP server of an application; an open page keeps a connection, which its end does not wait for."""
+    """Return the HTTP server of an application. It ends without waiting for the connections of open pages."""
     import uvicorn  # with Gradio
 
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
 
 
 class _OnlyOwnHost:
-    """ASGI middleware: browsers fetch nothing from other hosts for this page."""
+    """ASGI middleware whose header keeps browsers from fetching anything from other hosts for this page."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -44,18 +44,18 @@ if __name__ == "__main__":
 def write_space(folder: str | Path, model: str = "convmixer_256_8.cifar10") -> Path:
     """Write the files of a Space that serves a page to try a model: README.md, app.py and requirements.txt.
 
-    The weights of a run, of a file or of a folder are copied into the Space, as `save_pretrained` writes them. Weights
-    of the package come with it, and those on the Hub are fetched when the Space starts.
+    The weights of a run, a file or a folder are copied into the Space, as `save_pretrained` writes them. Weights that
+    ship with the package are in it already, and those on the Hub are fetched when the Space starts.
 
     Args:
-        folder: To write; made if it does not exist.
+        folder: The folder to write; created if it does not exist.
         model: Any name of `create_model`, the folder of a finished run of `convmixer train`, or a .safetensors file.
 
     Returns:
         The folder.
 
     Raises:
-        ArgumentError: The folder is not empty, or the model classifies no pictures.
+        ArgumentError: The folder is not empty, or the model does not classify pictures.
         DependencyError: Gradio, whose version the Space pins, is not installed.
         ConvMixerError: The model cannot be opened, or the folder cannot be written. Nothing is left behind.
 
@@ -71,18 +71,18 @@ def write_space(folder: str | Path, model: str = "convmixer_256_8.cifar10") -> P
         what = "not empty" if folder.is_dir() else "a file"
         raise ArgumentError(f"folder={str(folder)!r} is {what}: give a folder that is empty or does not exist")
     optional("gradio", "a Space", "demo")
-    open_classifiers([model], device="cpu", backends=())  # what fails here would fail there
+    open_classifiers([model], device="cpu", backends=())  # raises here what would fail in the Space
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Inside the folder, which may be a file system of its own: so files move into place without copying.
+        # Inside the folder, which may be on another file system: files are moved, not copied.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
             staging = Path(temporary)
             _write(staging, model)
             for path in list(staging.iterdir()):
                 written.append(path.replace(folder / path.name))
     except BaseException as error:
-        for path in written:  # others may have put files there meanwhile
+        for path in written:  # and nothing else: other programs may have put files there
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if not existed:
             with contextlib.suppress(OSError):
@@ -95,31 +95,42 @@ def write_space(folder: str | Path, model: str = "convmixer_256_8.cifar10") -> P
 
 def _write(folder: Path, model: str) -> None:
     """Write all files of the Space for a model that can be opened."""
-    path = Path(os.path.expanduser(model.removeprefix("local-dir:"))).resolve()
-    header: dict[str, object] = {"sdk": "gradio", "sdk_version": metadata.version("gradio"), "app_file": "app.py"}
-    header["python_version"] = "{}.{}".format(*sys.version_info)
-    if model.startswith("hf-hub:"):
-        repository = model.removeprefix("hf-hub:").partition("@")[0]
-        title, source = repository.partition("/")[2], repr(model)
-        header["models"] = [repository]
-    elif model.startswith("local-dir:") or path.exists():
-        title, source = path.stem if path.is_file() else path.name, "f\"local-dir:{HERE / 'model'}\""
-        save_pretrained(model, folder / "model")
-    else:
-        variant, weights = get_variant(model)
-        assert weights is not None  # it has been opened
-        title = f"{variant.name}.{weights.tag}"
-        source = repr(title)
-        header["license"] = weights.licence.lower()
-        if weights.hub_id:
-            header["models"] = [weights.hub_id]
-    header = {"title": title, "emoji": "🖼️", "colorFrom": "green", "colorTo": "blue", **header}
+    title, source, of_model = _describe(folder, model)
+    header = {
+        "title": title,
+        "emoji": "🖼️",
+        "colorFrom": "green",
+        "colorTo": "blue",
+        "sdk": "gradio",
+        "sdk_version": metadata.version("gradio"),
+        "app_file": "app.py",
+        "python_version": "{}.{}".format(*sys.version_info),
+        **of_model,
+    }
     yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items())
-    requirement = f"convmixer[demo]>={metadata.version('convmixer')}\n"
     files = {
         "README.md": _README.format(header=yaml, title=title),
         "app.py": _APP.format(title=repr(title), source=source),
-        "requirements.txt": requirement,
+        "requirements.txt": f"convmixer[demo]>={metadata.version('convmixer')}\n",
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _describe(folder: Path, model: str) -> tuple[str, str, dict[str, object]]:
+    """Return the title of a model, the expression in app.py that names it, and its fields of README.md's header.
+
+    The weights of a file or a folder are copied into `folder`.
+    """
+    path = Path(os.path.expanduser(model.removeprefix("local-dir:"))).resolve()
+    if model.startswith("hf-hub:"):
+        repository = model.removeprefix("hf-hub:").partition("@")[0]
+        return repository.partition("/")[2], repr(model), {"models": [repository]}
+    if model.startswith("local-dir:") or path.exists():
+        save_pretrained(model, folder / "model")
+        return path.stem if path.is_file() else path.name, "f\"local-dir:{HERE / 'model'}\"", {}
+    variant, weights = get_variant(model)
+    assert weights is not None  # it has been opened
+    name = f"{variant.name}.{weights.tag}"
+    fields: dict[str, object] = {"license": weights.licence.lower()}
+    return name, repr(name), fields | ({"models": [weights.hub_id]} if weights.hub_id else {})

@@ -1,4 +1,4 @@
-"""What the page says in words, in Markdown."""
+"""The texts of the page, in Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from convmixer.demo.classifier import BackendTime, Classifier
 from convmixer.inference import Prediction
 from convmixer.transforms import preprocessing
 
-FEW_CLASSES = 20  # that are all named
+FEW_CLASSES = 20  # at most so many are named
 
 
 def bars_by_label(predictions: Prediction) -> dict[str, float]:
@@ -25,7 +25,7 @@ def bars_by_label(predictions: Prediction) -> dict[str, float]:
 
 
 def describe(classifier: Classifier) -> str:
-    """Say how large a model is, what it sees, and what it can answer."""
+    """Describe a model: its size, that of its images, and its classes."""
     parameters = sum(p.numel() for p in classifier.model.parameters())
     height, width = preprocessing(classifier.model)["input_size"][1:]
     count = len(classifier.labels)
@@ -35,13 +35,13 @@ def describe(classifier: Classifier) -> str:
     return f"{text}. It answers with one of them, whatever the picture shows."
 
 
-def table_of_times(name: str, rows: Sequence[BackendTime], left: Sequence[str]) -> str:
-    """Return a table of the backends that were timed, and of those that are left.
+def table_of_times(name: str, rows: Sequence[BackendTime], waiting: Sequence[str]) -> str:
+    """Return a table of all backends: the times of those that have been timed, and the others.
 
     Args:
-        name: Of the model.
-        rows: What was timed.
-        left: Backends that are still to be timed, the next one first.
+        name: Name of the model.
+        rows: The times so far.
+        waiting: The other backends; the first one is being timed.
     """
     fastest = min((row.milliseconds for row in rows if row.milliseconds is not None), default=None)
     lines = [f"Time for one image, `{name}`", "", "| backend | milliseconds | |", "| --- | --: | --- |"]
@@ -49,7 +49,7 @@ def table_of_times(name: str, rows: Sequence[BackendTime], left: Sequence[str]) 
         if row.milliseconds is None:
             lines.append(f"| {row.backend} | | {html.escape(row.failure).replace('|', '/')} |")
         else:
-            note = "fastest" if row.milliseconds == fastest and not left else ""
+            note = "fastest" if row.milliseconds == fastest and not waiting else ""
             lines.append(f"| {row.backend} | {row.milliseconds:.2f} | {note} |")
-    lines += [f"| {backend} | | {'waiting' if i else 'being timed'} |" for i, backend in enumerate(left)]
+    lines += [f"| {backend} | | {'waiting' if i else 'being timed'} |" for i, backend in enumerate(waiting)]
     return "\n".join(lines)

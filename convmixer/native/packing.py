@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from convmixer.runtime.folding import FoldedConvMixer
 
 PANEL = 64  # output channels that are packed together; PANEL in cpu.cpp
-LARGEST = 15  # kernel size on tiles; LARGEST in cpu_tiles.h
-LARGEST_BYTES = 13  # kernel size in int8; LARGEST_BYTES in cpu_bytes.h
+LARGEST_KERNEL = 15  # on tiles; LARGEST in cpu_tiles.h
+LARGEST_KERNEL_INT8 = 13  # LARGEST_BYTES in cpu_bytes.h
 
 
 def refusal(model: Any, dtype: torch.dtype) -> str | None:
-    """Say why the kernels do not take a `ConvMixer` in a type; None if they do."""
+    """Return why the kernels do not compute a `ConvMixer` in float32, bfloat16 or int8; None if they do."""
     act, kernel_size = model.stem[1], model.blocks[0][0].fn[0].kernel_size[0]
     if model.dim % PANEL:
         return f"native takes models whose dim is a multiple of {PANEL}, this one has {model.dim}"
     if type(act) not in (nn.GELU, nn.ReLU) or getattr(act, "approximate", "none") != "none":
         return f"native takes the activations gelu and relu, this model has {act}"
-    if dtype == torch.int8 and kernel_size > LARGEST_BYTES:
-        return f"native takes kernels of at most {LARGEST_BYTES} in int8, this model has {kernel_size}"
+    if dtype == torch.int8 and kernel_size > LARGEST_KERNEL_INT8:
+        return f"native takes kernels of at most {LARGEST_KERNEL_INT8} in int8, this model has {kernel_size}"
     return None
 
 
@@ -36,10 +36,14 @@ def refusal(model: Any, dtype: torch.dtype) -> str | None:
 
 
 class AffineRecord(ctypes.Structure):
+    """`Affine` of `cpu.h`: what follows a convolution x, `scale*act(x + bias) + shift`; addresses of (dim,) float32."""
+
     _fields_ = [(name, ctypes.c_void_p) for name in ("bias", "scale", "shift")]
 
 
 class BlockRecord(ctypes.Structure):
+    """`Block` of `cpu.h`: the packed weights of a block. The last three fields are only for int8."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("kernel", "bias", "gain", "pointwise")),
         ("end", AffineRecord),
@@ -49,12 +53,14 @@ class BlockRecord(ctypes.Structure):
     ]
 
 
-_NUMBERS = ("dim", "depth", "kernel_size", "patch_size", "in_chans", "relu", "stem_inputs", "amx")
+_INTEGERS = ("dim", "depth", "kernel_size", "patch_size", "in_chans", "relu", "stem_inputs", "amx")
 
 
 class ModelRecord(ctypes.Structure):
+    """`Model` of `cpu.h`: sizes, the packed stem, and the blocks. `last` is only for int8."""
+
     _fields_ = [
-        *((name, ctypes.c_int32) for name in _NUMBERS),
+        *((name, ctypes.c_int32) for name in _INTEGERS),
         ("stem", ctypes.c_void_p),
         ("stem_end", AffineRecord),
         ("blocks", ctypes.POINTER(BlockRecord)),
@@ -69,12 +75,15 @@ RECORDS = (AffineRecord, BlockRecord, ModelRecord)
 
 
 class Native:
-    """A folded model in the native kernels. Each thread takes one image; all threads share the images left over.
+    """A folded model in the native kernels. Each thread computes an image; all threads share the images left over.
 
     Args:
         folded: In float32 on the CPU.
-        dtype: Type of activations and weights, float32 or bfloat16. Sums are float32.
+        dtype: Type of activations and weights, float32 or bfloat16. Sums are float32. `NativeInt8` passes int8.
         threads: Number of threads.
+
+    Raises:
+        DependencyError: The kernels cannot be compiled, or do not compute in int8 here.
     """
 
     def __init__(self, folded: FoldedConvMixer, dtype: torch.dtype, threads: int) -> None:
@@ -89,12 +98,12 @@ class Native:
         self._forward = getattr(kernels, f"convmixer_{str(dtype).removeprefix('torch.')}")
         block: Any = folded.blocks[0]
         kernel_size: int = block.depthwise.kernel_size[0]
-        self._amx = bool(kernels.convmixer_amx()) and (dtype == torch.float32 or kernel_size <= LARGEST)
+        self._amx = bool(kernels.convmixer_amx()) and (dtype == torch.float32 or kernel_size <= LARGEST_KERNEL)
         self._packed_tensors: list[Tensor] = []  # which the record points to
         self._record = self._pack(folded, kernel_size)
 
     def after_fork(self) -> None:
-        """Go on in one thread: OpenMP would wait for threads that are gone."""
+        """Compute in one thread from now on: OpenMP would wait for threads that are gone."""
         self.threads = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,6 +116,11 @@ class Native:
         return self._amx and self.dtype != torch.float32
 
     def __call__(self, x: Tensor) -> list[Tensor]:
+        """Compute the head's output for images (B, in_chans, H, W): a list with one tensor, (B, num_classes).
+
+        Raises:
+            MemoryError: Too little memory.
+        """
         x = x.detach().float().contiguous()
         batch, _, height, width = x.shape
         pooled = self.folded.global_pool.pool_type in ("avg", "fastavg")
@@ -123,11 +137,13 @@ class Native:
             return [self.folded.forward_head(self.folded.norms[-1](features))]
 
     def _dequantize(self, out: Tensor) -> Tensor:
+        """Return the values that the kernels' float32 output stands for: here these themselves."""
         return out
 
     # ---- packing ----------------------------------------------------------------------------------------------------
 
     def _pack(self, folded: FoldedConvMixer, kernel_size: int) -> ModelRecord:
+        """Pack a model: fill a record with its sizes and the addresses of packed weights."""
         stem: Any = folded.stem[0]
         blocks: list[Any] = list(folded.blocks)
         dim, inputs = stem.out_channels, stem.weight[0].numel()
@@ -136,7 +152,7 @@ class Native:
         norms = [*(block.norm for block in blocks), None]
         records = (BlockRecord * len(blocks))()
         for i, (record, block) in enumerate(zip(records, blocks, strict=True)):
-            self._fill(record, block, norms[i + 1], i)
+            self._fill_block(record, block, norms[i + 1], i)
         return ModelRecord(
             dim=dim,
             depth=len(blocks),
@@ -146,22 +162,25 @@ class Native:
             relu=isinstance(folded.stem[1], nn.ReLU),
             stem_inputs=padded,
             amx=self._amx,
-            stem=self._address(self._matrix(weight)),
+            stem=self._address(self._pack_matrix(weight)),
             stem_end=self._epilogue(stem.bias, norms[0]),
             blocks=records,
         )
 
-    def _fill(self, record: BlockRecord, block: Any, next_norm: Any, _: int) -> None:
-        """Fill the record of a block; `next_norm` is what is left of the BatchNorm that follows it."""
+    def _fill_block(self, record: BlockRecord, block: Any, next_norm: Any, index: int) -> None:
+        """Fill the record of the block of this index.
+
+        `next_norm` is what folding left of the BatchNorm after it; None: nothing.
+        """
         dim = len(block.gain)
-        record.kernel = self._address(self._kernels(block.depthwise.weight[:, 0]))
-        record.bias = self._address(self._registers(block.depthwise.bias[:, None]))
-        record.gain = self._address(self._registers(block.gain.reshape(dim, 1)))
-        record.pointwise = self._address(self._matrix(block.pointwise.weight.reshape(dim, dim)))
+        record.kernel = self._address(self._pack_kernels(block.depthwise.weight[:, 0]))
+        record.bias = self._address(self._pack_channels(block.depthwise.bias[:, None]))
+        record.gain = self._address(self._pack_channels(block.gain.reshape(dim, 1)))
+        record.pointwise = self._address(self._pack_matrix(block.pointwise.weight.reshape(dim, dim)))
         record.end = self._epilogue(block.pointwise.bias, next_norm)
 
     def _epilogue(self, bias: Tensor, norm: Any) -> AffineRecord:
-        """Pack the bias of a convolution, and what is left of the BatchNorm after its activation."""
+        """Pack the bias of a convolution, and what folding left of the BatchNorm after its activation."""
         return AffineRecord(*(self._address(tensor) for tensor in (bias, *scale_and_shift(norm, bias))))
 
     def _address(self, tensor: Tensor) -> int:
@@ -170,24 +189,33 @@ class Native:
         self._packed_tensors.append(tensor.detach().clone(memory_format=torch.contiguous_format))
         return int(self._packed_tensors[-1].data_ptr())
 
-    def _kernels(self, weight: Tensor) -> Tensor:
-        """(dim, k, k) -> on tiles (dim, k, 16), reversed rows followed by zeros; else in the order of registers."""
+    def _pack_kernels(self, weight: Tensor) -> Tensor:
+        """Pack depthwise kernels (dim, k, k).
+
+        On tiles as (dim, k, 16), each row reversed and followed by zeros; else as `_pack_channels`.
+        """
         if self.planar:
             return nn.functional.pad(weight.flip(2), (0, 16 - weight.shape[2])).to(torch.bfloat16)
-        return self._registers(weight.flatten(1))
+        return self._pack_channels(weight.flatten(1))
 
-    def _registers(self, values: Tensor) -> Tensor:
-        """(dim, n) -> (dim/32, n, 2, 16): two registers of 16 channels; in bfloat16 even channels and odd ones."""
+    def _pack_channels(self, values: Tensor) -> Tensor:
+        """Pack n float32 values of each channel, (dim, n).
+
+        On tiles as they are; else as (dim/32, n, 2, 16), two registers of 16 channels: the lower and the upper ones, or
+        in bfloat16 the even and the odd ones.
+        """
         if self.planar:
             return values
         if self.dtype == torch.bfloat16:
             return values.reshape(len(values) // 32, 16, 2, -1).permute(0, 3, 2, 1)
         return values.reshape(len(values) // 32, 2, 16, -1).permute(0, 3, 1, 2)
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """(outputs, inputs) -> tiles as cpu_tiles.h and cpu.cpp read them, else (outputs/PANEL, inputs, PANEL).
+    def _pack_matrix(self, weight: Tensor) -> Tensor:
+        """Pack the weights of a matrix multiplication, (outputs, inputs).
 
-        In the latter two inputs lie next to each other in bfloat16.
+        In bfloat16 on tiles as (outputs/16, inputs/32, 16, 32), which `cpu_tiles.h` reads; in float32 on tiles as pairs
+        of inputs in three bfloat16 parts, (outputs/32, inputs/32, 3, 2, 16, 16, 2), which `cpu.cpp` reads. Else as
+        (outputs/PANEL, inputs, PANEL), in bfloat16 as pairs of inputs, (outputs/PANEL, inputs/2, PANEL, 2).
         """
         outputs, inputs = weight.shape
         if self.planar:
@@ -202,7 +230,7 @@ class Native:
 
 
 def _three_bfloat16(x: Tensor) -> list[Tensor]:
-    """Split a float32 tensor into three in bfloat16 whose sum it is exactly."""
+    """Split a float32 tensor into three bfloat16 tensors, the largest first, whose sum it is exactly."""
     parts = []
     for _ in range(3):
         parts.append(x.to(torch.bfloat16))
@@ -211,6 +239,6 @@ def _three_bfloat16(x: Tensor) -> list[Tensor]:
 
 
 def scale_and_shift(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what is left of a BatchNorm, (dim,) each; ones and zeros where nothing is."""
+    """Return what folding left of a BatchNorm, (dim,) each and like `like`; ones and zeros where it left nothing."""
     scale = torch.ones_like(like) if norm is None or norm.scale is None else norm.scale.flatten()
     return scale, torch.zeros_like(like) if norm is None else norm.shift.flatten()

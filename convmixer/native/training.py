@@ -1,7 +1,7 @@
 """A ConvMixer's stem and blocks in training, forward and backward, in one call each of `csrc/train.cpp`.
 
-What is kept for the backward pass lies in memory that is used again by the next step, on large pages: a training step
-that maps its activations anew spends much of its time in page faults.
+The memory that holds what the backward pass needs is on large pages, and the next step uses it again: a step that maps
+new memory for its activations spends much of its time in page faults.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _forked = False  # a child by fork, where OpenMP would wait for threads of its p
 
 
 class LayerRecord(ctypes.Structure):
+    """`Layer` of `train.h`: a convolution with its BatchNorm, by the addresses of its float32 tensors."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "norm_weight", "norm_bias", "mean", "var", "moments")),
         *((f"grad_{name}", ctypes.c_void_p) for name in ("weight", "bias", "norm_weight", "norm_bias")),
@@ -42,7 +44,7 @@ class LayerRecord(ctypes.Structure):
     ]
 
 
-_NUMBERS = (
+_INTEGERS = (
     "batch",
     "dim",
     "depth",
@@ -58,8 +60,10 @@ _NUMBERS = (
 
 
 class StepRecord(ctypes.Structure):
+    """`Step` of `train.h`: what one call of the kernels reads and writes."""
+
     _fields_ = [
-        *((name, ctypes.c_int32) for name in _NUMBERS),
+        *((name, ctypes.c_int32) for name in _INTEGERS),
         ("images", ctypes.c_void_p),
         ("layers", ctypes.POINTER(LayerRecord)),
         *((name, ctypes.c_void_p) for name in ("kept", "scratch", "features")),
@@ -71,7 +75,7 @@ RECORDS = (LayerRecord, StepRecord)
 
 @functools.lru_cache(maxsize=1)
 def kernels() -> ctypes.CDLL:
-    """Return the compiled kernels; a DependencyError if they cannot be compiled, or kept and run nowhere."""
+    """Return the compiled kernels; raise a DependencyError if they cannot be compiled, or kept and run nowhere."""
     loaded = library.load(SOURCES)
     library.check_records(loaded, RECORDS)
     loaded.convmixer_bytes.restype = ctypes.c_int64
@@ -80,6 +84,7 @@ def kernels() -> ctypes.CDLL:
 
 @functools.lru_cache(maxsize=1)
 def _lacking() -> str | None:
+    """Load the kernels once; see `lacking`."""
     try:
         kernels()
     except DependencyError as error:
@@ -97,29 +102,33 @@ def lacking() -> str | None:
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
-_free: list[mmap.mmap] = []  # what no tensor uses
+_free: list[mmap.mmap] = []  # regions that no tensor uses
 
 
 def release_memory() -> None:
-    """Give back to the system what the kernels keep for their next call, and no tensor uses."""
+    """Give memory that no tensor uses back to the system, instead of keeping it for the next call of the kernels."""
     _free.clear()
 
 
-def _memory(size: int) -> Tensor:
-    """Return bytes, not initialised, of memory that is used again when the tensor is gone."""
+def _allocate(size: int) -> Tensor:
+    """Return a tensor (size,) of bytes, not initialised; when it is gone, its memory goes to `_free`.
+
+    Raises:
+        ConvMixerError: The system has too little memory.
+    """
     size = max(size, 1)  # there may be no images
     fitting = [region for region in _free if len(region) >= size]
     try:
         region = min(fitting, key=len)
         _free.remove(region)
     except ValueError:  # there is none, or another thread took it
-        _free.clear()  # of what is too small nothing stays
+        _free.clear()  # regions that are too small would never be used again
         try:
             region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise ConvMixerError(
-                f"{size / 2**20:.0f} MiB for feature maps cannot be had ({error.strerror}): give fewer images at a "
-                "time, or keep less by set_grad_checkpointing()"
+                f"{size / 2**20:.0f} MiB for feature maps cannot be allocated ({error.strerror}): give fewer images at "
+                "a time, or keep less by set_grad_checkpointing()"
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a system without large pages
@@ -130,6 +139,7 @@ def _memory(size: int) -> Tensor:
 
 
 def _after_fork() -> None:
+    """Compute in one thread from now on, and unmap what the parent kept."""
     global _forked
     _forked = True
     _free.clear()
@@ -142,27 +152,29 @@ if hasattr(os, "register_at_fork"):
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
-class Network(NamedTuple):
-    """What the kernels are told of a model besides its tensors.
+class Settings(NamedTuple):
+    """What the kernels need to know of a model besides its tensors. A layer is a convolution with its BatchNorm.
 
     Attributes:
-        relu: Its activations are ReLU, else GELU.
-        patch_size: Side of a patch.
-        eps: Of each BatchNorm: the stem's, then both of each block.
-        batch: Whether each of them uses the statistics of the batch.
-        half: Feature maps are bfloat16, else float32.
-        keep: 2 to keep both feature maps of a block for the backward pass, 1 to keep one, 0 for no backward pass.
+        relu: Activations are ReLU, else GELU.
+        patch_size: Side of a patch in pixels.
+        eps: That of each layer's BatchNorm: the stem's, then depthwise and pointwise of each block.
+        batch: Whether each layer's BatchNorm uses the statistics of the batch, else the running ones.
+        bfloat16: Feature maps are bfloat16, else float32.
+        keep: 2 to keep both feature maps of a block for the backward pass, 1 to keep u and compute c again, 0 for no
+            backward pass.
     """
 
     relu: bool
     patch_size: int
     eps: tuple[float, ...]
     batch: tuple[bool, ...]
-    half: bool
+    bfloat16: bool
     keep: int
 
 
 def _feature_size(images: Tensor, patch_size: int) -> tuple[Any, Any]:
+    """Return height and width of the feature maps: integers, or symbols while PyTorch traces."""
     return images.shape[2] // patch_size, images.shape[3] // patch_size
 
 
@@ -170,23 +182,29 @@ def _rounded_up(n: Any, unit: int) -> Any:
     return (n + unit - 1) // unit * unit
 
 
-def _map_bytes(images: Tensor, dim: int, patch_size: int, half: bool) -> Any:
-    """Return the bytes of a feature map, with rows filled up to 16, positions and channels to 32."""
-    height, width = _feature_size(images, patch_size)
+def _map_bytes(images: Tensor, dim: int, settings: Settings) -> Any:
+    """Return the bytes of a feature map, with rows filled up to 16, positions and channels to 32, as in `train.h`."""
+    height, width = _feature_size(images, settings.patch_size)
     positions = _rounded_up(height * _rounded_up(width, 16), 32)
-    return images.shape[0] * _rounded_up(dim, 32) * positions * (2 if half else 4)
+    return images.shape[0] * _rounded_up(dim, 32) * positions * (2 if settings.bfloat16 else 4)
 
 
-def _kept_bytes(images: Tensor, dim: int, norms: int, patch_size: int, half: bool, keep: int) -> Any:
-    depth = norms // 2
-    maps = {0: 2, 1: depth + 1, 2: 2 * depth + 1}[keep]
-    return maps * _map_bytes(images, dim, patch_size, half) + norms * 5 * 4 * _rounded_up(dim, 32)
+def _kept_bytes(images: Tensor, dim: int, settings: Settings) -> Any:
+    """Return the bytes that the forward pass fills: feature maps, and five float32 vectors for each layer.
+
+    The maps are u of the stem and of each block, and c of each block if both are kept. Without a backward pass two maps
+    take turns.
+    """
+    layers = len(settings.eps)
+    depth = layers // 2
+    maps = {0: 2, 1: depth + 1, 2: 2 * depth + 1}[settings.keep]
+    return maps * _map_bytes(images, dim, settings) + layers * 5 * 4 * _rounded_up(dim, 32)
 
 
-def _record(
+def _step_record(
     images: Tensor,
     parameters: Sequence[Tensor],
-    network: Network,
+    settings: Settings,
     running: Tensor | None = None,
     moments: Sequence[Tensor] = (),
     grads: Sequence[Tensor] = (),
@@ -195,13 +213,26 @@ def _record(
     features: Tensor,
     scratch: Tensor | None,
 ) -> StepRecord:
-    count = len(network.eps)
+    """Return the record of a call. It holds addresses: the tensors must live until the call returns.
+
+    Args:
+        images: As `_forward`.
+        parameters: As `_forward`.
+        settings: Of the model.
+        running: As `_forward`; None for the backward pass.
+        moments: What the forward pass writes, (3, dim) for each layer.
+        grads: What the backward pass writes, one for each parameter.
+        kept: `_kept_bytes` that the forward pass writes and the backward pass reads.
+        features: The output of the forward pass, or its gradient for the backward pass, (B, dim, h, w).
+        scratch: Bytes for c, if it is not kept, and for the gradient of a feature map in the backward pass.
+    """
+    count = len(settings.eps)
     layers = (LayerRecord * count)()
     names = ("weight", "bias", "norm_weight", "norm_bias")
     groups = [(names, parameters), (tuple(f"grad_{name}" for name in names), grads)]
     groups += [(("mean", "var"), () if running is None else running.flatten(0, 1).unbind()), (("moments",), moments)]
     for i, layer in enumerate(layers):
-        layer.eps, layer.batch = network.eps[i], network.batch[i]
+        layer.eps, layer.batch = settings.eps[i], settings.batch[i]
         for fields, tensors in groups:
             for name, tensor in zip(fields, tensors[len(fields) * i : len(fields) * (i + 1)], strict=False):
                 setattr(layer, name, tensor.data_ptr())
@@ -211,13 +242,13 @@ def _record(
         dim=len(parameters[0]),
         depth=count // 2,
         kernel_size=parameters[4].shape[-1],
-        patch_size=network.patch_size,
+        patch_size=settings.patch_size,
         in_chans=in_chans,
         height=height,
         width=width,
-        relu=network.relu,
+        relu=settings.relu,
         threads=1 if _forked else torch.get_num_threads(),
-        keep=network.keep,
+        keep=settings.keep,
         images=images.data_ptr(),
         layers=layers,
         kept=kept.data_ptr(),
@@ -226,70 +257,76 @@ def _record(
     )
 
 
-def _call(function: Any, record: StepRecord, half: bool) -> None:
-    if not function(ctypes.byref(record), ctypes.c_int(half)):
+def _call(function: Any, record: StepRecord, bfloat16: bool) -> None:
+    """Call a function of `train.cpp`; raise a ConvMixerError if its threads get too little memory."""
+    if not function(ctypes.byref(record), ctypes.c_int(bfloat16)):
         raise ConvMixerError(
             f"too little memory for {record.batch} images of {record.height} x {record.width}: give fewer at a time"
         )
 
 
 _LIBRARY = torch.library.Library("convmixer", "FRAGMENT")
-_NETWORK = "bool relu, int patch_size, float[] eps, bool[] batch, bool half, int keep"
+_SETTINGS = "bool relu, int patch_size, float[] eps, bool[] batch, bool bfloat16, int keep"  # the fields of `Settings`
 _LIBRARY.define(
-    f"native_forward(Tensor images, Tensor[] parameters, Tensor running, {_NETWORK}) -> (Tensor, Tensor, Tensor)",
+    f"native_forward(Tensor images, Tensor[] parameters, Tensor running, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    f"native_backward(Tensor grad, Tensor kept, Tensor images, Tensor[] parameters, {_NETWORK}) -> Tensor[]",
+    f"native_backward(Tensor grad, Tensor kept, Tensor images, Tensor[] parameters, {_SETTINGS}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _outputs(images: Tensor, parameters: Sequence[Tensor], network: Network) -> tuple[Tensor, Tensor]:
-    dim, (height, width) = len(parameters[0]), _feature_size(images, network.patch_size)
-    dtype = torch.bfloat16 if network.half else torch.float32
+def _outputs(images: Tensor, parameters: Sequence[Tensor], settings: Settings) -> tuple[Tensor, Tensor]:
+    """Return the features, not initialised, and zeros for the moments, as `_forward` describes them."""
+    dim, (height, width) = len(parameters[0]), _feature_size(images, settings.patch_size)
+    dtype = torch.bfloat16 if settings.bfloat16 else torch.float32
     features = images.new_empty((len(images), dim, height, width), dtype=dtype)
-    return features, images.new_zeros((len(network.eps), 3, dim))
+    return features, images.new_zeros((len(settings.eps), 3, dim))
 
 
 def _forward(
-    images: Tensor, parameters: Sequence[Tensor], running: Tensor, *settings: Any
+    images: Tensor, parameters: Sequence[Tensor], running: Tensor, *fields: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the features of the last block, (B, dim, h, w).
+    """Compute stem and blocks.
 
     Args:
         images: (B, in_chans, H, W), contiguous float32, as all tensors here.
         parameters: Of each layer (the stem, then depthwise and pointwise of each block) weight and bias, and those of
             its BatchNorm.
-        running: Mean and variance for each BatchNorm, (layers, 2, dim); not read where those of the batch are used.
-        settings: The fields of `Network`.
+        running: Running mean and variance of each BatchNorm, (layers, 2, dim); not read where it uses the statistics
+            of the batch.
+        fields: Those of `Settings`.
 
     Returns:
-        The features; mean, variance and variance without bias of each BatchNorm, (layers, 3, dim); what the backward
-        pass needs.
+        The output of the last block, (B, dim, h, w) in bfloat16 or float32; the moments of each BatchNorm's input,
+        (layers, 3, dim): mean, variance, and variance without bias, or zeros where it uses running statistics; the
+        bytes that the backward pass needs.
+
+    Raises:
+        ConvMixerError: Too little memory.
     """
-    network = Network(*settings)
-    features, moments = _outputs(images, parameters, network)
-    sizes = len(parameters[0]), len(network.eps), network.patch_size, network.half, network.keep
-    kept = _memory(_kept_bytes(images, *sizes))
-    scratch = None if network.keep == 2 else _memory(_map_bytes(images, sizes[0], network.patch_size, network.half))
-    record = _record(
-        images, parameters, network, running, moments.unbind(), kept=kept, features=features, scratch=scratch
+    settings, dim = Settings(*fields), len(parameters[0])
+    features, moments = _outputs(images, parameters, settings)
+    kept = _allocate(_kept_bytes(images, dim, settings))
+    scratch = None if settings.keep == 2 else _allocate(_map_bytes(images, dim, settings))
+    record = _step_record(
+        images, parameters, settings, running, moments.unbind(), kept=kept, features=features, scratch=scratch
     )
-    library_size = kernels().convmixer_bytes(ctypes.byref(record), ctypes.c_int(network.half))
-    if library_size != len(kept):
-        raise ConvMixerError(f"train.cpp keeps {library_size} bytes and native/training.py {len(kept)}")
-    _call(kernels().convmixer_forward, record, network.half)
+    expected = kernels().convmixer_bytes(ctypes.byref(record), ctypes.c_int(settings.bfloat16))
+    if expected != len(kept):
+        raise ConvMixerError(f"train.cpp keeps {expected} bytes and native/training.py {len(kept)}")
+    _call(kernels().convmixer_forward, record, settings.bfloat16)
     return features, moments, kept
 
 
 def _fake_forward(
-    images: Tensor, parameters: Sequence[Tensor], running: Tensor, *settings: Any
+    images: Tensor, parameters: Sequence[Tensor], running: Tensor, *fields: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    network = Network(*settings)
-    sizes = len(parameters[0]), len(network.eps), network.patch_size, network.half, network.keep
-    kept = images.new_empty(_kept_bytes(images, *sizes), dtype=torch.uint8)
-    return *_outputs(images, parameters, network), kept
+    """Return tensors like those of `_forward`, for tracing."""
+    settings = Settings(*fields)
+    kept = images.new_empty(_kept_bytes(images, len(parameters[0]), settings), dtype=torch.uint8)
+    return *_outputs(images, parameters, settings), kept
 
 
 def _backward(
@@ -297,21 +334,36 @@ def _backward(
     kept: Tensor,
     images: Tensor,
     parameters: Sequence[Tensor],
-    *settings: Any,
+    *fields: Any,
 ) -> list[Tensor]:
-    """Compute the gradients of the parameters; `grad` is that of the features, of their type and contiguous."""
-    network = Network(*settings)
+    """Compute the gradients of the parameters.
+
+    Args:
+        grad: That of the features, (B, dim, h, w), of their type and contiguous.
+        kept: From `_forward`.
+        images: As `_forward`.
+        parameters: As `_forward`.
+        fields: Those of `Settings`.
+
+    Returns:
+        A gradient for each parameter, of its shape, in float32.
+
+    Raises:
+        ConvMixerError: Too little memory.
+    """
+    settings = Settings(*fields)
     grads = [torch.empty_like(parameter) for parameter in parameters]
-    size = _map_bytes(images, len(parameters[0]), network.patch_size, network.half)
-    scratch = _memory(size if network.keep == 2 else 2 * size)
-    record = _record(images, parameters, network, grads=grads, kept=kept, features=grad, scratch=scratch)
-    _call(kernels().convmixer_backward, record, network.half)
+    size = _map_bytes(images, len(parameters[0]), settings)
+    scratch = _allocate(size if settings.keep == 2 else 2 * size)
+    record = _step_record(images, parameters, settings, grads=grads, kept=kept, features=grad, scratch=scratch)
+    _call(kernels().convmixer_backward, record, settings.bfloat16)
     return grads
 
 
 def _fake_backward(
-    grad: Tensor, kept: Tensor, images: Tensor, parameters: Sequence[Tensor], *rest: Any
+    grad: Tensor, kept: Tensor, images: Tensor, parameters: Sequence[Tensor], *fields: Any
 ) -> list[Tensor]:
+    """Return tensors like those of `_backward`, for tracing."""
     return [torch.empty_like(parameter) for parameter in parameters]
 
 
@@ -329,9 +381,9 @@ _enabled = True
 
 
 def set_native_training(enabled: bool) -> None:
-    """Let fused blocks on CPUs run on these kernels, as they do by default, or on the PyTorch reference.
+    """Run fused blocks on CPUs on these kernels, as by default, or on the PyTorch reference.
 
-    The choice holds for the whole process. A model that is compiled already is compiled anew.
+    The choice holds for the whole process. A compiled model is compiled again at its next call.
     """
     global _enabled
     _enabled = enabled
@@ -340,11 +392,11 @@ def set_native_training(enabled: bool) -> None:
 
 
 def refusal(stem: Any, blocks: Any, dtype: torch.dtype, sync_batchnorm: bool = False) -> str | None:
-    """Return why the kernels do not compute a stem and blocks, as `fused.check` expects them; None if they do.
+    """Return why the kernels do not compute a stem and blocks; None if they do.
 
     Args:
-        stem: Convolution, activation, BatchNorm.
-        blocks: See `fused.check`.
+        stem: Convolution, activation, BatchNorm, as `fused.check` accepts them.
+        blocks: As `fused.check` accepts them.
         dtype: Of feature maps.
         sync_batchnorm: In training, BatchNorm sees the images of all processes.
     """
@@ -374,7 +426,8 @@ def refusal(stem: Any, blocks: Any, dtype: torch.dtype, sync_batchnorm: bool = F
 
 
 @functools.lru_cache(maxsize=64)
-def _say(reason: str | None, dtype: torch.dtype) -> None:
+def _log_choice(reason: str | None, dtype: torch.dtype) -> None:
+    """Log what computes fused blocks, and why it is not the kernels; once for each reason and type."""
     if reason is None:
         units = "AMX" if kernels().convmixer_tiles() else "AVX-512"
         _LOGGER.info("fused blocks in %s run on native kernels, on %s", dtype, units)
@@ -384,18 +437,26 @@ def _say(reason: str | None, dtype: torch.dtype) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen(reason: str | None, dtype: torch.dtype) -> bool:
-    """Return whether nothing speaks against the kernels; the log says once what was chosen."""
-    _say(reason, dtype)
+    """Return whether the kernels are used: there is no reason against them. Log the choice."""
+    _log_choice(reason, dtype)
     return reason is None
 
 
 def takes(stem: Any, blocks: Any, images: Tensor, taken: Sequence[int], sync_batchnorm: bool) -> bool:
-    """Return whether `features` computes these images; the log says why not."""
+    """Return whether `features` computes stem and blocks for images; log why not.
+
+    Args:
+        stem: As in `refusal`.
+        blocks: As in `refusal`.
+        images: (B, in_chans, H, W); False for images that no stem takes, so that PyTorch raises its error.
+        taken: The blocks whose output is wanted, as numbers.
+        sync_batchnorm: As in `refusal`.
+    """
     if images.device.type != "cpu" or stem[0].weight.device.type != "cpu":
         return False
     patch, in_chans = stem[0].kernel_size[0], stem[0].weight.shape[1]
     if images.ndim != 4 or images.shape[1] != in_chans or images.shape[2] < patch or images.shape[3] < patch:
-        return False  # PyTorch says what is wrong with them
+        return False
     dtype, parameters = compute_dtype(images), stem[0].weight.dtype
     reason = refusal(stem, blocks, dtype, sync_batchnorm)
     if list(taken) != [len(blocks) - 1]:
@@ -408,21 +469,22 @@ def takes(stem: Any, blocks: Any, images: Tensor, taken: Sequence[int], sync_bat
     return chosen
 
 
-class _Stack(Function):
-    """`_forward`, its arguments in another order."""
+class _StemAndBlocks(Function):
+    """`forward` with its gradients for the parameters."""
 
     @staticmethod
-    def forward(images: Tensor, running: Tensor, network: Network, *parameters: Tensor) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = forward(images, parameters, running, *network)
+    def forward(images: Tensor, running: Tensor, settings: Settings, *parameters: Tensor) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = forward(images, parameters, running, *settings)
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        images, _, ctx.network, *parameters = inputs
+        images, _, ctx.settings, *parameters = inputs
+        features, _, kept = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(images, output[2], *parameters)
-        ctx.dtype = output[0].dtype
+        ctx.save_for_backward(images, kept, *parameters)
+        ctx.dtype = features.dtype
 
     @staticmethod
     @fused.first_derivative
@@ -431,49 +493,69 @@ class _Stack(Function):
         wanted = ctx.needs_input_grad
         if grad is None:
             return (None,) * len(wanted)
-        grads = backward(grad.to(ctx.dtype).contiguous(), kept, images, parameters, *ctx.network)
+        grads = backward(grad.to(ctx.dtype).contiguous(), kept, images, parameters, *ctx.settings)
         return None, None, None, *(each if needed else None for each, needed in zip(grads, wanted[3:], strict=True))
+
+
+def _tensors_of_layers(
+    layers: Sequence[tuple[Any, Any]], by_batch: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters of convolutions with their BatchNorm, four each, and running mean and variance, two each.
+
+    Ones and zeros stand for the weight and the bias that a BatchNorm lacks. Where it uses the statistics of the batch,
+    the running ones are vectors of their shape that are not read.
+    """
+    parameters: list[Tensor] = []
+    running: list[Tensor] = []
+    for (convolution, norm), own in zip(layers, by_batch, strict=True):
+        bias = convolution.bias.detach()
+        parameters += [convolution.weight, convolution.bias]
+        parameters += [bias.new_ones(len(bias)) if norm.weight is None else norm.weight]
+        parameters += [bias.new_zeros(len(bias)) if norm.bias is None else norm.bias]
+        running += [bias, bias] if own else [norm.running_mean, norm.running_var]
+    return parameters, running
 
 
 def features(
     stem: Any, blocks: Any, images: Tensor, *, checkpointing: bool = False, channels_last: bool = False
 ) -> Tensor:
-    """Return what the last block makes of images, (B, C, h, w), as `fused.features` computes it.
+    """Compute stem and blocks, and move running statistics, as `fused.features` does.
 
     Args:
         stem: Convolution, activation, BatchNorm.
-        blocks: See `fused.check`.
+        blocks: As `fused.check` accepts them.
         images: (B, in_chans, H, W).
-        checkpointing: Keep one feature map per block, u, and compute c anew.
-        channels_last: Give the features in channels_last.
+        checkpointing: Keep one feature map per block, u, and compute c again in the backward pass.
+        channels_last: Return the features in channels_last.
+
+    Returns:
+        The output of the last block, (B, dim, h, w), in float32, or bfloat16 for such images or under autocast.
+
+    Raises:
+        ArgumentError: BatchNorm has fewer than two values per channel.
+        ConvMixerError: Too little memory.
     """
     layers = fused.layers(stem, blocks)
-    batch = tuple(norm.training or norm.running_mean is None for _, norm in layers)
-    parameters: list[Tensor] = []
-    running: list[Tensor] = []
-    for (convolution, norm), now in zip(layers, batch, strict=True):
-        parameters += [convolution.weight, convolution.bias]
-        bias = convolution.bias.detach()
-        parameters += [bias.new_ones(len(bias)) if norm.weight is None else norm.weight]
-        parameters += [bias.new_zeros(len(bias)) if norm.bias is None else norm.bias]
-        running += [bias, bias] if now else [norm.running_mean, norm.running_var]
-    dtype = compute_dtype(images)
+    norms = [norm for _, norm in layers]
+    by_batch = tuple(norm.training or norm.running_mean is None for norm in norms)
+    parameters, running = _tensors_of_layers(layers, by_batch)
     differentiable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-    network = Network(
+    settings = Settings(
         relu=type(stem[1]) is nn.ReLU,
         patch_size=stem[0].kernel_size[0],
-        eps=tuple(norm.eps for _, norm in layers),
-        batch=batch,
-        half=dtype == torch.bfloat16,
+        eps=tuple(norm.eps for norm in norms),
+        batch=by_batch,
+        bfloat16=compute_dtype(images) == torch.bfloat16,
         keep=0 if not differentiable else 1 if checkpointing else 2,
     )
-    height, width = _feature_size(images, network.patch_size)
-    if any(batch):
+    height, width = _feature_size(images, settings.patch_size)
+    if any(by_batch):
         fused.check_count((len(images), len(parameters[0]), height, width))
     parameters = [parameter.to(torch.float32).contiguous() for parameter in parameters]
-    kept = torch.stack(running).to(torch.float32).unflatten(0, (len(layers), 2))
-    result, moments, _ = _Stack.apply(images.detach().to(torch.float32).contiguous(), kept, network, *parameters)
-    if any(batch):
-        fused.track([norm for _, norm in layers], [fused.Moments(*its.unbind()) for its in moments.unbind()])
-    found: Tensor = result.contiguous(memory_format=torch.channels_last) if channels_last else result
-    return found
+    statistics = torch.stack(running).to(torch.float32).unflatten(0, (len(layers), 2))
+    images = images.detach().to(torch.float32).contiguous()
+    result, moments, _ = _StemAndBlocks.apply(images, statistics, settings, *parameters)
+    if any(by_batch):
+        fused.track(norms, [fused.Moments(*of_layer.unbind()) for of_layer in moments.unbind()])
+    output: Tensor = result.contiguous(memory_format=torch.channels_last) if channels_last else result
+    return output

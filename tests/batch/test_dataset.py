@@ -1,4 +1,4 @@
-"""Inference over data sets, in one process: what is written is what `predict` says, whatever the source."""
+"""Inference over data sets in one process: for every kind of source, the rows are what `predict` returns."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(digits) -> list[Path]:
-    """The same in the order of their names."""
+    """The files of `digits`, in the order of their names."""
     return sorted(digits.rglob("*.png"))
 
 
@@ -62,7 +62,8 @@ def write_shard(path: Path, files: list[Path]) -> None:
 
 
 def compute(model, data, output, **options):
-    """Rows of a run, in the order of files; workers would take longer to start than these images to decode."""
+    """Run `predict_dataset`; return the rows in the order of its files, and the summary."""
+    # Workers would take longer to start than these images to decode.
     settings = {"workers": 0, "backend": "eager", "topk": 3, "report": lambda _: None, **options}
     summary = convmixer.predict_dataset(model, data, output, **settings)
     return rows(output), summary
@@ -74,6 +75,7 @@ def rows(output) -> list[dict]:
 
 
 def answers(found: list[dict]) -> list[tuple]:
+    """Rows without what depends on the source: the names of images."""
     return [(row["labels"], row["probabilities"], row["error"]) for row in found]
 
 
@@ -138,7 +140,7 @@ def test_a_model_with_one_output(digits, tmp_path):
 
 @pytest.mark.parametrize("struct", [True, False])
 def test_parquet(model, files, expected, tmp_path, struct):
-    """Files and row groups that end elsewhere than the parts."""
+    """Neither files nor row groups end where a part ends."""
     write_parquet(tmp_path / "in" / "b-10.parquet", files[33:], struct=struct, row_group=9)
     write_parquet(tmp_path / "in" / "b-9.parquet", files[:33], struct=struct)
     for i, source in enumerate((tmp_path / "in", str(tmp_path / "in" / "*.parquet"))):
@@ -174,7 +176,7 @@ def test_tar_and_table(model, digits, expected, tmp_path):
 
 @pytest.mark.parametrize("declared", ["", "|90"])
 def test_shards(model, files, expected, tmp_path, declared):
-    """No labels, no classes.txt; a shard is a file, also an empty one."""
+    """Without labels and classes.txt. Every shard becomes a file, even an empty one."""
     pytest.importorskip("webdataset")
     for i, part in enumerate((files[:40], [], files[40:80], files[80:])):
         write_shard(tmp_path / f"s-{i}.tar", part)
@@ -201,7 +203,7 @@ def test_shards_by_their_record(model, files, expected, tmp_path):
     assert len(compute(model, f"wds/{tmp_path}", tmp_path / "out2", split="test")[0]) == COUNT
 
 
-def test_another_number_of_samples(model, files, tmp_path):
+def test_a_wrong_number_of_samples(model, files, tmp_path):
     pytest.importorskip("webdataset")
     write_shard(tmp_path / "s-0.tar", files)
     with pytest.raises(DataError, match=r"should have 91 samples and has 90: correct the number. All 90 rows are in"):
@@ -209,7 +211,7 @@ def test_another_number_of_samples(model, files, tmp_path):
 
 
 def test_a_data_set_of_the_hub(model, files, expected, tmp_path):
-    """Without a column of labels; its rows are named by their numbers."""
+    """Without a column of labels. Rows are named by their numbers."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     content = {"text": ["x"] * COUNT, "image": [{"bytes": f.read_bytes(), "path": None} for f in files]}
@@ -278,7 +280,7 @@ def test_broken_rows_of_parquet_and_shards(model, files, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="such names do not exist on Windows")
-def test_a_name_that_is_no_utf_8(model, files, tmp_path):
+def test_a_name_that_is_not_utf_8(model, files, tmp_path):
     (tmp_path / "in").mkdir()
     shutil.copy(files[0], os.path.join(tmp_path, "in", os.fsdecode(b"latin-\xe9.png")))
     ((row,), _) = compute(model, tmp_path / "in", tmp_path / "out")
@@ -300,7 +302,7 @@ def test_resume_writes_what_is_missing(model, digits, expected, tmp_path):
     assert [row["image"] for row in found] == [row["image"] for row in expected]
     assert (summary.images, summary.kept, summary.files) == (90, 60, 5)
     assert (out / "part-00000.parquet").stat().st_mtime_ns == first
-    assert lines[1] == "3 of 5 files are there already, with 60 rows, and stay"
+    assert lines[1] == "3 of 5 files exist already, with 60 rows, and are kept"
     assert seen == [(60, 90), (68, 90), (76, 90), (80, 90), (88, 90), (90, 90)]
     assert not list(out.glob(".part*"))
     _, again = compute(model, digits, out, rows_per_file=20)
@@ -311,9 +313,7 @@ def test_another_run_in_the_folder(model, digits, tmp_path):
     out = tmp_path / "out"
     compute(model, digits, out)
     before = {file: file.read_bytes() for file in out.glob("[!.]*")}
-    with pytest.raises(
-        ArgumentError, match=r"rows of another run: settings topk was 3 and is 2\. To go on there, repeat"
-    ):
+    with pytest.raises(ArgumentError, match=r"rows of another run: settings topk was 3 and is 2\. To resume it, give"):
         compute(model, digits, out, topk=2)
     with pytest.raises(
         ArgumentError, match=r"settings dtype was 'float32' and is 'bfloat16'; settings rows_per_file was"
@@ -338,7 +338,7 @@ def test_a_source_that_has_changed(model, digits, tmp_path):
         compute(model, tmp_path / "in", tmp_path / "out")
 
 
-def test_a_file_that_was_spoiled(model, digits, tmp_path):
+def test_a_damaged_file(model, digits, tmp_path):
     compute(model, digits, tmp_path / "out")
     (tmp_path / "out" / "part-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"cannot read .*part-00000.parquet'.* Delete it to write it"):
@@ -354,7 +354,7 @@ convmixer.predict_dataset(model, sys.argv[1], sys.argv[2], rows_per_file=5, batc
 
 @pytest.mark.slow
 def test_killed(digits, tmp_path):
-    """kill -9 in the middle: nothing half-written is taken for a file, and the next run has every image once."""
+    """By kill -9 in the middle: a half-written file does not count, and the next run has every image once."""
     out = tmp_path / "out"
     command = [sys.executable, "-c", PROGRAM, digits, out]
     with started(command) as process:
@@ -367,7 +367,7 @@ def test_killed(digits, tmp_path):
     assert 1 <= kept < 18
     result = finish(command)
     assert result.returncode == 0, result.stderr
-    assert f"{kept} of 18 files are there already, with {5 * kept} rows, and stay" in result.stdout
+    assert f"{kept} of 18 files exist already, with {5 * kept} rows, and are kept" in result.stdout
     model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
     whole, _ = compute(model, digits, tmp_path / "whole", rows_per_file=5, batch_size=1, topk=5)
     assert rows(out) == whole
@@ -382,8 +382,8 @@ def test_two_runs_at_once(model, digits, tmp_path):
     compute(model, digits, tmp_path / "out", progress=start_another)
 
 
-def test_a_reader_that_dies(model, digits, tmp_path, monkeypatch):
-    """As one that the system kills for want of memory: an error, and the files before it stay."""
+def test_a_worker_that_dies(model, digits, tmp_path, monkeypatch):
+    """As if the system had killed it for lack of memory: an error, and files that were written before stay."""
     from convmixer.data.readers import FileSplit
 
     read = FileSplit.read
@@ -426,7 +426,7 @@ def test_senseless_arguments(model, digits, tmp_path, monkeypatch, options, erro
     assert not list(tmp_path.glob("out/part*"))
 
 
-def test_parquet_that_is_not_clear(model, files, tmp_path):
+def test_ambiguous_parquet(model, files, tmp_path):
     content = [file.read_bytes() for file in files[:2]]
     pq.write_table(pa.table({"left": content, "right": content, "n": [1, 2]}), tmp_path / "in.parquet")
     with pytest.raises(DataError, match=r"several columns of .* could hold images, left, right: say image_column="):
@@ -444,7 +444,7 @@ def test_parquet_that_is_not_clear(model, files, tmp_path):
         compute(model, tmp_path / "bad.parquet", tmp_path / "out")
 
 
-def test_an_output_that_cannot_be(model, digits, tmp_path):
+def test_an_output_that_cannot_be_used(model, digits, tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ArgumentError, match=r"cannot make the folder .*; give another output"):
@@ -468,7 +468,7 @@ def test_a_full_disk(model, digits, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*part*"))
 
 
-def test_models_that_have_no_answer(digits, tmp_path):
+def test_models_without_answers(digits, tmp_path):
     headless = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=0)
     with pytest.raises(ArgumentError, match="this model has no classes"):
         compute(headless, digits, tmp_path / "out")
@@ -481,7 +481,7 @@ def test_models_that_have_no_answer(digits, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_parts_are_read_alike_in_any_order(files, tmp_path):
+def test_parts_are_the_same_in_any_order(files, tmp_path):
     write_parquet(tmp_path / "in.parquet", files)
     parts = open_parts(tmp_path / "in.parquet", rows=13)
     backwards = {part: [name for name, _ in parts.read(part)] for part in reversed(range(len(parts)))}

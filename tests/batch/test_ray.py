@@ -1,7 +1,7 @@
-"""Inference over data sets on Ray: the rows of one process, whoever dies meanwhile.
+"""Inference over data sets on Ray: the rows are those of one process, even if an actor or the driver is killed.
 
-The cluster is a program of its own, as on many machines, and ends with these tests; nothing of Ray runs in their own
-process. Its ports are fixed before, as Ray gives up on a busy machine when it has to look for them.
+The cluster is a program of its own, as on many machines, and ends with these tests; nothing of Ray runs in the process
+of the tests. They choose its ports: on a busy machine Ray gives up while it looks for free ones.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pi
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'convmixer[ray]'")
 
 COUNT, ROWS = 320, 10
-PATIENCE = 1200  # seconds: on a busy machine Ray takes minutes to start
+TIMEOUT = 1200  # seconds: on a busy machine Ray takes minutes to start
 PROGRAM = """
 import json, sys
 import convmixer
 
 data, output, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
-options = {"rows_per_file": 10, "batch_size": 1, "backend": "eager", "workers": 0}  # slow, for those who are killed
+options = {"rows_per_file": 10, "batch_size": 1, "backend": "eager", "workers": 0}  # slow, so that it can be killed
 summary = convmixer.predict_dataset(model, data, output, **options, **settings)
 print(summary)
 """
@@ -43,7 +43,7 @@ print(summary)
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """Handwritten digits, and a file among them that is not an image."""
+    """Handwritten digits, and among them a file that is not an image."""
     folder = write_digits(tmp_path_factory.mktemp("digits"), COUNT - 1, 0, ("zero", "one", "two")) / "train"
     (folder / "one" / "broken.png").write_bytes(b"no image")
     return folder
@@ -51,9 +51,9 @@ def digits(tmp_path_factory) -> Path:
 
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
     return ports
 
 
@@ -81,7 +81,7 @@ def cluster(tmp_path_factory):
     command = [ray, "start", "--head", "--block", f"--port={port}", "--num-cpus=2", *ports, f"--temp-dir={folder}"]
     command += ["--include-dashboard=false", "--object-store-memory=80000000", "--disable-usage-stats"]
     with log.open("w") as file, started(command, env=env, stdout=file, stderr=subprocess.STDOUT) as process:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while "Ray runtime started" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
@@ -90,11 +90,11 @@ def cluster(tmp_path_factory):
         # Ray's processes rename themselves, and with that hide the mark that `started` looks for.
         family = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        _, rest = psutil.wait_procs(family, timeout=5)
-    for one in rest:
+        _, running = psutil.wait_procs(family, timeout=5)
+    for child in running:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    assert not psutil.wait_procs(family, timeout=PATIENCE)[1]
+            child.kill()
+    assert not psutil.wait_procs(family, timeout=TIMEOUT)[1]
     subprocess.run(["rm", "-rf", folder], check=True)
 
 
@@ -103,6 +103,7 @@ def rows(output: Path) -> list[dict]:
 
 
 def program(data, output, **settings) -> list[object]:
+    """The command of a process that calls `predict_dataset`."""
     return [sys.executable, "-c", PROGRAM, data, output, json.dumps(settings)]
 
 
@@ -119,7 +120,7 @@ def expected(digits, tmp_path_factory) -> list[dict]:
 
 
 def _wait_for_file(process, output: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while not list(output.glob("part*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -128,20 +129,20 @@ def _wait_for_file(process, output: Path) -> None:
 
 def _actors(cluster_process) -> list[psutil.Process]:
     found = []
-    for one in alive(cluster_process):
+    for child in alive(cluster_process):
         try:
-            title = " ".join(one.cmdline())
+            title = " ".join(child.cmdline())
         except psutil.NoSuchProcess:
             continue
         if title.startswith("ray::MapWorker"):
-            found.append(one)
+            found.append(child)
     return found
 
 
 @pytest.mark.slow
 def test_two_actors(digits, expected, cluster, tmp_path):
     address, _, env = cluster
-    result = finish(program(digits, tmp_path / "out", ray=address, actors=2), env=env, timeout=PATIENCE)
+    result = finish(program(digits, tmp_path / "out", ray=address, actors=2), env=env, timeout=TIMEOUT)
     assert result.returncode == 0, result.stderr
     assert rows(tmp_path / "out") == expected
     assert f"images={COUNT}, errors=1, files={COUNT // ROWS}, kept=0" in result.stdout
@@ -159,7 +160,7 @@ def test_an_actor_that_is_killed(digits, expected, cluster, tmp_path):
         assert len(actors) == 2
         actors[0].send_signal(signal.SIGKILL)
         assert len(list(output.glob("part*"))) < COUNT // ROWS
-        printed, errors = driver.communicate(timeout=PATIENCE)
+        printed, errors = driver.communicate(timeout=TIMEOUT)
         assert driver.returncode == 0, errors
     assert rows(output) == expected
     assert "kept=0" in printed
@@ -167,20 +168,20 @@ def test_an_actor_that_is_killed(digits, expected, cluster, tmp_path):
 
 @pytest.mark.slow
 def test_a_driver_that_is_killed(digits, expected, cluster, tmp_path):
-    """Its actors end with it; the next run goes on, here in one process."""
+    """Its actors end with it, and the next run resumes, here in one process."""
     address, process, env = cluster
     output = tmp_path / "out"
     with started(program(digits, output, ray=address, actors=2), env=env) as driver:
         _wait_for_file(driver, output)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     while _actors(process):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     kept = len(list(output.glob("part*")))
     assert 1 <= kept < COUNT // ROWS
-    result = finish(program(digits, output), env=env, timeout=PATIENCE)
+    result = finish(program(digits, output), env=env, timeout=TIMEOUT)
     assert result.returncode == 0, result.stderr
     assert f"kept={kept * ROWS}" in result.stdout
     assert rows(output) == expected
@@ -191,17 +192,17 @@ def test_command_and_errors_of_actors(digits, cluster, tmp_path):
     address, _, env = cluster
     command = [sys.executable, "-m", "convmixer", "predict", "--data", digits, "--workers", 0, "--rows-per-file", 160]
     options = ["--ray", address, "--actors", 2, "--topk", 1, "--embed", "--output", tmp_path / "out"]
-    result = finish([*command, *options], env=env, timeout=PATIENCE)
+    result = finish([*command, *options], env=env, timeout=TIMEOUT)
     assert result.returncode == 0, result.stderr
     assert f"{COUNT} images, of which 1 could not be read" in result.stdout
     assert result.stderr.startswith(f"{COUNT} images from train/\n")
     assert len(result.stderr.splitlines()) <= 2  # Ray itself writes a line about the arguments of actors
     assert len(rows(tmp_path / "out")[0]["embedding"]) == 256
-    result = finish([*command, *options[:2], "--actors", 3, "--output", tmp_path / "more"], env=env, timeout=PATIENCE)
+    result = finish([*command, *options[:2], "--actors", 3, "--output", tmp_path / "more"], env=env, timeout=TIMEOUT)
     assert result.returncode == 2
     assert "actors=3: each needs a processor core, and Ray has 2" in result.stderr
     result = finish(
-        [*command, *options[:4], "--backend", "triton", "--output", tmp_path / "triton"], env=env, timeout=PATIENCE
+        [*command, *options[:4], "--backend", "triton", "--output", tmp_path / "triton"], env=env, timeout=TIMEOUT
     )
     assert result.returncode == 2
     assert "error: backend='triton'" in result.stderr
@@ -212,7 +213,7 @@ def test_command_and_errors_of_actors(digits, cluster, tmp_path):
     "address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "no.such.host.invalid:{}", "127.0.0.1:{}0000"]
 )
 def test_no_cluster_there(digits, tmp_path, address):
-    """At once, and before anything is written; Ray would try for more than five minutes."""
+    """The error comes at once, before anything is written; Ray itself would try for more than five minutes."""
     address = address.format(*_free_ports(1))
     model = convmixer.create_model("convmixer_256_8", device="cpu")
     with pytest.raises(
@@ -232,7 +233,7 @@ def test_no_cluster_there(digits, tmp_path, address):
     ],
 )
 def test_what_an_actor_takes(nodes, actors, expected):
-    """So that all of them fit: an actor that does not fit would wait forever."""
+    """All actors must fit: one that does not would wait forever."""
     assert _share(nodes, actors) == expected
 
 

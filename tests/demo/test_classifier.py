@@ -1,4 +1,4 @@
-"""What the page shows, below the page: no browser, no Gradio."""
+"""What the page shows of a model, without the page: no browser, no Gradio."""
 
 import json
 import sys
@@ -46,7 +46,7 @@ def test_the_map_is_that_of_the_figure(classifier, cat, monkeypatch):
     drawn, right = classifier.classify(cat).activation, plots.plot_class_activation(classifier.model, cat).axes[1]
     picture, heat = (np.asarray(image.get_array()) for image in right.images)
     assert drawn.size == heat.shape[::-1] == (224, 224)
-    # matplotlib itself lays one over the other
+    # The oracle: matplotlib blends the two images.
     figure = plots._figure(2.24, 2.24)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -90,7 +90,7 @@ def test_times(classifier, monkeypatch):
     assert built == ["eager"]  # once
 
 
-def test_backends_are_timed_that_work_here(classifier):
+def test_backends_that_work_here_are_timed(classifier):
     found = Classifier(classifier.model).backends
     assert {"eager"} <= set(found) <= {"native", "openvino", "onnxruntime", "eager"}
     assert [row.milliseconds > 0 for row in classifier.time_backends()] == [True]
@@ -101,13 +101,13 @@ def test_a_backend_that_fails_stops_no_other(classifier, monkeypatch):
 
     def optimize(model, *, backend):
         if backend == "openvino":
-            raise DependencyError("openvino is ill")
+            raise DependencyError("openvino is broken")
         return real(model, backend=backend)
 
     monkeypatch.setattr(module, "optimize", optimize)
-    ill, well = Classifier(classifier.model, backends=["openvino", "eager"]).time_backends()
-    assert (ill.milliseconds, ill.failure) == (None, "openvino is ill")
-    assert well.milliseconds > 0
+    broken, working = Classifier(classifier.model, backends=["openvino", "eager"]).time_backends()
+    assert (broken.milliseconds, broken.failure) == (None, "openvino is broken")
+    assert working.milliseconds > 0
 
 
 @pytest.mark.parametrize("nothing", [(), {}])
@@ -119,7 +119,7 @@ def test_without_a_name_the_packaged_weights(nothing):
     ]
 
 
-def test_runs_and_names_for_people(run, photographs):
+def test_runs_and_names_of_the_page(run, photographs):
     by_folder, by_name = (
         open_classifiers(models, device="cpu", backends=()) for models in ([str(run)], {"Flowers": str(run)})
     )

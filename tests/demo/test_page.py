@@ -1,4 +1,4 @@
-"""The page in a browser without a window: what a person sees and does, and whom the page talks to."""
+"""The page in a headless browser: what visitors see and do, and which hosts the page asks."""
 
 import http.server
 import json
@@ -28,8 +28,8 @@ ARGUMENTS = (
     "--disable-component-update --disable-sync"
 )
 NAMES = ["convmixer_128_8_ks7_p2", "convmixer_256_8"]
-ADDRESSES: list[str] = []  # that this process has asked for since the module began
-PATIENCE = 120_000  # milliseconds
+ADDRESSES: list[str] = []  # the hosts that this process has asked since the module began
+TIMEOUT = 120_000  # milliseconds
 
 
 def _note(event: str, arguments: tuple) -> None:
@@ -52,7 +52,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """A page with two models, by a server in this process, which works in an empty folder."""
+    """The address of a page with two models. Its server runs in this process, in an empty working directory."""
     sys.addaudithook(_note)  # it stays until the process ends
     ADDRESSES.clear()
     with pytest.MonkeyPatch.context() as patch, serving() as address:
@@ -76,13 +76,13 @@ def serving():
 
 @contextmanager
 def visit(browser, address, width=1300):
-    """The page of a visitor of its own, who notes requests and what the browser complains of."""
+    """Open the page as a new visitor, and collect the browser's requests and its error messages."""
     context = browser.new_context(viewport={"width": width, "height": 900})
-    context.set_default_timeout(PATIENCE)
+    context.set_default_timeout(TIMEOUT)
     page = context.new_page()
-    page.requests, page.complaints = [], []
+    page.requests, page.errors = [], []
     page.on("request", lambda request: page.requests.append(request.url))
-    page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
     page.goto(address)
     page.wait_for_selector("input[type=file]", state="attached")
     yield page
@@ -104,7 +104,7 @@ def wait_for_bars(page, label):
 
 
 def bars(page):
-    """The labels and what the bars show, in their order."""
+    """The labels and values of the bars, in their order."""
     return [
         (meter.get_attribute("aria-label"), float(meter.get_attribute("value")))
         for meter in page.query_selector_all("meter")
@@ -121,7 +121,7 @@ def test_a_picture_its_classes_its_map_and_times(page, cat):
     upload(page, cat)
     wait_for_bars(page, "cat")
     assert bars(page) == expected(NAMES[0], cat)
-    heat = page.wait_for_selector("img[alt^='The places of the picture']")
+    heat = page.wait_for_selector("img[alt^='The regions of the picture']")
     page.wait_for_function(
         "image => image.complete && image.naturalWidth == 448 && image.naturalHeight == 448", arg=heat
     )
@@ -142,7 +142,7 @@ def test_a_broken_file_takes_the_old_answer_away(page, cat, tmp_path):
     upload(page, tmp_path / "broken.png")
     alert = page.wait_for_selector("[role=alert]")
     assert alert.inner_text() == "'broken.png' is not an image that Pillow can read"
-    assert not page.query_selector_all("meter, img[alt^='The places'], .times table")
+    assert not page.query_selector_all("meter, img[alt^='The regions'], .times table")
     page.click('[aria-label="Remove Image"]')
     upload(page, cat)
     wait_for_bars(page, "cat")
@@ -150,7 +150,7 @@ def test_a_broken_file_takes_the_old_answer_away(page, cat, tmp_path):
 
 
 def test_times_of_a_picture_that_is_gone(browser, cat, monkeypatch):
-    """They end with it, and do not come back when the backend that was being timed is ready."""
+    """They vanish with it, and do not come back when the backend that was being timed is ready."""
     monkeypatch.setattr(Classifier, "_milliseconds", lambda self, backend: time.sleep(2) or 1.0)
     with serving() as address, visit(browser, address) as page:
         upload(page, cat)
@@ -189,7 +189,7 @@ def test_another_model(page, cat):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_only_uploaded_files_are_read(address, cat, stream):
-    """Requests for another file of this machine and for an address, as no page sends them."""
+    """A request that names another file of this machine, or a URL, which the page itself never sends."""
     before = len(ADDRESSES)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as other:
         for path in (str(cat), f"http://127.0.0.1:{other.server_port}/cat.png"):
@@ -218,7 +218,7 @@ def test_pictures_are_deleted_when_the_server_ends(tmp_path, monkeypatch, cat):
 
 
 def call(address, data):
-    """What the server answers to a program that asks it to classify."""
+    """Ask the server to classify, as a program would, and return its answer."""
     url, headers = f"{address}/gradio_api/call/classify", {"Content-Type": "application/json"}
     with urlopen(Request(url, json.dumps({"data": data}).encode(), headers), timeout=60) as response:
         event = json.load(response)["event_id"]
@@ -252,21 +252,21 @@ def test_a_telephone(browser, address, cat):
 
 
 def test_nothing_leaves_the_machine(page, address, cat):
-    """What a whole visit asks for: in the browser, and in the process that serves, which opened the models, too."""
+    """Neither the browser of a visit, nor the process that opened the models and serves the page, asks another host."""
     upload(page, cat)
     wait_for_bars(page, "cat")
     page.wait_for_selector(".times td:text-is('fastest')")
     page.wait_for_timeout(1000)  # the page keeps a connection open, so that it is never idle
     assert len(page.requests) > 10
     assert {urlsplit(url).hostname for url in page.requests if not url.startswith(("data:", "blob:"))} == {"127.0.0.1"}
-    assert not page.complaints
+    assert not page.errors
     assert set(ADDRESSES) <= {"127.0.0.1", "localhost", "::1"}
     assert "convmixer" in page.title()
 
 
 def test_the_browser_lets_nothing_through(page, address):
-    """Were a component to ask another host: this server by another name."""
+    """If a component asked another host, here this server by another name, the policy would refuse it."""
     page.evaluate("fetch(location.href)")
     with pytest.raises(playwright.Error, match=r"Failed to fetch|Content Security Policy"):
         page.evaluate("url => fetch(url, {mode: 'no-cors'})", address.replace("127.0.0.1", "localhost"))
-    assert re.search("Content Security Policy", " ".join(page.complaints))
+    assert re.search("Content Security Policy", " ".join(page.errors))

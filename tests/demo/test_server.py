@@ -1,4 +1,4 @@
-"""Where the page listens, what it says in words, and what the command refuses; no browser, and nearly no Gradio."""
+"""The address of the page, its texts, and what the command refuses; without a browser, and nearly without Gradio."""
 
 import contextlib
 import gc
@@ -22,7 +22,7 @@ from convmixer.errors import ArgumentError, DependencyError
 
 @pytest.fixture
 def gradio(monkeypatch):
-    """A module of that name, for what happens before Gradio is used."""
+    """An empty module of that name, for tests of what happens before Gradio is used."""
     monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
 
 
@@ -31,7 +31,7 @@ def test_a_port_that_is_taken():
     with module.listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         expected = (
-            f"cannot listen at host='127.0.0.1', port={port}: another program has this port; give another port, or 0 "
+            f"cannot listen at host='127.0.0.1', port={port}: another program uses this port; give another port, or 0 "
             "for any that is free"
         )
         with pytest.raises(ArgumentError) as raised:
@@ -52,7 +52,7 @@ def test_addresses():
 
 @pytest.mark.usefixtures("gradio")
 @pytest.mark.parametrize(("host", "more"), [("127.0.0.1", ""), ("0.0.0.0", "other machines may reach it; ")])
-def test_who_reaches_it_is_said(monkeypatch, host, more):
+def test_the_line_says_who_can_reach_it(monkeypatch, host, more):
     monkeypatch.setattr(module, "create_app", lambda models, **_: models)
     monkeypatch.setattr(module, "server", lambda _: type("Server", (), {"run": lambda self, sockets: None})())
     said = []
@@ -92,7 +92,7 @@ def test_classes_of_one_name_have_bars_of_their_own():
     assert found == {"crane": 0.5, "crane (2)": 0.2, "crane (3)": 0.125, "heron": 0.1}
 
 
-def test_words_about_a_model():
+def test_description_of_a_model():
     few, many = (
         describe(Classifier(convmixer.create_model(name, device="cpu", **sizes), backends=()))
         for name, sizes in (("convmixer_256_8", {"num_classes": 1}), ("convmixer_512_12", {"dim": 8}))
@@ -119,7 +119,7 @@ def test_table_of_times():
 
 
 def test_browsers_are_told_to_ask_no_other_host():
-    """By a real server with an application of one line."""
+    """A real server sends the policy with the answer of a minimal application."""
     uvicorn = pytest.importorskip("uvicorn")
 
     async def app(_scope, _receive, send):

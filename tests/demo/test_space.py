@@ -1,4 +1,4 @@
-"""The files of a Space: what they hold, that the application in them starts, and what is refused."""
+"""The files of a Space: their content, their application, and what is refused."""
 
 import ast
 import errno
@@ -46,7 +46,7 @@ def names(folder):
 
 
 def models(folder):
-    """What app.py gives to `serve`."""
+    """The models that app.py passes to `serve`: the source code of each one by its name."""
     (call,) = (
         node
         for node in ast.walk(ast.parse((folder / "app.py").read_text()))
@@ -60,7 +60,7 @@ def header(folder):
 
 
 def start(folder, *, seconds=300):
-    """Run app.py in a process as a Space does, and return what the page says of itself; Ctrl-C ends it."""
+    """Run app.py in a process, as a Space does; return Gradio's configuration of the page. Ctrl-C ends the process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
@@ -118,7 +118,7 @@ def test_packaged_weights(tmp_path):
 
 @pytest.mark.usefixtures("gradio")
 def test_the_application_of_a_run_starts(tmp_path, trained):
-    """From another place, without the run: the weights were copied."""
+    """It starts in another folder, after the run is gone: the weights were copied."""
     written = write_space(tmp_path / "space", str(trained))
     assert names(written) == [
         "README.md",

@@ -59,8 +59,8 @@ def native_calls(monkeypatch):
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Memory that is used again holds no number: what is not written is not read."""
-    memory = native._memory
-    monkeypatch.setattr(native, "_memory", lambda size: memory(size).fill_(255))
+    allocate = native._allocate
+    monkeypatch.setattr(native, "_allocate", lambda size: allocate(size).fill_(255))
 
 
 def pair(**changes) -> tuple[ConvMixer, ConvMixer]:
@@ -298,7 +298,9 @@ def test_too_little_memory(monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr(native.mmap, "mmap", none)
-    with pytest.raises(ConvMixerError, match=r"1 MiB for feature maps cannot be had .Cannot allocate.*fewer images"):
+    with pytest.raises(
+        ConvMixerError, match=r"1 MiB for feature maps cannot be allocated .Cannot allocate.*fewer images"
+    ):
         fused(torch.randn(4, 3, 32, 32))
 
 
@@ -315,7 +317,7 @@ def test_two_forward_passes_before_their_backward_passes():
 
 def test_what_they_do_not_take_runs_on_pytorch(native_calls, caplog):
     caplog.set_level(logging.INFO, "convmixer.native.training")
-    native._say.cache_clear()
+    native._log_choice.cache_clear()
     _, fused = pair()
     x = torch.randn(2, 3, 12, 12)
     fused.forward_intermediates(x, [0, 1])
@@ -432,7 +434,7 @@ def test_without_a_compiler(monkeypatch, caplog):
     """Fused blocks run on PyTorch then, and the log says why, once."""
     caplog.set_level(logging.INFO, "convmixer.native.training")
     monkeypatch.setattr(library, "compiler", lambda: None)
-    for function in (native.kernels, native._lacking, native._say):
+    for function in (native.kernels, native._lacking, native._log_choice):
         function.cache_clear()
     try:
         plain, fused = pair()
@@ -440,7 +442,7 @@ def test_without_a_compiler(monkeypatch, caplog):
         for _ in range(2):
             assert error(fused(x), plain(x.double())) <= 1e-4
     finally:
-        for function in (native.kernels, native._lacking, native._say):
+        for function in (native.kernels, native._lacking, native._log_choice):
             function.cache_clear()
     (record,) = caplog.records
     assert re.search("run on PyTorch: native needs a C\\+\\+ compiler on a CPU, and there is none", record.getMessage())
