@@ -220,12 +220,12 @@ def _answering(model: nn.Module, embed: bool, topk: int) -> tuple[nn.Module, Ans
         raise ArgumentError("this model returns feature maps: build it without features_only")
     if not embed:
         labels = label_names(model)
-        return model, Answers(labels, min(topk, len(labels)), 0)
+        return model, Answers(labels, min(topk, len(labels)))
     if inner.global_pool.is_identity():
         raise ArgumentError("this model has no pooling, so its features are maps: build it with global_pool='avg'")
     headless = copy.deepcopy(inner)
     headless.reset_classifier(0)
-    return headless, Answers((), 0, inner.head_hidden_size)
+    return headless, Answers((), 0)
 
 
 class _Counter:

@@ -74,12 +74,10 @@ class Answers:
     Attributes:
         labels: Names of the classes; empty for embeddings.
         topk: Number of classes in a row.
-        width: Length of an embedding.
     """
 
     labels: tuple[str, ...]
     topk: int
-    width: int
 
     def schema(self) -> Any:
         """Return names and types of all columns of a file, a pyarrow.Schema."""
@@ -92,23 +90,29 @@ class Answers:
                 "probabilities": arrow.list_(arrow.float32()),
             }
         else:
-            columns = {"embedding": arrow.list_(arrow.float32(), self.width)}
+            # Not of a fixed length: pyarrow up to 25 cannot read nulls of such lists.
+            columns = {"embedding": arrow.list_(arrow.float32())}
         return arrow.schema({"image": arrow.string(), **columns, "error": arrow.string()})
 
     def columns(self, outputs: Tensor) -> list[Any]:
         """Return the columns between image and error, pyarrow arrays, for outputs (N, classes) or (N, width)."""
         arrow: Any = import_pyarrow()
         if not self.labels:
-            return [arrow.FixedSizeListArray.from_arrays(arrow.array(outputs.cpu().numpy().ravel()), self.width)]
+            return [_lists(arrow.array(outputs.cpu().numpy().ravel()), outputs.shape[1])]
         values, indices = (tensor.cpu().numpy() for tensor in top_classes(outputs, self.topk))
         names = arrow.array(self.labels, arrow.string())
-        offsets = arrow.array(range(0, values.size + 1, values.shape[1]), arrow.int32())
         return [
             names.take(arrow.array(indices[:, 0])),
             arrow.array(values[:, 0]),
-            arrow.ListArray.from_arrays(offsets, names.take(arrow.array(indices.ravel()))),
-            arrow.ListArray.from_arrays(offsets, arrow.array(values.ravel())),
+            _lists(names.take(arrow.array(indices.ravel())), self.topk),
+            _lists(arrow.array(values.ravel()), self.topk),
         ]
+
+
+def _lists(values: Any, length: int) -> Any:
+    """Cut a pyarrow.Array into lists of a length."""
+    arrow: Any = import_pyarrow()
+    return arrow.ListArray.from_arrays(arrow.array(range(0, len(values) + 1, length), arrow.int32()), values)
 
 
 @dataclass(frozen=True)

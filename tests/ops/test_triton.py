@@ -229,11 +229,8 @@ def test_elementwise(kernels, dtype, act, shape):
 @pytest.mark.parametrize("batch", [3, 0])
 def test_pointwise_gradients(kernels, dtype, batch):
     """In the layout of the kernels; of matrices that are not square."""
-    grad, z, weight = (
-        values(batch, 6, 5, 4, dtype=dtype),
-        values(batch, 9, 5, 4, dtype=dtype),
-        values(6, 9, dtype=dtype),
-    )
+    grad, z = values(batch, 6, 5, 4, dtype=dtype), values(batch, 9, 5, 4, dtype=dtype)
+    weight = values(6, 9, dtype=dtype)
     leaves = [leaf.double().requires_grad_() for leaf in (z, weight)]
     expected = torch.autograd.grad(F.conv2d(leaves[0], leaves[1][..., None, None]), leaves, grad.double())
     for functions in (kernels, importlib.import_module("convmixer.ops.reference")):
