@@ -2,10 +2,10 @@
 
     c = depthwise(x) + bias      z = BatchNorm(act(c)) + x      u = pointwise(z) + bias      y = BatchNorm(act(u))
 
-Between blocks goes u with the scale and shift of its BatchNorm, instead of y = scale * act(u) + shift. Each block
-keeps c and u; its backward pass computes x anew from the u of the block before, and z from c and x. The functions
-return the sums that BatchNorm needs. Mean, variance, scale and shift are made of these by plain autograd on vectors,
-so the gradients into the sums come back to the functions, and several processes are synchronised by adding up sums.
+Blocks pass on u with the scale and shift of its BatchNorm, instead of y = scale * act(u) + shift. Each block keeps c
+and u; its backward pass computes x again from the u of the block before, and z from c and x. The functions return the
+sums that BatchNorm needs. A function of vectors makes scale, shift, mean and variance of them. Its backward pass gives
+the functions the gradients for their sums. Several processes are synchronised by adding up their sums.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class _Stats(Function):
 
 
 class _Affine(Function):
-    """The sums of act(u) -> the scale and shift of its BatchNorm; and mean and variance, which have no gradients."""
+    """The sums of act(u) -> scale and shift of its BatchNorm, and its mean and variance, which pass on no gradients."""
 
     @staticmethod
     def forward(
@@ -217,9 +217,9 @@ class _Affine(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         s, q, center, weight, bias, ctx.count, ctx.eps = inputs
-        ctx.affine = weight is not None, bias is not None
+        ctx.has_weight, ctx.has_bias = weight is not None, bias is not None
         ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)  # of mean and variance, or each would be filled with zeros
+        ctx.set_materialize_grads(False)  # no zeros for mean and variance
         ctx.save_for_backward(s, q, center, *(() if weight is None else (weight,)))
 
     @staticmethod
@@ -232,8 +232,8 @@ class _Affine(Function):
         grad_s, grad_q, grad_weight = dispatch.kernels(s).affine_grad(
             grad_scale, grad_shift, s, q, center, weight, ctx.count, ctx.eps
         )
-        has_weight, has_bias = ctx.affine
-        return grad_s, grad_q, None, grad_weight if has_weight else None, grad_shift if has_bias else None, None, None
+        grad_weight, grad_bias = grad_weight if ctx.has_weight else None, grad_shift if ctx.has_bias else None
+        return grad_s, grad_q, None, grad_weight, grad_bias, None, None
 
 
 class _AllReduce(Function):
@@ -287,11 +287,11 @@ def check_count(shape: Sequence[int]) -> None:
 
 
 def _expected(convolution: Any, act: str, u: Tensor, features: Tensor | None, wide: torch.dtype) -> Tensor:
-    """Estimate the mean of `act(u)`, (C,), where that of what u is a convolution of is `features`, (C,); None: zero.
+    """Estimate the mean of `act(u)`, (C,), where u is a convolution of an input whose mean is `features`; None: zero.
 
     BatchNorm's sums are taken relative to it, so that their squares keep the digits of the variance. It depends only on
-    parameters, since a forward pass must not change what its backward pass reads. Running means do change: a compiler
-    takes a copy of them to be cheap to compute again, and then computes it from means that have moved.
+    parameters, since a forward pass must not change what its backward pass reads. Running means do change: even if they
+    are copied, a compiler computes the copy again in the backward pass, from means that have moved.
     """
     if features is None:
         return reference.activate(convolution.bias.detach().to(wide), act)
@@ -305,8 +305,12 @@ class _Norm:
     """What a BatchNorm does to activations whose sums are known.
 
     Attributes:
-        mean: The running mean or, with `batch`, what sums are taken relative to.
+        weight, bias: Its parameters, (C,); None if it has none.
+        mean: The running mean or, with `batch`, what sums are taken relative to, (C,).
+        var: The running variance, (C,); None with `batch`.
+        eps: What is added to the variance.
         batch: Whether it uses the statistics of this batch.
+        synchronised: Whether the batch is that of all processes in `group`.
     """
 
     weight: Tensor | None
@@ -338,9 +342,15 @@ class _Norm:
         return torch.zeros_like(self.mean) if self.bias is None else self.bias.detach()
 
     def affine(self, u: Tensor, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor, Moments]:
-        """Return scale and shift, (C,), and the moments of activations that have u's shape and these sums.
+        """Return BatchNorm's scale and shift, (C,) each, and the moments that they are made of.
 
-        Without `batch` by the running moments.
+        Args:
+            u: What the activation takes, (B, C, H, W), for its shape.
+            sums: The sums of `act(u) - mean` and of its square, (C,) each. Without `batch` they are not read: the
+                moments are then the running ones.
+
+        Raises:
+            ArgumentError: There are fewer than two values per channel.
         """
         if self.var is not None:
             scale = torch.rsqrt(self.var + self.eps)
@@ -350,20 +360,20 @@ class _Norm:
             return scale, shift, Moments(self.mean, self.var, self.var)
         s, q = sums
         count: Any = u.shape[0] * u.shape[2] * u.shape[3]
-        values = torch.sym_float(count)
+        divisor = torch.sym_float(count)
         if self.synchronised:
-            # The parameters of all processes are the same, so their sums are relative to the same.
+            # All processes have the same parameters, so their sums are relative to the same mean.
             total = _AllReduce.apply(torch.cat([s, q, s.new_full((1,), count)]), self.group)
-            count, values = total[-1].detach(), 1.0
+            count, divisor = total[-1].detach(), 1.0  # kernels take a number, so the sums are divided here
             s, q = (total[:-1] / count).chunk(2)
         else:
             check_count(u.shape)
-        scale, shift, mean, var = _Affine.apply(s, q, self.mean, self.weight, self.bias, values, self.eps)
+        scale, shift, mean, var = _Affine.apply(s, q, self.mean, self.weight, self.bias, divisor, self.eps)
         return scale, shift, Moments(mean, var, var * (count / (count - 1)))
 
 
 class _Track(Function):
-    """Moves running statistics. `torch.func` lets only a `Function` change a module's tensors."""
+    """Moves the running statistics of one BatchNorm. `torch.func` lets only a `Function` change a module's tensors."""
 
     @staticmethod
     def forward(
@@ -384,22 +394,33 @@ class _Track(Function):
 
 @torch.no_grad()
 def track(norms: Iterable[Any], moments: Iterable[Moments]) -> None:
-    """Move running statistics as nn.BatchNorm2d does in training."""
+    """Move running statistics and counters as nn.BatchNorm2d does in training.
+
+    Layers with the same momentum move together, in a few kernels. Layers without a momentum, or whose statistics have
+    another type than the moments, move one by one, and so do all layers under `torch.func`.
+
+    Args:
+        norms: The BatchNorm layers; those in evaluation mode or without running statistics do not move.
+        moments: Those of the batch for each layer.
+    """
     together: dict[Any, list[tuple[Any, Moments]]] = {}
     seen: list[Any] = []
-    for norm, its in zip(norms, moments, strict=True):
+    for norm, batch in zip(norms, moments, strict=True):
         if not norm.training or norm.running_mean is None:
             continue
-        if is_transformed() or norm.momentum is None or norm.running_mean.dtype != its.mean.dtype:
+        if is_transformed() or norm.momentum is None or norm.running_mean.dtype != batch.mean.dtype:
             move = _Track.apply if is_transformed() else _Track.forward
-            move(its.mean, its.unbiased, norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+            statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            move(batch.mean, batch.unbiased, *statistics, norm.momentum)
         else:
             before = sum(norm is other for other in seen)  # a list that holds a tensor twice would lose an update
-            together.setdefault((norm.momentum, before), []).append((norm, its))
+            together.setdefault((norm.momentum, before), []).append((norm, batch))
             seen.append(norm)
-    for (momentum, _), pairs in together.items():  # a GPU is given few kernels for all
+    for (momentum, _), pairs in together.items():
         running = [tensor for norm, _ in pairs for tensor in (norm.running_mean, norm.running_var)]
-        torch._foreach_lerp_(running, [tensor for _, its in pairs for tensor in (its.mean, its.unbiased)], momentum)
+        torch._foreach_lerp_(
+            running, [tensor for _, batch in pairs for tensor in (batch.mean, batch.unbiased)], momentum
+        )
         counters = [norm.num_batches_tracked for norm, _ in pairs if norm.num_batches_tracked is not None]
         if counters:
             torch._foreach_add_(counters, 1)

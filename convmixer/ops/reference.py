@@ -242,12 +242,12 @@ def pointwise_infer(z: Tensor, weight: Tensor, bias: Tensor, act: str, scale: Te
 
 
 def pointwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of a 1x1 convolution for its input, given (O, C) weights and that for its output."""
+    """Return the gradient of a 1x1 convolution for its input, given (O, C) weights and the gradient for its output."""
     return F.conv2d(grad, weight.t()[..., None, None])
 
 
 def pointwise_weight_grad(grad: Tensor, z: Tensor) -> Tensor:
-    """Return the gradient (O, C) of a 1x1 convolution of z for its weight, given that for its output."""
+    """Return the gradient (O, C) of a 1x1 convolution of z for its weight, given the gradient for its output."""
     like, one, none = z.new_empty(grad.shape[1], z.shape[1], 1, 1), [1, 1], [0, 0]
     gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
         grad, z, like, None, one, none, one, False, none, 1, [False, True, False]
@@ -259,16 +259,13 @@ def pointwise_weight_grad(grad: Tensor, z: Tensor) -> Tensor:
 
 
 def expected_mean(weight: Tensor, bias: Tensor, features: Tensor, act: str) -> Tensor:
-    """Compute `act(convolution(x))`, (O,), of x that is everywhere its mean over positions.
+    """Compute `act(convolution(x))` for x that is everywhere its mean: about the mean of the activation, (O,).
 
     Args:
-        weight: (O, I, k, k).
+        weight: (O, I, 1, 1), or (O, 1, k, k) of a depthwise convolution.
         bias: (O,).
-        features: The mean of x, (I,); (O,) where each output sees one channel (I = 1).
-        act: Of the output.
-
-    Returns:
-        Of the type of `features`.
+        features: The mean of each channel of x, (I,), or (O,) for a depthwise convolution; the result has its type.
+        act: The activation after the convolution.
     """
     wide = features.dtype
     products = weight.to(wide).flatten(1) * (features[:, None] if weight.shape[1] == 1 else features)
@@ -278,16 +275,19 @@ def expected_mean(weight: Tensor, bias: Tensor, features: Tensor, act: str) -> T
 def affine(
     s: Tensor, q: Tensor, center: Tensor, weight: Tensor | None, bias: Tensor | None, count: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what BatchNorm does to values: their scale and shift, mean and variance, each (C,).
+    """Return BatchNorm as scale and shift, and mean and variance of the values, (C,) each.
+
+    `scale = weight / sqrt(var + eps)` and `shift = bias - mean * scale`, where `mean = center + s / count` and
+    `var = max(q / count - (s / count)², 0)`.
 
     Args:
-        s: The sum of the values minus `center`, (C,).
-        q: The sum of its squares, (C,).
-        center: (C,).
+        s: The sum of `value - center` over the values of each channel, (C,).
+        q: The sum of its square, (C,).
+        center: About the mean, (C,).
         weight: Of the BatchNorm, (C,); None: 1.
         bias: Of the BatchNorm, (C,); None: 0.
-        count: How many values each sum is of.
-        eps: What is added to the variance.
+        count: The number of values of each channel.
+        eps: Of the BatchNorm.
     """
     offset = s / count
     var = (q / count - offset.square()).clamp(min=0)
@@ -307,9 +307,9 @@ def affine_grad(
     count: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `affine` for s, q and weight, given those for scale and shift. That for bias is the last.
+    """Return the gradients of `affine` for s, q and weight, (C,) each, given those for scale and shift.
 
-    The mean and the variance that `affine` returns have none.
+    The gradient for bias is `grad_shift`. The mean and the variance that `affine` returns pass on none.
     """
     offset = s / count
     var = q / count - offset.square()

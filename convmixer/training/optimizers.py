@@ -24,27 +24,27 @@ from convmixer.errors import ArgumentError
 from convmixer.model import ConvMixer
 from convmixer.training.recipe import LOOKAHEAD, Recipe
 
-MUON = {  # other arguments are timm's defaults
+MUON = {  # arguments of timm's Muon; the others are its defaults
     "momentum": 0.95,
     "nesterov": True,
     "ns_steps": 5,
     "ns_coefficients": "original",
     "adjust_lr_fn": "match_rms_adamw",
 }
-
-
-COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]  # of the iteration of Newton and Schulz; timm's "original"
+COEFFICIENTS = [(3.4445, -4.7750, 2.0315)]  # of the Newton-Schulz iteration: timm's "original"
 
 
 class BatchedMuon(Muon):  # type: ignore[misc]
-    """timm's Muon with the arguments `MUON`, in one batch for all matrices of a shape.
+    """timm's Muon with the arguments `MUON`, for parameters (out, in, 1, 1), in one batch for all of a shape.
 
-    timm's multiplies them one by one, which are two dozen small kernels for each.
+    timm's own class computes one after the other, in two dozen small kernels each.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """Update the parameters that have gradients. A closure is not called."""
         for group in self.param_groups:
+            # Parameters of each shape, their gradients and their momenta.
             shapes: dict[torch.Size, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -62,6 +62,13 @@ class BatchedMuon(Muon):  # type: ignore[misc]
     def _update(
         parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], group: dict[str, Any]
     ) -> None:
+        """Update parameters p of one shape, in place, by gradients g, momenta m, and the rate and decay of a group.
+
+            m = momentum*m + (1 - momentum)*g      ahead = momentum*m + (1 - momentum)*g, Nesterov's
+            p = p*(1 - lr*weight_decay) - lr*scale*orthogonalized(ahead)
+
+        where `adjust_lr_fn` makes scale of the shape of a matrix (out, in).
+        """
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"])).flatten(2)
         directions = zeropower_via_newtonschulz(ahead, group["ns_steps"], COEFFICIENTS, eps=group["eps"])

@@ -430,7 +430,11 @@ def sums_of_tiles(
 
 @triton.jit
 def add_up(partials_ptr, out_ptr, partials, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of what programs have added up: out = sum over p of partials[:, p], of (R, partials, N) to (R, N)."""
+    """Sums of partial sums: out[r, n] = sum over p of partials[r, p, n], in the same order in every run.
+
+    partials (R, P, N), P being the number `partials`; out (R, N). A program computes COLUMNS sums of one r, in steps of
+    ROWS partial sums.
+    """
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     fits = n < N
     row = tl.program_id(1).to(tl.int64)
@@ -447,10 +451,13 @@ def expected_mean(
     weight_ptr, bias_ptr, features_ptr, mean_ptr, outputs, inputs,
     ACT: tl.constexpr, GROUPED: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Act of a convolution of features that are their means: mean = act(sum over i of weight[i] features[i] + bias).
+    """The activation of a convolution, about its mean, if the input is everywhere its mean `features`.
 
-    weight (O, I); bias, mean (O,); features (I,), or with GROUPED (O,), one for each output. A program computes OUTPUTS
-    means, in steps of INPUTS.
+        mean[o] = act(sum over i of weight[o, i] features[i] + bias[o])
+        GROUPED:  act(features[o] * sum over i of weight[o, i] + bias[o])
+
+    weight (outputs, inputs), flattened: inputs counts the taps of a kernel, too; bias, mean (outputs,); features
+    (inputs,), with GROUPED (outputs,). A program computes OUTPUTS means, in steps of INPUTS.
     """
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     fits = n < outputs
@@ -471,7 +478,10 @@ def expected_mean(
 
 @triton.jit
 def _moments(s_ptr, q_ptr, n, fits, count):
-    """Return the mean relative to the centre, and the variance before it is cut at 0, of sums over `count` values."""
+    """Return s/count, the mean relative to the center, and q/count - (s/count)², the variance before it is cut at 0.
+
+    n, fits, and both results: (CHANNELS,).
+    """
     offset = tl.load(s_ptr + n, mask=fits, other=0.0) / count
     return offset, tl.load(q_ptr + n, mask=fits, other=0.0) / count - offset * offset
 
@@ -480,12 +490,13 @@ def _moments(s_ptr, q_ptr, n, fits, count):
 def affine(
     s_ptr, q_ptr, center_ptr, weight_ptr, bias_ptr, out_ptr, C, count, eps, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """BatchNorm of activations with these sums, as scale and shift: out = (scale, shift, mean, var).
+    """BatchNorm of values with these sums, as scale and shift: out = (scale, shift, mean, var).
 
-        mean = center + s/count      var = q/count - (s/count)²      scale = weight/sqrt(var + eps)
-        shift = bias - mean*scale
+        mean = center + s/count      var = max(q/count - (s/count)², 0)
+        scale = weight/sqrt(var + eps)      shift = bias - mean*scale
 
-    s, q, center, weight, bias (C,); out (4, C).
+    s and q: sums over `count` values of value - center and of its square. s, q, center, weight, bias (C,); out (4, C).
+    Without weight it is 1, without bias 0.
     """
     n = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     fits = n < C
@@ -509,7 +520,16 @@ def affine_grad(
     grad_scale_ptr, grad_shift_ptr, s_ptr, q_ptr, center_ptr, weight_ptr, out_ptr, C, count, eps,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `affine` with respect to s, q and weight: out (3, C). That of bias is that of shift."""
+    """Gradients of `affine` with respect to s, q and weight, given those to scale and shift: out = (s, q, weight).
+
+        root = 1/sqrt(var + eps)                grad_root = weight * (grad_scale - mean*grad_shift)
+        grad_var = -root³/2 * grad_root, or 0 where var was cut
+        s       (-scale*grad_shift - 2*(s/count)*grad_var) / count
+        q       grad_var / count
+        weight  root * (grad_scale - mean*grad_shift)
+
+    All vectors (C,); out (3, C). The gradient with respect to bias is grad_shift; mean and var have none.
+    """
     n = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     fits = n < C
     offset, var = _moments(s_ptr, q_ptr, n, fits, count)

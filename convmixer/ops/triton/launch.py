@@ -143,7 +143,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, sta
 
 
 def _add_up(sums: Tensor) -> Tensor:
-    """Return the sum (R, N) of the partial sums (R, programs, N) of a kernel's programs."""
+    """Return the sums (R, N) of the partial sums (R, programs, N) that the programs of a kernel have written."""
     rows, partials, length = sums.shape
     total = _floats(sums, rows, length)
     if not partials:
@@ -486,7 +486,8 @@ def _multiply(
     product = weight.detach().to(c.dtype).contiguous()
     if isinstance(config, Library):
         return _by_library(c, product, act, *after)
-    before = [None, None] if x is None else [_vector("", vector, channels, c) for vector in (scale1, shift1)]
+    named = {} if x is None else {"scale1": scale1, "shift1": shift1}
+    before = [_vector(name, vector, channels, c) for name, vector in named.items()] or [None, None]
     u, positions = _empty(c, outputs), batch * height * width
     tiles = -(-positions // config.rows)
     sums = None if center is None else _floats(c, 2, tiles, outputs)
@@ -594,14 +595,20 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def pointwise_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient of the 1x1 convolution with respect to its input, by (O, C) weights of grad's type."""
+    """Return the gradient of the 1x1 convolution with respect to its input, (B, C, H, W) in channels_last.
+
+    grad is (B, O, H, W), weight (O, C) of its type.
+    """
     batch, _, height, width = grad.shape
-    # By cuBLAS, as convolutions do, which would return it in another layout.
+    # PyTorch's convolution multiplies by cuBLAS, too, but returns another layout.
     return (_rows(grad) @ weight).view(batch, height, width, weight.shape[1]).permute(0, 3, 1, 2)
 
 
 def pointwise_weight_grad(grad: Tensor, z: Tensor) -> Tensor:
-    """Return the gradient of the 1x1 convolution of z with respect to its weight, (O, C) of grad's type."""
+    """Return the gradient of the 1x1 convolution with respect to its weight, (O, C) of the type of grad and z.
+
+    grad is (B, O, H, W), and z, the input, (B, C, H, W).
+    """
     return _rows(grad).t() @ _rows(z)
 
 
@@ -613,7 +620,7 @@ def pointwise_weight_grad(grad: Tensor, z: Tensor) -> Tensor:
     lambda weight, bias, features, act: _floats(features, weight.shape[0]),
 )
 def expected_mean(weight: Tensor, bias: Tensor, features: Tensor, act: str) -> Tensor:
-    """Compute `act(convolution(x))`, (O,), of x that is everywhere its mean `features`, as `reference` does."""
+    """Compute about the mean of `act(convolution(x))`, (O,) in float32, as `reference.expected_mean` does."""
     outputs, grouped = len(weight), weight.shape[1] == 1
     taken = _vector("features", features, outputs if grouped else weight.shape[1], features)
     flat = weight.detach().flatten(1).contiguous()
@@ -631,12 +638,14 @@ def expected_mean(weight: Tensor, bias: Tensor, features: Tensor, act: str) -> T
     return mean
 
 
-def _vectors(kernel: Any, rows: int, first: Tensor, *others: Tensor | None, numbers: tuple[float, float]) -> Tensor:
-    """Run a kernel on vectors (C,): return its outputs (rows, C)."""
+def _launch_on_vectors(
+    kernel: Any, outputs: int, first: Tensor, *others: Tensor | None, count: float, eps: float
+) -> Tensor:
+    """Launch `affine` or `affine_grad` on vectors (C,), in the kernel's order; return its (outputs, C) in float32."""
     channels = len(first)
     given = [_vector("a vector", vector, channels, first) for vector in (first, *others)]
-    out = _floats(first, rows, channels)
-    _launch(kernel, (-(-channels // 128),), *given, out, channels, *numbers, CHANNELS=128, warps=1)
+    out = _floats(first, outputs, channels)
+    _launch(kernel, (-(-channels // 128),), *given, out, channels, count, eps, CHANNELS=128, warps=1)
     return out
 
 
@@ -647,13 +656,13 @@ def _vectors(kernel: Any, rows: int, first: Tensor, *others: Tensor | None, numb
 def _affine(
     s: Tensor, q: Tensor, center: Tensor, weight: Tensor | None, bias: Tensor | None, count: float, eps: float
 ) -> Tensor:
-    return _vectors(kernels.affine, 4, s, q, center, weight, bias, numbers=(count, eps))
+    return _launch_on_vectors(kernels.affine, 4, s, q, center, weight, bias, count=count, eps=eps)
 
 
 def affine(
     s: Tensor, q: Tensor, center: Tensor, weight: Tensor | None, bias: Tensor | None, count: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the scale and shift of BatchNorm, and mean and variance, (C,) each, as `reference` does."""
+    """Return the scale and shift of BatchNorm, and mean and variance, (C,) each, as `reference.affine` does."""
     scale, shift, mean, var = _affine(s, q, center, weight, bias, count, eps).unbind()
     return scale, shift, mean, var
 
@@ -673,7 +682,8 @@ def _affine_grad(
     count: float,
     eps: float,
 ) -> Tensor:
-    return _vectors(kernels.affine_grad, 3, grad_scale, grad_shift, s, q, center, weight, numbers=(count, eps))
+    vectors = grad_scale, grad_shift, s, q, center, weight
+    return _launch_on_vectors(kernels.affine_grad, 3, *vectors, count=count, eps=eps)
 
 
 def affine_grad(
@@ -686,6 +696,6 @@ def affine_grad(
     count: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `affine` with respect to s, q and weight, (C,) each, as `reference` does."""
+    """Return the gradients of `affine` with respect to s, q and weight, (C,) each, as `reference.affine_grad` does."""
     grad_s, grad_q, grad_weight = _affine_grad(grad_scale, grad_shift, s, q, center, weight, count, eps).unbind()
     return grad_s, grad_q, grad_weight
