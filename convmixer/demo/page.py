@@ -40,24 +40,28 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
     def about_model(name: str) -> str:
         return describe(classifiers[name])
 
-    def classify(name: str, file: dict[str, Any] | None) -> tuple[Any, ...]:
+    def classify(name: str, file: dict[str, Any] | None, latest: dict[str, int]) -> tuple[Any, ...]:
+        latest["number"] = number = latest["number"] + 1
         if file is None:
-            return {}, None, _alert(""), "", False
+            return {}, None, _alert(""), "", 0
         path = file["path"] or ""
         try:
             answer = classifiers[name].classify(Path(path))  # a text could be a URL
         except ConvMixerError as error:
-            return {}, None, _alert(str(error).replace(path, os.path.basename(path))), "", False
-        return bars_by_label(answer.predictions), answer.activation, _alert(""), "", True
+            return {}, None, _alert(str(error).replace(path, os.path.basename(path))), "", 0
+        return bars_by_label(answer.predictions), answer.activation, _alert(""), "", number
 
-    def time(name: str, answered: bool) -> Iterator[str]:
-        if not answered:  # no picture, or a broken one
+    def time(name: str, number: int, latest: dict[str, int]) -> Iterator[str]:
+        if not number:  # no picture, or a broken one
             yield ""
             return
         rows: list[BackendTime] = []
         backends = classifiers[name].backends
         yield table_of_times(name, rows, backends)
         for row in classifiers[name].time_backends():
+            if number != latest["number"]:  # the picture has gone meanwhile
+                yield ""
+                return
             rows.append(row)
             yield table_of_times(name, rows, backends[len(rows) :])
 
@@ -80,12 +84,13 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
                     alt_text="The regions of the picture that support the first class",
                 )
                 times = gr.Markdown(elem_classes="times")
-        answered = gr.State(False)
+        latest = gr.State({"number": 0})  # of the last answer of this visitor; running functions see it change
+        answered = gr.State(0)  # that number; 0 without a picture that could be read
         model.change(about_model, model, about, show_progress="hidden")
         event = gr.on(
             [picture.change, model.change],
             classify,
-            [model, picture],
+            [model, picture, latest],
             [bars, activation, alert, times, answered],
             preprocess=False,  # Gradio checks the file's path; this package reads it, with its own errors
             trigger_mode="always_last",
@@ -93,8 +98,14 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
             show_progress="minimal",
         )
         # One at a time, whoever asks: backends that are timed together share the processor.
-        timing = event.then(time, [model, answered], times, concurrency_limit=1, show_progress="minimal")
-        gr.on([picture.change, model.change], cancels=[timing])  # the times of a picture that is gone
+        event.then(
+            time,
+            [model, answered, latest],
+            times,
+            trigger_mode="always_last",  # of the next picture when those of the last one have ended
+            concurrency_limit=1,
+            show_progress="minimal",
+        )
     return page
 
 
