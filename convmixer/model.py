@@ -27,7 +27,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convmixer import ops
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError, WeightsError, nearest
+from convmixer.errors import (
+    ArgumentError,
+    ConvMixerError,
+    DependencyError,
+    ImageError,
+    WeightsError,
+    check_count,
+    nearest,
+)
 from convmixer.native import training as native
 from convmixer.ops import dispatch, fused
 from convmixer.wrappers import describe, is_compiled
@@ -87,11 +95,6 @@ def _new(act: type[nn.Module], device: torch.device | str | None, dtype: torch.d
     """Make an activation; one with parameters, such as PReLU, has them where those of the layers are."""
     module = act()
     return module if next(module.parameters(), None) is None else module.to(device=device, dtype=dtype)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name}={value!r}: give a whole number of at least {least}")
 
 
 def _check_rate(name: str, value: float) -> None:
@@ -410,7 +413,7 @@ class ConvMixer(nn.Module):
     ) -> None:
         counts = {"dim": dim, "depth": depth, "kernel_size": kernel_size, "patch_size": patch_size}
         for name, value in {**counts, "in_chans": in_chans}.items():
-            _check_count(name, value, 1)
+            check_count(name, value, 1)
         rates = {"drop_rate": drop_rate, "block_drop_rate": block_drop_rate, "drop_path_rate": drop_path_rate}
         for name, rate in rates.items():
             _check_rate(name, rate)
@@ -435,7 +438,7 @@ class ConvMixer(nn.Module):
         self._set_head(num_classes, global_pool, {"device": device, "dtype": dtype})
 
     def _set_head(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
-        _check_count("num_classes", num_classes, 0)
+        check_count("num_classes", num_classes, 0)
         if global_pool not in GLOBAL_POOLS:
             raise ArgumentError(f"unknown global_pool {global_pool!r}; {nearest(global_pool, GLOBAL_POOLS)}")
         if num_classes and not global_pool:

@@ -219,7 +219,7 @@ def _cifar10(
 
 _SHARED = f"{_CARD}, which trained another model at the same time"
 _MIXED = (
-    "by a script outside the package, not by convmixer train: {} epochs, Muon on the 1x1 weights of the blocks and "
+    "by a script outside the package, not by convmixer train: 48 epochs, Muon on the 1x1 weights of the blocks and "
     "AdamW on the rest, weight decay 0.1, RandAugment, random erasing, mixup or CutMix of half of the images until "
     "80 % of the run, averaged weights"
 )
@@ -311,7 +311,7 @@ VARIANTS: tuple[Variant, ...] = (
         note="The paper reports 96.03 % CIFAR-10 top-1 after 200 epochs.",
         weights=_cifar10(
             "convmixer_256_8_ks9_p1",
-            recipe=_MIXED.format(48),
+            recipe=_MIXED,
             machine=_SHARED,
             seconds=547.2,
             sha256="c5a2bdcdd30fd1b54321ad8868a28a7bffe5549dbc5ca068e4fbc0f6fb376694",

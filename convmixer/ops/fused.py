@@ -353,11 +353,8 @@ class _Norm:
             ArgumentError: There are fewer than two values per channel.
         """
         if self.var is not None:
-            scale = torch.rsqrt(self.var + self.eps)
-            scale = scale if self.weight is None else scale * self.weight
-            shift = -self.mean * scale
-            shift = shift if self.bias is None else shift + self.bias
-            return scale, shift, Moments(self.mean, self.var, self.var)
+            affine = reference.scale_and_shift(self.mean, self.var, self.weight, self.bias, self.eps)
+            return *affine, Moments(self.mean, self.var, self.var)
         s, q = sums
         count: Any = u.shape[0] * u.shape[2] * u.shape[3]
         divisor = torch.sym_float(count)

@@ -291,10 +291,18 @@ def affine(
     """
     offset = s / count
     var = (q / count - offset.square()).clamp(min=0)
-    mean, scale = center + offset, torch.rsqrt(var + eps)
+    mean = center + offset
+    return *scale_and_shift(mean, var, weight, bias, eps), mean, var
+
+
+def scale_and_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return BatchNorm by a mean and a variance as scale and shift, (C,) each; `affine` names the arguments."""
+    scale = torch.rsqrt(var + eps)
     scale = scale if weight is None else scale * weight
     shift = -mean * scale
-    return scale, shift if bias is None else shift + bias, mean, var
+    return scale, shift if bias is None else shift + bias
 
 
 def affine_grad(

@@ -53,12 +53,16 @@ def _recipes() -> str:
     return table(("field", "meaning", "default"), rows)
 
 
+def _results(folder: str) -> list[dict[str, Any]]:
+    """The results of all runs in a folder of `docs/runs`."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((LOGS / folder).rglob("result.json"))]
+
+
 def _reached(name: str) -> str:
     """What the runs of a recipe reached and on what, from their logs."""
     if name not in _RUNS:
         return "Accuracy: unverified; no run to its end is recorded here."
-    files = sorted((LOGS / _RUNS[name]).rglob("result.json"))
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    results = _results(_RUNS[name])
     first = results[0]
     accuracy = ", ".join(
         f"{_mean([r['test_accuracy'][test] for r in results])} of {count:,} images ({test})"
@@ -215,7 +219,7 @@ def _job(name: str) -> dict[str, Any]:
 
 def _seeds(name: str) -> str:
     """Top-1 of the runs of a set of weights, where there is more than one seed."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((LOGS / name).rglob("result.json"))]
+    results = _results(name)
     if len(results) < 2:
         return "One seed, so no spread is known."
     reached = {r["recipe"]["seed"]: next(iter(r["test_accuracy"].values())) for r in results}
