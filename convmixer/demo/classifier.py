@@ -115,6 +115,8 @@ class Classifier:
                 yield BackendTime(backend, self._milliseconds(backend))
             except ConvMixerError as error:
                 yield BackendTime(backend, None, str(error))
+            except Exception as error:  # of a backend's library
+                yield BackendTime(backend, None, f"{type(error).__name__}: {error}")
 
     @torch.inference_mode()
     def _milliseconds(self, backend: str) -> float:

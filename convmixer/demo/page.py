@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,25 @@ CSS = """
 [role="alert"] { margin: 0; color: var(--error-text-color); font-weight: 600; }
 """
 DELETED_AFTER = 3600  # seconds that uploaded pictures are kept
+INTERVAL = 0.5  # seconds between two looks at the times, until they are complete
+AT_ONCE = 4  # pictures that are classified at a time
+
+
+@dataclass
+class Shown:
+    """The picture that a visitor sees classified.
+
+    Attributes:
+        model: As the page names it.
+        path: Of the uploaded file.
+        times: Of the model's backends, as they become known.
+        gone: The visitor sees another picture or model by now, so that nobody waits for the times.
+    """
+
+    model: str
+    path: str
+    times: list[BackendTime] = field(default_factory=list)
+    gone: bool = False
 
 
 def theme() -> Any:
@@ -33,38 +55,51 @@ def theme() -> Any:
     )
 
 
+class _Callbacks:
+    """What the components of the page call, with values as Gradio sends them."""
+
+    def __init__(self, classifiers: Mapping[str, Classifier]) -> None:
+        self.classifiers = classifiers
+        self.classifying = threading.Semaphore(AT_ONCE)
+        self.timing = ThreadPoolExecutor(1)  # whoever asks: backends that are timed together share the processor
+
+    def about(self, name: str) -> str:
+        return describe(self.classifiers[name])
+
+    def update(self, name: str, file: dict[str, Any] | None, shown: Shown | None) -> tuple[Any, ...]:
+        """Classify the picture if a visitor does not see it yet; else only complete the times."""
+        path = (file["path"] or "") if file else None
+        if shown and (shown.model, shown.path) == (name, path):
+            return gr.skip(), gr.skip(), gr.skip(), *self._times(shown), shown
+        if shown:
+            shown.gone = True
+        if path is None:
+            return {}, None, _alert(""), "", gr.Timer(active=False), None
+        try:
+            with self.classifying:
+                answer = self.classifiers[name].classify(Path(path))  # a text could be a URL
+        except ConvMixerError as error:
+            message = str(error).replace(path, os.path.basename(path))
+            return {}, None, _alert(message), "", gr.Timer(active=False), None
+        shown = Shown(name, path)
+        self.timing.submit(self._measure, shown)
+        return bars_by_label(answer.predictions), answer.activation, _alert(""), *self._times(shown), shown
+
+    def _measure(self, shown: Shown) -> None:
+        for row in () if shown.gone else self.classifiers[shown.model].time_backends():
+            shown.times.append(row)
+            if shown.gone:
+                return
+
+    def _times(self, shown: Shown) -> tuple[str, Any]:
+        rows = list(shown.times)
+        waiting = self.classifiers[shown.model].backends[len(rows) :]
+        return table_of_times(shown.model, rows, waiting), gr.Timer(active=bool(waiting))
+
+
 def build_page(classifiers: Mapping[str, Classifier]) -> Any:
     """Build the page for models, by the names that it shows; the first one is selected at the beginning."""
-    names = list(classifiers)
-
-    def about_model(name: str) -> str:
-        return describe(classifiers[name])
-
-    def classify(name: str, file: dict[str, Any] | None, latest: dict[str, int]) -> tuple[Any, ...]:
-        latest["number"] = number = latest["number"] + 1
-        if file is None:
-            return {}, None, _alert(""), "", 0
-        path = file["path"] or ""
-        try:
-            answer = classifiers[name].classify(Path(path))  # a text could be a URL
-        except ConvMixerError as error:
-            return {}, None, _alert(str(error).replace(path, os.path.basename(path))), "", 0
-        return bars_by_label(answer.predictions), answer.activation, _alert(""), "", number
-
-    def time(name: str, number: int, latest: dict[str, int]) -> Iterator[str]:
-        if not number:  # no picture, or a broken one
-            yield ""
-            return
-        rows: list[BackendTime] = []
-        backends = classifiers[name].backends
-        yield table_of_times(name, rows, backends)
-        for row in classifiers[name].time_backends():
-            if number != latest["number"]:  # the picture has gone meanwhile
-                yield ""
-                return
-            rows.append(row)
-            yield table_of_times(name, rows, backends[len(rows) :])
-
+    names, callbacks = list(classifiers), _Callbacks(classifiers)
     with gr.Blocks(title="convmixer", analytics_enabled=False, delete_cache=(DELETED_AFTER, DELETED_AFTER)) as page:
         gr.Markdown("# convmixer\nDrop a picture, and see what a ConvMixer takes it for, and why.")
         with gr.Row():
@@ -73,38 +108,31 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
                 alert = gr.HTML(visible=False)
                 gr.Examples([[str(path)] for path in sorted(PHOTOGRAPHS.glob("*.jpg"))], picture, cache_examples=False)
                 model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
-                about = gr.Markdown(about_model(names[0]))
+                about = gr.Markdown(callbacks.about(names[0]))
             with gr.Column():
                 bars = gr.Label(label=f"Top {TOP}", num_top_classes=TOP)
                 activation = gr.Image(
-                    label="What speaks for it",
+                    label="Regions that support it",
                     height=340,
                     interactive=False,
                     buttons=["download", "fullscreen"],
                     alt_text="The regions of the picture that support the first class",
                 )
                 times = gr.Markdown(elem_classes="times")
-        latest = gr.State({"number": 0})  # of the last answer of this visitor; running functions see it change
-        answered = gr.State(0)  # that number; 0 without a picture that could be read
-        model.change(about_model, model, about, show_progress="hidden")
-        event = gr.on(
-            [picture.change, model.change],
-            classify,
-            [model, picture, latest],
-            [bars, activation, alert, times, answered],
+        timer = gr.Timer(INTERVAL, active=False)
+        shown = gr.State(None)
+        # Without Gradio's queue: its stream of events can close while a picture joins, and then no answer ever comes.
+        model.change(callbacks.about, model, about, show_progress="hidden", queue=False)
+        gr.on(
+            [picture.change, model.change, timer.tick],
+            callbacks.update,
+            [model, picture, shown],
+            [bars, activation, alert, times, timer, shown],
+            api_name="classify",
             preprocess=False,  # Gradio checks the file's path; this package reads it, with its own errors
             trigger_mode="always_last",
-            concurrency_limit=4,
-            show_progress="minimal",
-        )
-        # One at a time, whoever asks: backends that are timed together share the processor.
-        event.then(
-            time,
-            [model, answered, latest],
-            times,
-            trigger_mode="always_last",  # of the next picture when those of the last one have ended
-            concurrency_limit=1,
-            show_progress="minimal",
+            show_progress="hidden",
+            queue=False,
         )
     return page
 

@@ -78,6 +78,7 @@ def test_a_broken_image(classifier, tmp_path):
 
 def test_times(classifier, monkeypatch):
     """A clock that moves only while a model computes: 5 ms a call."""
+    classifier = Classifier(classifier.model, backends=["eager"])  # its backend has not been built yet
     now = [0.0]
     monkeypatch.setattr("convmixer.runtime.timing.time.perf_counter", lambda: now[0])
     optimized = torch.nn.Identity()
@@ -96,17 +97,21 @@ def test_backends_that_work_here_are_timed(classifier):
     assert [row.milliseconds > 0 for row in classifier.time_backends()] == [True]
 
 
-def test_a_backend_that_fails_stops_no_other(classifier, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [(DependencyError("openvino is broken"), "openvino is broken"), (OSError("no file"), "OSError: no file")],
+)
+def test_a_backend_that_fails_stops_no_other(classifier, monkeypatch, error, failure):
     real = module.optimize
 
     def optimize(model, *, backend):
         if backend == "openvino":
-            raise DependencyError("openvino is broken")
+            raise error
         return real(model, backend=backend)
 
     monkeypatch.setattr(module, "optimize", optimize)
     broken, working = Classifier(classifier.model, backends=["openvino", "eager"]).time_backends()
-    assert (broken.milliseconds, broken.failure) == (None, "openvino is broken")
+    assert (broken.milliseconds, broken.failure) == (None, failure)
     assert working.milliseconds > 0
 
 

@@ -149,6 +149,22 @@ def test_a_broken_file_takes_the_old_answer_away(page, cat, tmp_path):
     page.wait_for_selector("[role=alert]", state="detached")
 
 
+def test_pictures_that_follow_one_another_at_once(page, cat, tmp_path):
+    """None is lost, although the answer to the removal is still on its way when the next picture comes."""
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    for _ in range(8):
+        upload(page, broken)
+        page.wait_for_selector("[role=alert]")
+        page.click('[aria-label="Remove Image"]')
+        upload(page, cat)
+        wait_for_bars(page, "cat")
+        page.click('[aria-label="Remove Image"]')
+    page.wait_for_selector("meter", state="detached")
+    upload(page, cat)
+    page.wait_for_selector(".times td:text-is('fastest')")
+
+
 def test_times_of_a_picture_that_is_gone(browser, cat, monkeypatch):
     """They vanish with it, and do not come back when the backend that was being timed is ready."""
     monkeypatch.setattr(Classifier, "_milliseconds", lambda self, backend: time.sleep(2) or 1.0)
