@@ -25,7 +25,7 @@ from convmixer import plots, registry
 from convmixer.hub import zoo
 from convmixer.training.history import read_history
 from sitegen.diagram import FLOWS, PALETTES, draw, draw_batch, draw_flow
-from sitegen.records import DOCS
+from sitegen.records import DOCS, csv_rows
 from sitegen.runs import LOGS, anchor, counted, evaluation, runs
 from sitegen.speed import benches, gpu_sections, result
 
@@ -132,11 +132,11 @@ def ratios() -> list[tuple[str, float, float, float]]:
             ratio = next(r for r in case["ratios"] if r["dtype"] == "bfloat16")
             what = f"{report['model'].removeprefix('convmixer_')}, batch {case['batch_size']}, CPU"
             found.append((what, speeds[f"{ratio['ours']} bfloat16"], speeds[ratio["peer"]], ratio["ratio"]))
-    step = result("train_step")
-    ours, best = step["images_per_second"]["convmixer compiled"], step["images_per_second"][step["best_of_timm"]]
-    found.append(
-        (f"256_8, training, batch {step['batch_size']}, CPU", ours, best, step["ratios"]["convmixer compiled"])
-    )
+    for name, precision, batch, *speeds in csv_rows("train_step_native")[1:]:
+        if precision == "bfloat16":
+            short = name.removeprefix("`convmixer_").replace("`, 224 pixels", "").rstrip("`")
+            ours, *timm = (float(speed.replace(",", "")) for speed in speeds[:3])
+            found.append((f"{short}, training, batch {batch}, CPU", ours, max(timm), ours / max(timm)))
     for kind, key, words in (
         ("inference of ", "images_per_second", ""),
         ("training of ", "graph_images_per_second", "training, "),
@@ -150,6 +150,10 @@ def ratios() -> list[tuple[str, float, float, float]]:
     return found
 
 
+def _speed(images: float) -> str:
+    return f"{images:,.0f}" if images >= 20 else f"{images:.1f}"
+
+
 def speed_against_timm(colours: dict[str, str]) -> Figure:
     """How many times as fast as timm's fastest setting, in bfloat16, for each case that was measured."""
     rows = ratios()[::-1]
@@ -157,12 +161,12 @@ def speed_against_timm(colours: dict[str, str]) -> Figure:
     axes = figure.subplots()
     axes.barh([row[0] for row in rows], [row[3] for row in rows], color=colours["convmixer"], height=0.62)
     axes.axvline(1, color=colours["timm"], linestyle="--", linewidth=1.5)
+    widest = 1.6 * max(row[3] for row in rows)
     for i, (_, ours, peer, ratio) in enumerate(rows):
-        axes.text(ratio + 0.06, i, f"{ratio:.1f}x", va="center", fontweight="bold")
-        axes.text(
-            ratio + 0.85, i, f"{ours:,.0f} : {peer:,.0f} images/s", va="center", fontsize=10, color=colours["timm"]
-        )
-    axes.set_xlim(0, max(row[3] for row in rows) * 1.6)
+        axes.text(ratio + 0.007 * widest, i, f"{ratio:.1f}x", va="center", fontweight="bold")
+        speeds = f"{_speed(ours)} : {_speed(peer)} images/s"
+        axes.text(ratio + 0.093 * widest, i, speeds, va="center", fontsize=10, color=colours["timm"])
+    axes.set_xlim(0, widest)
     axes.set_xlabel("speed relative to timm's fastest setting (dashed line), bfloat16")
     axes.tick_params(axis="y", length=0)
     return figure

@@ -37,9 +37,14 @@ def _cell(text: str) -> str:
     return re.sub(r"(?<=\d) (?=(?:%|[MG]|px|s|ms|min|[KM]iB)(?!\w))", "\N{NO-BREAK SPACE}", text.replace("|", r"\|"))
 
 
+def csv_rows(name: str) -> list[list[str]]:
+    """Return the rows of a file of results, first that of the titles."""
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
 @record("csv")
 def csv_table(name: str) -> str:
     """A file of `benchmarks/results` as it is: measurements that no program wrote as JSON."""
-    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-        titles, *rows = csv.reader(file)
+    titles, *rows = csv_rows(name)
     return table(titles, rows)
