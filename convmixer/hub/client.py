@@ -78,7 +78,7 @@ def fetch(
         sha256: Its hash; "" if not known.
 
     Raises:
-        WeightsError: The file cannot be had, or is not what it should be; the text says which one and how to get it.
+        WeightsError: The file cannot be downloaded, or is not what it should be; the text names it and says what to do.
     """
     file = _File(repo_id, filename, revision, cache_dir, _stripped(token))
     offline = local_files_only or constants.HF_HUB_OFFLINE

@@ -304,6 +304,13 @@ def test_expected_means(kernels, dtype, shape):
     close(kernels.expected_mean(weight, bias, features, "gelu"), expected, factor=4)
 
 
+@gpu
+def test_expected_means_of_other_convolutions_are_refused(kernels):
+    """The kernel would read past the end of the means: three by three weights, of more than one channel."""
+    with pytest.raises(ArgumentError, match="features"):
+        kernels.expected_mean(values(4, 2, 3, 3), values(4), values(2), "gelu")
+
+
 @pytest.fixture(scope="module")
 def static():
     with pytest.MonkeyPatch.context() as patch:

@@ -622,8 +622,8 @@ def pointwise_weight_grad(grad: Tensor, z: Tensor) -> Tensor:
 def expected_mean(weight: Tensor, bias: Tensor, features: Tensor, act: str) -> Tensor:
     """Compute about the mean of `act(convolution(x))`, (O,) in float32, as `reference.expected_mean` does."""
     outputs, grouped = len(weight), weight.shape[1] == 1
-    taken = _vector("features", features, outputs if grouped else weight.shape[1], features)
     flat = weight.detach().flatten(1).contiguous()
+    taken = _vector("features", features, outputs if grouped else flat.shape[1], features)
     mean = _floats(features, outputs)
     _launch(
         kernels.expected_mean,
