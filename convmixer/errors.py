@@ -95,9 +95,14 @@ def optional(module: str, what: str, extra: str) -> ModuleType:
         raise DependencyError(missing(what, [module.partition(".")[0]], extra)) from error
 
 
+def is_count(value: object, least: int = 1) -> bool:
+    """Return whether a value is a whole number of at least `least`; True and False are not numbers here."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise an ArgumentError if an argument is not a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value, least):
         raise ArgumentError(f"{name}={value!r}: give a whole number of at least {least}")
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmixer.data.readers import ShardSplit, Split, open_split
-from convmixer.errors import ArgumentError, DataError
+from convmixer.errors import ArgumentError, DataError, check_count
 from convmixer.factory import open_model
 from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, preparation
 from convmixer.model import evaluation_view
@@ -128,8 +128,7 @@ def validate(
     count = count_classes(model)
     if classes is not None and len(classes) != count:
         raise ArgumentError(f"{len(classes)} class names for a model with {count} classes")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size={batch_size!r}: give a whole number of at least 1")
+    check_count("batch_size", batch_size)
     parameter = next(model.parameters())
     autocast(parameter.device, precision)  # what is wrong with it is said before data are read
     prepare = preparation(model, draft=draft)

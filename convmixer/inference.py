@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from convmixer.data.images import Size, enough, is_one_image, read_image
 from convmixer.data.layout import count_images, describe_left_out, list_folder
-from convmixer.errors import ArgumentError, ImageError
+from convmixer.errors import ArgumentError, ImageError, check_count
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, preprocessing
@@ -161,7 +161,8 @@ def predict(
     """
     model = find_model(model)
     names = label_names(model)
-    _check_counts(topk=topk, batch_size=batch_size)
+    check_count("topk", topk)
+    check_count("batch_size", batch_size)
     one, prepare = is_one_image(images), preparation(model, draft=draft)
     sources = iter([images] if one else images)
 
@@ -172,12 +173,6 @@ def predict(
     if one:
         return next(answer())
     return list(answer()) if isinstance(images, list | tuple) else answer()
-
-
-def _check_counts(**counts: int) -> None:
-    for argument, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{argument}={value!r}: give a whole number of at least 1")
 
 
 @torch.inference_mode()
@@ -248,7 +243,8 @@ def predict_files(
     """
     model = find_model(model)
     names = label_names(model)
-    _check_counts(topk=topk, batch_size=batch_size)
+    check_count("topk", topk)
+    check_count("batch_size", batch_size)
     prepare, paths = preparation(model, draft=draft), iter(images)
     while batch := list(itertools.islice(paths, batch_size)):
         prepared, errors = {}, {}

@@ -34,6 +34,7 @@ from convmixer.errors import (
     ImageError,
     WeightsError,
     check_count,
+    is_count,
     nearest,
 )
 from convmixer.native import training as native
@@ -189,11 +190,11 @@ def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[
         return list(range(depth)), depth - 1
     indices = plain_indices(indices)
     if isinstance(indices, int):
-        if not 1 <= indices <= depth:
+        if not is_count(indices) or indices > depth:
             raise ArgumentError(f"indices={indices}: the number of last blocks to take is 1 to {depth}")
         return list(range(depth - indices, depth)), depth - 1
     indices = [plain_indices(i) for i in indices]
-    fine = all(isinstance(i, int) and -depth <= i < depth for i in indices)
+    fine = all(is_count(i, -depth) and i < depth for i in indices)
     taken = [i % depth for i in indices] if fine else []
     if not taken or len(set(taken)) < len(taken):
         raise ArgumentError(f"indices={indices!r}: give different block indices from {-depth} to {depth - 1}")

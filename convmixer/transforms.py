@@ -12,7 +12,7 @@ from timm.data import create_transform as timm_create_transform
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, nearest
+from convmixer.errors import ArgumentError, is_count, nearest
 from convmixer.registry import CROP_MODES, INTERPOLATIONS, PREPROCESSING, get_variant
 from convmixer.wrappers import in_channels, unwrap
 
@@ -90,7 +90,7 @@ def create_transform(
 def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
     """Raise an ArgumentError for values that timm checks by assertions, late, or not at all."""
     size = overrides.get("input_size", config["input_size"])
-    if not (isinstance(size, tuple | list) and len(size) == 3 and all(isinstance(n, int) and n > 0 for n in size)):
+    if not (isinstance(size, tuple | list) and len(size) == 3 and all(map(is_count, size))):
         raise ArgumentError(f"input_size={size!r}: give (channels, height, width)")
     for name in ("mean", "std"):
         value = overrides.get(name, config[name])

@@ -247,6 +247,7 @@ def test_imagenet_by_number_and_by_name(data, files, tmp_path, folders):
     ("options", "error", "text"),
     [
         ({"batch_size": 0}, ArgumentError, "batch_size=0: give a whole number of at least 1"),
+        ({"batch_size": True}, ArgumentError, "batch_size=True: give a whole number of at least 1"),
         ({"precision": "fp8"}, ArgumentError, "unknown precision 'fp8'; valid: auto, float32, bfloat16"),
         ({"split": "tset"}, DataError, "unknown split 'tset'"),
         ({"split": "train"}, DataError, "no train split in"),

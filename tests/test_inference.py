@@ -268,7 +268,7 @@ def test_models_without_classes(arrow, arguments):
         convmixer.predict(model, arrow)
 
 
-@pytest.mark.parametrize("wrong", [{"topk": 0}, {"topk": -1}, {"batch_size": 0}])
+@pytest.mark.parametrize("wrong", [{"topk": 0}, {"topk": -1}, {"topk": True}, {"batch_size": 0}])
 def test_senseless_counts(model, arrow, wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ArgumentError, match=f"{name}={value}: give a whole number of at least 1"):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, ConvMixerError
+from convmixer.errors import ArgumentError, ConvMixerError, is_count
 from convmixer.factory import create_model, open_model, resolve_device
 from convmixer.hardware import cpu_field, cpu_name
 from convmixer.registry import get_variant
@@ -194,7 +194,7 @@ def _check_arguments(
                 raise ArgumentError(f"unknown {what} {value!r}; valid: {', '.join(valid)}")
     numbers = {"batch_sizes": batch_sizes, "image_sizes": image_sizes or (1,), "rounds": (rounds,)}
     for what, sizes in numbers.items():
-        if not sizes or any(not isinstance(n, int) or n < 1 for n in sizes):
+        if not sizes or not all(map(is_count, sizes)):
             raise ArgumentError(f"{what}={list(sizes)}: give whole numbers of at least 1")
     if seconds <= 0:
         raise ArgumentError(f"seconds={seconds}: give a time above 0")

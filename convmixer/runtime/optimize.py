@@ -10,7 +10,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError
+from convmixer.errors import ArgumentError, is_count
 from convmixer.hardware import bf16_is_faster
 from convmixer.model import ConvMixer, as_dtype, check_dtype
 from convmixer.runtime.choose import BACKENDS, candidates, fastest, first_that_works
@@ -161,7 +161,7 @@ def _check_backend(backend: str, **counts: int | None) -> None:
     if backend not in BACKENDS:
         raise ArgumentError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and not is_count(value):
             raise ArgumentError(f"{name}={value!r}: give a whole number of at least 1, or None")
 
 

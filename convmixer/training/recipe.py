@@ -11,7 +11,7 @@ from typing import Any
 from timm.optim import get_optimizer_info, list_optimizers
 
 from convmixer.data.stream import policy
-from convmixer.errors import ArgumentError, nearest
+from convmixer.errors import ArgumentError, is_count, nearest
 from convmixer.registry import SHAPE
 
 LOOKAHEAD = "lookahead_"  # a prefix of the name of any optimizer of timm
@@ -151,7 +151,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for names, holds, valid in _RULES:
             for name in names.split():
-                self._check(name, holds(getattr(self, name)), valid)
+                value = getattr(self, name)
+                self._check(name, holds(value) and (valid == _TRUTH or not isinstance(value, bool)), valid)
         self._check("knee", self.warmup < self.knee[0] <= 1 and 0 <= self.knee[1] <= 1, "(after warmup .. 1, 0 .. 1)")
         count = _count_betas(self.opt)
         valid = f"{count} numbers in [0, 1), or none" if count else f"none: {self.opt!r} has no betas"
@@ -233,11 +234,11 @@ class Recipe:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and least <= value <= most
+    return is_count(value, least) and value <= most
 
 
 def _are(value: Any, holds: Callable[[Any], bool], *counts: int) -> bool:
@@ -283,9 +284,10 @@ def _count_betas(opt: str) -> int:
     return len(inspect.signature(info.opt_class).parameters["betas"].default or ())
 
 
-# Fields, what must hold for their values, and what an error says to give.
+_TRUTH = "True or False"
+# Fields, what must hold for their values, and what an error says to give. True and False are not numbers.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("stream sync_batchnorm trivial_augment balanced draft", lambda v: isinstance(v, bool), "True or False"),
+    ("stream sync_batchnorm trivial_augment balanced draft", lambda v: isinstance(v, bool), _TRUTH),
     ("epochs batch_size accumulate", lambda v: _is_whole(v, 1), "at least 1"),
     ("seed patience", lambda v: _is_whole(v, 0), "a whole number of at least 0"),
     ("lr eps temperature", lambda v: 0 < v < math.inf, "above 0"),

@@ -59,6 +59,9 @@ def test_image_sizes_change_at_their_part_of_the_run():
             "contradictory recipe: auto_augment='v0' takes the place of trivial_augment=True: leave one of them out",
         ),
         ({"in_chans": 2}, "recipe field in_chans=2: give 3 or 1"),
+        ({"in_chans": True}, "recipe field in_chans=True"),
+        ({"epochs": True}, "recipe field epochs=True"),
+        ({"lr": True}, "recipe field lr=True"),
         (
             {"model_args": (("width", 8),)},
             "recipe field model_args=(('width', 8),): give pairs of one of dim, depth, kernel_size, patch_size and a "
