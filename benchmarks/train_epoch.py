@@ -1,15 +1,18 @@
 """Whether reading and augmenting images is off the critical path: epochs of a recipe against its bare training steps.
 
-    python benchmarks/train_epoch.py [cifar10] [--images 5120] [--rounds 3] [--device auto] [--compile] [--json FILE]
+    python benchmarks/train_epoch.py [cifar10 ...] [--images 5120] [--rounds 3] [--device auto] [--compile]
+                                     [--json FILE]
 
 Random images are written as a folder, since their content does not matter here. Each round trains two epochs, of which
 the second counts, without its validation, and then makes as many steps on one batch that lies on the device.
 """
 
+import argparse
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
@@ -17,10 +20,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 import convmixer
+from convmixer.factory import resolve_device
 from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed
 from convmixer.training import Recipe, get_recipe, train
+from convmixer.training.machine import choose_fused
 from convmixer.training.optimizers import create_optimizer
 from convmixer.training.precision import autocast, flush_denormals
+from convmixer.training.trainer import build_model
 
 
 def write_images(folder: Path, count: int, side: int, classes: int = 10) -> None:
@@ -37,19 +43,22 @@ def quiet(_line: str) -> None:
 
 
 def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str, compiled: bool) -> float:
-    """Seconds of the training steps, without reading images."""
-    model = convmixer.create_model(recipe.model, device=device, num_classes=10).train()
+    """Seconds of the training steps, in parts as in training, without reading and augmenting images."""
+    fused, _ = choose_fused(recipe, device, fused="auto", compile=compiled)
+    model = build_model(recipe, tuple("0123456789"), device, fused=fused).train()
     forward = torch.compile(model) if compiled else model
     optimizer = create_optimizer(recipe, model, device)
-    x = torch.randn(recipe.batch_size, *model.pretrained_cfg["input_size"], device=device)
+    part = recipe.batch_size // recipe.accumulate
+    x = torch.randn(part, *model.pretrained_cfg["input_size"], device=device)
     if not next(model.parameters()).is_contiguous():
         x = x.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (recipe.batch_size,), device=device)
+    labels = torch.randint(10, (part,), device=device)
 
     def compute(x: torch.Tensor, labels: torch.Tensor) -> None:
-        with autocast(device, precision):
-            logits = forward(x)
-        F.cross_entropy(logits.float(), labels).backward()
+        for _ in range(recipe.accumulate):
+            with autocast(device, precision):
+                logits = forward(x)
+            F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -71,19 +80,10 @@ def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str,
         return time.perf_counter() - begun
 
 
-def main() -> None:
-    parser = harness.arguments(__doc__)
-    parser.add_argument("recipe", nargs="?", default="cifar10")
-    parser.add_argument("--images", type=int, default=5120)
-    parser.add_argument("--batch-size", type=int, help="instead of the recipe's")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
-    recipe = get_recipe(options.recipe, epochs=2, validation_fraction=0.0, patience=0, image_sizes=())
-    if options.batch_size:
-        recipe = get_recipe(options.recipe, **{**vars(recipe), "batch_size": options.batch_size})
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Print and return the seconds of an epoch of a recipe, and of its bare steps."""
+    changed = {"batch_size": options.batch_size} if options.batch_size else {}
+    recipe = get_recipe(name, epochs=2, validation_fraction=0.0, patience=0, image_sizes=(), **changed)
     device = next(convmixer.create_model(recipe.model, device=options.device).parameters()).device
     count = options.images // recipe.batch_size
     epochs, bare = [], []
@@ -98,10 +98,29 @@ def main() -> None:
             bare.append(bare_steps(recipe, count, device, options.precision, options.compile))
     ratio = harness.ratio(epochs, bare)
     seconds = {"epoch": statistics.median(epochs), "bare steps": statistics.median(bare)}
-    print(f"epoch of {count} steps {seconds['epoch']:.2f} s, bare steps {seconds['bare steps']:.2f} s: {ratio:.2f}")
-    report = {"recipe": options.recipe, "batch_size": recipe.batch_size, "images": options.images}
-    report |= {"precision": options.precision, "compile": options.compile, "seconds": seconds, "ratio": ratio}
-    harness.write(options.json, report, device)
+    speed = count * recipe.batch_size / seconds["epoch"]
+    print(
+        f"{name}: {speed:.0f} images/s; epoch of {count} steps {seconds['epoch']:.2f} s, "
+        f"bare steps {seconds['bare steps']:.2f} s: {ratio:.2f}",
+        flush=True,
+    )
+    found = {"recipe": name, "batch_size": recipe.batch_size, "images": options.images, "images_per_second": speed}
+    return {**found, "seconds": seconds, "ratio": ratio}
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("recipes", nargs="*", default=["cifar10"])
+    parser.add_argument("--images", type=int, default=5120)
+    parser.add_argument("--batch-size", type=int, help="instead of the recipe's")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    rows = [measure(name, options) for name in options.recipes]
+    report = {"precision": options.precision, "compile": options.compile, "recipes": rows}
+    harness.write(options.json, report, resolve_device(options.device))
 
 
 if __name__ == "__main__":

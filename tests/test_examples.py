@@ -37,6 +37,7 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["history.png", "mistakes.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_half_of_the_digits")
 def test_notebook(tmp_path, monkeypatch, capsys):
     """All code cells in their order, as plain Python; the only magic command is for figures."""
@@ -64,6 +65,7 @@ def test_outputs_of_the_notebook():
     assert len(text) < 700_000
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_half_of_the_digits")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves images open
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

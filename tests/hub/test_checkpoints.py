@@ -81,6 +81,7 @@ def test_the_file_is_plain_safetensors(model, tmp_path):
     np.testing.assert_array_equal(numbers, model.stem[0].weight.detach().numpy())
 
 
+@pytest.mark.slow
 def test_equal_weights_make_equal_files(tmp_path):
     """In processes of their own: hashes, and with them the order of sets and maps, differ from one to the next."""
     torch.save({"state_dict": snapshot(convmixer.ConvMixer(256, 8, 5, 2, num_classes=3))}, tmp_path / "old.pth")

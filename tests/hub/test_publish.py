@@ -171,7 +171,7 @@ print(type(model).__module__)
 @pytest.mark.parametrize(
     "name",
     [
-        "convmixer_768_32",
+        pytest.param("convmixer_768_32", marks=pytest.mark.slow),
         pytest.param("convmixer_1024_20_ks9_p14", marks=pytest.mark.slow),
         pytest.param("convmixer_1536_20", marks=pytest.mark.slow),
     ],

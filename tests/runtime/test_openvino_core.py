@@ -78,7 +78,7 @@ print("alive")
     "steps",
     [
         "a b -a -b",
-        "a b -b -a",
+        pytest.param("a b -b -a", marks=pytest.mark.slow),
         pytest.param("types a export -a b aside -b -c", marks=pytest.mark.slow),
         pytest.param("int8 a quantized -int8 export -a quantized", marks=pytest.mark.slow, id="nncf"),
     ],

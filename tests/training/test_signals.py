@@ -122,7 +122,13 @@ except signals.StoppedWhileCompilingError as stop:
 """
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["in C++", "where exceptions are lost"])
+@pytest.mark.parametrize(
+    "inside",
+    [
+        pytest.param(True, id="in C++"),
+        pytest.param(False, marks=pytest.mark.slow, id="where exceptions are lost"),
+    ],
+)
 def test_a_compilation_that_does_not_notice(inside):
     command = [sys.executable, "-W", "ignore", "-c", STUCK.replace("{inside}", str(inside))]
     with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
