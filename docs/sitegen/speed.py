@@ -109,6 +109,33 @@ def train_step() -> str:
     return table(("", "images/s", f"to {step['best_of_timm']}", "kept for backward, per image"), rows, numbers=3)
 
 
+def _machine(measured: dict[str, Any]) -> str:
+    machine = measured["machine"]
+    return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch'].partition('+')[0]}"
+
+
+@record("train-epoch")
+def train_epoch() -> str:
+    measured = result("train_epoch")
+    rows = [
+        (f"`{row['recipe']}`", f"{row['batch_size']}", f"{row['images_per_second']:,.0f}", f"{row['ratio']:.2f}")
+        for row in measured["recipes"]
+    ]
+    names = " ".join(row["recipe"] for row in measured["recipes"])
+    command = f"python benchmarks/train_epoch.py {names} --images {measured['recipes'][0]['images']}"
+    titles = ("recipe", "batch size", "images/s", "epoch / bare steps")
+    return f"{table(titles, rows, numbers=3)}\n\n{_machine(measured)} (`{command}`)."
+
+
+@record("augment")
+def augment() -> str:
+    measured = result("augment")
+    rows = [(way, f"{speed:,}") for way, speed in measured["images_per_second"].items()]
+    text = table(("", "images/s"), rows, numbers=1)
+    note = "kornia draws the two operations once for 128 images; the others draw them for each image."
+    return f"{text}\n\n{_machine(measured)} (`python benchmarks/augment.py`). {note}"
+
+
 @record("cold-start")
 def cold_start() -> str:
     measured = result("cold_start")
