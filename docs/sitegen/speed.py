@@ -114,6 +114,18 @@ def _machine(measured: dict[str, Any]) -> str:
     return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch'].partition('+')[0]}"
 
 
+@record("latency")
+def latency() -> str:
+    measured = result("latency")
+    rows = []
+    for dtype, loads in measured["milliseconds"].items():
+        for name in loads["alone"]:
+            times = [loads[load][name] for load in ("alone", "turns", "busy")]
+            rows.append((name, dtype, *(f"{t['p50']:.2f}, {t['p99']:.1f}" for t in times)))
+    text = table(("p50, p99", "", "alone", "in turns", "beside a busy process"), rows, numbers=3)
+    return f"{text}\n\n{_machine(measured)} (`python benchmarks/latency.py`)."
+
+
 @record("train-epoch")
 def train_epoch() -> str:
     measured = result("train_epoch")
