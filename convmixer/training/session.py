@@ -138,7 +138,7 @@ def train(
         folder=folder.path,
     )
     session = _Session(recipe, folder, machine, progress, report)
-    with flush_denormals(machine.device), session.locked():
+    with flush_denormals(machine.device), session.locked(), contextlib.closing(session):
         state = folder.load() if resume else None
         session.read_images(sources, state)
         session.build_trainer(state)
@@ -183,6 +183,17 @@ class _Session:
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Hold the folder of the run: the main process does, for all of them."""
         return self.folder.locked() if self.is_main else contextlib.nullcontext()
+
+    def close(self) -> None:
+        """End the trackers, and leave the other processes.
+
+        Threads that talk to them must end before the interpreter does, which aborts in some of them otherwise.
+        """
+        if hasattr(self, "trainer"):
+            self.trainer.close()
+        if self.accelerator.num_processes > 1:
+            self.accelerator.free_memory()  # also collects garbage: a cycle holds the model that gathers gradients
+        self.accelerator.end_training()
 
     def say(self, line: str) -> None:
         """Report a line, and log it."""
@@ -348,7 +359,7 @@ class _Session:
         self.accelerator.wait_for_everyone()  # for the last epoch's files
         if self.is_main and self.history:
             self.folder.draw(self.history)
-        self.trainer.close()
+        self.trainer.close()  # before the test images take memory
         model = self.trainer.eval_model
         if self.recipe.patience and (best := self._best_epoch()):
             model.load_state_dict(read_tensors(self.folder.best_weights))
@@ -357,7 +368,6 @@ class _Session:
         for name, images in self.splits.tests.items():
             self._report_unreadable(images, f"they are left out of the test {name}")
         accuracy = {name: score["top1"] for name, score in scores.items()}
-        self.accelerator.end_training()
         if self.machine.fused == "auto":
             model.set_fused(False)  # nobody asked for fused blocks, which take no hooks
         return TrainingResult(model, self.history, accuracy, self.folder.weights)

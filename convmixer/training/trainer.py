@@ -240,8 +240,9 @@ class Trainer:
         self.not_captured(error)
 
     def close(self) -> None:
-        """Free the memory of graphs."""
+        """Free the memory of graphs, and the model that gathers the gradients of other processes."""
         self.compute = Graphed(self._compute, None, self._train_without_graphs)
+        self.compiled = None
 
     def train_mode(self) -> None:
         """Set training mode, except for a frozen backbone."""
