@@ -1,4 +1,4 @@
-"""How long one image takes: with nothing else to do, among other runtimes, and beside another program.
+"""How long one image takes: with nothing else to do, among other runtimes, and while another program is busy.
 
     python benchmarks/latency.py [convmixer_256_8] [--calls 400] [--dtype bfloat16 ...] [--json FILE]
 

@@ -122,7 +122,7 @@ def latency() -> str:
         for name in loads["alone"]:
             times = [loads[load][name] for load in ("alone", "turns", "busy")]
             rows.append((name, dtype, *(f"{t['p50']:.2f}, {t['p99']:.1f}" for t in times)))
-    text = table(("p50, p99", "", "alone", "in turns", "beside a busy process"), rows, numbers=3)
+    text = table(("p50, p99", "", "by itself", "in turns", "in turns, one core busy"), rows, numbers=3)
     return f"{text}\n\n{_machine(measured)} (`python benchmarks/latency.py`)."
 
 
