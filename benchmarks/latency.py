@@ -10,7 +10,6 @@ import argparse
 import functools
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,17 +21,17 @@ import convmixer
 from convmixer.runtime.benchmark_cases import DTYPES, timm_candidates
 
 PEERS = ("timm eager", "timm onnxruntime", "timm openvino")
-SHARES = torch.tensor([0.5, 0.9, 0.99])
+SHARES = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
 
 
 def make_calls(model: Any, image: torch.Tensor, dtype: str) -> dict[str, Callable[[], Any]]:
     """The native backend with all threads and with one, and timm's model as others run it."""
     calls: dict[str, Callable[[], Any]] = {}
+    inputs = image.to(DTYPES[dtype])
     for threads in (torch.get_num_threads(), 1):
         optimized = convmixer.optimize(model, backend="native", dtype=dtype, threads=threads)
         name = f"convmixer native, {threads} thread{'s' if threads > 1 else ''}"
-        inputs = image.to(DTYPES[dtype])
-        calls[name] = lambda optimized=optimized, inputs=inputs: optimized(inputs)
+        calls[name] = functools.partial(optimized, inputs)
     peers = {peer.name: peer for peer in timm_candidates(model, image, [dtype])}
     return calls | {name: peers[name].make()[0] for name in PEERS if name in peers}
 
@@ -51,25 +50,19 @@ def busy_core() -> Iterator[None]:
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
-    values = 1000 * torch.tensor(seconds, dtype=torch.float64).quantile(SHARES.double())
+    values = 1000 * torch.tensor(seconds, dtype=torch.float64).quantile(SHARES)
     return dict(zip(("p50", "p90", "p99"), values.tolist(), strict=True))
 
 
 def measure(calls: dict[str, Callable[[], Any]], count: int) -> dict[str, dict[str, dict[str, float]]]:
     """Milliseconds by load, runtime and share of the calls."""
-    take_turns = functools.partial(harness.take_turns, rounds=count, warm_up=count // 10, clock=time_of)
+    take_turns = functools.partial(harness.take_turns, rounds=count, warm_up=count // 10)
     alone = {name: take_turns({name: call})[name] for name, call in calls.items()}
     turns = take_turns(calls)
     with busy_core():
         busy = take_turns(calls)
     by_load = {"alone": alone, "turns": turns, "busy": busy}
     return {load: {name: quantiles(times) for name, times in found.items()} for load, found in by_load.items()}
-
-
-def time_of(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
 
 
 def parse() -> argparse.Namespace:

@@ -84,7 +84,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Print and return the seconds of an epoch of a recipe, and of its bare steps."""
     changed = {"batch_size": options.batch_size} if options.batch_size else {}
     recipe = get_recipe(name, epochs=2, validation_fraction=0.0, patience=0, image_sizes=(), **changed)
-    device = next(convmixer.create_model(recipe.model, device=options.device).parameters()).device
+    device = resolve_device(options.device)
     count = options.images // recipe.batch_size
     epochs, bare = [], []
     with tempfile.TemporaryDirectory() as place:

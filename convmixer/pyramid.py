@@ -26,7 +26,7 @@ from timm.layers import LayerNorm2d, get_device_dtype
 from timm.models._features import FeatureGetterNet, FeatureInfo
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, check_count
+from convmixer.errors import ArgumentError, check_count, is_count
 from convmixer.model import plain_indices
 from convmixer.wrappers import describe, find_inner
 
@@ -181,8 +181,7 @@ def check_reductions(name: str, reductions: Any) -> tuple[int, ...]:
     """Return the reductions of a pyramid as a tuple; raise an ArgumentError for others, with the argument's `name`."""
     found = plain_indices(reductions)
     found = [plain_indices(r) for r in found] if isinstance(found, list | tuple) else []
-    whole = all(isinstance(r, int) and not isinstance(r, bool) and r > 0 for r in found)
-    if not found or not whole or sorted(set(found)) != found:
+    if not found or not all(map(is_count, found)) or sorted(set(found)) != found:
         raise ArgumentError(f"{name}={reductions!r}: give whole numbers in increasing order, such as {REDUCTIONS}")
     return tuple(found)
 
@@ -208,7 +207,7 @@ def _indices(out_indices: Any, total: int, count: int) -> list[int]:
     """Return `count` indices from 0 to total - 1; raise an ArgumentError for others than `FeaturePyramid` describes."""
     found = [-1] if out_indices is None else plain_indices(out_indices)
     found = [plain_indices(i) for i in found] if isinstance(found, list | tuple) else []
-    valid = all(isinstance(i, int) and not isinstance(i, bool) and -total <= i < total for i in found)
+    valid = all(is_count(i, -total) and i < total for i in found)
     if not valid or len(found) not in (1, count):
         raise ArgumentError(
             f"out_indices={out_indices!r}: give one index for all {count} maps or {count} of them, "

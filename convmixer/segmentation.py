@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, check_count, optional
+from convmixer.errors import ArgumentError, check_count, is_count, optional
 from convmixer.factory import create_model
 from convmixer.pyramid import FeaturePyramid
 from convmixer.registry import list_models, list_pretrained
@@ -104,7 +104,7 @@ class ConvMixerEncoder(nn.Module):
         depth: int = 5,
         output_stride: int = 32,
     ) -> None:
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 2:
+        if not is_count(depth, 2):
             raise ArgumentError(f"encoder_depth={depth!r}: give a whole number of at least 2; decoders need 3 to 5")
         super().__init__()
         self._backbone_arguments: dict[str, Any] = {"name": name, "pretrained": pretrained, "out_indices": (block,)}

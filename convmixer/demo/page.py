@@ -74,22 +74,20 @@ class _Callbacks:
         if shown:
             shown.gone = True
         if path is None:
-            return {}, None, _alert(""), "", gr.Timer(active=False), None
+            return _nothing("")
         try:
             with self.classifying:
                 answer = self.classifiers[name].classify(Path(path))  # a text could be a URL
         except ConvMixerError as error:
-            message = str(error).replace(path, os.path.basename(path))
-            return {}, None, _alert(message), "", gr.Timer(active=False), None
+            return _nothing(str(error).replace(path, os.path.basename(path)))
         shown = Shown(name, path)
         self.timing.submit(self._measure, shown)
         return bars_by_label(answer.predictions), answer.activation, _alert(""), *self._times(shown), shown
 
     def _measure(self, shown: Shown) -> None:
-        for row in () if shown.gone else self.classifiers[shown.model].time_backends():
+        rows = self.classifiers[shown.model].time_backends()
+        while not shown.gone and (row := next(rows, None)):
             shown.times.append(row)
-            if shown.gone:
-                return
 
     def _times(self, shown: Shown) -> tuple[str, Any]:
         rows = list(shown.times)
@@ -135,6 +133,11 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
             queue=False,
         )
     return page
+
+
+def _nothing(error: str) -> tuple[Any, ...]:
+    """Return what `update` does where there is no picture, or one that cannot be read."""
+    return {}, None, _alert(error), "", gr.Timer(active=False), None
 
 
 def _alert(text: str) -> Any:

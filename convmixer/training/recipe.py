@@ -151,8 +151,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for names, holds, valid in _RULES:
             for name in names.split():
-                value = getattr(self, name)
-                self._check(name, holds(value) and (valid == _TRUTH or not isinstance(value, bool)), valid)
+                value, truth = getattr(self, name), isinstance(getattr(Recipe, name), bool)  # of the default
+                self._check(name, holds(value) and isinstance(value, bool) == truth, valid)
         self._check("knee", self.warmup < self.knee[0] <= 1 and 0 <= self.knee[1] <= 1, "(after warmup .. 1, 0 .. 1)")
         count = _count_betas(self.opt)
         valid = f"{count} numbers in [0, 1), or none" if count else f"none: {self.opt!r} has no betas"
@@ -284,10 +284,9 @@ def _count_betas(opt: str) -> int:
     return len(inspect.signature(info.opt_class).parameters["betas"].default or ())
 
 
-_TRUTH = "True or False"
 # Fields, what must hold for their values, and what an error says to give. True and False are not numbers.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("stream sync_batchnorm trivial_augment balanced draft", lambda v: isinstance(v, bool), _TRUTH),
+    ("stream sync_batchnorm trivial_augment balanced draft", lambda v: isinstance(v, bool), "True or False"),
     ("epochs batch_size accumulate", lambda v: _is_whole(v, 1), "at least 1"),
     ("seed patience", lambda v: _is_whole(v, 0), "a whole number of at least 0"),
     ("lr eps temperature", lambda v: 0 < v < math.inf, "above 0"),

@@ -134,7 +134,7 @@ def ratios() -> list[tuple[str, float, float, float]]:
             found.append((what, speeds[f"{ratio['ours']} bfloat16"], speeds[ratio["peer"]], ratio["ratio"]))
     for name, precision, batch, *speeds in csv_rows("train_step_native")[1:]:
         if precision == "bfloat16":
-            short = name.removeprefix("`convmixer_").replace("`, 224 pixels", "").rstrip("`")
+            short = name.split("`")[1].removeprefix("convmixer_")
             ours, *timm = (float(speed.replace(",", "")) for speed in speeds[:3])
             found.append((f"{short}, training, batch {batch}, CPU", ours, max(timm), ours / max(timm)))
     for kind, key, words in (

@@ -109,11 +109,6 @@ def train_step() -> str:
     return table(("", "images/s", f"to {step['best_of_timm']}", "kept for backward, per image"), rows, numbers=3)
 
 
-def _machine(measured: dict[str, Any]) -> str:
-    machine = measured["machine"]
-    return f"{machine['device']}, {machine['threads']} threads, torch {machine['torch'].partition('+')[0]}"
-
-
 @record("latency")
 def latency() -> str:
     measured = result("latency")
@@ -123,7 +118,7 @@ def latency() -> str:
             times = [loads[load][name] for load in ("alone", "turns", "busy")]
             rows.append((name, dtype, *(f"{t['p50']:.2f}, {t['p99']:.1f}" for t in times)))
     text = table(("p50, p99", "", "by itself", "in turns", "in turns, one core busy"), rows, numbers=3)
-    return f"{text}\n\n{_machine(measured)} (`python benchmarks/latency.py`)."
+    return f"{text}\n\n{machine(measured)} (`python benchmarks/latency.py`)."
 
 
 @record("train-epoch")
@@ -136,7 +131,7 @@ def train_epoch() -> str:
     names = " ".join(row["recipe"] for row in measured["recipes"])
     command = f"python benchmarks/train_epoch.py {names} --images {measured['recipes'][0]['images']}"
     titles = ("recipe", "batch size", "images/s", "epoch / bare steps")
-    return f"{table(titles, rows, numbers=3)}\n\n{_machine(measured)} (`{command}`)."
+    return f"{table(titles, rows, numbers=3)}\n\n{machine(measured)} (`{command}`)."
 
 
 @record("augment")
@@ -145,7 +140,7 @@ def augment() -> str:
     rows = [(way, f"{speed:,}") for way, speed in measured["images_per_second"].items()]
     text = table(("", "images/s"), rows, numbers=1)
     note = "kornia draws the two operations once for 128 images; the others draw them for each image."
-    return f"{text}\n\n{_machine(measured)} (`python benchmarks/augment.py`). {note}"
+    return f"{text}\n\n{machine(measured)} (`python benchmarks/augment.py`). {note}"
 
 
 @record("cold-start")

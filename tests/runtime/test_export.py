@@ -216,7 +216,7 @@ def test_features(tmp_path, format):
 def test_opset(model, tmp_path):
     onnx = pytest.importorskip("onnx")
     need("onnx")
-    for given, written in ((None, 18), (23, 23)):
+    for given, written in ((None, 18), (18, 18), (20, 20), (23, 23)):
         export_model(model, tmp_path / "m.onnx", opset=given)
         (domain,) = (o for o in onnx.load(tmp_path / "m.onnx").opset_import if not o.domain)
         assert domain.version == written

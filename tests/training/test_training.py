@@ -755,7 +755,7 @@ def test_two_processes_compute_what_one_does_in_two_parts(digits, tmp_path):
 
 
 THREADS = """
-import os, sys
+import sys
 from pathlib import Path
 from convmixer.training import get_recipe, train
 recipe = get_recipe("cifar10", batch_size=88, model_args=(("dim", 8), ("depth", 1)), epochs=1)
