@@ -45,7 +45,7 @@ for name in ("fcntl", "resource", "termios", "pwd", "grp") if platform == "win32
 sys.platform = platform
 
 import convmixer
-from convmixer.data.stream import default_workers
+from convmixer.data.workers import default_workers
 from convmixer.errors import DependencyError
 from convmixer.native import training
 from convmixer.runtime.choose import available_backends

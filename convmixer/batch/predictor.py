@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from convmixer.data.parts import Parts
-from convmixer.data.stream import default_workers, leave_signals_to_the_main_process, watching_workers
+from convmixer.data.workers import default_workers, leave_signals_to_the_main_process, watching_workers
 from convmixer.errors import DataError, optional
 from convmixer.files import write_atomically
 from convmixer.inference import Preparation, compute, top_classes

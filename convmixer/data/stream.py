@@ -7,12 +7,9 @@ the image, whatever the number of workers. `Shards` reads WebDataset tars from t
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
 import random
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -30,8 +27,8 @@ from torchvision.transforms import v2
 from convmixer.data.images import enough, read_image
 from convmixer.data.memory import Batch, Fit, Share, balancing_odds, digest, seed_all, shorten
 from convmixer.data.readers import FileSplit, Prepare, ShardSplit, Split, open_split
+from convmixer.data.workers import default_workers, leave_signals_to_the_main_process, watching_workers
 from convmixer.errors import DataError
-from convmixer.hardware import usable_cores
 
 if TYPE_CHECKING:
     from convmixer.training.recipe import Recipe
@@ -97,33 +94,11 @@ class Change:
         return result
 
 
-def default_workers() -> int:
-    """Return the processor cores for each of the processes that train on this machine."""
-    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def _collate(samples: list[Decoded]) -> tuple[Tensor, Tensor, list[str]]:
     """Return a batch of what could be read, which may be nothing."""
     read = [(pixels, label) for pixels, label, _ in samples if pixels is not None]
     pixels = torch.stack([pixels for pixels, _ in read]) if read else torch.empty(0)
     return pixels, torch.tensor([label for _, label in read]), [e for *_, errors in samples for e in errors]
-
-
-def leave_signals_to_the_main_process(_worker: int) -> None:
-    # Ctrl-C, and SIGTERM of a batch system, reach all processes; the main one still needs batches to end its step.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def watching_workers(name: str) -> Iterator[None]:
-    """Make a DataError, with the name of the data, of the death of a worker of a DataLoader within the block."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(f"a process that reads {name!r} ended: {error}. Give fewer workers") from error
 
 
 @dataclass

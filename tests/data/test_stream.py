@@ -22,7 +22,8 @@ from timm.data.auto_augment import rand_augment_transform
 import convmixer
 from convmixer.data.memory import Fit, Share, hold_out, load_images, seed_all
 from convmixer.data.readers import has_split, open_split
-from convmixer.data.stream import Change, default_workers, open_stream
+from convmixer.data.stream import Change, open_stream
+from convmixer.data.workers import default_workers
 from convmixer.errors import ArgumentError, DataError, TrainingStopped
 from convmixer.evaluation import validate
 from convmixer.runtime.quantize import calibration_images
