@@ -50,3 +50,9 @@ def finish(command: Sequence[object], *, timeout: float = 300, **options) -> sub
     with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
         output, errors = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def wait_for_its_end(child: int) -> None:
+    """Until a child of this process has ended, and the handlers of that have run. Its status is left to others."""
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    time.sleep(0.1)

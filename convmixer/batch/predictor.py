@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from convmixer.data.parts import Parts
-from convmixer.data.workers import default_workers, leave_signals_to_the_main_process, watching_workers
+from convmixer.data.workers import default_workers, load
 from convmixer.errors import DataError, optional
 from convmixer.files import write_atomically
 from convmixer.inference import Preparation, compute, top_classes
@@ -151,23 +151,20 @@ class Predictor:
             DataError: The source cannot be read further, or a worker died. Files that were written before stay.
             WriteError: The disk is full, or the folder takes no files.
         """
-        with watching_workers(self.source.name):
-            for part, batches in itertools.groupby(self._load(model, parts), key=lambda batch: batch.part):
-                write_atomically(self.file(part), lambda path, b=batches: self._write_file(path, model, b, advance))  # type: ignore[misc]
+        for part, batches in itertools.groupby(self._load(model, parts), key=lambda batch: batch.part):
+            write_atomically(self.file(part), lambda path, b=batches: self._write_file(path, model, b, advance))  # type: ignore[misc]
 
     def _load(self, model: nn.Module, parts: Iterable[int]) -> Iterator[Decoded]:
         """Yield the decoded batches of parts, in order; workers decode ahead of the model."""
-        loader = DataLoader(
+        return load(
             _Decoder(self.source, self.prepare),
+            self.source.name,
             sampler=((part, batch) for part in parts for batch in self._batches(part)),
             batch_size=None,
             collate_fn=_uncollated,
             num_workers=default_workers() if self.workers is None else self.workers,
             pin_memory=next(model.parameters()).is_cuda,
-            worker_init_fn=leave_signals_to_the_main_process,
-            generator=torch.Generator(),  # the default one belongs to the caller
         )
-        return iter(loader)
 
     def _batches(self, part: int) -> Iterator[list[Item]]:
         """Yield the images of a part by batches. An empty part is one empty batch, so that its file is written, too."""

@@ -21,13 +21,13 @@ from PIL import Image
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from convmixer.data.images import enough, read_image
 from convmixer.data.memory import Batch, Fit, Share, balancing_odds, digest, seed_all, shorten
 from convmixer.data.readers import FileSplit, Prepare, ShardSplit, Split, open_split
-from convmixer.data.workers import default_workers, leave_signals_to_the_main_process, watching_workers
+from convmixer.data.workers import default_workers, load
 from convmixer.errors import DataError
 
 if TYPE_CHECKING:
@@ -143,26 +143,18 @@ class _Workers:
         Raises:
             DataError: An image that cannot be read, unless those are skipped, or a training batch without any that can.
         """
-        loader = DataLoader(
-            dataset,
-            num_workers=self.workers if len(self) else 0,  # type: ignore[arg-type]
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_main_process,
-            generator=torch.Generator(),  # else the loader draws from the one that training uses
-            **how,
-        )
-        with watching_workers(self.name):
-            for batch in loader:
-                if isinstance(batch, DataError):
-                    raise batch
-                pixels, labels, errors = batch
-                self.unreadable.update(errors)
-                if errors and not self.skip_unreadable:
-                    raise DataError(errors[0])
-                if training and not len(pixels):
-                    raise DataError(f"no image of {self.name!r} can be read: {shorten(errors)}")
-                if len(pixels):
-                    yield pixels.to(self.device, non_blocking=True), self.labels[labels].to(self.device)
+        how["num_workers"] = self.workers if len(self) else 0  # type: ignore[arg-type]
+        for batch in load(dataset, self.name, pin_memory=self.device.type == "cuda", **how):
+            if isinstance(batch, DataError):
+                raise batch
+            pixels, labels, errors = batch
+            self.unreadable.update(errors)
+            if errors and not self.skip_unreadable:
+                raise DataError(errors[0])
+            if training and not len(pixels):
+                raise DataError(f"no image of {self.name!r} can be read: {shorten(errors)}")
+            if len(pixels):
+                yield pixels.to(self.device, non_blocking=True), self.labels[labels].to(self.device)
 
 
 @dataclass(frozen=True)

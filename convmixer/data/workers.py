@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from convmixer.errors import DataError
 from convmixer.hardware import usable_cores
+
+_deaths: list[str] = []  # what torch says of workers that died, until a loader finds out
 
 
 def default_workers() -> int:
@@ -16,18 +23,52 @@ def default_workers() -> int:
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def leave_signals_to_the_main_process(_worker: int) -> None:
+def load(dataset: Any, name: str, **options: Any) -> Iterator[Any]:
+    """Yield what a DataLoader yields; it draws nothing from the caller's random numbers.
+
+    Args:
+        dataset: What it reads.
+        name: The name of the data, for errors.
+        options: Of the DataLoader.
+
+    Raises:
+        DataError: A worker died. That is raised where a batch is asked for, never in the middle of other work.
+    """
+    loader = DataLoader(dataset, worker_init_fn=_leave_signals, generator=torch.Generator(), **options)
+    batches = iter(loader)
+    _note_deaths()
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        # The loader itself says only that a worker ended, torch's handler of signals also how.
+        said = _deaths.pop() if _deaths else str(error)
+        _deaths.clear()
+        raise DataError(f"a process that reads {name!r} ended: {said.split('. ')[0]}. Give fewer workers") from error
+
+
+def _leave_signals(_worker: int) -> None:
     # Ctrl-C, and SIGTERM of a batch system, reach all processes; the main one still needs batches to end its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-@contextlib.contextmanager
-def watching_workers(name: str) -> Iterator[None]:
-    """Make a DataError, with the name of the data, of the death of a worker of a DataLoader within the block."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(f"a process that reads {name!r} ended: {error}. Give fewer workers") from error
+def _note_deaths() -> None:
+    """Keep the handler of SIGCHLD that torch installs from raising an error in the middle of a step or of a write.
+
+    Loaders look for dead workers, too, when they have waited for a batch for five seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return
+    handler: Any = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", None) != signal_handling.__name__:
+        return
+
+    def note(number: int, frame: Any) -> None:
+        try:
+            handler(number, frame)
+        except RuntimeError as error:
+            _deaths.append(str(error))
+
+    signal.signal(signal.SIGCHLD, note)

@@ -1,7 +1,9 @@
 """Streams of images, on real images: scikit-learn's digits. What is in memory is what a stream must equal."""
 
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -15,13 +17,13 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, write_digits
 from PIL import Image, ImageOps
-from processes import finish
+from processes import finish, wait_for_its_end
 from safetensors.torch import load_file
 from timm.data.auto_augment import rand_augment_transform
 
 import convmixer
 from convmixer.data.memory import Fit, Share, hold_out, load_images, seed_all
-from convmixer.data.readers import has_split, open_split
+from convmixer.data.readers import FileSplit, has_split, open_split
 from convmixer.data.stream import Change, open_stream
 from convmixer.data.workers import default_workers
 from convmixer.errors import ArgumentError, DataError, TrainingStopped
@@ -356,6 +358,25 @@ def test_unreadable_samples_of_shards(digits, shards, tmp_path):
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:-40_000])
     with pytest.raises(DataError, match=f"cannot read '{re.escape(source)}'"):
         list(_open(source, skip_unreadable=True, workers=1).parts(_share(60)))
+
+
+@pytest.mark.skipif(not hasattr(os, "waitid"), reason="this system does not say when a process ends")
+def test_a_worker_that_dies(digits, monkeypatch):
+    """As if the system had killed it in the middle of a step: an error where the next batch is asked for."""
+    monkeypatch.setattr(FileSplit, "read", _die_at(115, FileSplit.read))
+    batches = _open(digits, workers=1).parts(_share(150))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    next(batches)
+    wait_for_its_end(worker.pid)  # it reads the fourth batch now
+    with pytest.raises(DataError, match=f"a process that reads '{re.escape(str(digits))}' ended: .*code 9. Give fewer"):
+        list(batches)
+
+
+def _die_at(number, read):
+    """A `FileSplit.read` that ends the process when it is called for the nth time."""
+    calls = itertools.count(1)
+    return lambda *args: os._exit(9) if next(calls) == number else read(*args)
 
 
 def test_nothing_unreadable_is_left_out_in_silence(digits, shards, tmp_path, capsys):
