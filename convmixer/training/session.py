@@ -138,7 +138,7 @@ def train(
         folder=folder.path,
     )
     session = _Session(recipe, folder, machine, progress, report)
-    with flush_denormals(machine.device), session.locked(), contextlib.closing(session):
+    with flush_denormals(machine.device), contextlib.closing(session), session.locked():
         state = folder.load() if resume else None
         session.read_images(sources, state)
         session.build_trainer(state)
