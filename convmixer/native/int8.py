@@ -149,7 +149,7 @@ class NativeInt8(Native):
         self._record.last = self._address(self._quantizations[-1].scale)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.folded, self.ranges, self.threads)
+        return type(self), (self.folded, self.ranges, self._thread_count.most)
 
     def _quantization(self, span: Span, depthwise: Span, block: Any) -> Quantization:
         """Choose the bytes of x and z in a block, with the sign of the scale that needs less room for the lift."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from convmixer.errors import DependencyError
 from convmixer.native.library import check_records, library
+from convmixer.native.thread_count import ThreadCount
 
 if TYPE_CHECKING:
     from convmixer.runtime.folding import FoldedConvMixer
@@ -80,14 +82,14 @@ class Native:
     Args:
         folded: In float32 on the CPU.
         dtype: Type of activations and weights, float32 or bfloat16. Sums are float32. `NativeInt8` passes int8.
-        threads: Number of threads.
+        threads: Number of threads; after a call that was held up, one for a while, see `ThreadCount`.
 
     Raises:
         DependencyError: The kernels cannot be compiled, or do not compute in int8 here.
     """
 
     def __init__(self, folded: FoldedConvMixer, dtype: torch.dtype, threads: int) -> None:
-        self.folded, self.dtype, self.threads = folded, dtype, threads
+        self.folded, self.dtype, self._thread_count = folded, dtype, ThreadCount(threads)
         kernels = library()
         check_records(kernels, RECORDS)
         if dtype == torch.int8 and not (hasattr(kernels, "convmixer_int8") and kernels.convmixer_amx()):
@@ -104,11 +106,11 @@ class Native:
 
     def after_fork(self) -> None:
         """Compute in one thread from now on: OpenMP would wait for threads that are gone."""
-        self.threads = 1
+        self._thread_count = ThreadCount(1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pack again in copies and pickles: a record holds addresses."""
-        return type(self), (self.folded, self.dtype, self.threads)
+        return type(self), (self.folded, self.dtype, self._thread_count.most)
 
     @property
     def planar(self) -> bool:
@@ -128,9 +130,11 @@ class Native:
         sides: Sequence[int] = () if pooled else (height // patch, width // patch)
         dim = self._record.dim
         out = torch.empty(batch, dim, *sides) if self.planar else torch.empty(batch, *sides, dim)
-        images, result = x.data_ptr(), out.data_ptr()
-        if not self._forward(ctypes.byref(self._record), images, batch, height, width, result, pooled, self.threads):
+        images, result, threads = x.data_ptr(), out.data_ptr(), self._thread_count.next()
+        begun = time.perf_counter()
+        if not self._forward(ctypes.byref(self._record), images, batch, height, width, result, pooled, threads):
             raise MemoryError(f"too little memory for images of {height} x {width}")
+        self._thread_count.note(tuple(x.shape), threads, time.perf_counter() - begun)
         out = self._dequantize(out)
         features = out[:, :, None, None] if pooled else out if self.planar else out.permute(0, 3, 1, 2)
         with torch.no_grad():

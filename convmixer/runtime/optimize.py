@@ -108,7 +108,8 @@ def optimize(
             one that is usually fastest, or with an `example` the one that was measured to be.
         chunk: Most images to compute at a time by one thread ("compile" on a CPU: times its threads); larger batches
             are split. None: on CPUs as many as fill a core's second-level cache. "native" takes only single images.
-        threads: Of "openvino", "onnxruntime" and "native"; None: as many as PyTorch uses.
+        threads: Of "openvino", "onnxruntime" and "native"; None: as many as PyTorch uses. After a call that another
+            program held up, "native" takes one for a while.
         calibration: For int8: images as the model takes them (N, C, H, W), or a folder, a tar or a name such as
             `torch/cifar10`, of which at most 512 training images are taken. Never give test images.
         example: Images (B, C, H, W) as the model will get them: backends and chunk sizes are timed with it, and the

@@ -116,8 +116,8 @@ def latency() -> str:
     for dtype, loads in measured["milliseconds"].items():
         for name in loads["alone"]:
             times = [loads[load][name] for load in ("alone", "turns", "busy")]
-            rows.append((name, dtype, *(f"{t['p50']:.2f}, {t['p99']:.1f}" for t in times)))
-    text = table(("p50, p99", "", "by itself", "in turns", "in turns, one core busy"), rows, numbers=3)
+            rows.append((name, dtype, *(f"{t['p50']:.2f}, {t['p90']:.2f}, {t['p99']:.1f}" for t in times)))
+    text = table(("p50, p90, p99", "", "by itself", "in turns", "in turns, one core busy"), rows, numbers=3)
     return f"{text}\n\n{machine(measured)} (`python benchmarks/latency.py`)."
 
 
