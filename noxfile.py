@@ -50,7 +50,7 @@ def lowest(session: nox.Session) -> None:
     session.run("pytest", "-n", "2", *session.posargs)
 
 
-@nox.session(python=["3.10", "3.12", "3.13"])
+@nox.session(python=["3.10", "3.12", "3.13", "3.14"])
 def newest(session: nox.Session) -> None:
     """All tests with the newest versions of everything."""
     session.install("--upgrade", "-e", ".[dev]")

@@ -52,7 +52,11 @@ def finish(command: Sequence[object], *, timeout: float = 300, **options) -> sub
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def wait_for_its_end(child: int) -> None:
-    """Until a child of this process has ended, and the handlers of that have run. Its status is left to others."""
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+def kill(pid: int) -> None:
+    """As the system kills a process when memory is short. Return when it is dead and the handlers of that have run."""
+    process = psutil.Process(pid)
+    process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):  # its status is left to others
+        while process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
     time.sleep(0.1)

@@ -11,7 +11,7 @@ from conftest import SMALL_MODEL, write_digits
 from processes import finish
 
 from convmixer import hardware
-from convmixer.data import stream
+from convmixer.data import stream, workers
 from convmixer.data.memory import Fit
 from convmixer.errors import DependencyError, WriteError
 from convmixer.files import write_atomically
@@ -162,7 +162,7 @@ def test_what_reads_images_can_be_sent_to_another_process(kind, tmp_path, monkey
         def __iter__(self):
             return iter(())
 
-    monkeypatch.setattr(stream, "DataLoader", Loader)
+    monkeypatch.setattr(workers, "DataLoader", Loader)
     recipe = get_recipe("cifar10", epochs=1, batch_size=4, stream=True, **SMALL_MODEL)
     opened = stream.open_stream(source, "train", recipe, Fit((3, 8, 8)), mean=(0.5,) * 3, workers=2, report=str)
     assert list(opened.in_order(4)) == []

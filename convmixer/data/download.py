@@ -39,6 +39,7 @@ def download(url: str) -> bytes:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"not done after {MOST_SECONDS} seconds")
     except urllib.error.HTTPError as error:
+        error.close()
         raise ImageError(f"cannot fetch {shown}: the server answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = str(getattr(error, "reason", "") or error) or type(error).__name__

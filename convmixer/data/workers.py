@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import multiprocessing.process
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,8 +37,11 @@ def load(dataset: Any, name: str, **options: Any) -> Iterator[Any]:
     Raises:
         DataError: A worker died. That is raised where a batch is asked for, never in the middle of other work.
     """
-    loader = DataLoader(dataset, worker_init_fn=_leave_signals, generator=torch.Generator(), **options)
+    loader = DataLoader(dataset, worker_init_fn=_begin, generator=torch.Generator(), **options)
+    others = set(multiprocessing.active_children())
     batches = iter(loader)
+    stop = functools.partial(_kill, set(multiprocessing.active_children()) - others)
+    atexit.register(stop)  # Python would wait for ever for those that ignore its SIGTERM
     _note_deaths()
     try:
         yield from batches
@@ -46,12 +52,28 @@ def load(dataset: Any, name: str, **options: Any) -> Iterator[Any]:
         said = _deaths.pop() if _deaths else str(error)
         _deaths.clear()
         raise DataError(f"a process that reads {name!r} ended: {said.split('. ')[0]}. Give fewer workers") from error
+    finally:
+        atexit.unregister(stop)
 
 
-def _leave_signals(_worker: int) -> None:
+def _kill(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _begin(_worker: int) -> None:
     # Ctrl-C, and SIGTERM of a batch system, reach all processes; the main one still needs batches to end its step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # torch watches the parent process, which is not the main one if a fork server started this one.
+    threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+
+
+def _end_with_the_main_process() -> None:
+    main = multiprocessing.parent_process()
+    if main is not None:
+        main.join()
+        os._exit(1)
 
 
 def _note_deaths() -> None:

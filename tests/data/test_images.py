@@ -5,6 +5,7 @@ import http.server
 import io
 import threading
 import time
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -549,9 +550,11 @@ def test_addresses_that_give_no_image(server, monkeypatch, path, text):
     for name, value in {"MOST_BYTES": 2**18, "MOST_SILENCE": 0.3, "MOST_SECONDS": 0.5}.items():
         monkeypatch.setattr(download, name, value)
     begun = time.monotonic()
-    with pytest.raises(ImageError, match=text):
+    with pytest.raises(ImageError, match=text) as caught:
         read_image(f"{server}/{path}")
     assert time.monotonic() - begun < 10
+    answer = caught.value.__cause__
+    assert not isinstance(answer, HTTPError) or answer.fp.closed
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/a.png", "http://", "https:///a.png", "http://a b/c", "http://[/a"])

@@ -40,8 +40,8 @@ def push(case, *arguments, libraries=()):
     verify.LIBRARIES = {{name: verify.with_timm for name in libraries}}
     try:
         urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/begin/" + case.replace(" ", "_"))
-    except urllib.error.HTTPError:
-        pass
+    except urllib.error.HTTPError as error:
+        error.close()
     result = RUNNER.invoke(main, ["push-zoo", *arguments])
     print(json.dumps({{"case": case, "status": result.exit_code, "out": result.stdout, "err": result.stderr}}))
 
