@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from convmixer.model import ConvMixer
 from convmixer.plots import plot_history, write_figure
 from convmixer.training.history import Epoch, best_epoch, write_history
 from convmixer.training.recipe import Recipe
+
+# What a write that was killed leaves: the name of a file of a run, and the ending of a temporary one.
+_LEFTOVER = re.compile(r"\.(recipe|metrics|result|last|best|model)\.(json|csv|pt|safetensors)\.[a-z0-9_]{8}")
 
 
 class RunFolder:
@@ -72,8 +76,9 @@ class RunFolder:
             ) from error
         except (OSError, NotImplementedError) as error:
             raise ArgumentError(f"cannot use the folder {str(self.path)!r}: {error}. Choose another") from error
-        for leftover in self.path.glob(".*.*"):  # of a write that was killed
-            leftover.unlink(missing_ok=True)
+        for file in self.path.iterdir():
+            if _LEFTOVER.fullmatch(file.name):
+                file.unlink(missing_ok=True)
         try:
             yield
         finally:

@@ -569,6 +569,8 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
     assert evaluate(result.model, validation, precision="auto")["loss"] == pytest.approx(losses[best], rel=1e-5)
     kept, named = load_file(result.weights), load_file(tmp_path / "run" / "best.safetensors")
     assert all(torch.equal(kept[key], named[key]) for key in kept)
+    recorded = json.loads((tmp_path / "run" / "result.json").read_text())["validation_accuracy"]
+    assert recorded == result.history[best].validation_accuracy
 
 
 def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
@@ -715,6 +717,16 @@ def test_a_folder_is_trained_in_once_at_a_time(digits, tmp_path):
     with RunFolder(tmp_path / "run", recipe, resume=False).locked(), refused:
         train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+
+
+def test_hidden_files_in_the_folder_of_a_run_stay(digits, tmp_path):
+    """Only what a killed write of a run leaves is deleted: the folder may be one that somebody works in."""
+    (tmp_path / ".vscode.d").mkdir()
+    for name in (".pre-commit-config.yaml", ".env.local", ".last.pt", ".last.pt.x4_y2z9q"):
+        (tmp_path / name).write_text("mine")
+    train(get_recipe("cifar10", **{**QUICK, "epochs": 1}), digits, tmp_path, device="cpu", report=quiet)
+    hidden = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
+    assert hidden == [".env.local", ".last.pt", ".lock", ".pre-commit-config.yaml", ".vscode.d"]
 
 
 def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
