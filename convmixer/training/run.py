@@ -46,7 +46,7 @@ class RunFolder:
         resume: Whether a run in the folder is to go on.
 
     Raises:
-        ArgumentError: The folder holds a run that is not to be resumed, or none that could be.
+        ArgumentError: The folder holds a run that is not to be resumed, none that could be, or weights of no run.
     """
 
     def __init__(self, path: str | Path, recipe: Recipe, *, resume: bool) -> None:
@@ -60,8 +60,17 @@ class RunFolder:
             raise ArgumentError(f"output={str(self.path)!r} is a file: give a folder")
         if self.state_file.exists() and not resume:
             raise ArgumentError(f"{str(self.path)!r} holds a run: resume it (--resume) or choose another folder")
+        if self.weights.exists() and not self.state_file.exists() and self._is_published():
+            raise ArgumentError(
+                f"{str(self.path)!r} holds a model.safetensors that is not of a run, and the run would replace it: choose "
+                "another folder"
+            )
         if resume and not self.state_file.exists():
             raise ArgumentError(f"nothing to resume: {str(self.state_file)!r} does not exist")
+
+    def _is_published(self) -> bool:
+        """Return whether the weights in the folder came from elsewhere, such as from `save_pretrained`."""
+        return (self.path / "config.json").exists() or not (self.path / "recipe.json").exists()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -740,6 +740,24 @@ def test_hidden_files_in_the_folder_of_a_run_stay(digits, tmp_path):
     assert hidden == [".env.local", ".last.pt", ".lock", ".pre-commit-config.yaml", ".vscode.d"]
 
 
+def test_weights_of_others_are_not_replaced(digits, tmp_path):
+    model = convmixer.create_model("convmixer_256_8", device="cpu", dim=8, depth=1, num_classes=4)
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    convmixer.save_pretrained(model, tmp_path / "published")
+    before = (tmp_path / "published" / "model.safetensors").read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ArgumentError, match=r"holds a model\.safetensors that is not of a run, and the run would"):
+            train(recipe, digits, tmp_path / "published", device="cpu", resume=resume, report=quiet)
+    assert (tmp_path / "published" / "model.safetensors").read_bytes() == before
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    before = result.weights.read_bytes()
+    with pytest.raises(ArgumentError, match="is the folder of a run, whose model.safetensors would be replaced"):
+        convmixer.save_pretrained(tmp_path / "run", tmp_path / "run")
+    assert result.weights.read_bytes() == before
+    (tmp_path / "run" / "last.pt").unlink()
+    train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)  # it starts again, as the messages say
+
+
 def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 3})
