@@ -49,13 +49,12 @@ def check_layers(model: Any) -> None:
     for i, block in enumerate(model.blocks):
         if not (isinstance(block, nn.Sequential) and len(block) == 4 and hasattr(block[0], "fn")):
             raise _replaced(f"blocks.{i}", block, "it is not a block of a ConvMixer")
-        depthwise = block[0].fn[0]
-        size = getattr(depthwise, "kernel_size", (0,))[0]
-        padding = (0, 0) if getattr(depthwise, "even_kernel", False) else (size // 2, size // 2)
-        if getattr(depthwise, "padding", None) == "same":
-            padding = "same"
-        _check_convolution(f"blocks.{i}.0.fn.0", depthwise, kernel_size=(size, size), padding=padding, groups=model.dim)
-        _check_norm(f"blocks.{i}.0.fn.2", block[0].fn[2])
+        branch: Any = block[0].fn
+        size = getattr(branch[0], "kernel_size", (0,))[0]
+        around: Any = (0, 0) if getattr(branch[0], "even_kernel", False) else (size // 2, size // 2)
+        around = "same" if getattr(branch[0], "padding", None) == "same" else around
+        _check_convolution(f"blocks.{i}.0.fn.0", branch[0], kernel_size=(size, size), padding=around, groups=model.dim)
+        _check_norm(f"blocks.{i}.0.fn.2", branch[2])
         _check_convolution(f"blocks.{i}.1", block[1], kernel_size=(1, 1), padding=(0, 0))
         _check_norm(f"blocks.{i}.3", block[3])
 

@@ -123,8 +123,9 @@ def optimize(
         `OptimizedConvMixer`.
 
     Raises:
-        ArgumentError: Another kind of module, or one with layers that are not a ConvMixer's; a type or a device that the backend does not compute; `normalization` for
-            a model that says nothing about its preprocessing; arguments that contradict each other.
+        ArgumentError: Another kind of module, or one with layers that are not a ConvMixer's; a type or a device that
+            the backend does not compute; `normalization` for a model that says nothing about its preprocessing;
+            arguments that contradict each other.
         DependencyError: A backend that is not installed; the message says how to get it.
 
     Example:

@@ -103,7 +103,7 @@ class OptimizedConvMixer(nn.Module):
         own = self.state_dict(prefix=prefix)
         if not all(torch.equal(state_dict[key].to(own[key]), own[key]) for key in own.keys() & state_dict.keys()):
             raise ArgumentError(_KEEPS_ITS_WEIGHTS)
-        super()._load_from_state_dict(state_dict, prefix, *further)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *further)
 
     def forward(self, x: Tensor) -> Tensor | Any:
         """Compute logits (B, num_classes) of images (B, in_chans, H, W); a feature extractor returns a list of maps."""

@@ -62,8 +62,8 @@ class RunFolder:
             raise ArgumentError(f"{str(self.path)!r} holds a run: resume it (--resume) or choose another folder")
         if self.weights.exists() and not self.state_file.exists() and self._is_published():
             raise ArgumentError(
-                f"{str(self.path)!r} holds a model.safetensors that is not of a run, and the run would replace it: choose "
-                "another folder"
+                f"{str(self.path)!r} holds a model.safetensors that is not of a run, and the run would replace it: "
+                "choose another folder"
             )
         if resume and not self.state_file.exists():
             raise ArgumentError(f"nothing to resume: {str(self.state_file)!r} does not exist")
