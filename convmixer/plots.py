@@ -473,6 +473,8 @@ class ClassActivation:
         return Image.fromarray(np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def class_activation(
     model: nn.Module, image: Any, target: int | None = None, *, side: int = SHOWN_SIDE
 ) -> ClassActivation:
@@ -489,7 +491,7 @@ def class_activation(
 
     Raises:
         ImageError: An image that cannot be read.
-        ArgumentError: A model without a head, or no such class.
+        ArgumentError: A model without a head or one from `optimize`, or no such class.
 
     Example:
         >>> from convmixer.plots import class_activation
@@ -498,7 +500,7 @@ def class_activation(
         (96, 96)
     """
     model = find_model(model)
-    _weight(model, "stem.0.weight")
+    _weight(model, "blocks.0.0.fn.0.weight")  # a folded block puts out something else
     count = len(label_names(model))
     if target is not None and not 0 <= target < count:
         raise ArgumentError(f"target={target}: this model has the classes 0 to {count - 1}")

@@ -233,6 +233,14 @@ def test_class_activation_of_fused_blocks(model, cat):
     assert twin.fused
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_class_activation_where_gradients_are_off(model, cat, mode):
+    expected = plots.class_activation(model, cat, side=32)
+    with mode():
+        found = plots.class_activation(model, cat, side=32)
+    np.testing.assert_array_equal(found.heat, expected.heat)
+
+
 def test_probabilities_are_those_of_predict(model, cat):
     with Image.open(cat) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB").resize((32, 32)))).permute(2, 0, 1)
@@ -396,6 +404,8 @@ def test_senseless_activation(model, cat, tmp_path):
     backbone = convmixer.create_model("convmixer_256_8", device="cpu", features_only=True)
     with pytest.raises(ArgumentError, match="this model has no classes"):
         plots.plot_class_activation(backbone, cat)
+    with pytest.raises(ArgumentError, match="give a ConvMixer as it was before optimize"):
+        plots.plot_class_activation(convmixer.optimize(model), cat)
     with pytest.raises(ImageError, match="no image at"):
         plots.plot_class_activation(model, tmp_path / "none.png")
 
