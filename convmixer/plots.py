@@ -201,9 +201,8 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
         raise ArgumentError(f"labels {true.shape} and predictions {predicted.shape}: give both as (N,), N at least 1")
     for name, values in {"labels": true, "predictions": predicted}.items():
         _check_labels(name, values, count)
-    matrix = np.bincount(true.astype(np.int64) * count + predicted.astype(np.int64), minlength=count**2).reshape(
-        count, count
-    )
+    cells = true.astype(np.int64) * count + predicted.astype(np.int64)
+    matrix = np.bincount(cells, minlength=count**2).reshape(count, count)
     totals = matrix.sum(1, keepdims=True)
     percent = 100 * matrix / np.maximum(totals, 1)
     side = min(max(0.72 * count, 4), 16)

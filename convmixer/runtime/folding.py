@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from convmixer.errors import ArgumentError
-from convmixer.model import ConvMixer, DepthwiseConv2d, check_dtype, check_input, lay_out, take_indices
+from convmixer.model import ConvMixer, DepthwiseConv2d, Residual, check_dtype, check_input, lay_out, take_indices
 from convmixer.transforms import preprocessing
 from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
@@ -44,11 +44,15 @@ def check_layers(model: Any) -> None:
     An adapter or a dilated convolution has a weight of the same shape, too.
     """
     stem, patch = model.stem, (model.patch_size, model.patch_size)
+    if not _is_sequence(stem, 3):
+        raise _replaced("stem", stem, "it is not the stem of a ConvMixer")
     _check_convolution("stem.0", stem[0], kernel_size=patch, stride=patch, padding=(0, 0))
     _check_norm("stem.2", stem[2])
     for i, block in enumerate(model.blocks):
-        if not (isinstance(block, nn.Sequential) and len(block) == 4 and hasattr(block[0], "fn")):
+        if not _is_sequence(block, 4):
             raise _replaced(f"blocks.{i}", block, "it is not a block of a ConvMixer")
+        if type(block[0]) is not Residual or not _is_sequence(block[0].fn, 3):
+            raise _replaced(f"blocks.{i}.0", block[0], "it is not the residual of a ConvMixer")
         branch: Any = block[0].fn
         size = getattr(branch[0], "kernel_size", (0,))[0]
         around: Any = (0, 0) if getattr(branch[0], "even_kernel", False) else (size // 2, size // 2)
@@ -57,6 +61,11 @@ def check_layers(model: Any) -> None:
         _check_norm(f"blocks.{i}.0.fn.2", branch[2])
         _check_convolution(f"blocks.{i}.1", block[1], kernel_size=(1, 1), padding=(0, 0))
         _check_norm(f"blocks.{i}.3", block[3])
+
+
+def _is_sequence(layers: Any, count: int) -> bool:
+    """Return whether something computes so many layers one after the other."""
+    return isinstance(layers, nn.Sequential) and type(layers).forward is nn.Sequential.forward and len(layers) == count
 
 
 def _check_convolution(name: str, layer: Any, **settings: Any) -> None:

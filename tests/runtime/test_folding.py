@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import convmixer
 from convmixer import ConvMixer, optimize
 from convmixer.errors import ArgumentError, ImageError
-from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
+from convmixer.model import ACTIVATIONS, GLOBAL_POOLS, Residual
 from convmixer.runtime.folding import FoldedConvMixer
 
 SMALL = {"dim": 12, "depth": 3, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
@@ -357,7 +357,14 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
+class Scaled(Residual):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * self.fn(x)
+
+
 REPLACED = {
+    "a scaled residual": ("blocks.1.0", Scaled(nn.Sequential(*[nn.Identity()] * 3)), "not the residual of a ConvMixer"),
+    "no norm in the stem": ("stem", nn.Sequential(nn.Conv2d(3, 12, 2, 2), nn.GELU()), "not the stem of a ConvMixer"),
     "a dilated kernel": ("blocks.1.0.fn.0", nn.Conv2d(12, 12, 5, padding=4, dilation=2, groups=12), "dilation=(2, 2)"),
     "a circular kernel": (
         "blocks.1.0.fn.0",
