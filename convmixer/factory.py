@@ -262,6 +262,8 @@ def create_model(
         tensors = read_tensors(weights)
         if checkpoint is not None:
             config |= _config_of_checkpoint(weights, tensors, config)
+    if model_args.get("num_classes", config["num_classes"]) != config["num_classes"]:
+        config |= {"label_names": None}  # a new head, whose classes have no names yet
     arguments = {**source.model_args, **model_args, "pretrained_cfg": config}
     if tensors is None or weights is None:
         model = _build(source.variant, device=target, dtype=kind, **arguments)

@@ -682,6 +682,8 @@ class ConvMixer(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new, randomly initialised one for `num_classes` (0: none), and the pool if given.
 
+        The new classes have no names, even if there are as many as before: set `pretrained_cfg["label_names"]`.
+
         Raises:
             ArgumentError: A negative number, an unknown pool, or classes without a pool.
 
@@ -693,6 +695,9 @@ class ConvMixer(nn.Module):
         """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._set_head(num_classes, pool, get_device_dtype(self))
+        config = getattr(self, "pretrained_cfg", None)
+        if num_classes and config:
+            self.pretrained_cfg = {**config, "label_names": None, "tag": None}  # which name the old classes
         self.global_pool.train(self.training)
         self.head.train(self.training)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from convmixer.data.images import read_image
 from convmixer.data.memory import fitting, load_images
-from convmixer.errors import ArgumentError, optional
+from convmixer.errors import ArgumentError, check_count, optional
 from convmixer.files import write_atomically
 from convmixer.inference import class_logits, label_names
 from convmixer.model import evaluation_view, mirror
@@ -200,9 +200,9 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
     if true.shape != predicted.shape or true.ndim != 1 or not true.size:
         raise ArgumentError(f"labels {true.shape} and predictions {predicted.shape}: give both as (N,), N at least 1")
     for name, values in {"labels": true, "predictions": predicted}.items():
-        if values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= count:
-            raise ArgumentError(f"{name} from {values.min()} to {values.max()}: give integers from 0 to {count - 1}")
-    matrix = np.bincount(true.astype(np.int64) * count + predicted, minlength=count**2).reshape(count, count)
+        _check_labels(name, values, count)
+    cells = true.astype(np.int64) * count + predicted.astype(np.int64)
+    matrix = np.bincount(cells, minlength=count**2).reshape(count, count)
     totals = matrix.sum(1, keepdims=True)
     percent = 100 * matrix / np.maximum(totals, 1)
     side = min(max(0.72 * count, 4), 16)
@@ -226,6 +226,12 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
     return figure
 
 
+def _check_labels(name: str, values: npt.NDArray[Any], count: int) -> None:
+    """Raise an ArgumentError for labels that are not integers from 0 to count - 1."""
+    if values.size and (values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= count):
+        raise ArgumentError(f"{name} from {values.min()} to {values.max()}: give integers from 0 to {count - 1}")
+
+
 def plot_mistakes(
     images: Tensor, labels: Array, probabilities: Array, classes: Sequence[str], count: int = 25
 ) -> Figure:
@@ -239,7 +245,7 @@ def plot_mistakes(
         count: Most images to show.
 
     Raises:
-        ArgumentError: Shapes that do not fit together, or a count below 1.
+        ArgumentError: Shapes that do not fit together, an integer that is not a class, or a count below 1.
 
     Example:
         >>> from convmixer.plots import plot_mistakes
@@ -255,8 +261,8 @@ def plot_mistakes(
             f"{len(images)} images of {len(classes)} classes with labels {true.shape} and probabilities {share.shape}: "
             f"give ({len(images)},) and ({len(images)}, {len(classes)})"
         )
-    if count < 1:
-        raise ArgumentError(f"count={count}: give at least 1")
+    _check_labels("labels", true, len(classes))
+    check_count("count", count)
     predicted, confidence = share.argmax(1), share.max(1)
     wrong = np.flatnonzero(predicted != true)
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:count]
@@ -466,6 +472,8 @@ class ClassActivation:
         return Image.fromarray(np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def class_activation(
     model: nn.Module, image: Any, target: int | None = None, *, side: int = SHOWN_SIDE
 ) -> ClassActivation:
@@ -482,7 +490,7 @@ def class_activation(
 
     Raises:
         ImageError: An image that cannot be read.
-        ArgumentError: A model without a head, or no such class.
+        ArgumentError: A model without a head or one from `optimize`, or no such class.
 
     Example:
         >>> from convmixer.plots import class_activation
@@ -491,7 +499,7 @@ def class_activation(
         (96, 96)
     """
     model = find_model(model)
-    _weight(model, "stem.0.weight")
+    _weight(model, "blocks.0.0.fn.0.weight")  # a folded block puts out something else
     count = len(label_names(model))
     if target is not None and not 0 <= target < count:
         raise ArgumentError(f"target={target}: this model has the classes 0 to {count - 1}")
@@ -501,6 +509,7 @@ def class_activation(
     parameter = next(model.parameters())
     inputs = transform(opened)[None].to(parameter.device, parameter.dtype).requires_grad_()  # weights may be frozen
     view: Any = mirror(model).eval()  # captum hangs hooks on layers, which others may be using
+    view.fused = False  # fused blocks call no layers, so no hooks
     with computing():
         probabilities = class_logits(view(inputs).detach().float()).softmax(1)[0]
         index = int(probabilities.argmax()) if target is None else target

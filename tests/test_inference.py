@@ -12,6 +12,7 @@ from torch import nn
 
 import convmixer
 from convmixer.errors import ArgumentError, ImageError
+from convmixer.hub.checkpoints import save_weights
 from convmixer.inference import label_names
 from convmixer.registry import CIFAR10_CLASSES
 
@@ -290,18 +291,32 @@ def test_labels_of_cifar10(model):
     assert list(label_names(model)) == CIFAR10
 
 
-@pytest.mark.parametrize("classes", [2, 11])
+@pytest.mark.parametrize("classes", [2, 10, 11])
 def test_labels_after_a_change_of_head(classes, arrow):
     expected = [f"class {i}" for i in range(classes)]
-    built = small(num_classes=classes)
-    assert list(label_names(built)) == expected
+    if classes != 10:  # else the classes are those of the weights
+        built = small(num_classes=classes)
+        assert list(label_names(built)) == expected
     swapped = small()
     swapped.reset_classifier(classes)
     assert list(label_names(swapped)) == expected
     assert sorted(label for label, _ in convmixer.predict(swapped, arrow, topk=99)) == sorted(expected)
 
 
+def test_labels_of_a_new_head_with_one_output(tmp_path):
+    """Two names fit one output, too, but these are of the head that is gone."""
+    weights = tmp_path / "two.safetensors"
+    save_weights(small(num_classes=2), weights, {"label_names": ["cat", "dog"]})
+    sizes = {"checkpoint": weights, "device": "cpu", "dim": 32, "depth": 2}
+    assert label_names(convmixer.create_model("convmixer_256_8", **sizes)) == ("cat", "dog")
+    assert label_names(convmixer.create_model("convmixer_256_8", num_classes=1, **sizes)) == ("class 0", "class 1")
+
+
 def test_labels_of_imagenet(cat):
+    new = small(num_classes=1000)
+    new.pretrained_cfg = {**new.pretrained_cfg, "tag": "in1k"}
+    new.reset_classifier(1000)
+    assert label_names(new)[0] == "class 0"
     model = lively(timm.create_model("convmixer_1024_20_ks9_p14"))
     names = label_names(model)
     assert len(names) == 1000

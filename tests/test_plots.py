@@ -1,5 +1,6 @@
 """Figures: the data behind what is drawn, the files, and what is said where nothing can be drawn."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -211,7 +212,9 @@ def test_few_mistakes_and_none(tmp_path):
         ({"images": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}, "images (2, 4, 4, 3) of torch.uint8"),
         ({"labels": [0]}, "2 images of 2 classes with labels (1,) and probabilities (2, 2): give (2,) and (2, 2)"),
         ({"classes": ["a"]}, "2 images of 1 classes with labels (2,) and probabilities (2, 2): give (2,) and (2, 1)"),
-        ({"count": 0}, "count=0: give at least 1"),
+        ({"count": 0}, "count=0: give a whole number of at least 1"),
+        ({"labels": [0, -1]}, "labels from -1 to 0: give integers from 0 to 1"),
+        ({"labels": [0.0, 1.0]}, "labels from 0.0 to 1.0: give integers from 0 to 1"),
     ],
 )
 def test_senseless_mistakes(changes, text):
@@ -219,6 +222,23 @@ def test_senseless_mistakes(changes, text):
     given |= {"probabilities": [[0.5, 0.5], [0.5, 0.5]], "classes": ["a", "b"]}
     with pytest.raises(ArgumentError, match=re.escape(text)):
         plots.plot_mistakes(**given | changes)
+
+
+def test_class_activation_of_fused_blocks(model, cat):
+    """They call no layers, on which Grad-CAM hangs its hooks."""
+    twin = copy.deepcopy(model)
+    twin.set_fused()
+    expected, found = (plots.class_activation(net, cat, side=32) for net in (model, twin))
+    np.testing.assert_allclose(found.heat, expected.heat, atol=1e-5)
+    assert twin.fused
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_class_activation_where_gradients_are_off(model, cat, mode):
+    expected = plots.class_activation(model, cat, side=32)
+    with mode():
+        found = plots.class_activation(model, cat, side=32)
+    np.testing.assert_array_equal(found.heat, expected.heat)
 
 
 def test_probabilities_are_those_of_predict(model, cat):
@@ -384,6 +404,8 @@ def test_senseless_activation(model, cat, tmp_path):
     backbone = convmixer.create_model("convmixer_256_8", device="cpu", features_only=True)
     with pytest.raises(ArgumentError, match="this model has no classes"):
         plots.plot_class_activation(backbone, cat)
+    with pytest.raises(ArgumentError, match="give a ConvMixer as it was before optimize"):
+        plots.plot_class_activation(convmixer.optimize(model), cat)
     with pytest.raises(ImageError, match="no image at"):
         plots.plot_class_activation(model, tmp_path / "none.png")
 

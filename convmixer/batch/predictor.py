@@ -100,7 +100,7 @@ class Answers:
         if not self.labels:
             return [_lists(arrow.array(outputs.cpu().numpy().ravel()), outputs.shape[1])]
         values, indices = (tensor.cpu().numpy() for tensor in top_classes(outputs, self.topk))
-        names = arrow.array(self.labels, arrow.string())
+        names = arrow.array([_escaped(label) for label in self.labels], arrow.string())
         return [
             names.take(arrow.array(indices[:, 0])),
             arrow.array(values[:, 0]),
@@ -194,7 +194,8 @@ class Predictor:
     def _rows(self, model: nn.Module, batch: Decoded, arrow: Any, schema: Any) -> Any:
         """Return a row for each image, a pyarrow.RecordBatch; where the image could not be read, answers are null."""
         count = len(batch.names)
-        errors = arrow.array([batch.errors.get(i) for i in range(count)], arrow.string())
+        texts = [batch.errors.get(i) for i in range(count)]
+        errors = arrow.array([text if text is None else _escaped(text) for text in texts], arrow.string())
         names = arrow.array([_escaped(name) for name in batch.names], arrow.string())
         if batch.images is None:
             answers = [arrow.nulls(count, field.type) for field in list(schema)[1:-1]]
@@ -207,6 +208,6 @@ class Predictor:
         return arrow.RecordBatch.from_arrays([names, *answers, errors], schema=schema)
 
 
-def _escaped(name: str) -> str:
-    """Return a file name with escapes for what is not UTF-8, which is all that Parquet stores."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def _escaped(text: str) -> str:
+    """Return a text, such as a file name, with escapes for what is not UTF-8, which is all that Parquet stores."""
+    return text.encode("utf-8", "backslashreplace").decode()

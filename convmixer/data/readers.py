@@ -76,14 +76,22 @@ class _Labelled(abc.ABC):
         """Return for each label of the split the label of the same name in `classes`.
 
         Raises:
-            DataError: One is not there.
+            DataError: One is not there, or is there twice.
         """
+        if tuple(classes) == self.classes:
+            return torch.arange(len(classes))  # by position: ImageNet has two classes that are called crane
         foreign = [label for label in self.classes if label not in classes]
         if foreign:
             hint = ". A folder of images that nobody has labelled is not a class: give a table of labels"
             raise DataError(
                 f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}"
                 + (hint if len(self.classes) == 1 else "")
+            )
+        if twice := [label for label in self.classes if classes.count(label) > 1]:
+            raise DataError(
+                f"several classes of the model are called {some(twice)}, as one of {self.name!r} is: nothing says "
+                "which is meant. Give the model different names (label_names, classes=), or for ImageNet folders named "
+                "by WordNet numbers"
             )
         return torch.tensor([classes.index(label) for label in self.classes])
 

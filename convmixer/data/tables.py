@@ -47,12 +47,18 @@ def read_table(path: str | Path) -> list[Row]:
             table = pandas.read_parquet(file)
         else:  # text as it is: 007 and NA are names of classes like others
             separator = "\t" if suffix == ".tsv" else ","
-            table = pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            # Without a header, as pandas would rename columns of one name, and move the cells of longer rows.
+            options = {"header": None, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+            lines = pandas.read_csv(file, sep=separator, **options)
+            table = lines.iloc[1:].set_axis(lines.iloc[0], axis="columns")
     except FileNotFoundError as error:
         raise DataError(f"no table at {str(path)!r}") from error
     except Exception as error:  # pandas' and pyarrow's
         raise DataError(f"cannot read the table {str(path)!r}: {type(error).__name__}: {error}") from error
-    columns = {str(column).strip().lower(): column for column in table.columns}
+    names = [str(column).strip().lower() for column in table.columns]
+    if twice := [name for name in ("image", "label", "split") if names.count(name) > 1]:
+        raise DataError(f"{str(path)!r} has several columns called {', '.join(twice)}: leave one of them")
+    columns = dict(zip(names, table.columns, strict=True))
     if not {"image", "label"} <= columns.keys():
         found = ", ".join(brief(str(column)) for column in table.columns)
         raise DataError(f"{str(path)!r} has the columns {found}: it needs image and label, and may have split")

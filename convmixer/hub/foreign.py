@@ -15,9 +15,10 @@ from convmixer.errors import WeightsError, brief
 
 Value = TypeVar("Value")
 
-# Under what training programs keep a state dict; averages of the weights first.
+# Under what training programs keep a state dict; averages of the weights first. "average" is that of a run's last.pt.
 _NESTED = (
-    *("state_dict_ema", "model_ema", "params_ema"),
+    *("state_dict_ema", "model_ema", "params_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema"),
+    "average",
     *("state_dict", "model_state_dict", "model_state", "model", "net", "params"),
 )
 
@@ -33,7 +34,7 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
         WeightsError: There are no tensors, or more than one model.
     """
     for _ in range(4):
-        nested = [k for k in _NESTED if isinstance(content, Mapping) and isinstance(content.get(k), Mapping)]
+        nested = [k for k in _NESTED if isinstance(content, Mapping) and _may_hold_tensors(content.get(k))]
         if not nested:
             break
         content = content[nested[0]]
@@ -43,6 +44,13 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
     if not tensors:
         raise WeightsError(f"{source} holds no tensors: its keys are {first([str(k) for k in content])}")
     return our_names(tensors, source)
+
+
+def _may_hold_tensors(value: Any) -> bool:
+    """Return whether a part of a checkpoint is a state dict, or has one under a usual name; settings are neither."""
+    return isinstance(value, Mapping) and (
+        any(isinstance(tensor, Tensor) for tensor in value.values()) or any(name in value for name in _NESTED)
+    )
 
 
 def our_names(values: Mapping[str, Value], source: str) -> dict[str, Value]:

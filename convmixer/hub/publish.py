@@ -100,6 +100,10 @@ def save_pretrained(
     source = gather(model, metrics, test_data, licence, training_data, recipe, description, tags, label_names)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(folder)!r} is a file: give a folder")
+    if (folder / "last.pt").exists():
+        raise ArgumentError(
+            f"directory={str(folder)!r} is the folder of a run, whose model.safetensors would be replaced: give another"
+        )
     if repo_id:
         check_repo_id(repo_id)
     existed = folder.exists()

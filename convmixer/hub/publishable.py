@@ -172,7 +172,7 @@ def _facts_of_run(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, A
     if seconds and device:
         steps.append(f"{seconds / 3600:.2f} hours on {device}.")
     if result.get("validation_accuracy") is not None:
-        steps.append(f"Accuracy on the held-out part of the training images: {result['validation_accuracy']:.2f} %.")
+        steps.append(f"Accuracy on the validation images: {result['validation_accuracy']:.2f} %.")
     data, count = _without_folder(result.get("data", "")), result.get("training_images")
     return {
         "metrics": tuple(

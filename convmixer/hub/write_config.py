@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from convmixer.hub.config import PREPROCESSING_CHECKS
 from convmixer.model import ACTIVATIONS, ConvMixer, activation
 from convmixer.registry import VARIANTS, Variant
 from convmixer.transforms import preprocessing
+
+_GEOMETRY = ("stride", "dilation", "padding_mode")
+_ACTIVATION_SETTINGS = ("approximate", "negative_slope", "alpha", "min_val", "max_val")
 
 
 def num_classes(model: Any) -> int:
@@ -51,11 +55,45 @@ def _activation_name(module: nn.Module) -> str:
 
 
 def rebuild(model: Any) -> ConvMixer:
-    """Build the same architecture without storage."""
+    """Build the same architecture without storage.
+
+    Raises:
+        ArgumentError: A layer has settings that a config.json does not hold, so that no one could build it again.
+    """
     arguments: dict[str, Any] = shape_of(model)
     pool = model.global_pool.pool_type
     arguments |= {"in_chans": model.stem[0].in_channels, "num_classes": num_classes(model), "global_pool": pool}
-    return ConvMixer(**arguments, device="meta")
+    built = ConvMixer(**arguments, device="meta")
+    layers = dict(model.named_modules())
+    for name, layer in built.named_modules():
+        if name in layers:
+            _check_settings(name, layers[name], layer)
+    return built
+
+
+def _check_settings(name: str, layer: Any, built: nn.Module) -> None:
+    """Raise an ArgumentError if a layer computes otherwise than the one that was built, with the same tensors."""
+    advice = ""
+    if re.fullmatch(r"stem\.1|blocks\.\d+\.(0\.fn\.1|2)", name):
+        found, described = ({"activation": _activation_name(act)} | _numbers(act) for act in (layer, built))
+    elif isinstance(built, nn.Conv2d):
+        found, described = ({n: getattr(conv, n, None) for n in _GEOMETRY} for conv in (layer, built))
+    elif isinstance(built, nn.BatchNorm2d):
+        found, described = ({"eps": getattr(norm, "eps", None)} for norm in (layer, built))
+        advice = f". Add eps - {built.eps:g} to its running_var, and set eps to {built.eps:g}: that is the same"
+    else:
+        return
+    for setting, value in described.items():
+        if found.get(setting, value) != value:
+            raise ArgumentError(
+                f"{name} has {setting}={found[setting]!r}: config.json cannot say so, and whoever opens it would build "
+                f"{setting}={value!r}{advice}"
+            )
+
+
+def _numbers(act: nn.Module) -> dict[str, Any]:
+    """Return the settings of an activation that change what it computes."""
+    return {name: value for name, value in vars(act).items() if name in _ACTIVATION_SETTINGS}
 
 
 def architecture(shape: dict[str, int | str]) -> tuple[str, dict[str, Any]]:

@@ -24,13 +24,19 @@ LARGEST_KERNEL_INT8 = 13  # LARGEST_BYTES in cpu_bytes.h
 
 def refusal(model: Any, dtype: torch.dtype) -> str | None:
     """Return why the kernels do not compute a `ConvMixer` in float32, bfloat16 or int8; None if they do."""
-    act, kernel_size = model.stem[1], model.blocks[0][0].fn[0].kernel_size[0]
+    acts = [model.stem[1], *(act for block in model.blocks for act in (block[0].fn[1], block[2]))]
+    sizes = {block[0].fn[0].kernel_size[0] for block in model.blocks}
     if model.dim % PANEL:
         return f"native takes models whose dim is a multiple of {PANEL}, this one has {model.dim}"
-    if type(act) not in (nn.GELU, nn.ReLU) or getattr(act, "approximate", "none") != "none":
-        return f"native takes the activations gelu and relu, this model has {act}"
-    if dtype == torch.int8 and kernel_size > LARGEST_KERNEL_INT8:
-        return f"native takes kernels of at most {LARGEST_KERNEL_INT8} in int8, this model has {kernel_size}"
+    for act in acts:
+        if type(act) not in (nn.GELU, nn.ReLU) or getattr(act, "approximate", "none") != "none":
+            return f"native takes the activations gelu and relu, this model has {act}"
+    if len({type(act) for act in acts}) > 1:
+        return "native takes one activation in all layers, this model has gelu and relu"
+    if len(sizes) > 1:
+        return f"native takes one kernel size in all blocks, this model has {', '.join(map(str, sorted(sizes)))}"
+    if dtype == torch.int8 and max(sizes) > LARGEST_KERNEL_INT8:
+        return f"native takes kernels of at most {LARGEST_KERNEL_INT8} in int8, this model has {max(sizes)}"
     return None
 
 

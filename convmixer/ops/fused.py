@@ -397,13 +397,14 @@ def track(norms: Iterable[Any], moments: Iterable[Moments]) -> None:
     another type than the moments, move one by one, and so do all layers under `torch.func`.
 
     Args:
-        norms: The BatchNorm layers; those in evaluation mode or without running statistics do not move.
+        norms: The BatchNorm layers; those in evaluation mode, without running statistics or without
+            `track_running_stats` do not move.
         moments: Those of the batch for each layer.
     """
     together: dict[Any, list[tuple[Any, Moments]]] = {}
     seen: list[Any] = []
     for norm, batch in zip(norms, moments, strict=True):
-        if not norm.training or norm.running_mean is None:
+        if not norm.training or not norm.track_running_stats or norm.running_mean is None:
             continue
         if is_transformed() or norm.momentum is None or norm.running_mean.dtype != batch.mean.dtype:
             move = _Track.apply if is_transformed() else _Track.forward

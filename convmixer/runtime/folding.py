@@ -27,11 +27,70 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from convmixer.errors import ArgumentError
-from convmixer.model import ConvMixer, DepthwiseConv2d, check_dtype, check_input, lay_out, take_indices
+from convmixer.model import ConvMixer, DepthwiseConv2d, Residual, check_dtype, check_input, lay_out, take_indices
 from convmixer.transforms import preprocessing
 from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
+
+_CONVOLUTIONS = (nn.Conv2d.forward, DepthwiseConv2d.forward)  # what they compute follows from their settings
+_NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward)
+
+
+def check_layers(model: Any) -> None:
+    """Raise an ArgumentError where somebody has replaced a layer of a ConvMixer by what its folded copy would not have.
+
+    An adapter or a dilated convolution has a weight of the same shape, too.
+    """
+    stem, patch = model.stem, (model.patch_size, model.patch_size)
+    if not _is_sequence(stem, 3):
+        raise _replaced("stem", stem, "it is not the stem of a ConvMixer")
+    _check_convolution("stem.0", stem[0], kernel_size=patch, stride=patch, padding=(0, 0))
+    _check_norm("stem.2", stem[2])
+    for i, block in enumerate(model.blocks):
+        if not _is_sequence(block, 4):
+            raise _replaced(f"blocks.{i}", block, "it is not a block of a ConvMixer")
+        if type(block[0]) is not Residual or not _is_sequence(block[0].fn, 3):
+            raise _replaced(f"blocks.{i}.0", block[0], "it is not the residual of a ConvMixer")
+        branch: Any = block[0].fn
+        size = getattr(branch[0], "kernel_size", (0,))[0]
+        around: Any = (0, 0) if getattr(branch[0], "even_kernel", False) else (size // 2, size // 2)
+        around = "same" if getattr(branch[0], "padding", None) == "same" else around
+        _check_convolution(f"blocks.{i}.0.fn.0", branch[0], kernel_size=(size, size), padding=around, groups=model.dim)
+        _check_norm(f"blocks.{i}.0.fn.2", branch[2])
+        _check_convolution(f"blocks.{i}.1", block[1], kernel_size=(1, 1), padding=(0, 0))
+        _check_norm(f"blocks.{i}.3", block[3])
+
+
+def _is_sequence(layers: Any, count: int) -> bool:
+    """Return whether something computes so many layers one after the other."""
+    return isinstance(layers, nn.Sequential) and type(layers).forward is nn.Sequential.forward and len(layers) == count
+
+
+def _check_convolution(name: str, layer: Any, **settings: Any) -> None:
+    if type(layer).forward not in _CONVOLUTIONS or "forward" in vars(layer):
+        raise _replaced(name, layer, "it does not compute as nn.Conv2d does")
+    wanted = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", **settings}
+    for key, value in wanted.items():
+        if getattr(layer, key) != value:
+            raise _replaced(name, layer, f"it has {key}={getattr(layer, key)!r} instead of {value!r}")
+    if layer.bias is None:
+        raise _replaced(name, layer, "it has no bias")
+
+
+def _check_norm(name: str, layer: Any) -> None:
+    if type(layer).forward not in _NORMS or "forward" in vars(layer):
+        raise _replaced(name, layer, "it does not compute as nn.BatchNorm2d does")
+    if layer.running_mean is None:
+        raise _replaced(name, layer, "it has no running statistics, so each batch has its own")
+
+
+def _replaced(name: str, layer: Any, why: str) -> ArgumentError:
+    return ArgumentError(
+        f"cannot fold this model: {name} is {describe(layer)}, and {why}. Use the model as it is: without optimize, or "
+        "exported with fold=False (--no-fold)"
+    )
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -41,8 +100,11 @@ def _exact(tensor: Tensor) -> Tensor:
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Return scale and shift, (dim,) each, of a BatchNorm in evaluation mode."""
-    scale = _exact(norm.weight) / (_exact(norm.running_var) + norm.eps).sqrt()
-    return scale, _exact(norm.bias) - _exact(norm.running_mean) * scale
+    scale = 1 / (_exact(norm.running_var) + norm.eps).sqrt()
+    if norm.weight is not None:
+        scale = _exact(norm.weight) * scale
+    shift = -_exact(norm.running_mean) * scale
+    return scale, shift if norm.bias is None else shift + _exact(norm.bias)
 
 
 def _fill(layer: Any, weight: Tensor, bias: Tensor) -> Any:
@@ -241,11 +303,12 @@ def fold(
         A `FoldedConvMixer`; for a feature extractor timm's `FeatureGetterNet` around one.
 
     Raises:
-        ArgumentError: Another kind of module; a type that is not floating point; `normalization` for a model that says
-            nothing about its preprocessing.
+        ArgumentError: Another kind of module; a model with a layer that is not a ConvMixer's; a type that is not
+            floating point; `normalization` for a model that says nothing about its preprocessing.
     """
     model = unwrap(model)
     original = find_convmixer(model)
+    check_layers(original)
     weight: Any = original.stem[0].weight
     dtype = weight.dtype if dtype is None else dtype
     check_dtype(dtype)

@@ -14,7 +14,7 @@ from convmixer.errors import ArgumentError, is_count
 from convmixer.hardware import bf16_is_faster
 from convmixer.model import ConvMixer, as_dtype, check_dtype
 from convmixer.runtime.choose import BACKENDS, candidates, fastest, first_that_works
-from convmixer.runtime.folding import FoldedConvMixer, find_convmixer, fold
+from convmixer.runtime.folding import FoldedConvMixer, check_layers, find_convmixer, fold
 from convmixer.runtime.optimized_model import OptimizedConvMixer
 from convmixer.runtime.protocol import Backend, Request
 from convmixer.wrappers import unwrap
@@ -124,8 +124,9 @@ def optimize(
         `OptimizedConvMixer`.
 
     Raises:
-        ArgumentError: Another kind of module; a type or a device that the backend does not compute; `normalization` for
-            a model that says nothing about its preprocessing; arguments that contradict each other.
+        ArgumentError: Another kind of module, or one with layers that are not a ConvMixer's; a type or a device that
+            the backend does not compute; `normalization` for a model that says nothing about its preprocessing;
+            arguments that contradict each other.
         DependencyError: A backend that is not installed; the message says how to get it.
 
     Example:
@@ -137,7 +138,9 @@ def optimize(
     """
     _check_backend(backend, chunk=chunk, threads=threads)
     model = unwrap(model)
-    weight: Any = find_convmixer(model).stem[0].weight
+    original = find_convmixer(model)
+    check_layers(original)
+    weight: Any = original.stem[0].weight
     computed = _resolve_dtype(dtype, weight)
     backends, reason = candidates(backend, model, weight.device, computed)
     if computed != torch.int8:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, ConvMixerError
@@ -17,6 +18,7 @@ from convmixer.tracing import computing
 from convmixer.wrappers import find_inner
 
 _AFTER_FORK = threading.Lock()
+_KEEPS_ITS_WEIGHTS = "an optimized model keeps its weights: load others into the original, then optimize it"
 
 
 class OptimizedConvMixer(nn.Module):
@@ -34,8 +36,8 @@ class OptimizedConvMixer(nn.Module):
         runtime: What computes the outputs.
 
     Raises:
-        ArgumentError: From `train()`, `to()` another device or type, `load_state_dict()`, or for images on another
-            device or of an integer type.
+        ArgumentError: From `train()`, `to()` another device or type, `load_state_dict()` (that of a module around it
+            only if it brings other weights), or for images on another device or of an integer type.
         ImageError: Images that do not fit the model.
         DependencyError: From unpickling, where the runtime is not installed or the processor cannot compute it.
         ConvMixerError: On a GPU or with OpenVINO, in a forked child process.
@@ -94,7 +96,14 @@ class OptimizedConvMixer(nn.Module):
 
     def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
         """Raise an error: the weights are part of what was compiled."""
-        raise ArgumentError("an optimized model keeps its weights: load others into the original, then optimize it")
+        raise ArgumentError(_KEEPS_ITS_WEIGHTS)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *further: Any) -> None:
+        """Raise an error for other weights: `load_state_dict` of a module around this one comes here."""
+        own = self.state_dict(prefix=prefix)
+        if not all(torch.equal(state_dict[key].to(own[key]), own[key]) for key in own.keys() & state_dict.keys()):
+            raise ArgumentError(_KEEPS_ITS_WEIGHTS)
+        super()._load_from_state_dict(state_dict, prefix, *further)
 
     def forward(self, x: Tensor) -> Tensor | Any:
         """Compute logits (B, num_classes) of images (B, in_chans, H, W); a feature extractor returns a list of maps."""

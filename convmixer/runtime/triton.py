@@ -80,13 +80,15 @@ class TritonBackend(EagerBackend):
     def refuses(self, model: nn.Module, dtype: torch.dtype) -> str | None:
         if isinstance(model, FeatureGetterNet):
             return "triton returns only the last output: use another backend for features_only, such as compile"
-        block: Any = find_convmixer(model).blocks[0]
-        depthwise, act, _ = block[0].fn
-        if depthwise.kernel_size[0] not in KERNEL_SIZES:
-            valid = f"{KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}"
-            return f"triton computes kernels of {valid}, this model has {depthwise.kernel_size[0]}: use compile"
-        if type(act) not in ACTIVATIONS or getattr(act, "approximate", "none") != "none":
-            return f"triton computes {', '.join(ACTIVATIONS.values())}, this model has {act}: use compile"
+        blocks: Any = find_convmixer(model).blocks
+        for block in blocks:
+            depthwise, first, _ = block[0].fn
+            if depthwise.kernel_size[0] not in KERNEL_SIZES:
+                valid = f"{KERNEL_SIZES[0]} to {KERNEL_SIZES[-1]}"
+                return f"triton computes kernels of {valid}, this model has {depthwise.kernel_size[0]}: use compile"
+            for act in (first, block[2]):
+                if type(act) not in ACTIVATIONS or getattr(act, "approximate", "none") != "none":
+                    return f"triton computes {', '.join(ACTIVATIONS.values())}, this model has {act}: use compile"
         return None
 
     def layout(self, folded: nn.Module) -> str:

@@ -151,8 +151,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for names, holds, valid in _RULES:
             for name in names.split():
-                value, truth = getattr(self, name), isinstance(getattr(Recipe, name), bool)  # of the default
-                self._check(name, holds(value) and isinstance(value, bool) == truth, valid)
+                value = getattr(self, name)
+                self._check(name, _has_type_of(value, getattr(Recipe, name)) and holds(value), valid)
+        for name in ("model", "checkpoint", "note"):
+            self._check(name, isinstance(getattr(self, name), str), "a text")
         self._check("knee", self.warmup < self.knee[0] <= 1 and 0 <= self.knee[1] <= 1, "(after warmup .. 1, 0 .. 1)")
         count = _count_betas(self.opt)
         valid = f"{count} numbers in [0, 1), or none" if count else f"none: {self.opt!r} has no betas"
@@ -233,6 +235,13 @@ class Recipe:
 # ---- what the fields may be -----------------------------------------------------------------------------------------
 
 
+def _has_type_of(value: Any, default: Any) -> bool:
+    """Return whether a value is a number, a truth value, or neither, as the default of its field is."""
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return _is_number(value)
+    return isinstance(value, bool) == isinstance(default, bool)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -271,7 +280,7 @@ def _is_policy(value: Any) -> bool:
 
 
 def _is_optimizer(value: Any) -> bool:
-    return value.removeprefix(LOOKAHEAD) in list_optimizers()
+    return isinstance(value, str) and value.removeprefix(LOOKAHEAD) in list_optimizers()
 
 
 def _count_betas(opt: str) -> int:
@@ -288,9 +297,10 @@ def _count_betas(opt: str) -> int:
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("stream sync_batchnorm trivial_augment balanced draft", lambda v: isinstance(v, bool), "True or False"),
     ("epochs batch_size accumulate", lambda v: _is_whole(v, 1), "at least 1"),
-    ("seed patience", lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+    ("patience shift", lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+    ("seed", lambda v: _is_whole(v, 0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
     ("lr eps temperature", lambda v: 0 < v < math.inf, "above 0"),
-    ("weight_decay clip_grad shift color_jitter mixup cutmix min_delta", lambda v: v >= 0, "at least 0"),
+    ("weight_decay clip_grad color_jitter mixup cutmix min_delta", lambda v: 0 <= v < math.inf, "at least 0"),
     ("flip vertical_flip random_erasing frozen mix_prob mix_until", lambda v: 0 <= v <= 1, "in [0, 1]"),
     ("layer_decay crop_scale distillation", lambda v: 0 < v <= 1, "in (0, 1]"),
     ("label_smoothing warmup validation_fraction ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from convmixer.plots import plot_history, write_figure
 from convmixer.training.history import Epoch, best_epoch, write_history
 from convmixer.training.recipe import Recipe
 
+# What a write that was killed leaves: the name of a file of a run, and the ending of a temporary one.
+_LEFTOVER = re.compile(r"\.(recipe|metrics|result|last|best|model)\.(json|csv|pt|safetensors)\.[a-z0-9_]{8}")
+
 
 class RunFolder:
     """The folder of a run: what may be written into it, and what resuming needs.
@@ -42,7 +46,7 @@ class RunFolder:
         resume: Whether a run in the folder is to go on.
 
     Raises:
-        ArgumentError: The folder holds a run that is not to be resumed, or none that could be.
+        ArgumentError: The folder holds a run that is not to be resumed, none that could be, or weights of no run.
     """
 
     def __init__(self, path: str | Path, recipe: Recipe, *, resume: bool) -> None:
@@ -56,8 +60,17 @@ class RunFolder:
             raise ArgumentError(f"output={str(self.path)!r} is a file: give a folder")
         if self.state_file.exists() and not resume:
             raise ArgumentError(f"{str(self.path)!r} holds a run: resume it (--resume) or choose another folder")
+        if self.weights.exists() and not self.state_file.exists() and self._is_published():
+            raise ArgumentError(
+                f"{str(self.path)!r} holds a model.safetensors that is not of a run, and the run would replace it: "
+                "choose another folder"
+            )
         if resume and not self.state_file.exists():
             raise ArgumentError(f"nothing to resume: {str(self.state_file)!r} does not exist")
+
+    def _is_published(self) -> bool:
+        """Return whether the weights in the folder came from elsewhere, such as from `save_pretrained`."""
+        return (self.path / "config.json").exists() or not (self.path / "recipe.json").exists()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -72,8 +85,9 @@ class RunFolder:
             ) from error
         except (OSError, NotImplementedError) as error:
             raise ArgumentError(f"cannot use the folder {str(self.path)!r}: {error}. Choose another") from error
-        for leftover in self.path.glob(".*.*"):  # of a write that was killed
-            leftover.unlink(missing_ok=True)
+        for file in self.path.iterdir():
+            if _LEFTOVER.fullmatch(file.name):
+                file.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -126,8 +140,9 @@ class RunFolder:
         if self.pending is not None:
             self.pending.append(line)
             return
-        with contextlib.suppress(OSError), (self.path / "train.log").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        text = line.encode("utf-8", "backslashreplace")  # names of files may hold what is not UTF-8
+        with contextlib.suppress(OSError), (self.path / "train.log").open("ab") as file:
+            file.write(text + b"\n")
 
     def record_epoch(self, history: Sequence[Epoch], model: ConvMixer, metadata: dict[str, Any]) -> None:
         """Write what a finished epoch adds, other than the state for resuming, which comes last."""

@@ -361,9 +361,9 @@ class _Session:
             self.folder.draw(self.history)
         self.trainer.close()  # before the test images take memory
         model = self.trainer.eval_model
-        if self.recipe.patience and (best := self._best_epoch()):
+        if self.recipe.patience and self._best_epoch():
             model.load_state_dict(read_tensors(self.folder.best_weights))
-            self.say(f"the weights of epoch {best} are the best and are kept")
+            self.say(f"the weights of epoch {self._resulting_epoch().epoch} are the best and are kept")
         scores = self._from_main(lambda: self._test_and_record(model, data))
         for name, images in self.splits.tests.items():
             self._report_unreadable(images, f"they are left out of the test {name}")
@@ -381,7 +381,7 @@ class _Session:
             "recipe": dataclasses.asdict(self.recipe),
             "data": data,
             "training_images": len(self.splits.training),
-            "validation_accuracy": self.history[-1].validation_accuracy if len(self.splits.validation) else None,
+            "validation_accuracy": self._resulting_epoch().validation_accuracy if len(self.splits.validation) else None,
             "test_accuracy": {name: score["top1"] for name, score in scores.items()},
             "test_images": {name: score["count"] for name, score in scores.items()},
             "train_seconds": round(sum(row.seconds for row in self.history)),
@@ -397,6 +397,10 @@ class _Session:
 
     def _best_epoch(self) -> int:
         return best_epoch(self.history, self.recipe.min_delta)
+
+    def _resulting_epoch(self) -> Epoch:
+        """Return the epoch whose weights are the result: with `patience` the best one, else the last one."""
+        return self.history[(self._best_epoch() if self.recipe.patience else 0) - 1]
 
     def _metadata(self) -> dict[str, Any]:
         """Return what the header of a weights file says."""

@@ -53,7 +53,8 @@ def evaluate(
         6
     """
     model = find_model(model)
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device = parameter.device
     normalize = normalization(preprocessing(model))
     loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
@@ -61,7 +62,7 @@ def evaluate(
     view = evaluation_view(model)
     for pixels, labels in progress(images.in_order(batch_size), "validating"):
         with computing(), autocast(device, precision):
-            logits = class_logits(view(normalize(pixels.to(device))).float())
+            logits = class_logits(view(normalize(pixels.to(device)).to(parameter.dtype)).float())
         labels = labels.to(device)
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()

@@ -261,6 +261,21 @@ def test_a_broken_image_is_a_row(model, digits, expected, tmp_path):
     assert [row["embedding"] is None for row in embedded] == [row["error"] is not None for row in found]
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="all names of files are Unicode there")
+def test_broken_images_whose_names_are_not_unicode(model, tmp_path):
+    """Parquet stores only UTF-8, also where an error names the file."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken")
+    with tarfile.open(tmp_path / "images.tar", "w") as archive:
+        archive.add(tmp_path / "images", "")
+    write_shard(tmp_path / "shards" / "a-0000.tar", [tmp_path / "images" / os.fsdecode(b"caf\xe9.png")])
+    sources = [tmp_path / "images", tmp_path / "images.tar", f"wds/{tmp_path}/shards/a-{{0000..0000}}.tar"]
+    for i, source in enumerate(sources):
+        (row,), _ = compute(model, source, tmp_path / f"out{i}")
+        assert row["image"].endswith(r"caf\udce9" if i == 2 else r"caf\udce9.png")
+        assert r"caf\udce9" in row["error"]
+
+
 def test_broken_rows_of_parquet_and_shards(model, files, tmp_path):
     pytest.importorskip("webdataset")
     content = [files[0].read_bytes(), None, b"broken"]

@@ -156,6 +156,12 @@ def test_what_has_no_row_is_said(pictures, tmp_path):
             "row 2 of .* has the split 'rest': call it train",
         ),
         ("image,label\na.png,cat\nb.png,cat\n", "has 1 class, cat, and training needs at least two"),
+        ("image,label,label\na.png,cat,x\nb.png,dog,x\n", "has several columns called label: leave one of them"),
+        ("image,label,Label\na.png,cat,x\nb.png,dog,x\n", "has several columns called label: leave one of them"),
+        (
+            "image,label\na.png,b.png,cat\nb.png,a.png,dog\n",
+            "cannot read the table .*Expected 2 fields in line 2, saw 3",
+        ),
         (b"image,label\na.png,\xff\xfe\n", "cannot read the table .*UnicodeDecodeError"),
     ],
 )

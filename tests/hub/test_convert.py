@@ -130,6 +130,13 @@ def test_averaged_weights_come_first_and_others_are_not_guessed(tmp_path):
         assert save("model.", prefix) == "convmixer_256_8"
         with safetensors.safe_open(tmp_path / "new.safetensors", framework="pt") as file:
             assert torch.equal(file.get_tensor("head.weight"), average.head.weight)
+    settings = {"decay": 0.99, "steps": 7}
+    for key in ("ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "average"):
+        content = {"model": model.state_dict(), key: average.state_dict(), "model_ema": settings}
+        torch.save(content, tmp_path / "old.pth")
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "new.safetensors")
+        with safetensors.safe_open(tmp_path / "new.safetensors", framework="pt") as file:
+            assert torch.equal(file.get_tensor("head.weight"), average.head.weight), key
     with pytest.raises(WeightsError, match=r"holds 2 models, with the prefixes student\., teacher\.: save a file of"):
         save("student.", "teacher.")
 

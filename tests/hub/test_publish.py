@@ -455,6 +455,16 @@ class Other(nn.ReLU):
     pass
 
 
+def put(name, layer):
+    """A function that replaces a layer of a model."""
+
+    def change(model):
+        model.set_submodule(name, layer)
+        return model
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "options", "text"),
     [
@@ -466,6 +476,16 @@ class Other(nn.ReLU):
         (lambda m: nn.Linear(1, 1), {}, "torch.nn.modules.linear.Linear is not a ConvMixer"),
         (lambda m: convmixer.ConvMixer(8, 1), {}, "says nothing about its preprocessing"),
         (lambda m: make(dim=8, depth=1, act_layer=Other), {}, "the activation Other has no name"),
+        (put("blocks.0.2", nn.ReLU()), {}, "blocks.0.2 has activation='relu': config.json cannot say so"),
+        (put("blocks.0.0.fn.1", nn.GELU("tanh")), {}, "blocks.0.0.fn.1 has approximate='tanh': config.json cannot"),
+        (put("stem.2", nn.BatchNorm2d(16, eps=1e-3)), {}, "stem.2 has eps=0.001: config.json cannot say so"),
+        (put("stem.2", nn.BatchNorm2d(16, eps=1e-3)), {}, "Add eps - 1e-05 to its running_var, and set eps to 1e-05"),
+        (
+            put("blocks.0.0.fn.0", nn.Conv2d(16, 16, 5, padding=4, dilation=2, groups=16)),
+            {},
+            "blocks.0.0.fn.0 has dilation=(2, 2): config.json cannot say so, and whoever opens it would build "
+            "dilation=(1, 1)",
+        ),
         (lambda m: m, {"label_names": ["a"]}, "label_names has 1 entries, the model 3 classes"),
         (
             lambda m: m.reset_classifier(0) or m,

@@ -254,8 +254,11 @@ def test_each_batchnorm_has_its_own_mode(native_calls):
         norms[1].running_mean = norms[1].running_var = norms[1].num_batches_tracked = None
         norms[2].weight = norms[2].bias = None
         norms[4].eps = 0.1
+        norms[4].track_running_stats = False  # and the statistics stay where they are
     x = torch.randn(3, 3, 20, 24, dtype=torch.float64)
     assert_near(results(models[1], x.float()), results(models[0], x), 1e-4)
+    for name, theirs in models[0].state_dict().items():
+        assert error(models[1].state_dict()[name], theirs) <= 1e-4, name
     assert native_calls["backward"] == 1
 
 

@@ -17,6 +17,7 @@ import convmixer
 from convmixer import optimize
 from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ImageError
 from convmixer.hardware import bf16_is_faster, l2_cache
+from convmixer.model import DepthwiseConv2d
 from convmixer.runtime import choose
 from convmixer.runtime import native as native_backend
 from convmixer.runtime.choose import available_backends, candidates, find_backend
@@ -121,6 +122,17 @@ def test_models_that_native_does_not_take():
         with pytest.raises(ArgumentError, match=text):
             optimize(make(**changes), backend="native")
         found, _ = candidates("auto", make(**changes), torch.device("cpu"), torch.float32)
+        assert "native" not in {backend.name for backend in found}
+    for place, layer, text in (
+        ("blocks.1.2", torch.nn.ReLU(), "native takes one activation in all layers, this model has gelu and relu"),
+        ("blocks.0.0.fn.1", torch.nn.GELU("tanh"), "native takes the activations gelu and relu, .*tanh"),
+        ("blocks.1.0.fn.0", DepthwiseConv2d(64, 7), "native takes one kernel size in all blocks, this model has 5, 7"),
+    ):
+        model = make(depth=2)
+        model.set_submodule(place, layer)
+        with pytest.raises(ArgumentError, match=text):
+            optimize(model, backend="native")
+        found, _ = candidates("auto", model, torch.device("cpu"), torch.float32)
         assert "native" not in {backend.name for backend in found}
     with pytest.raises(ArgumentError, match="chunk=4: native computes single images; leave it out"):
         optimize(make(), backend="native", chunk=4)

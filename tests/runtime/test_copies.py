@@ -213,5 +213,11 @@ def test_what_was_compiled_stays_what_it_is(made):
                 change(fast)
         with pytest.raises(ArgumentError, match="keeps its weights: load others into the original"):
             fast.load_state_dict(fast.state_dict())
+        pipeline = torch.nn.Sequential(torch.nn.Identity(), fast)
+        weights = pipeline.state_dict()
+        pipeline.load_state_dict(weights)  # its own
+        others = {key: tensor + 1 for key, tensor in weights.items()}
+        with pytest.raises(ArgumentError, match="keeps its weights: load others into the original"):
+            pipeline.load_state_dict(others)
         assert fast.to("cpu").float().eval().share_memory() is fast
         assert torch.equal(fast(x), expected)

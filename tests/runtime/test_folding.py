@@ -9,11 +9,12 @@ import torch
 from conftest import vary_norms
 from PIL import Image
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import convmixer
 from convmixer import ConvMixer, optimize
 from convmixer.errors import ArgumentError, ImageError
-from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
+from convmixer.model import ACTIVATIONS, GLOBAL_POOLS, Residual
 from convmixer.runtime.folding import FoldedConvMixer
 
 SMALL = {"dim": 12, "depth": 3, "kernel_size": 5, "patch_size": 2, "num_classes": 7}
@@ -337,6 +338,71 @@ def test_what_cannot_be_optimized():
         optimize(optimize(make()))
     with pytest.raises(ArgumentError, match=r"cannot optimize a builtins\.str"):
         optimize("convmixer_256_8")
+
+
+class Adapted(nn.Module):
+    """As adapters of other libraries are: they have the weight of the layer inside, and add to what it computes."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer, self.extra = layer, nn.Conv2d(12, 12, 1)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.extra(x)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Scaled(Residual):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * self.fn(x)
+
+
+REPLACED = {
+    "a scaled residual": ("blocks.1.0", Scaled(nn.Sequential(*[nn.Identity()] * 3)), "not the residual of a ConvMixer"),
+    "no norm in the stem": ("stem", nn.Sequential(nn.Conv2d(3, 12, 2, 2), nn.GELU()), "not the stem of a ConvMixer"),
+    "a dilated kernel": ("blocks.1.0.fn.0", nn.Conv2d(12, 12, 5, padding=4, dilation=2, groups=12), "dilation=(2, 2)"),
+    "a circular kernel": (
+        "blocks.1.0.fn.0",
+        nn.Conv2d(12, 12, 5, padding=2, groups=12, padding_mode="circular"),
+        "padding_mode='circular' instead of 'zeros'",
+    ),
+    "an adapter": ("blocks.2.1", Adapted(nn.Conv2d(12, 12, 1)), "it does not compute as nn.Conv2d does"),
+    "standardised weights": ("blocks.2.1", Standardised(12, 12, 1), "it does not compute as nn.Conv2d does"),
+    "an overlapping stem": ("stem.0", nn.Conv2d(3, 12, 2, stride=2, padding=1), "padding=(1, 1) instead of (0, 0)"),
+    "no bias": ("blocks.0.1", nn.Conv2d(12, 12, 1, bias=False), "it has no bias"),
+    "another norm": ("blocks.0.3", nn.GroupNorm(3, 12), "it does not compute as nn.BatchNorm2d does"),
+    "statistics of the batch": ("stem.2", nn.BatchNorm2d(12, track_running_stats=False), "no running statistics"),
+    "no block": ("blocks.1", nn.Identity(), "it is not a block of a ConvMixer"),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto", "native", "triton"])
+@pytest.mark.parametrize("case", REPLACED)
+def test_a_replaced_layer_is_not_taken_for_the_original(case, backend, monkeypatch):
+    """The copy would have the weights of the layer, and would compute something else with them."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    name, layer, text = REPLACED[case]
+    model = make(torch.float32)
+    model.set_submodule(name, layer)
+    expected = rf"cannot fold this model: {re.escape(name)} is a .*{re.escape(text)}.*Use the model as it is"
+    with pytest.raises(ArgumentError, match=expected):
+        optimize(model, backend=backend)
+
+
+def test_layers_of_others_that_compute_the_same():
+    model = make()
+    depthwise = model.blocks[1][0].fn[0]
+    model.blocks[1][0].fn[0] = nn.Conv2d(12, 12, 5, padding="same", groups=12).double()
+    model.blocks[1][0].fn[0].load_state_dict(depthwise.state_dict())
+    model.blocks[0][3] = nn.BatchNorm2d(12, affine=False).double().eval()
+    model.blocks[2][3] = FrozenBatchNorm2d(12).double()
+    nn.utils.parametrizations.weight_norm(model.blocks[2][1])
+    check(model, torch.randn(2, 3, 9, 12, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "brain16"])

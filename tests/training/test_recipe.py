@@ -1,5 +1,6 @@
 """The fields of recipes, and the published ones."""
 
+import math
 import re
 
 import pytest
@@ -62,6 +63,16 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"in_chans": True}, "recipe field in_chans=True"),
         ({"epochs": True}, "recipe field epochs=True"),
         ({"lr": True}, "recipe field lr=True"),
+        ({"lr": "0.1"}, "recipe field lr='0.1': give above 0"),
+        ({"lr": None}, "recipe field lr=None: give above 0"),
+        ({"flip": (0.5,)}, "recipe field flip=(0.5,): give in [0, 1]"),
+        ({"weight_decay": math.inf}, "recipe field weight_decay=inf: give at least 0"),
+        ({"mixup": math.nan}, "recipe field mixup=nan: give at least 0"),
+        ({"shift": 1.5}, "recipe field shift=1.5: give a whole number of at least 0"),
+        ({"seed": 2**63}, f"recipe field seed={2**63}: give a whole number from 0 to 2**63 - 1"),
+        ({"opt": None}, "recipe field opt=None: give an optimizer of timm"),
+        ({"model": None}, "recipe field model=None: give a text"),
+        ({"checkpoint": 1}, "recipe field checkpoint=1: give a text"),
         (
             {"model_args": (("width", 8),)},
             "recipe field model_args=(('width', 8),): give pairs of one of dim, depth, kernel_size, patch_size and a "

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import pickle
 import random
 import re
@@ -32,7 +33,7 @@ from torchvision.datasets import CIFAR10
 import convmixer
 from convmixer import plots
 from convmixer.data.memory import Images, Share, class_weights, hold_out, load_images
-from convmixer.data.readers import has_split
+from convmixer.data.readers import FileSplit, has_split
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.factory import open_model
@@ -166,6 +167,16 @@ def test_labels_follow_the_classes_that_are_asked_for(digits):
     assert torch.equal(asked.labels, 4 - plain.labels)
     with pytest.raises(DataError, match="has the classes digit 0, digit 1, digit 2, digit 3; the model knows cat, dog"):
         load_images(digits, "test", (3, 8, 8), classes=("cat", "dog"))
+
+
+def test_classes_of_one_name_are_told_apart_or_refused():
+    """ImageNet has two classes that are called crane: a bird and a machine."""
+    same = FileSplit("set", ("crane", "cat", "crane"), "", [], [])
+    assert same.labels_in(["crane", "cat", "crane"]).tolist() == [0, 1, 2]
+    folders = FileSplit("set", ("cat", "crane"), "", [], [])
+    assert folders.labels_in(("crane", "cat", "dog")).tolist() == [1, 0]
+    with pytest.raises(DataError, match="several classes of the model are called crane, as one of 'set' is: nothing"):
+        folders.labels_in(("crane", "cat", "crane"))
 
 
 def test_an_unreadable_image_is_named(digits, tmp_path):
@@ -569,6 +580,8 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
     assert evaluate(result.model, validation, precision="auto")["loss"] == pytest.approx(losses[best], rel=1e-5)
     kept, named = load_file(result.weights), load_file(tmp_path / "run" / "best.safetensors")
     assert all(torch.equal(kept[key], named[key]) for key in kept)
+    recorded = json.loads((tmp_path / "run" / "result.json").read_text())["validation_accuracy"]
+    assert recorded == result.history[best].validation_accuracy
 
 
 def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
@@ -717,6 +730,34 @@ def test_a_folder_is_trained_in_once_at_a_time(digits, tmp_path):
     train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
 
 
+def test_hidden_files_in_the_folder_of_a_run_stay(digits, tmp_path):
+    """Only what a killed write of a run leaves is deleted: the folder may be one that somebody works in."""
+    (tmp_path / ".vscode.d").mkdir()
+    for name in (".pre-commit-config.yaml", ".env.local", ".last.pt", ".last.pt.x4_y2z9q"):
+        (tmp_path / name).write_text("mine")
+    train(get_recipe("cifar10", **{**QUICK, "epochs": 1}), digits, tmp_path, device="cpu", report=quiet)
+    hidden = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
+    assert hidden == [".env.local", ".last.pt", ".lock", ".pre-commit-config.yaml", ".vscode.d"]
+
+
+def test_weights_of_others_are_not_replaced(digits, tmp_path):
+    model = convmixer.create_model("convmixer_256_8", device="cpu", dim=8, depth=1, num_classes=4)
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    convmixer.save_pretrained(model, tmp_path / "published")
+    before = (tmp_path / "published" / "model.safetensors").read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ArgumentError, match=r"holds a model\.safetensors that is not of a run, and the run would"):
+            train(recipe, digits, tmp_path / "published", device="cpu", resume=resume, report=quiet)
+    assert (tmp_path / "published" / "model.safetensors").read_bytes() == before
+    result = train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    before = result.weights.read_bytes()
+    with pytest.raises(ArgumentError, match=r"is the folder of a run, whose model\.safetensors would be"):
+        convmixer.save_pretrained(tmp_path / "run", tmp_path / "run")
+    assert result.weights.read_bytes() == before
+    (tmp_path / "run" / "last.pt").unlink()
+    train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)  # it starts again, as the messages say
+
+
 def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 3})
@@ -814,6 +855,23 @@ def test_evaluate_restores_the_mode(digits):
     assert scores["count"] == 60
     assert scores["top1"] == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
     assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])
+def test_evaluate_computes_in_the_type_of_the_model(digits, dtype, tolerance):
+    model = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=4, dim=16, depth=1)
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    expected = evaluate(model, images)["loss"]
+    assert evaluate(model.to(dtype), images)["loss"] == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="all names of files are Unicode there")
+def test_names_that_are_not_unicode(digits, tmp_path):
+    shutil.copytree(digits / "train", tmp_path / "train")
+    (tmp_path / "train" / "digit 0" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken")
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    train(recipe, tmp_path, tmp_path / "run", device="cpu", skip_unreadable=True, report=quiet)
+    assert r"caf\udce9.png" in (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
 
 
 def test_settings_are_checked_before_data_are_read(tmp_path):
