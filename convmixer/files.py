@@ -66,3 +66,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # which would hide what went wrong before
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Remove the temporary files of `write_atomically` in a folder, which it leaves behind when it is killed.
+
+    Args:
+        folder: The folder of the files that it was to write.
+        names: Pattern of their names, as for `Path.glob`. Nothing else in the folder is touched.
+    """
+    for leftover in folder.glob(f".{names}.{'[a-z0-9_]' * 8}"):  # as mkstemp names them
+        leftover.unlink(missing_ok=True)

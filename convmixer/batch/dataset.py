@@ -20,6 +20,7 @@ from convmixer.batch.manifest import claim, describe_model, reserve
 from convmixer.batch.predictor import Answers, Predictor, import_pyarrow
 from convmixer.data.parts import open_parts
 from convmixer.errors import ArgumentError, DataError, check_count, optional
+from convmixer.files import remove_leftovers
 from convmixer.inference import label_names, preparation
 from convmixer.model import as_dtype
 from convmixer.runtime.choose import BACKENDS
@@ -242,8 +243,7 @@ class _Counter:
 
 def _count_existing(predictor: Predictor, report: Callable[[str], None]) -> dict[int, tuple[int, int]]:
     """Return `_count_rows` of the parts that have a file; delete what a run that was killed left half-written."""
-    for leftover in predictor.output.glob(".part-*"):
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(predictor.output, "part-*.parquet")
     total = len(predictor.source)
     counts = {part: found for part in range(total) if (found := _count_rows(predictor, part))}
     if counts:

@@ -25,12 +25,16 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from convmixer.errors import ArgumentError, ConvMixerError
-from convmixer.files import write_atomically
+from convmixer.files import remove_leftovers, write_atomically
 from convmixer.hub.checkpoints import save_weights
 from convmixer.model import ConvMixer
 from convmixer.plots import plot_history, write_figure
 from convmixer.training.history import Epoch, best_epoch, write_history
 from convmixer.training.recipe import Recipe
+
+# What `write_atomically` writes here.
+_FILES = ("recipe.json", "metrics.csv", "metrics.json", "last.pt", "last.safetensors", "best.safetensors")
+_FILES += ("model.safetensors", "result.json", "plots/history.png")
 
 
 class RunFolder:
@@ -72,8 +76,8 @@ class RunFolder:
             ) from error
         except (OSError, NotImplementedError) as error:
             raise ArgumentError(f"cannot use the folder {str(self.path)!r}: {error}. Choose another") from error
-        for leftover in self.path.glob(".*.*"):  # of a write that was killed
-            leftover.unlink(missing_ok=True)
+        for name in _FILES:
+            remove_leftovers((self.path / name).parent, Path(name).name)
         try:
             yield
         finally:

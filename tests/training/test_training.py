@@ -717,6 +717,21 @@ def test_a_folder_is_trained_in_once_at_a_time(digits, tmp_path):
     train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
 
 
+def test_a_folder_keeps_what_other_programs_put_there(tmp_path):
+    """Leftovers of writes that were killed go; hidden files of others stay, in a run folder that is a project."""
+    others = (".gitlab-ci.yml", ".pre-commit-config.yaml", ".last.pt.backup", "plots/.history.png.old")
+    (tmp_path / "plots").mkdir()
+    for name in others:
+        (tmp_path / name).write_text("theirs")
+    code = "import os, sys; from convmixer.files import write_atomically; write_atomically(sys.argv[1], lambda _: os._exit(9))"
+    for name in ("last.pt", "plots/history.png"):
+        assert subprocess.run([sys.executable, "-c", code, tmp_path / name], check=False).returncode == 9
+    assert len([file for file in tmp_path.rglob(".*.*") if file.is_file()]) == len(others) + 2
+    with RunFolder(tmp_path, get_recipe("cifar10"), resume=False).locked():
+        left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {*others, ".lock"}
+
+
 def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 3})
