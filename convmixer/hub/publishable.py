@@ -167,7 +167,7 @@ def _facts_of_run(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, A
 
     default = json.loads(json.dumps(asdict(Recipe())))
     changed = [f"`{k}={v!r}`" for k, v in recipe.items() if k != "note" and v != default.get(k)]
-    steps = [f"`convmixer train` with the defaults of its `Recipe`, but {', '.join(changed)}."]
+    steps = [f"`convmixer train` with the defaults of its `Recipe`{', but ' if changed else ''}{', '.join(changed)}."]
     seconds, device = result.get("train_seconds"), result.get("device")
     if seconds and device:
         steps.append(f"{seconds / 3600:.2f} hours on {device}.")

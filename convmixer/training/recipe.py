@@ -151,8 +151,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for names, holds, valid in _RULES:
             for name in names.split():
-                value, truth = getattr(self, name), isinstance(getattr(Recipe, name), bool)  # of the default
-                self._check(name, holds(value) and isinstance(value, bool) == truth, valid)
+                self._check(name, holds(getattr(self, name)), valid)
         self._check("knee", self.warmup < self.knee[0] <= 1 and 0 <= self.knee[1] <= 1, "(after warmup .. 1, 0 .. 1)")
         count = _count_betas(self.opt)
         valid = f"{count} numbers in [0, 1), or none" if count else f"none: {self.opt!r} has no betas"
@@ -237,6 +236,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_least(value: Any, least: float) -> bool:
+    """Return whether `value` is a finite number of at least `least`."""
+    return _is_number(value) and least <= value < math.inf
+
+
+def _is_part(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
 def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
     return is_count(value, least) and value <= most
 
@@ -271,7 +279,7 @@ def _is_policy(value: Any) -> bool:
 
 
 def _is_optimizer(value: Any) -> bool:
-    return value.removeprefix(LOOKAHEAD) in list_optimizers()
+    return isinstance(value, str) and value.removeprefix(LOOKAHEAD) in list_optimizers()
 
 
 def _count_betas(opt: str) -> int:
@@ -284,18 +292,23 @@ def _count_betas(opt: str) -> int:
     return len(inspect.signature(info.opt_class).parameters["betas"].default or ())
 
 
-# Fields, what must hold for their values, and what an error says to give. True and False are not numbers.
+# Fields, what must hold for their values, and what an error says to give.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("stream sync_batchnorm trivial_augment balanced draft", lambda v: isinstance(v, bool), "True or False"),
-    ("epochs batch_size accumulate", lambda v: _is_whole(v, 1), "at least 1"),
-    ("seed patience", lambda v: _is_whole(v, 0), "a whole number of at least 0"),
-    ("lr eps temperature", lambda v: 0 < v < math.inf, "above 0"),
-    ("weight_decay clip_grad shift color_jitter mixup cutmix min_delta", lambda v: v >= 0, "at least 0"),
-    ("flip vertical_flip random_erasing frozen mix_prob mix_until", lambda v: 0 <= v <= 1, "in [0, 1]"),
-    ("layer_decay crop_scale distillation", lambda v: 0 < v <= 1, "in (0, 1]"),
-    ("label_smoothing warmup validation_fraction ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
-    ("drop_rate block_drop_rate drop_path_rate", lambda v: 0 <= v < 1, "in [0, 1)"),
-    ("in_chans", lambda v: v in (1, 3), "3 or 1"),
+    ("model checkpoint note", lambda v: isinstance(v, str), "a string"),
+    ("epochs batch_size accumulate", lambda v: _is_whole(v, 1), "a whole number of at least 1"),
+    ("seed patience shift", lambda v: _is_whole(v, 0), "a whole number of at least 0"),
+    ("lr eps temperature", lambda v: _is_least(v, 0) and v > 0, "a finite number above 0"),
+    (
+        "weight_decay clip_grad color_jitter mixup cutmix min_delta",
+        lambda v: _is_least(v, 0),
+        "a finite number of at least 0",
+    ),
+    ("flip vertical_flip random_erasing frozen mix_prob mix_until", _is_part, "a number in [0, 1]"),
+    ("layer_decay crop_scale distillation", lambda v: _is_part(v) and v > 0, "a number in (0, 1]"),
+    ("label_smoothing warmup validation_fraction ema_decay", lambda v: _is_part(v) and v < 1, "a number in [0, 1)"),
+    ("drop_rate block_drop_rate drop_path_rate", lambda v: _is_part(v) and v < 1, "a number in [0, 1)"),
+    ("in_chans", lambda v: _is_whole(v, 1) and v in (1, 3), "3 or 1"),
     ("input_size", lambda v: _are(v, lambda n: _is_whole(n, 1), 0, 2), "height and width in pixels"),
     ("model_args", _are_model_args, f"pairs of one of {', '.join(SHAPE)} and a whole number of at least 1"),
     ("opt", _is_optimizer, "an optimizer of timm.optim.list_optimizers()"),

@@ -25,6 +25,7 @@ import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsError
 from convmixer.hub import publish, publishable, verify, write_config
 from convmixer.registry import Metric
+from convmixer.training import get_recipe
 
 ROOT = Path(__file__).parents[2]
 NAME = "convmixer_256_8"
@@ -385,6 +386,14 @@ def test_run(finished_run, tmp_path, monkeypatch):
     assert "`lr=0.001`" in card.text
     assert f"{result['train_seconds'] / 3600:.2f} hours on {result['device']}." in card.text
     assert "(plots/history.png)" in card.text
+
+
+def test_a_run_by_the_default_settings(finished_run, tmp_path):
+    """As `convmixer train cifar10` leaves it, whose recipe changes nothing but the note."""
+    settings = dataclasses.asdict(get_recipe("cifar10"))
+    (finished_run / "recipe.json").write_text(json.dumps(settings))
+    card = (convmixer.save_pretrained(finished_run, tmp_path / "folder") / "README.md").read_text(encoding="utf-8")
+    assert "Recipe: `convmixer train` with the defaults of its `Recipe`. " in card
 
 
 FOLDERS = {

@@ -42,6 +42,7 @@ from convmixer.training import Recipe, evaluate, get_recipe, train
 from convmixer.training.history import Epoch
 from convmixer.training.precision import flush_denormals
 from convmixer.training.run import RunFolder
+from convmixer.training.splits import source_name
 from convmixer.training.trainer import Trainer, find_nonfinite
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -331,6 +332,21 @@ def test_classes_without_a_test_split(digits, tmp_path):
     result = train(recipe, digits / "train", tmp_path / "b", tests=[digits / "test"], device="cpu", report=quiet)
     assert list(result.test_accuracy) == ["test"]
     assert convmixer.predict(result.model, torch.rand(3, 8, 8), topk=1)[0][0].startswith("digit ")
+
+
+def test_test_sets_of_one_name_are_all_tested(digits, tmp_path, monkeypatch):
+    """The data's own, and others whose folders have its name, one of them given by that name only."""
+    monkeypatch.chdir(shutil.copytree(digits, tmp_path / "work" / digits.name).parent)
+    shutil.rmtree(Path(digits.name) / "train")
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    tests = [digits.name, f"./{digits.name}/test", digits]
+    result = train(recipe, digits, tmp_path / "run", tests=tests, device="cpu", report=quiet)
+    assert list(result.test_accuracy) == [digits.name, f"{digits.name} (2)", "test", str(digits)]
+
+
+def test_the_current_folder_has_its_own_name(digits, monkeypatch):
+    monkeypatch.chdir(digits)
+    assert (source_name("."), source_name("torch/cifar10")) == (digits.name, "torch/cifar10")
 
 
 # ---- which images, by which labels, how often -----------------------------------------------------------------------
@@ -723,7 +739,7 @@ def test_a_folder_keeps_what_other_programs_put_there(tmp_path):
     (tmp_path / "plots").mkdir()
     for name in others:
         (tmp_path / name).write_text("theirs")
-    code = "import os, sys; from convmixer.files import write_atomically; write_atomically(sys.argv[1], lambda _: os._exit(9))"
+    code = "import os, sys; from convmixer.files import write_atomically as w; w(sys.argv[1], lambda _: os._exit(9))"
     for name in ("last.pt", "plots/history.png"):
         assert subprocess.run([sys.executable, "-c", code, tmp_path / name], check=False).returncode == 9
     assert len([file for file in tmp_path.rglob(".*.*") if file.is_file()]) == len(others) + 2
