@@ -439,6 +439,27 @@ def test_senseless_arguments(model, digits, tmp_path, monkeypatch, options, erro
     assert not list(tmp_path.glob("out/part*"))
 
 
+def test_parquet_files_of_one_name(model, files, tmp_path):
+    """As the Hub converts data sets: a folder for each split, with a 0000.parquet each."""
+    for split in ("test", "train"):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        table = pa.table({"image": [files[0].read_bytes()] * 2})
+        pq.write_table(table, tmp_path / "in" / split / "0000.parquet")
+    found, _ = compute(model, tmp_path / "in", tmp_path / "out")
+    assert [row["image"] for row in found] == [
+        f"{split}/0000.parquet:{i}" for split in ("test", "train") for i in (0, 1)
+    ]
+
+
+def test_parquet_files_of_different_types(model, files, tmp_path):
+    """A column of text in a later file names no image: it would be read as the path of one."""
+    (tmp_path / "in").mkdir()
+    for name, column in (("a", [files[0].read_bytes()]), ("b", [str(files[1])])):
+        pq.write_table(pa.table({"image": column}), tmp_path / "in" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"'image' has the bytes of images in .*a.parquet', and string in .*b.parquet'"):
+        compute(model, tmp_path / "in", tmp_path / "out")
+
+
 def test_ambiguous_parquet(model, files, tmp_path):
     content = [file.read_bytes() for file in files[:2]]
     pq.write_table(pa.table({"left": content, "right": content, "n": [1, 2]}), tmp_path / "in.parquet")
