@@ -73,7 +73,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
             raise WeightsError(f"{str(path)!r} has a header of {excess}: it holds no weights of a ConvMixer")
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (SafetensorError, ValueError) as error:
         if is_pickle(path):
             raise WeightsError(
                 f"{str(path)!r} is a pickle, which can run code when it is opened. Convert it once: "
@@ -83,6 +85,10 @@ def _opened(path: str | Path) -> Iterator[Any]:
             f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): "
             f"{brief(str(error), 300)}. Fetch it again"
         ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> WeightsError:
+    return WeightsError(f"cannot read {str(path)!r}: {error.strerror or error}. Check the permissions and the disk")
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -198,9 +204,12 @@ def _advice(path: str | Path) -> str:
 
 
 def is_pickle(path: Path) -> bool:
-    """Return whether a file is a pickle, by its start or its name."""
-    with path.open("rb") as file:
-        start = file.read(4)
+    """Return whether a file is a pickle, by its start or its name; raise a WeightsError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     # A pickle names its protocol, 2 to 5, and goes on; a safetensors header's length ends in zero bytes.
     protocol = len(start) == 4 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[2:] != b"\0\0"
     return protocol or start == b"PK\x03\x04" or path.suffix in PICKLES

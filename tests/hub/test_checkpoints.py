@@ -6,6 +6,7 @@ import pickle
 import stat
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,6 +183,14 @@ def test_corrupt(model, tmp_path, content):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     refuses(model, path, "is not a whole safetensors file", f"({len(content)} bytes)")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc/self/mem")
+def test_a_file_that_cannot_be_read(model):
+    """A disk that fails, and a file without permission to read it: reading the first bytes is an OSError."""
+    refuses(model, Path("/proc/self/mem"), "cannot read '/proc/self/mem': Input/output error. Check the permissions")
+    with pytest.raises(WeightsError, match="cannot read '/proc/self/mem': Input/output error"):
+        convmixer.convert_checkpoint("/proc/self/mem", "new")
 
 
 def test_a_changed_header_is_noticed(model, file):

@@ -526,6 +526,9 @@ def test_other_logits_are_not_published(small, tmp_path, monkeypatch):
     monkeypatch.setitem(verify.LIBRARIES, "timm", wrong)
     with pytest.raises(WeightsError, match="timm opens what would be published, but its logits differ by 1 from"):
         convmixer.push_to_hub(small, "me/x", dry_run=True)
+    monkeypatch.setitem(verify.LIBRARIES, "timm", lambda folder, x: (torch.zeros(1, 7), None))
+    with pytest.raises(WeightsError, match=r"timm opens .*, but its logits have the shape \(1, 7\), the model's \(1, "):
+        convmixer.push_to_hub(small, "me/x", dry_run=True)
     monkeypatch.setitem(verify.LIBRARIES, "timm", lambda folder, x: 1 / 0)
     with pytest.raises(WeightsError, match=r"timm cannot open what would be published. ZeroDivisionError"):
         convmixer.push_to_hub(small, "me/x", dry_run=True)
