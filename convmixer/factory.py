@@ -88,6 +88,8 @@ class _Resolved:
 def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: Any) -> _Resolved:
     scheme, _, location = name.partition(":")
     if scheme == "local-dir":
+        if revision:
+            raise ArgumentError(f"revision={revision!r} is for a repository of the Hub, not for {name!r}: leave it out")
         folder = Path(os.path.expanduser(location))
         weights_file = folder / "model.safetensors" if pretrained else None
         return _from_config(folder / "config.json", weights_file, name)

@@ -23,7 +23,7 @@ from convmixer.errors import ArgumentError, DataError, check_count, optional
 from convmixer.files import remove_leftovers
 from convmixer.inference import label_names, preparation
 from convmixer.model import as_dtype
-from convmixer.runtime.choose import BACKENDS
+from convmixer.runtime.choose import check_backend
 from convmixer.runtime.folding import find_convmixer
 from convmixer.runtime.optimize import optimize
 from convmixer.wrappers import find_model
@@ -194,8 +194,7 @@ def _check_backend(backend: str, dtype: torch.dtype | str | None) -> Any:
 
     `optimize` checks the rest, but on Ray only in another process.
     """
-    if backend not in BACKENDS:
-        raise ArgumentError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+    check_backend(backend)
     kind = as_dtype(dtype)
     if kind == torch.int8:
         raise ArgumentError("dtype=int8 needs images for calibration: give bfloat16, float32 or auto")

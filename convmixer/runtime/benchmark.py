@@ -350,7 +350,7 @@ def macs(model: Any, height: int, width: int) -> int:
     inner: Any = find_convmixer(model)
     positions = (height // inner.patch_size) * (width // inner.patch_size)
     convolutions = [m for m in inner.modules() if isinstance(m, nn.Conv2d)]
-    total: int = positions * sum(m.weight.numel() for m in convolutions) + inner.dim * inner.num_classes
+    total: int = positions * sum(m.weight.numel() for m in convolutions) + inner.head_hidden_size * inner.num_classes
     return total
 
 

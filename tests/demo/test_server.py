@@ -108,10 +108,10 @@ def test_description_of_a_model():
 
 
 def test_table_of_times():
-    rows = [BackendTime("native", 1.234), BackendTime("openvino", None, "<b>a|b"), BackendTime("eager", 5.0)]
+    rows = [BackendTime("native", 1.234), BackendTime("openvino", None, "<b>a|b\n  c"), BackendTime("eager", 5.0)]
     head = "Time for one image, `flowers`\n\n| backend | milliseconds | |\n| --- | --: | --- |\n"
     assert table_of_times("flowers", rows, []) == (
-        f"{head}| native | 1.23 | fastest |\n| openvino | | &lt;b&gt;a/b |\n| eager | 5.00 |  |"
+        f"{head}| native | 1.23 | fastest |\n| openvino | | &lt;b&gt;a/b c |\n| eager | 5.00 |  |"
     )
     assert table_of_times("flowers", rows[:1], ["openvino", "eager"]) == (
         f"{head}| native | 1.23 |  |\n| openvino | | being timed |\n| eager | | waiting |"
