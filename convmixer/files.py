@@ -13,17 +13,17 @@ from convmixer.errors import ArgumentError, ConvMixerError, WriteError
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise what `write_atomically` would, before the work that makes the file's content.
+    """Raise what `write_atomically` would raise for a path, before its content is computed.
 
     Raises:
-        ArgumentError: It is a folder, or its folder does not exist.
+        ArgumentError: `path` is a folder, or its folder does not exist.
         WriteError: Its folder takes no files.
     """
     _temporary(Path(os.path.expanduser(path))).unlink()
 
 
 def _temporary(path: Path) -> Path:
-    """Make an empty file next to the one that is to be written."""
+    """Make an empty file next to the path that is to be written."""
     if os.path.isdir(path):
         raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
     if not os.path.isdir(path.parent):
@@ -39,10 +39,10 @@ def _temporary(path: Path) -> Path:
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file next to `path`, then rename it: there is the old file or the new one.
+    """Let `write` fill a temporary file next to `path`, then rename it: `path` always is the old file or the new one.
 
     Raises:
-        ArgumentError: It is a folder, or its folder does not exist.
+        ArgumentError: `path` is a folder, or its folder does not exist.
         WriteError: The folder takes no files, or the disk is full.
     """
     path = Path(os.path.expanduser(path))
@@ -58,10 +58,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     except ConvMixerError:
         raise
     except OSError as error:
-        # Windows replaces no file that is open, and a model's weights are mapped from theirs.
-        advice = ": close what has it open" if sys.platform == "win32" and isinstance(error, PermissionError) else ""
+        # Windows does not replace an open file, and a model keeps the file of its weights open.
+        advice = (
+            ": this or another program has it open"
+            if sys.platform == "win32" and isinstance(error, PermissionError)
+            else ""
+        )
         raise WriteError(
-            f"cannot write {str(path)!r}: {error.strerror or error}. What was there is whole{advice}"
+            f"cannot write {str(path)!r}: {error.strerror or error}. The file that was there is unchanged{advice}"
         ) from error
     finally:
         with contextlib.suppress(OSError):  # which would hide what went wrong before

@@ -111,8 +111,8 @@ def predict_dataset(
         key_column: The column that names them; None: key, path, file_name or id, or else file and row are their names.
         data_root: Where downloaded data sets lie; see `validate`.
         download: Let `torch/` data sets download what is missing.
-        progress: Called with the number of rows that are written or computed, and of all rows, or None if unknown.
-        report: Called with a line that says what is read, and one that says what an earlier run has written.
+        progress: Called as `progress(done, total)`, in rows; `total` is None where nothing says it.
+        report: Takes a line that says what is read, and one that says what an earlier run has written.
 
     Returns:
         The numbers of rows and of errors, and the time.

@@ -56,8 +56,8 @@ def serve(
         app = create_app(models, device=device, backends=backends)
         name, port = listener.getsockname()[:2]
         shown = f"[{name}]" if ":" in name else name
-        others = "" if ipaddress.ip_address(name).is_loopback else "other machines may reach it; "
-        report(f"http://{shown}:{port} ({others}Ctrl-C ends it)")
+        warning = "" if ipaddress.ip_address(name).is_loopback else "other machines may reach it; "
+        report(f"http://{shown}:{port} ({warning}Ctrl-C ends it)")
         with contextlib.suppress(KeyboardInterrupt):
             server(app).run(sockets=[listener])
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from convmixer.errors import WeightsError, brief
 from convmixer.files import write_atomically
-from convmixer.hub.foreign import first, our_names
+from convmixer.hub.foreign import first_keys, our_names
 from convmixer.hub.untrusted import header_excess
 from convmixer.registry import SHAPE, VARIANTS, Variant
 from convmixer.wrappers import unwrap
@@ -151,7 +151,7 @@ def recognise(shapes: Mapping[str, Sequence[int]], source: str) -> dict[str, int
         sizes |= {"in_chans": stem[1]}
         if min(sizes.values()) > 0:
             return {**sizes, "num_classes": head[0]}
-    raise WeightsError(f"{source} is not a ConvMixer: its keys are {first(list(shapes))}")
+    raise WeightsError(f"{source} is not a ConvMixer: its keys are {first_keys(shapes)}")
 
 
 def matching_variant(sizes: Mapping[str, int]) -> Variant | None:
@@ -236,9 +236,9 @@ def check_keys(
     extra = [k for k in tensors if k not in expected and k not in may_differ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing ({first(missing)})")
+        problems.append(f"{len(missing)} missing ({first_keys(missing)})")
     if extra:
-        problems.append(f"{len(extra)} unexpected ({first(extra)})")
+        problems.append(f"{len(extra)} unexpected ({first_keys(extra)})")
     wrong = [
         f"{k} expected {tuple(expected[k].shape)}, found {brief(tuple(tensors[k].shape))}"
         for k in expected
@@ -250,7 +250,7 @@ def check_keys(
         k for k in expected if k in tensors and expected[k].is_floating_point() > tensors[k].is_floating_point()
     ]
     if integers:
-        problems.append(f"{len(integers)} of whole numbers ({first(integers)})")
+        problems.append(f"{len(integers)} of whole numbers ({first_keys(integers)})")
     if problems:
         advice = path and _advice(path)
         raise WeightsError(

@@ -193,10 +193,10 @@ def _facts_of_run(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, A
 def _without_folder(name: str) -> str:
     """Name a file, model or data set without its folder; names of the Hub and of torchvision stay."""
     scheme = next((s for s in ("hf-hub:", "torch/", "hfds/", "wds/", "local-dir:") if name.startswith(s)), "")
-    rest = name.removeprefix(scheme)
-    if scheme in ("hf-hub:", "torch/") or (scheme == "hfds/" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", rest)):
+    location = name.removeprefix(scheme)
+    if scheme in ("hf-hub:", "torch/") or (scheme == "hfds/" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location)):
         return name
-    return scheme + re.split(r"[/\\]", rest.rstrip("/\\"))[-1]
+    return scheme + re.split(r"[/\\]", location.rstrip("/\\"))[-1]
 
 
 def _read_registry(name: str) -> dict[str, Any]:

@@ -368,5 +368,6 @@ def _ratios(timed: list[_Contender]) -> list[Ratio]:
     return ratios
 
 
-def _of(contenders: list[_Contender], side: str, dtype: str) -> list[_Contender]:
-    return [c for c in contenders if c.result.dtype == dtype and c.result.name.startswith(side)]
+def _of(contenders: list[_Contender], package: str, dtype: str) -> list[_Contender]:
+    """Return the contenders of "convmixer" or "timm" in a type."""
+    return [c for c in contenders if c.result.dtype == dtype and c.result.name.startswith(package)]

@@ -33,8 +33,10 @@ from convmixer.training.history import Epoch, best_epoch, write_history
 from convmixer.training.recipe import Recipe
 
 # What `write_atomically` writes here.
-_FILES = ("recipe.json", "metrics.csv", "metrics.json", "last.pt", "last.safetensors", "best.safetensors")
-_FILES += ("model.safetensors", "result.json", "plots/history.png")
+_FILES = (
+    *("recipe.json", "metrics.csv", "metrics.json", "last.pt", "last.safetensors", "best.safetensors"),
+    *("model.safetensors", "result.json", "plots/history.png"),
+)
 
 
 class RunFolder:

@@ -237,6 +237,18 @@ def test_splits(model, tmp_path):
 # ---- broken images --------------------------------------------------------------------------------------------------
 
 
+def test_a_row_of_the_hub_without_an_image(model, files, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    content = {"image": [{"bytes": files[0].read_bytes(), "path": None}, None]}
+    data = datasets.Dataset.from_dict(content, datasets.Features({"image": datasets.Image()}))
+    data.to_parquet(tmp_path / "set" / "train.parquet")
+    source = f"hfds/{tmp_path / 'set'}"
+    found, summary = compute(model, source, tmp_path / "out", data_root=tmp_path / "cache")
+    assert (summary.errors, found[0]["error"]) == (1, None)
+    assert found[1]["error"] == f"cannot read image 1 of {source!r}: its image is empty"
+
+
 def test_a_broken_image_is_a_row(model, digits, expected, tmp_path):
     shutil.copytree(digits, tmp_path / "in")
     broken = [expected[i]["image"] for i in (0, 41, 42)]
