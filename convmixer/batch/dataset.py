@@ -122,6 +122,7 @@ def predict_dataset(
         DataError: The source cannot be found or read.
         WriteError: The folder takes no files, or the disk is full.
         DependencyError: pyarrow, Ray or the backend is not installed.
+        ConvMixerError: Ray failed. The same call resumes the run.
 
     Example:
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
@@ -241,7 +242,7 @@ class _Counter:
 
 
 def _count_existing(predictor: Predictor, report: Callable[[str], None]) -> dict[int, tuple[int, int]]:
-    """Return `_count_rows` of the parts that have a file; delete what a run that was killed left half-written."""
+    """Return `_count_rows` of the parts that have a file; remove the leftovers of a run that was killed."""
     remove_leftovers(predictor.output, "part-*.parquet")
     total = len(predictor.source)
     counts = {part: found for part in range(total) if (found := _count_rows(predictor, part))}

@@ -88,6 +88,7 @@ def read_image(
 
     Raises:
         ImageError: It cannot be read.
+        ArgumentError: `channels` is neither 1 nor 3.
 
     Example:
         >>> from convmixer.data.images import read_image

@@ -203,7 +203,9 @@ def load_images(
         report: Takes a line about what was taken for the split, and one about unreadable images.
 
     Raises:
-        DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
+        DataError: There is nothing, there are no images, or other classes than asked for, or an image cannot be read.
+        ArgumentError: `size` has neither 1 nor 3 channels.
+        DependencyError: A library that reads the data is not installed.
 
     Example:
         >>> from convmixer.data.memory import load_images

@@ -443,7 +443,7 @@ def collect(
         repo_ids: Repositories; those that the collection has already are left as they are.
         private: Whether a new collection is.
         token: Access token.
-        dry_run: Only look.
+        dry_run: Change nothing.
 
     Returns:
         The address of the collection, "" if a dry run finds none; and the repositories that it did not have.
