@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import stat
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,14 +29,15 @@ def _temporary(path: Path) -> Path:
         raise ArgumentError(f"cannot write {str(path)!r}: it is a folder")
     if not os.path.isdir(path.parent):
         raise ArgumentError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # less what the umask takes
     except OSError as error:
         raise WriteError(
             f"cannot write {path.name!r} in the folder {str(path.parent)!r}: {error.strerror}. Choose another"
         ) from error
     os.close(handle)
-    return Path(name)
+    return temporary
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
@@ -47,13 +49,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     path = Path(os.path.expanduser(path))
     temporary = _temporary(path)
+    mode = stat.S_IMODE(temporary.stat().st_mode)  # reading the umask itself would change it for all threads
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would hide the file from other users
+        temporary.chmod(mode)  # `write` may have put another file there
         temporary.replace(path)
     except ConvMixerError:
         raise
@@ -79,5 +80,5 @@ def remove_leftovers(folder: Path, names: str) -> None:
         folder: The folder of the files that it was to write.
         names: Pattern of their names, as for `Path.glob`. Nothing else in the folder is touched.
     """
-    for leftover in folder.glob(f".{names}.{'[a-z0-9_]' * 8}"):  # as mkstemp names them
+    for leftover in folder.glob(f".{names}.{'[0-9a-f]' * 8}"):  # as `_temporary` names them
         leftover.unlink(missing_ok=True)

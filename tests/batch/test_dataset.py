@@ -309,7 +309,7 @@ def test_resume_writes_what_is_missing(model, digits, expected, tmp_path):
     first = (out / "part-00000.parquet").stat().st_mtime_ns
     for i in (1, 4):
         (out / f"part-{i:05}.parquet").unlink()
-    (out / ".part-00001.parquet.abcd_012").write_bytes(b"half")  # of a run that was killed
+    (out / ".part-00001.parquet.abcd0123").write_bytes(b"half")  # of a run that was killed
     options = {"report": lines.append, "progress": lambda *counts: seen.append(counts)}
     found, summary = compute(model, digits, out, rows_per_file=20, batch_size=8, **options)
     assert [row["image"] for row in found] == [row["image"] for row in expected]

@@ -320,6 +320,12 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_writing_leaves_the_umask_of_other_threads(tmp_path, monkeypatch):
+    """It belongs to the process: files that others create meanwhile would be open to all users."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+    write_atomically(tmp_path / "file", lambda temporary: temporary.write_text("new"))
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
 def test_permissions_follow_the_umask(model, tmp_path, umask, mode):
     path = tmp_path / "a.safetensors"
