@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from convmixer.data.images import read_image
-from convmixer.data.memory import fit_arguments, load_images
+from convmixer.data.memory import fitting, load_images
 from convmixer.errors import ArgumentError, optional
 from convmixer.files import write_atomically
 from convmixer.inference import class_logits, label_names
@@ -592,7 +592,7 @@ def model_figures(
             classes=label_names(model),
             progress=lambda items: progress(items, "reading test"),
             report=report,
-            **fit_arguments(config),
+            **fitting(config),
         )
         probabilities = class_probabilities(model, images.pixels, progress=lambda items: progress(items, "classifying"))
         yield "confusion", plot_confusion(images.labels, probabilities.argmax(1), images.classes)

@@ -315,7 +315,7 @@ def class_weights(recipe: Recipe, images: ImageSet) -> Tensor | None:
     return torch.tensor([float(weight) for weight in recipe.class_weights])
 
 
-def fit_arguments(config: dict[str, Any]) -> dict[str, Any]:
+def fitting(config: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `load_images` and `Fit` that fit images as a model's configuration says."""
     return {name: config[name] for name in ("interpolation", "crop_mode", "crop_pct")}
 

@@ -258,7 +258,7 @@ def _are_image_sizes(value: Any) -> bool:
     if not _are(value, lambda row: _are(row, _is_number, 2)):
         return False
     starts = [start for start, _ in value]
-    return starts[:1] in ([], [0]) and starts == sorted(set(starts)) and all(side >= 1 for _, side in value)
+    return starts[:1] in ([], [0]) and starts == sorted(set(starts)) and all(_is_whole(side, 1) for _, side in value)
 
 
 def _are_model_args(value: Any) -> bool:
@@ -318,7 +318,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: _are(v, lambda n: _is_whole(n, 0), 2) and v[1] <= 30,
         "two whole numbers (operations >= 0, magnitude 0 to 30)",
     ),
-    ("image_sizes", _are_image_sizes, "pairs of numbers: rising parts of the run from 0, sides above 0"),
+    ("image_sizes", _are_image_sizes, "pairs: rising parts of the run, from 0 on, and sides in whole pixels"),
     ("teacher", lambda v: isinstance(v, str), "the name of a model, or the folder of a run"),
     ("fill", lambda v: v in ("black", "mean"), '"black" or "mean"'),
     ("auto_augment", _is_policy, 'a policy of timm such as "rand-m9-mstd0.5-inc1"'),

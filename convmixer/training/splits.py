@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convmixer.data.memory import Fit, ImageSet, fit_arguments, hold_out, load_images
+from convmixer.data.memory import Fit, ImageSet, fitting, hold_out, load_images
 from convmixer.data.readers import READERS, SHARDS, has_split
 from convmixer.data.stream import open_stream
 from convmixer.factory import create_model
@@ -105,7 +105,7 @@ def _reader(
     model = create_model(recipe.model, checkpoint=checkpoint, device="meta", **recipe.sizes)
     config: dict[str, Any] = model.pretrained_cfg
     height, width = recipe.input_size or config["input_size"][1:]
-    fit = Fit((recipe.in_chans, height, width), **fit_arguments(config), draft=recipe.draft)
+    fit = Fit((recipe.in_chans, height, width), **fitting(config), draft=recipe.draft)
     options: dict[str, Any] = {
         "skip_unreadable": sources.skip_unreadable,
         "root": sources.data_root,
@@ -124,7 +124,7 @@ def _reader(
             fit.size,
             draft=recipe.draft,
             progress=lambda items: progress(items, f"reading {split}"),
-            **fit_arguments(config),
+            **fitting(config),
             **options,
             **labelling,
         )

@@ -46,6 +46,8 @@ def test_addresses():
     for host in ("203.0.113.1", "no host"):
         with pytest.raises(ArgumentError, match=rf"cannot listen at host='{host}', port=0: .*; the usual ones are"):
             module.listen(host, 0)
+    with pytest.raises(ArgumentError, match="port='8000': give a whole number of at least 0"):
+        module.listen("127.0.0.1", "8000")
     with contextlib.suppress(ArgumentError), module.listen("::1", 0) as listener:  # not every machine has it
         assert listener.family == socket.AF_INET6
 

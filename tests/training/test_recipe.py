@@ -45,6 +45,10 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"flip": 2}, "recipe field flip=2: give a number in [0, 1]"),
         ({"rand_augment": (2, 31)}, "recipe field rand_augment=(2, 31)"),
         ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
+        (
+            {"image_sizes": ((0.0, math.inf),)},
+            "image_sizes=((0.0, inf),): give pairs: rising parts of the run",
+        ),
         ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
         ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
         ({"mix_prob": 1.5}, "recipe field mix_prob=1.5: give a number in [0, 1]"),
