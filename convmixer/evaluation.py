@@ -243,7 +243,7 @@ def compare(
         )
         choice = str(getattr(fast, "choice", "eager, the folded module"))
     settings = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
-    settings |= {"split": split, "labels": labels, "precision": precision}
+    settings |= {"split": split, "labels": labels and str(labels), "precision": precision}
     return Comparison(settings, original, optimized, choice)
 
 

@@ -37,7 +37,8 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2, block: 
 
     Example:
         >>> import segmentation_models_pytorch as smp
-        >>> names = convmixer.segmentation.register_encoders()
+        >>> from convmixer.segmentation import register_encoders
+        >>> names = register_encoders()
         >>> unet = smp.Unet("convmixer_256_8.cifar10", encoder_weights=None, classes=11)
         >>> unet(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 11, 64, 64])

@@ -60,6 +60,12 @@ def enough(height: int, width: int, crop_pct: float = 1.0) -> Size:
     return MARGIN * math.floor(width / crop_pct), MARGIN * math.floor(height / crop_pct)
 
 
+def check_channels(channels: int) -> None:
+    """Raise an ArgumentError for a model that takes other images than RGB and grey ones."""
+    if channels not in (1, 3):
+        raise ArgumentError(f"images have 1 or 3 channels, this model takes {channels}: call it with tensors instead")
+
+
 def read_image(
     source: Any, channels: int = 3, *, least: Size | Callable[[int, int], Size] | None = None
 ) -> Image.Image:
@@ -95,8 +101,7 @@ def read_image(
         >>> read_image("cat.png").mode, read_image("cat.png", channels=1).mode
         ('RGB', 'L')
     """
-    if channels not in (1, 3):
-        raise ArgumentError(f"images have 1 or 3 channels, this model takes {channels}: call it with tensors instead")
+    check_channels(channels)
     if isinstance(source, Image.Image):
         image = _decode(source, repr(source), least, ours=False)
     elif (file := _as_file(source)) is not None:

@@ -237,6 +237,13 @@ def test_splits(model, tmp_path):
 # ---- broken images --------------------------------------------------------------------------------------------------
 
 
+def test_a_model_of_other_channels_is_refused_before_anything_is_written(digits, tmp_path):
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", device="cpu", dim=8, depth=1, in_chans=4)
+    with pytest.raises(ArgumentError, match="images have 1 or 3 channels, this model takes 4"):
+        compute(model, digits, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_row_of_the_hub_without_an_image(model, files, tmp_path):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
