@@ -1,4 +1,4 @@
-"""What weights make of CIFAR-10's test images, as they are and changed. The tables of docs/runs.md are made from it.
+"""How well weights classify CIFAR-10's test images, as they are and changed; docs/runs.md shows the results.
 
     python benchmarks/accuracy.py [--data data/cifar10-png] [--output docs/runs] [MODEL ...]
 
@@ -30,7 +30,7 @@ MISTAKES = 25
 
 
 def shift(pixels: Tensor, by: int) -> Tensor:
-    """Left, right, up and down in turn from image to image; what comes in at the edge is a reflection."""
+    """Shift left, right, up and down in turn from image to image; reflections fill the edges."""
     height, width = pixels.shape[2:]
     padded = F.pad(pixels, by, padding_mode="reflect")
     moved = torch.empty_like(pixels)
@@ -57,14 +57,14 @@ CHANGES = {
 
 
 def file_names(data: Path) -> list[str]:
-    """Of the test images, in the order of `load_images`."""
+    """Return the names of the test images, in the order of `load_images`."""
     split = open_split(data, "test")
     assert isinstance(split, FileSplit)
     return [image.name for image in split.images]
 
 
 def scores(share: Tensor, labels: Tensor) -> dict[str, float]:
-    """As `validate` gives them, of class probabilities (N, C) and labels (N,)."""
+    """Return the scores of `validate` for class probabilities (N, C) and labels (N,)."""
     return {name: round(value, 4) for name, value in asdict(_scores(share.double().log(), labels)).items()}
 
 

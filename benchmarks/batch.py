@@ -7,11 +7,11 @@ images give 100,000. In each round take turns:
 
 - decoding: every image is read from the tar and prepared, in this process
 - inference: the optimized model computes as many prepared images, in the same batches
-- predict_dataset: the command's whole work, with its workers, and with the files that it writes
+- predict_dataset: all of its work, with its workers and the files that it writes
 
-The ratio is the time of the last one to the sum of the first two; at most 1.15 is the aim. Memory is that of this
-process and its workers, without pages that they share counted twice (PSS), sampled while predict_dataset runs: the
-largest values of the four quarters of the time tell whether it grows.
+The ratio is the time of the last one to the sum of the first two, and should be at most 1.15. Memory is the
+proportional set size (PSS) of this process and its workers, sampled while predict_dataset runs. The largest values in
+each quarter of the time show whether it grows.
 """
 
 import io
@@ -22,7 +22,9 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import harness
 import psutil
@@ -79,7 +81,7 @@ class Watch(threading.Thread):
         return {f"quarter {i + 1}": round(max(quarter, default=0.0), 1) for i, quarter in enumerate(quarters)}
 
 
-def decode(parts: Parts, prepare) -> None:
+def decode(parts: Parts, prepare: Callable[[Any], torch.Tensor]) -> None:
     """Read and prepare all images, as many at a time as a batch has."""
     items = (item for part in range(len(parts)) for _, item in parts.read(part))
     while batch := [parts.decode(item, prepare) for item in itertools.islice(items, BATCH)]:

@@ -28,7 +28,7 @@ STEPS = {
 
 
 def stamps() -> list[float]:
-    """Clock after each step of one process, and before the first."""
+    """Return the clock before the first step of a process and after each step, in seconds."""
     program = "\n".join(f"{code}\nstamps.append(time.time())" for code in STEPS.values())
     before = time.time()
     run = subprocess.run(

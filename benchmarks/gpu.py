@@ -1,4 +1,4 @@
-"""Kernels and whole models on a GPU, in one command under ten minutes: ours, cuDNN's, timm's and the roof.
+"""Kernels and whole models on a GPU, in one command under ten minutes: ours, cuDNN's and timm's, and an H200's limits.
 
     python benchmarks/gpu.py --json FILE [--minutes 9] [--data FOLDER] [--only REGEX]
     python benchmarks/gpu.py --table FILE
@@ -91,7 +91,7 @@ class Job(NamedTuple):
 
 
 def seconds(call: Callable[[], Any], least: float) -> float:
-    """Median time of a call after two untimed ones."""
+    """Return the median time of a call in seconds, after two untimed ones."""
     for _ in range(1 if DRY else 2):
         call()
     if DRY:
@@ -153,7 +153,7 @@ def images(name: str, batch: int, layout: torch.memory_format, dtype: torch.dtyp
 
 
 def compiled(model: nn.Module, moves: bool = True) -> Any:
-    """Compiled with or without TorchInductor's layout optimisation."""
+    """Compile a model with or without TorchInductor's layout optimisation."""
     if DRY:
         return torch.compile(model, backend="aot_eager")
     return torch.compile(model, options={"layout_optimization": moves}, dynamic=False)
@@ -426,7 +426,7 @@ def compile_ahead(data: Path | None, only: str, minutes: float) -> None:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Markdown: a table for each section."""
+    """Return Markdown with a table for each section."""
     lines = [f"{content['device']}, torch {content['torch']}, triton {content['triton']}, timm {content['timm']}"]
     for section, rows in content["sections"].items():
         columns = list(dict.fromkeys(key for row in rows.values() if isinstance(row, dict) for key in row))
@@ -474,9 +474,9 @@ def main() -> None:
         torch.backends.cudnn.benchmark = True
         compile_ahead(arguments.data, arguments.only, arguments.minutes)
     for job in chosen(arguments.data, arguments.only):
-        place = f"{job.section}: {job.name}"
+        title = f"{job.section}: {job.name}"
         if time.monotonic() - begin > 60 * arguments.minutes:
-            content["left_out"].append(place)
+            content["left_out"].append(title)
             continue
         free()
         try:
@@ -484,11 +484,11 @@ def main() -> None:
         except Exception as error:
             if DRY:
                 raise
-            content["failed"][place] = f"{type(error).__name__}: {error}"[:300]
-            print(place, content["failed"][place], flush=True)
+            content["failed"][title] = f"{type(error).__name__}: {error}"[:300]
+            print(title, content["failed"][title], flush=True)
         else:
             content["sections"].setdefault(job.section, {})[job.name] = found
-            print(f"{place}: {found}", flush=True)
+            print(f"{title}: {found}", flush=True)
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     print(table(content))

@@ -89,7 +89,7 @@ def compile_launch(launch: dict[str, Any], capability: int) -> Any:
 
 
 def disassemble(compiled: Any) -> dict[str, Any]:
-    """Registers, spilled bytes, shared memory, and instructions by kind: in all, and in loops."""
+    """Return registers, spills, shared memory, and instructions by kind: in total, and in the main loop."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -134,7 +134,7 @@ def _kinds(instructions: list[str]) -> dict[str, int]:
 
 
 def cases(dim: int, size: int, side: int, dtype: torch.dtype) -> dict[str, tuple[Any, int, float, float]]:
-    """Per kernel its call; per image bytes moved, operations of tensor cores, as bfloat16's, and of float32 cores."""
+    """Return for each kernel its call, and per image bytes moved and operations of tensor cores and float32 cores."""
     x = torch.empty(BATCH, dim, side, side, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
     vector = torch.empty(dim, device="cuda")
     kernel = torch.empty(dim, 1, size, size, dtype=dtype, device="cuda")
@@ -228,7 +228,7 @@ def report(
 
 
 def table(file: Path) -> str:
-    """Markdown of what a file says of bfloat16 on sm_90."""
+    """Return a Markdown table of what a file says about bfloat16 on sm_90."""
     lines = [
         "| block | kernel | registers | shared KiB | instructions | loop: all, FMA, tensor | roof, us | issue, us |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

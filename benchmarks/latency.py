@@ -25,7 +25,7 @@ SHARES = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
 
 
 def make_calls(model: Any, image: torch.Tensor, dtype: str) -> dict[str, Callable[[], Any]]:
-    """The native backend with all threads and with one, and timm's model as others run it."""
+    """Return calls of the native backend with all threads and with one, and of timm's model as others run it."""
     calls: dict[str, Callable[[], Any]] = {}
     inputs = image.to(DTYPES[dtype])
     for threads in (torch.get_num_threads(), 1):
@@ -55,7 +55,7 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 
 def measure(calls: dict[str, Callable[[], Any]], count: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds by load, runtime and share of the calls."""
+    """Return milliseconds by load, runtime and share of the calls."""
     take_turns = functools.partial(harness.take_turns, rounds=count, warm_up=count // 10)
     alone = {name: take_turns({name: call})[name] for name, call in calls.items()}
     turns = take_turns(calls)

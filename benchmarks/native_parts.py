@@ -21,7 +21,7 @@ from convmixer.registry import get_variant
 
 
 def parts(name: str, size: int, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Microseconds per image of each part."""
+    """Return the microseconds per image of each part."""
     variant, _ = get_variant(name)
     x = torch.randn(batch, 3, size, size)
 

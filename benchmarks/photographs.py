@@ -20,7 +20,7 @@ from convmixer.data.readers import open_split
 
 
 def enlarge(image: Image.Image, pixels: int, random: np.random.Generator) -> bytes:
-    """A JPEG of about so many pixels, of the same shape, with noise of five grey levels."""
+    """Return a JPEG of about that many pixels, in the same proportions, with noise of five grey levels."""
     factor = (pixels / (image.width * image.height)) ** 0.5
     size = round(image.width * factor), round(image.height * factor)
     large = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
@@ -31,7 +31,7 @@ def enlarge(image: Image.Image, pixels: int, random: np.random.Generator) -> byt
 
 
 def synthetic(random: np.random.Generator) -> Image.Image:
-    """Noise at all scales, as in photographs: the power falls with the square of the frequency."""
+    """Return noise at all scales, as in photographs: its power falls with the square of the frequency."""
     total = np.zeros((750, 1000, 3), np.float32)
     for octave in range(8):
         cells = random.normal(0, 60 / 2 ** (octave / 2), (3 * 2**octave, 4 * 2**octave, 3))

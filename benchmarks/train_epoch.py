@@ -32,10 +32,10 @@ from convmixer.training.trainer import build_model
 def write_images(folder: Path, count: int, side: int, classes: int = 10) -> None:
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
-        place = folder / "train" / str(i % classes)
-        place.mkdir(parents=True, exist_ok=True)
+        of_class = folder / "train" / str(i % classes)
+        of_class.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(place / f"{i}.png")
+        Image.fromarray(pixels.numpy()).save(of_class / f"{i}.png")
 
 
 def quiet(_line: str) -> None:
@@ -43,7 +43,7 @@ def quiet(_line: str) -> None:
 
 
 def bare_steps(recipe: Recipe, count: int, device: torch.device, precision: str, compiled: bool) -> float:
-    """Seconds of the training steps, in parts as in training, without reading and augmenting images."""
+    """Return the seconds of the training steps, in parts as in training, without reading and augmenting images."""
     fused, _ = choose_fused(recipe, device, fused="auto", compile=compiled)
     model = build_model(recipe, tuple("0123456789"), device, fused=fused).train()
     forward = torch.compile(model) if compiled else model
@@ -87,13 +87,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(options.device)
     count = options.images // recipe.batch_size
     epochs, bare = [], []
-    with tempfile.TemporaryDirectory() as place:
-        write_images(Path(place), options.images, convmixer.model_info(recipe.model).input_size[1])
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), options.images, convmixer.model_info(recipe.model).input_size[1])
         for turn in range(options.rounds):
-            output = Path(place) / f"run{turn}"
-            result = train(
-                recipe, place, output, device=device, precision=options.precision, compile=options.compile, report=quiet
-            )
+            output = Path(folder) / f"run{turn}"
+            settings = {"device": device, "precision": options.precision, "compile": options.compile}
+            result = train(recipe, folder, output, **settings, report=quiet)
             epochs.append(count * recipe.batch_size / result.history[1].images_per_second)
             bare.append(bare_steps(recipe, count, device, options.precision, options.compile))
     ratio = harness.ratio(epochs, bare)

@@ -81,7 +81,7 @@ class Way:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor, clock: Callable[[], float]) -> float:
-        """Seconds of a step, after an untimed one."""
+        """Return the seconds of a step, after an untimed one."""
         for _ in range(2):
             start = clock()
             self.run(images, labels)
@@ -91,7 +91,7 @@ class Way:
         return seconds
 
     def kept(self, images: torch.Tensor, labels: torch.Tensor) -> int:
-        """Bytes that autograd keeps for the backward pass, parameters left out."""
+        """Return the bytes that autograd keeps for the backward pass, without parameters."""
         parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         storages: dict[int, int] = {}
 
@@ -125,7 +125,7 @@ def parse() -> argparse.Namespace:
 
 
 def make_ways(arguments: argparse.Namespace, model: convmixer.ConvMixer) -> dict[str, Way]:
-    """The ways whose names were asked for, with equal weights in the shape of a model."""
+    """Return the ways whose names were asked for, with equal weights in the shape of a model."""
     kernel_size = model.blocks[0][0].fn[0].kernel_size[0]
     shape = {"dim": model.dim, "depth": len(model.blocks), "kernel_size": kernel_size, "patch_size": model.patch_size}
     shape |= {"num_classes": 10, **({"dim": 16, "depth": 1} if arguments.dry_run else {})}
@@ -163,7 +163,7 @@ def make_ways(arguments: argparse.Namespace, model: convmixer.ConvMixer) -> dict
 
 
 def operations(model: torch.nn.Module, images: torch.Tensor) -> int:
-    """Floating point operations of a step: those of the forward pass, and of gradients of inputs and weights.
+    """Count the floating point operations of a step: of the forward pass, and of gradients of inputs and weights.
 
     Works for timm's class and ours. The images themselves get no gradient.
     """
@@ -174,7 +174,7 @@ def operations(model: torch.nn.Module, images: torch.Tensor) -> int:
 
 
 def matrix_multiplication(arguments: argparse.Namespace, clock: Callable[[], float]) -> Callable[[], float]:
-    """A call that returns the seconds of one large matrix multiplication."""
+    """Return a call that returns the seconds of one large matrix multiplication."""
     side = 64 if arguments.dry_run else MATRIX_SIDE
     a = torch.randn(side, side, device=arguments.device, dtype=getattr(torch, arguments.precision))
     out = torch.empty_like(a)
@@ -192,7 +192,7 @@ def matrix_multiplication(arguments: argparse.Namespace, clock: Callable[[], flo
 def time_steps(
     ways: dict[str, Way], images: torch.Tensor, labels: torch.Tensor, arguments: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """The seconds of each way's steps, and of a matrix multiplication; they take turns."""
+    """Return the seconds of each way's steps, and of a matrix multiplication; they take turns."""
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     calls = {name: functools.partial(it.step, images, labels, clock) for name, it in ways.items()}
     calls[CEILING] = matrix_multiplication(arguments, clock)
@@ -203,7 +203,7 @@ def time_steps(
 def compare(
     seconds: dict[str, list[float]], memory: dict[str, float], work: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Print each way beside timm's best; return the figures.
+    """Print each way next to timm's best, and return the figures.
 
     Args:
         seconds: From `time_steps`.

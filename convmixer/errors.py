@@ -10,7 +10,7 @@ ConvMixerError
 ├── WriteError             a file or a folder that cannot be written (also an OSError)
 ├── HubError               the Hugging Face Hub cannot be reached, or refuses an upload
 ├── DependencyError        an optional library that is not installed (also an ImportError)
-└── TrainingStopped        training was asked to stop, and has saved its place
+└── TrainingStopped        a signal stopped the training, which has saved its state
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DependencyError(ConvMixerError, ImportError):
 
 
 class TrainingStopped(ConvMixerError):
-    """Training was asked to stop, by SIGTERM or SIGINT, and has saved its place.
+    """SIGTERM or SIGINT stopped the training, which has saved its state.
 
     Attributes:
         signal: Number of the signal.
@@ -75,7 +75,8 @@ class TrainingStopped(ConvMixerError):
 
 def missing(what: str, modules: Sequence[str], extra: str) -> str:
     """Say that `what` needs modules that are not installed, and which extra of this package brings them."""
-    return f"{what} needs {' and '.join(modules)}, which is missing: pip install 'convmixer[{extra}]'"
+    verb = "is" if len(modules) == 1 else "are"
+    return f"{what} needs {' and '.join(modules)}, which {verb} missing: pip install 'convmixer[{extra}]'"
 
 
 def first_line(error: BaseException) -> str:
@@ -110,6 +111,12 @@ def brief(value: object, longest: int = 80) -> str:
     """Return a value from a file for a message: cut if it is long, escaped if a terminal would obey it."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def list_first(items: Iterable[str], most: int = 5, separator: str = ", ") -> str:
+    """List the first items for a message, and "..." for the others."""
+    items = list(items)
+    return separator.join([*items[:most], *(["..."] if len(items) > most else [])])
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -114,6 +114,7 @@ def validate(
     Raises:
         ArgumentError: A model without a head, another kind of module, or an argument that makes no sense.
         DataError: Data that cannot be found or read, or classes that the model does not know.
+        DependencyError: A library that reads the data is not installed.
 
     Example:
         >>> from convmixer.evaluation import validate
@@ -130,7 +131,7 @@ def validate(
         raise ArgumentError(f"{len(classes)} class names for a model with {count} classes")
     check_count("batch_size", batch_size)
     parameter = next(model.parameters())
-    autocast(parameter.device, precision)  # what is wrong with it is said before data are read
+    autocast(parameter.device, precision)  # raises for a wrong precision before data are read
     prepare = preparation(model, draft=draft)
 
     view = evaluation_view(model)
@@ -221,7 +222,7 @@ def compare(
         DataError: As `validate` does.
     """
     opened = open_model(model, checkpoint=checkpoint, device=device)
-    choose_precision(next(opened.parameters()).device, precision)  # an error of it comes before anything is computed
+    choose_precision(next(opened.parameters()).device, precision)  # raises before anything is computed
     fast = None
     if backend:
         dtype = torch.int8 if int8 else precision if precision == "auto" else getattr(torch, precision)
@@ -242,7 +243,7 @@ def compare(
         )
         choice = str(getattr(fast, "choice", "eager, the folded module"))
     settings = {"model": model, "checkpoint": checkpoint and str(checkpoint), "data": data}
-    settings |= {"split": split, "labels": labels, "precision": precision}
+    settings |= {"split": split, "labels": labels and str(labels), "precision": precision}
     return Comparison(settings, original, optimized, choice)
 
 

@@ -88,6 +88,8 @@ class _Resolved:
 def _resolve(name: str, pretrained: bool, revision: str | None, **hub_options: Any) -> _Resolved:
     scheme, _, location = name.partition(":")
     if scheme == "local-dir":
+        if revision:
+            raise ArgumentError(f"revision={revision!r} is for a repository of the Hub, not for {name!r}: leave it out")
         folder = Path(os.path.expanduser(location))
         weights_file = folder / "model.safetensors" if pretrained else None
         return _from_config(folder / "config.json", weights_file, name)
@@ -133,7 +135,7 @@ def _registered(name: str, weights: Weights, revision: str | None, **hub_options
 def _from_config(path: Path, weights: Path | None, name: str) -> _Resolved:
     config = read_config(path, name)
     if weights is not None:
-        # By the header alone, before anything is built: what a file does not hold, nobody allocates.
+        # Only by the header, before anything is built: no memory is allocated that the file does not fill.
         says = {**config.variant.architecture, **config.model_args, "num_classes": config.preprocessing["num_classes"]}
         found = recognise(read_shapes(weights), repr(str(weights)))
         wrong = [f"{key}={says[key]}, but the weights have {n}" for key, n in found.items() if says[key] != n]

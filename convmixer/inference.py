@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from convmixer.data.images import Size, enough, is_one_image, read_image
+from convmixer.data.images import Size, check_channels, enough, is_one_image, read_image
 from convmixer.data.layout import count_images, describe_left_out, list_folder
 from convmixer.errors import ArgumentError, ImageError, check_count
 from convmixer.model import evaluation_view
@@ -106,8 +106,13 @@ def preparation(model: nn.Module, *, draft: bool = True) -> Preparation:
     Args:
         model: A classifier from `create_model`.
         draft: Decode large JPEG photographs at a reduced scale, of which the transform needs at most half.
+
+    Raises:
+        ArgumentError: The model does not take images with 1 or 3 channels.
     """
-    return Preparation(create_transform(model), in_channels(model), least_size(model) if draft else None)
+    channels = in_channels(model)
+    check_channels(channels)
+    return Preparation(create_transform(model), channels, least_size(model) if draft else None)
 
 
 @overload

@@ -56,6 +56,7 @@ def write_figure(figure: Figure, path: str | Path) -> None:
 
     Raises:
         ArgumentError: There is no such folder, or `path` is one.
+        WriteError: The folder takes no files, or the disk is full.
 
     Example:
         >>> from convmixer.plots import plot_confusion, write_figure
@@ -491,6 +492,7 @@ def class_activation(
     Raises:
         ImageError: An image that cannot be read.
         ArgumentError: A model without a head or one from `optimize`, or no such class.
+        DependencyError: captum is not installed.
 
     Example:
         >>> from convmixer.plots import class_activation

@@ -8,9 +8,9 @@ the backbone, (B, dim, h, w) in cells of p pixels:
     q -> r      bilinear interpolation, if they differ (patches of 7 or 14 pixels); cells stay in their places
     project     1x1 convolution -> LayerNorm -> 3x3 convolution -> LayerNorm,  (B, channels, ceil(H/r), ceil(W/r))
 
-where q and r are the pixels per cell of the resized and of the final map. Other than ViTDet, this takes any patch size
-and any image size. Images are padded with zeros to whole patches, at the right and at the bottom, so that the backbone
-sees every pixel.
+where q and r are the pixels per cell of the resized and of the final map. Unlike ViTDet's, this pyramid takes any patch
+size and any image size. Images are padded with zeros to whole patches, at the right and at the bottom, so that the
+backbone sees every pixel.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class FeaturePyramid(nn.Module):
             (B, channels, ceil(H / reduction), ceil(W / reduction)).
         channels: Channels of every map.
         out_indices: The blocks (or outputs, with `features_only=True`) that the maps are made of: one for each
-            reduction, or one for all. Negative numbers count from the end. None is the last one, whose cells have seen
-            most of the image.
+            reduction, or one for all. Negative numbers count from the end. None takes the last one, whose cells have
+            seen most of the image.
         return_dict: Return an `OrderedDict` with the keys "0", "1", ..., as torchvision's detectors take it, instead of
             a list. The attribute may change at any time.
 
@@ -136,9 +136,9 @@ class _Level(nn.Module):
         for i in range(doublings):
             if i:
                 self.resize.extend([LayerNorm2d(dim, **factory), nn.GELU()])
-            half = max(dim // 2, 1)
-            self.resize.append(nn.ConvTranspose2d(dim, half, kernel_size=2, stride=2, **factory))
-            dim = half
+            narrower = max(dim // 2, 1)
+            self.resize.append(nn.ConvTranspose2d(dim, narrower, kernel_size=2, stride=2, **factory))
+            dim = narrower
         if doublings < 0:
             self.resize.append(nn.MaxPool2d(2**-doublings, ceil_mode=True))
         self.reduction = reduction
@@ -178,7 +178,7 @@ def _sample(x: Tensor, scale: float, count: int, dim: int) -> Tensor:
 
 
 def check_reductions(name: str, reductions: Any) -> tuple[int, ...]:
-    """Return the reductions of a pyramid as a tuple; raise an ArgumentError for others, with the argument's `name`."""
+    """Return the reductions of a pyramid as a tuple; raise an ArgumentError, with the argument's name, for others."""
     found = plain_indices(reductions)
     found = [plain_indices(r) for r in found] if isinstance(found, list | tuple) else []
     if not found or not all(map(is_count, found)) or sorted(set(found)) != found:
@@ -189,22 +189,22 @@ def check_reductions(name: str, reductions: Any) -> tuple[int, ...]:
 def _extractor(backbone: Any, out_indices: Any, count: int) -> tuple[Any, list[int]]:
     """Return a module that computes a backbone's feature maps, and for each level which of them it is made of."""
     info: Any = getattr(backbone, "feature_info", None)
-    ready = isinstance(info, FeatureInfo)
-    if not ready and not (isinstance(info, list) and info and hasattr(backbone, "forward_intermediates")):
+    is_extractor = isinstance(info, FeatureInfo)
+    if not is_extractor and not (isinstance(info, list) and info and hasattr(backbone, "forward_intermediates")):
         raise ArgumentError(
             f"{describe(backbone)} does not say which feature maps it has: give a ConvMixer, or a model of timm "
             "with features_only=True. Build the pyramid first, then compile or wrap it"
         )
-    total = len(info.out_indices) if ready else len(info)
+    total = len(info.out_indices) if is_extractor else len(info)
     blocks = _indices(out_indices, total, count)
-    if ready:
+    if is_extractor:
         return backbone, blocks
     wanted = sorted(set(blocks))
     return FeatureGetterNet(backbone, tuple(wanted)), [wanted.index(block) for block in blocks]
 
 
 def _indices(out_indices: Any, total: int, count: int) -> list[int]:
-    """Return `count` indices from 0 to total - 1; raise an ArgumentError for others than `FeaturePyramid` describes."""
+    """Return `count` indices from 0 to total - 1; raise an ArgumentError for what `FeaturePyramid` does not take."""
     found = [-1] if out_indices is None else plain_indices(out_indices)
     found = [plain_indices(i) for i in found] if isinstance(found, list | tuple) else []
     valid = all(is_count(i, -total) and i < total for i in found)

@@ -37,13 +37,13 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2, block: 
 
     Example:
         >>> import segmentation_models_pytorch as smp
-        >>> names = convmixer.segmentation.register_encoders()
+        >>> from convmixer.segmentation import register_encoders
+        >>> names = register_encoders()
         >>> unet = smp.Unet("convmixer_256_8.cifar10", encoder_weights=None, classes=11)
         >>> unet(torch.zeros(1, 3, 64, 64)).shape
         torch.Size([1, 11, 64, 64])
     """
-    if finest not in (2, 4):
-        raise ArgumentError(f"finest={finest!r}; valid: 2, 4")
+    _check_finest(finest)
     check_count("channels", channels)
     if isinstance(block, bool) or not isinstance(block, int):
         raise ArgumentError(f"block={block!r}: give the number of a block, such as 3, or -1 for the last")
@@ -58,6 +58,11 @@ def register_encoders(*, channels: int = 128, finest: Literal[2, 4] = 2, block: 
             "params": {"name": name, "pretrained": name in pretrained, **settings},
         }
     return names
+
+
+def _check_finest(finest: int) -> None:
+    if finest not in (2, 4):
+        raise ArgumentError(f"finest={finest!r}; valid: 2, 4")
 
 
 class _NoDownloads(dict[str, Any]):
@@ -104,6 +109,7 @@ class ConvMixerEncoder(nn.Module):
         depth: int = 5,
         output_stride: int = 32,
     ) -> None:
+        _check_finest(finest)
         if not is_count(depth, 2):
             raise ArgumentError(f"encoder_depth={depth!r}: give a whole number of at least 2; decoders need 3 to 5")
         super().__init__()

@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, top_k_ac
 import convmixer
 from convmixer.data.memory import load_images
 from convmixer.errors import ArgumentError, DataError
-from convmixer.evaluation import calibration_error, validate
+from convmixer.evaluation import calibration_error, compare, validate
 from convmixer.training import evaluate, get_recipe, train
 
 pytestmark = pytest.mark.usefixtures("wide_terminal")
@@ -359,3 +359,12 @@ def test_senseless_commands(tmp_path, monkeypatch, arguments, text):
     result = run(*arguments, status=2)
     assert text in result.stderr
     assert result.stdout == ""
+
+
+def test_the_record_of_a_table_in_a_path(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
+    table = tmp_path / "labels.csv"
+    table.write_text("image,label\nblack.png,cat\n")
+    options = {"split": "test", "labels": table, "precision": "float32", "device": "cpu", "report": lambda _: None}
+    found = compare("convmixer_128_8_ks7_p2", str(tmp_path), **options)
+    assert json.loads(json.dumps(found.record()))["labels"] == str(table)

@@ -332,6 +332,11 @@ def test_hub(folder, tmp_path_factory):
         ({"name": "hub:me/x"}, ArgumentError, "unknown scheme 'hub'; valid: variant, variant.tag, hf-hub:, local-dir:"),
         ({"name": "hf-hub:x"}, ArgumentError, "give hf-hub:owner/repo"),
         ({"name": "hf-hub:me/x@1", "revision": "2"}, ArgumentError, "names one revision and revision='2' another"),
+        (
+            {"name": "local-dir:x", "revision": "2"},
+            ArgumentError,
+            "revision='2' is for a repository of the Hub, not",
+        ),
         ({"name": "local-dir:/nowhere"}, WeightsError, "cannot read '/nowhere/config.json'"),
         ({"name": "convmixer_512_12", "pretrained": True}, WeightsError, "convmixer_512_12 has no weights. No public"),
         ({"numclasses": 3}, ArgumentError, "argument 'numclasses' is unknown; did you mean num_classes"),

@@ -131,7 +131,7 @@ def test_a_file_that_is_open_is_not_replaced_on_windows(monkeypatch, tmp_path):
         patch.setattr(sys, "platform", "win32")
         with pytest.raises(
             WriteError,
-            match=r"weights.safetensors': Access is denied\. What was there is whole: close what has it open$",
+            match=r"weights.safetensors': Access is denied\. The file that was there is unchanged: this or another ",
         ):
             write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "old"

@@ -122,6 +122,8 @@ def test_errors(monkeypatch):
         smp.Unet("convmixer_128_8_ks7_p2", encoder_weights=None, encoder_depth=1, decoder_channels=(8,))
     with pytest.raises(ArgumentError, match="finest=8; valid: 2, 4"):
         register_encoders(finest=8)
+    with pytest.raises(ArgumentError, match="finest=8; valid: 2, 4"):
+        ConvMixerEncoder("convmixer_256_8", False, 16, finest=8)
     with pytest.raises(ArgumentError, match="channels=0: give a whole number"):
         register_encoders(channels=0)
     monkeypatch.setitem(__import__("sys").modules, "segmentation_models_pytorch.encoders", None)

@@ -154,12 +154,12 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    silence = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     try:
-        ray.init(address, **quiet)
+        ray.init(address, **silence)
     except Exception as error:  # Ray raises its own, ConnectionError, ValueError, and bare ones
-        place = f" at {address!r}" if address else ""
-        raise ArgumentError(f"no connection to Ray{place}: {first_line(error)}; {_HINT}") from error
+        at_address = f" at {address!r}" if address else ""
+        raise ArgumentError(f"no connection to Ray{at_address}: {first_line(error)}; {_HINT}") from error
     try:
         yield
     finally:

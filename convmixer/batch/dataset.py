@@ -20,9 +20,10 @@ from convmixer.batch.manifest import claim, describe_model, reserve
 from convmixer.batch.predictor import Answers, Predictor, import_pyarrow
 from convmixer.data.parts import open_parts
 from convmixer.errors import ArgumentError, DataError, check_count, optional
+from convmixer.files import remove_leftovers
 from convmixer.inference import label_names, preparation
 from convmixer.model import as_dtype
-from convmixer.runtime.choose import BACKENDS
+from convmixer.runtime.choose import check_backend
 from convmixer.runtime.folding import find_convmixer
 from convmixer.runtime.optimize import optimize
 from convmixer.wrappers import find_model
@@ -110,8 +111,8 @@ def predict_dataset(
         key_column: The column that names them; None: key, path, file_name or id, or else file and row are their names.
         data_root: Where downloaded data sets lie; see `validate`.
         download: Let `torch/` data sets download what is missing.
-        progress: Called with the number of rows that are written or computed, and of all rows, or None if unknown.
-        report: Called with a line that says what is read, and one that says what an earlier run has written.
+        progress: Called as `progress(done, total)`, in rows; `total` is None where nothing says it.
+        report: Takes a line that says what is read, and one that says what an earlier run has written.
 
     Returns:
         The numbers of rows and of errors, and the time.
@@ -121,6 +122,7 @@ def predict_dataset(
         DataError: The source cannot be found or read.
         WriteError: The folder takes no files, or the disk is full.
         DependencyError: pyarrow, Ray or the backend is not installed.
+        ConvMixerError: Ray failed. The same call resumes the run.
 
     Example:
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
@@ -193,8 +195,7 @@ def _check_backend(backend: str, dtype: torch.dtype | str | None) -> Any:
 
     `optimize` checks the rest, but on Ray only in another process.
     """
-    if backend not in BACKENDS:
-        raise ArgumentError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+    check_backend(backend)
     kind = as_dtype(dtype)
     if kind == torch.int8:
         raise ArgumentError("dtype=int8 needs images for calibration: give bfloat16, float32 or auto")
@@ -241,9 +242,8 @@ class _Counter:
 
 
 def _count_existing(predictor: Predictor, report: Callable[[str], None]) -> dict[int, tuple[int, int]]:
-    """Return `_count_rows` of the parts that have a file; delete what a run that was killed left half-written."""
-    for leftover in predictor.output.glob(".part-*"):
-        leftover.unlink(missing_ok=True)
+    """Return `_count_rows` of the parts that have a file; remove the leftovers of a run that was killed."""
+    remove_leftovers(predictor.output, "part-*.parquet")
     total = len(predictor.source)
     counts = {part: found for part in range(total) if (found := _count_rows(predictor, part))}
     if counts:

@@ -31,9 +31,9 @@ def describe_model(model: nn.Module, labels: tuple[str, ...]) -> dict[str, Any]:
     config = preprocessing(model)
     tag = config.get("tag")
     layers = sorted({type(module).__name__ for module in model.modules()})
-    parts = [digest(model), layers, [config[key] for key in PREPROCESSING], labels]
+    identity = [digest(model), layers, [config[key] for key in PREPROCESSING], labels]
     name = f"{config.get('architecture')}{f'.{tag}' if tag else ''}"
-    return {"name": name, "digest": hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()}
+    return {"name": name, "digest": hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()}
 
 
 def claim(output: Path, record: Record) -> None:
@@ -93,7 +93,7 @@ def _check_ours(output: Path) -> None:
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
-    """Read a manifest; raise DataError if it is none."""
+    """Read a manifest; raise DataError if the file cannot be read or is not one."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):

@@ -60,6 +60,12 @@ def enough(height: int, width: int, crop_pct: float = 1.0) -> Size:
     return MARGIN * math.floor(width / crop_pct), MARGIN * math.floor(height / crop_pct)
 
 
+def check_channels(channels: int) -> None:
+    """Raise an ArgumentError for a model that takes other images than RGB and grey ones."""
+    if channels not in (1, 3):
+        raise ArgumentError(f"images have 1 or 3 channels, this model takes {channels}: call it with tensors instead")
+
+
 def read_image(
     source: Any, channels: int = 3, *, least: Size | Callable[[int, int], Size] | None = None
 ) -> Image.Image:
@@ -72,9 +78,9 @@ def read_image(
     - Other integers, as of PIL's mode I, of TIFF files with 32 bits, of int64: 255, or 65535 if a value exceeds that.
     - Floats, as of PIL's mode F: 1, or 255 if a value exceeds that, or 65535.
 
-    Where white is not the first of these and no value reaches a sixteenth of it, nobody knows what is meant: an image
-    in [0, 1] goes a little beyond 1 when it is sharpened. This is an error, as are negative values, larger ones, and
-    values that are not finite.
+    A white that is not the first of these counts only if a value reaches a sixteenth of it. Otherwise the meaning is
+    unclear, as an image in [0, 1] goes a little beyond 1 when it is sharpened. This is an error, as are negative
+    values, larger ones, and values that are not finite.
 
     Args:
         source: A path; an http or https URL of at most 64 MiB; the bytes of a file; a binary file object, read from its
@@ -88,14 +94,14 @@ def read_image(
 
     Raises:
         ImageError: It cannot be read.
+        ArgumentError: `channels` is neither 1 nor 3.
 
     Example:
         >>> from convmixer.data.images import read_image
         >>> read_image("cat.png").mode, read_image("cat.png", channels=1).mode
         ('RGB', 'L')
     """
-    if channels not in (1, 3):
-        raise ArgumentError(f"images have 1 or 3 channels, this model takes {channels}: call it with tensors instead")
+    check_channels(channels)
     if isinstance(source, Image.Image):
         image = _decode(source, repr(source), least, ours=False)
     elif (file := _as_file(source)) is not None:
@@ -119,7 +125,7 @@ def _as_file(source: Any) -> Any:
 
 
 def _name(source: Any) -> str:
-    """Return how messages call a source."""
+    """Return the name of a source for messages."""
     if isinstance(source, str | os.PathLike):
         return repr(os.fspath(source))
     if isinstance(source, bytes | bytearray | memoryview):
@@ -177,12 +183,12 @@ def _reduce(image: Image.Image, least: Size | Callable[[int, int], Size], ours: 
 def _to_8_bit(image: Image.Image, white: int | None) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_bytes(np.asarray(image), f"image of mode {image.mode!r}", white))
-    if image.mode == "La":  # Pillow converts it only to this
+    if image.mode == "La":  # which Pillow converts only to LA
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB") if image.mode == "LAB" else image  # which does not become grey directly
+    return image.convert("RGB") if image.mode == "LAB" else image  # Pillow does not convert LAB to grey directly
 
 
 def _to_bytes(array: npt.NDArray[Any], what: str, white: int | None = None) -> npt.NDArray[np.uint8]:

@@ -12,7 +12,7 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from timm.utils.misc import natural_key
 
 from convmixer.data.images import image_suffixes
-from convmixer.errors import DataError
+from convmixer.errors import DataError, list_first
 
 ROLES = ("train", "validation", "test")
 LAYOUTS = (
@@ -56,7 +56,7 @@ class Folder:
 
     Attributes:
         name: The path from the source on, with a slash at its end; a tar that stands for a folder keeps its suffix.
-        links: How many links in it lead nowhere that could be read.
+        links: Number of links in it whose target cannot be read.
     """
 
     def __init__(self, name: str) -> None:
@@ -216,10 +216,10 @@ class Layout:
     other: tuple[str, ...] = ()
 
     def folder_of(self, split: str) -> Folder:
-        """Return the folder of a split. A source without splits is all of any; validation stands in for a missing test.
+        """Return the folder of a split; without splits all of the source, and without a test split that for validation.
 
         Raises:
-            DataError: It has only others, or several for this one.
+            DataError: The source has splits, but not this one, or several that could be meant by it.
         """
         if not self.splits:
             return self.top
@@ -228,7 +228,7 @@ class Layout:
         found = self.splits.get(split)
         names = ", ".join(str(folder) for folders in self.splits.values() for folder in folders)
         if not found:
-            others = f" beside {some(self.other)}" if self.other else ""
+            others = f" beside {list_first(self.other)}" if self.other else ""
             spellings = {"train": "train, training, train_set", "validation": "val, valid, validation, dev"}
             raise DataError(
                 f"no {split} split in {self.source!r}, which holds {names}{others}: call it one of "
@@ -250,9 +250,9 @@ class Layout:
         shared = [name for name, count in names.items() if count > 1]
         if len(names) > 1 and 2 * len(shared) >= len(names):
             raise DataError(
-                f"the folders {some(list(tops))} of {self.source!r} hold folders of the same names, {some(shared)}. "
-                "Where they are splits, call them train, val and test; where they are classes, put them into a folder "
-                "called train"
+                f"the folders {list_first(tops)} of {self.source!r} hold folders of the same names, "
+                f"{list_first(shared)}. Where they are splits, call them train, val and test; where they are classes, "
+                "put them into a folder called train"
             )
 
 
@@ -260,7 +260,7 @@ def find_layout(source: str | Path) -> Layout:
     """Find what a folder or a tar holds.
 
     Raises:
-        DataError: Nothing there, or no folder and no tar.
+        DataError: There is nothing, or neither a folder nor a tar.
     """
     path = os.path.expanduser(str(source))
     if os.path.isfile(path) and _is_tar(path):
@@ -313,11 +313,6 @@ def _images(files: Iterable[str]) -> list[str]:
 def count_images(count: int) -> str:
     """Return "1 image", "3,068 images"."""
     return f"{count:,} image{'' if count == 1 else 's'}"
-
-
-def some(names: Sequence[str], separator: str = ", ") -> str:
-    """List the first five, for a message."""
-    return separator.join(names[:5]) + (f"{separator}..." if len(names) > 5 else "")
 
 
 # ---- classes --------------------------------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from convmixer.data.images import enough, read_image
-from convmixer.data.layout import some
 from convmixer.data.readers import open_split
-from convmixer.errors import ArgumentError, DataError
+from convmixer.errors import ArgumentError, DataError, list_first
 
 if TYPE_CHECKING:
     from convmixer.training.recipe import Recipe
@@ -153,7 +152,7 @@ class Images:
         return replace(self, odds=balancing_odds(self))
 
     def record(self) -> dict[str, Any]:
-        return {"images": len(self), "classes": list(self.classes), "labels": digest(self.labels)}
+        return {"images": len(self), "classes": list(self.classes), "labels": labels_digest(self.labels)}
 
     def parts(self, share: Share) -> Iterator[Batch]:
         for index in share.index(len(self), self.pixels.device, self.odds):
@@ -204,7 +203,9 @@ def load_images(
         report: Takes a line about what was taken for the split, and one about unreadable images.
 
     Raises:
-        DataError: Nothing there, no images, other classes than asked for, or an image that cannot be read.
+        DataError: There is nothing, there are no images, or other classes than asked for, or an image cannot be read.
+        ArgumentError: `size` has neither 1 nor 3 channels.
+        DependencyError: A library that reads the data is not installed.
 
     Example:
         >>> from convmixer.data.memory import load_images
@@ -233,18 +234,13 @@ def load_images(
         else:
             raise sample
     if errors:
-        shown = shorten(errors.values())
+        shown = list_first(errors.values(), separator="; ")
         report(f"{len(errors)} of {len(opened)} images are left out: {shown}")
         if len(errors) == len(opened):
             raise DataError(f"no image of {opened.name!r} can be read: {shown}")
         readable = torch.tensor([i for i in range(len(opened)) if i not in errors])
         pixels, targets = pixels[readable], targets[readable]
     return Images(pixels, index[targets], classes or opened.classes)
-
-
-def shorten(errors: Iterable[str]) -> str:
-    """List the first five, for a message."""
-    return some(list(errors), "; ")
 
 
 def _check_memory(name: str, count: int, size: tuple[int, int, int]) -> None:
@@ -282,8 +278,8 @@ class Fit:
         return result
 
 
-def digest(labels: Tensor) -> str:
-    """Return a few letters that stand for labels in their order."""
+def labels_digest(labels: Tensor) -> str:
+    """Return a short hash of labels (N,) in their order."""
     return hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 

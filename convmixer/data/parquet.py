@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -80,8 +81,17 @@ class ParquetImages:
         keys = batch.column(self.key).to_pylist() if self.key else [None] * len(batch)
         for i, (key, image) in enumerate(zip(keys, batch.column(self.image), strict=True), start=number):
             content = image.as_py()
-            name = f"{os.path.basename(file)}:{i}" if key is None else str(key)
+            name = f"{self._short(file)}:{i}" if key is None else str(key)
             yield name, content.get("bytes") if isinstance(content, dict) else content
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        """The innermost folder that holds all files."""
+        return os.path.commonpath([os.path.dirname(file) for file in self.files])
+
+    def _short(self, file: str) -> str:
+        """Return the path of a file from `_folder` on, which no other file has."""
+        return os.path.relpath(file, self._folder).replace(os.sep, "/")
 
 
 def _groups(metadata: Any, low: int, high: int) -> tuple[list[int], int]:
@@ -117,31 +127,43 @@ def open_parquet(
             files with other columns than the first.
         DependencyError: pyarrow is not installed.
     """
-    parquet: Any = optional("pyarrow.parquet", repr(source), "batch")
-    schema: Any = None
-    rows = []
-    for file in files:
-        try:
-            with parquet.ParquetFile(file) as opened:
-                found, count = opened.schema_arrow, opened.metadata.num_rows
-        except Exception as error:  # pyarrow's, and the disk's
-            raise DataError(f"cannot read {file!r}: {type(error).__name__}: {error}") from error
-        schema = schema or found
-        if not set(schema.names) <= set(found.names):
-            raise DataError(
-                f"{file!r} has the columns {', '.join(found.names)}, and {files[0]!r} {', '.join(schema.names)}: give "
-                "files that belong together"
-            )
-        rows.append(count)
+    schemas, rows = _read_footers(source, files)
+    schema = schemas[0]
     image = _image_column(source, schema, image_column)
     if image is None:
         return None
+    for file, other in zip(files, schemas, strict=True):
+        if not _is_image(other.field(image)):
+            raise DataError(
+                f"the column {image!r} has the bytes of images in {files[0]!r}, and {other.field(image).type} in "
+                f"{file!r}: give files that belong together"
+            )
     key = key_column or next((name for name in KEYS if name in schema.names and _is_key(schema.field(name))), None)
     if key is not None and key not in schema.names:
         raise DataError(f"no column {key!r} in {source!r}, which has {', '.join(schema.names)}")
     if not sum(rows):
         raise DataError(f"no rows in {source!r}")
     return ParquetImages(source, tuple(files), tuple(rows), image, key)
+
+
+def _read_footers(source: str, files: Sequence[str]) -> tuple[list[Any], list[int]]:
+    """Return the schema and the number of rows of each file; raise DataError if one lacks columns of the first."""
+    parquet: Any = optional("pyarrow.parquet", repr(source), "batch")
+    schemas: list[Any] = []
+    rows: list[int] = []
+    for file in files:
+        try:
+            with parquet.ParquetFile(file) as opened:
+                schemas.append(opened.schema_arrow)
+                rows.append(opened.metadata.num_rows)
+        except Exception as error:  # pyarrow's, and the disk's
+            raise DataError(f"cannot read {file!r}: {type(error).__name__}: {error}") from error
+        if not set(schemas[0].names) <= set(schemas[-1].names):
+            raise DataError(
+                f"{file!r} has the columns {', '.join(schemas[-1].names)}, and {files[0]!r} "
+                f"{', '.join(schemas[0].names)}: give files that belong together"
+            )
+    return schemas, rows
 
 
 def _is_key(field: Any) -> bool:

@@ -28,7 +28,7 @@ class Parts(ABC):
     """A source of images in parts.
 
     Attributes:
-        name: Of the source, from the root of the file system on if it is there.
+        name: The source; an absolute path if it is in the file system.
         split: The split that was asked for.
         images: The split, the shards or the Parquet files that are cut into parts.
     """
@@ -68,7 +68,7 @@ class Parts(ABC):
 
     @abstractmethod
     def listing(self) -> Iterable[object]:
-        """Yield what tells this source from another one: names and sizes, not what is in the images."""
+        """Yield what tells this source from another one: names, and sizes where a listing has them, but no pixels."""
 
     def record(self) -> dict[str, Any]:
         """Return what must be the same when a run is resumed."""
@@ -226,8 +226,8 @@ def open_parts(
 def _absolute(source: str) -> str:
     """Return a source as all processes and machines understand it, whatever folder they are in."""
     if source.startswith(SHARDS):
-        place = os.path.expanduser(source.removeprefix(SHARDS))
-        return source if ":" in place else SHARDS + os.path.abspath(place)
+        location = os.path.expanduser(source.removeprefix(SHARDS))
+        return source if ":" in location else SHARDS + os.path.abspath(location)
     exists = os.path.exists(source) or find_parquet(source)
     return os.path.abspath(source) if exists and not source.startswith(READERS) else source
 

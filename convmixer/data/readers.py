@@ -30,10 +30,9 @@ from convmixer.data.layout import (
     list_classes,
     list_images,
     role,
-    some,
 )
 from convmixer.data.tables import has_rows, is_table, list_rows, read_table
-from convmixer.errors import DataError, optional
+from convmixer.errors import DataError, list_first, optional
 
 READERS = ("torch/", "hfds/")
 SHARDS = "wds/"
@@ -89,7 +88,7 @@ class _Labelled(abc.ABC):
             )
         if twice := [label for label in self.classes if classes.count(label) > 1]:
             raise DataError(
-                f"several classes of the model are called {some(twice)}, as one of {self.name!r} is: nothing says "
+                f"several classes of the model are called {list_first(twice)}, as one of {self.name!r} is: nothing says "
                 "which is meant. Give the model different names (label_names, classes=), or for ImageNet folders named "
                 "by WordNet numbers"
             )
@@ -223,6 +222,8 @@ class HubImages(Split):
     def read(self, index: int, prepare: Prepare) -> tuple[Tensor, int]:
         try:
             image = self.rows[index][self.column]
+            if image is None:
+                raise DataError(f"its {self.column} is empty")
             return prepare(image["bytes"] or image["path"]), 0
         except Exception as error:
             raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
@@ -362,10 +363,10 @@ def has_split(
     return has_rows(layout, read_table(labels), split, str(labels))
 
 
-def _describe(split: str | None, count: int, classes: Sequence[str], place: str) -> str:
+def _describe(split: str | None, count: int, classes: Sequence[str], origin: str) -> str:
     """Return "test: 372 images in 10 classes from clothing/test.tar"."""
     kinds = f" in {len(classes)} class{'' if len(classes) == 1 else 'es'}" if classes else ""
-    return f"{f'{split}: ' if split else ''}{count_images(count) if count else 'images'}{kinds} from {place}"
+    return f"{f'{split}: ' if split else ''}{count_images(count) if count else 'images'}{kinds} from {origin}"
 
 
 def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str | Path | None]:
@@ -386,7 +387,7 @@ def _open_files(source: str | Path, split: str | None, labels: str | Path | None
         listing = list_classes(folder) if labelled else list_images(folder)
     shown = str(folder)
     if not listing.images:
-        raise DataError(_nothing(str(source), split, shown, listing, table))
+        raise DataError(_why_empty(str(source), split, shown, listing, table))
     taken = _describe(split, len(listing.images), listing.classes, shown)
     if table is not None:
         taken += f" by {Path(table).name}"
@@ -395,27 +396,27 @@ def _open_files(source: str | Path, split: str | None, labels: str | Path | None
     if listing.left_out:
         taken += f"; left out: {describe_left_out(listing.left_out)}"
     if layout.other and split is not None:
-        taken += f"; no split: {some(layout.other)}"
+        taken += f"; no split: {list_first(layout.other)}"
     return FileSplit(str(source), listing.classes, taken, listing.images, listing.labels)
 
 
-def _nothing(source: str, split: str | None, place: str, listing: Listing, table: str | Path | None) -> str:
+def _why_empty(source: str, split: str | None, folder: str, listing: Listing, table: str | Path | None) -> str:
     """Say why no image with a label was found."""
     loose = listing.left_out["image beside the class folders"]
     if loose:
         without = "" if split == "train" else ". To train without them, give the folder of the training images as data"
         return (
-            f"the {split} images of {source!r}, {loose:,} in {place}, lie in no class folders, so nothing says what "
+            f"the {split} images of {source!r}, {loose:,} in {folder}, lie in no class folders, so nothing says what "
             f"they show{without}. {LAYOUTS}. `convmixer predict` classifies images without labels"
         )
     if table is not None and split is None:
         return f"no row of {str(table)!r} names an image of {source!r}"
     if table is not None:
-        return f"no row of {str(table)!r} is of the {split} images of {source!r}, in {place}"
+        return f"no row of {str(table)!r} is of the {split} images of {source!r}, in {folder}"
     left_out = f" It holds {describe_left_out(listing.left_out)}." if listing.left_out else ""
     if split is None:
         return f"no images in {source!r}.{left_out} Files of images are known by their suffixes: .jpg, .png, ..."
-    return f"no images in the {split} split of {source!r}, {place}.{left_out} {LAYOUTS}"
+    return f"no images in the {split} split of {source!r}, {folder}.{left_out} {LAYOUTS}"
 
 
 # ---- data sets by name ----------------------------------------------------------------------------------------------
@@ -445,7 +446,7 @@ def _load_hub(name: str, root: str | Path | None) -> Any:
 
 
 def _choose_split(name: str, split: str | None, valid: Sequence[str]) -> str:
-    """What a data set of the Hub calls a split."""
+    """Return the name that a data set of the Hub has for a split."""
     if split is None:
         meant = list(valid)
     elif split in valid:
@@ -485,7 +486,7 @@ def _open_hub(name: str, split: str | None, root: str | Path | None, labelled: b
 
 
 def _open_hub_images(name: str, split: str, rows: Any) -> Split:
-    """A split of the Hub of which only the images are read."""
+    """Open a split of a data set of the Hub, of which only the images are read."""
     datasets = optional("datasets", repr(name), "train")
     column = next((c for c, feature in rows.features.items() if isinstance(feature, datasets.Image)), None)
     if column is None or not len(rows):

@@ -25,16 +25,16 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from convmixer.data.images import enough, read_image
-from convmixer.data.memory import Batch, Fit, Share, balancing_odds, digest, seed_all, shorten
+from convmixer.data.memory import Batch, Fit, Share, balancing_odds, labels_digest, seed_all
 from convmixer.data.readers import FileSplit, Prepare, ShardSplit, Split, open_split
 from convmixer.data.workers import default_workers, load
-from convmixer.errors import DataError
+from convmixer.errors import DataError, list_first
 
 if TYPE_CHECKING:
     from convmixer.training.recipe import Recipe
 
 Decoded = tuple[Tensor | None, int, list[str]]  # pixels, or none if unreadable; label; what could not be read
-S = TypeVar("S", bound="_Workers")
+S = TypeVar("S", bound="_StreamBase")
 
 
 @lru_cache
@@ -102,7 +102,7 @@ def _collate(samples: list[Decoded]) -> tuple[Tensor, Tensor, list[str]]:
 
 
 @dataclass
-class _Workers:
+class _StreamBase:
     """What streams have in common: worker processes, the labels of a model, unreadable images.
 
     Attributes:
@@ -137,14 +137,14 @@ class _Workers:
     def record(self) -> dict[str, Any]:
         return {"images": len(self), "classes": list(self.classes)}  # type: ignore[arg-type]
 
-    def _load(self, dataset: Any, *, training: bool, **how: Any) -> Iterator[Batch]:
+    def _load(self, dataset: Any, *, training: bool, **options: Any) -> Iterator[Batch]:
         """Yield the batches of a data set, on the device.
 
         Raises:
             DataError: An image that cannot be read, unless those are skipped, or a training batch without any that can.
         """
-        how["num_workers"] = self.workers if len(self) else 0  # type: ignore[arg-type]
-        for batch in load(dataset, self.name, pin_memory=self.device.type == "cuda", **how):
+        options["num_workers"] = self.workers if len(self) else 0  # type: ignore[arg-type]
+        for batch in load(dataset, self.name, pin_memory=self.device.type == "cuda", **options):
             if isinstance(batch, DataError):
                 raise batch
             pixels, labels, errors = batch
@@ -152,7 +152,7 @@ class _Workers:
             if errors and not self.skip_unreadable:
                 raise DataError(errors[0])
             if training and not len(pixels):
-                raise DataError(f"no image of {self.name!r} can be read: {shorten(errors)}")
+                raise DataError(f"no image of {self.name!r} can be read: {list_first(errors, separator='; ')}")
             if len(pixels):
                 yield pixels.to(self.device, non_blocking=True), self.labels[labels].to(self.device)
 
@@ -180,7 +180,7 @@ class _Decoder(Dataset[Decoded]):
 
 
 @dataclass
-class Stream(_Workers):
+class Stream(_StreamBase):
     """Images of a split that can be read in any order.
 
     Attributes:
@@ -207,7 +207,7 @@ class Stream(_Workers):
 
     def record(self) -> dict[str, Any]:
         files = isinstance(self.split, FileSplit)  # other labels take long to read
-        return super().record() | ({"labels": digest(self.targets())} if files else {})
+        return super().record() | ({"labels": labels_digest(self.targets())} if files else {})
 
     def parts(self, share: Share) -> Iterator[Batch]:
         """Yield training images part after part; with `skip_unreadable` others replace unreadable ones."""
@@ -319,7 +319,7 @@ def open_stream(
 
 
 @dataclass
-class Shards(_Workers):
+class Shards(_StreamBase):
     """Images in WebDataset tars, which are read from their start to their end.
 
     Each epoch draws an order of the tars and deals them out to the workers of all processes; each worker draws the next

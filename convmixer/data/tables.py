@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convmixer.data.images import image_suffixes
-from convmixer.data.layout import File, Folder, Layout, Listing, list_images, list_labelled, role, some
-from convmixer.errors import DataError, brief, optional
+from convmixer.data.layout import File, Folder, Layout, Listing, list_images, list_labelled, role
+from convmixer.errors import DataError, brief, list_first, optional
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 
@@ -131,24 +131,24 @@ def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
     absolute = {}
     if any(os.path.isabs(row.image) for row in rows):
         absolute = {os.path.abspath(file.path): file for file in exact.values() if file.size is None}
-    last: dict[str, list[File]] = defaultdict(list)
+    by_basename: dict[str, list[File]] = defaultdict(list)  # with and without the suffix
     for known in exact.values():
         name = posixpath.basename(known.name)
         stem, suffix = posixpath.splitext(name)
         if suffix.lower() in image_suffixes():
-            last[name].append(known)
-            last[stem].append(known)
+            by_basename[name].append(known)
+            by_basename[stem].append(known)
     found: list[File] = []
     lost: list[str] = []
     for row in rows:
         name = posixpath.normpath(row.image.replace("\\", "/"))
         file = exact.get(name) or absolute.get(os.path.abspath(row.image))
         if file is None:
-            near = [f for f in last.get(posixpath.basename(name), ()) if _ends(f"/{f.name}", f"/{name}")]
+            near = [f for f in by_basename.get(posixpath.basename(name), ()) if _ends(f"/{f.name}", f"/{name}")]
             if len(near) > 1:
                 raise DataError(
-                    f"{brief(row.image)!r} of {table!r} could be {some([f.name for f in near])} in {layout.source!r}: "
-                    "write the path from there, or give the folder that the table belongs to"
+                    f"{brief(row.image)!r} of {table!r} could be {list_first(f.name for f in near)} in "
+                    f"{layout.source!r}: write the path from there, or give the folder that the table belongs to"
                 )
             file = near[0] if near else None
         if file is None or posixpath.splitext(file.name)[1].lower() not in image_suffixes():
@@ -157,8 +157,8 @@ def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
             found.append(file)
     if lost:
         raise DataError(
-            f"{len(lost)} of {len(rows)} rows of {table!r} name no image in {layout.source!r}: {some(lost)}. Write "
-            "paths from that folder, or names of files that are there once"
+            f"{len(lost)} of {len(rows)} rows of {table!r} name no image in {layout.source!r}: {list_first(lost)}. "
+            "Write paths from that folder, or names of files that are there once"
         )
     return found
 

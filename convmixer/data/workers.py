@@ -27,15 +27,15 @@ def default_workers() -> int:
 
 
 def load(dataset: Any, name: str, **options: Any) -> Iterator[Any]:
-    """Yield what a DataLoader yields; it draws nothing from the caller's random numbers.
+    """Yield what a DataLoader yields, and draw nothing from the caller's random numbers.
 
     Args:
-        dataset: What it reads.
-        name: The name of the data, for errors.
-        options: Of the DataLoader.
+        dataset: The data set.
+        name: Its name, for errors.
+        options: Further arguments of DataLoader.
 
     Raises:
-        DataError: A worker died. That is raised where a batch is asked for, never in the middle of other work.
+        DataError: A worker died. It is raised where a batch is asked for, never in the middle of other work.
     """
     loader = DataLoader(dataset, worker_init_fn=_begin, generator=torch.Generator(), **options)
     others = set(multiprocessing.active_children())

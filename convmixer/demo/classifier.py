@@ -18,7 +18,7 @@ from convmixer.factory import open_model
 from convmixer.inference import Prediction, label_names, predict
 from convmixer.plots import class_activation
 from convmixer.registry import get_variant, list_pretrained
-from convmixer.runtime.choose import available_backends, candidates, find_backend
+from convmixer.runtime.choose import available_backends, candidates, check_backend, find_backend
 from convmixer.runtime.optimize import optimize
 from convmixer.runtime.timing import time_calls
 from convmixer.transforms import preprocessing
@@ -70,7 +70,8 @@ class Classifier:
         backends: The backends that `time_backends` times.
 
     Raises:
-        ArgumentError: The model has no classes or takes other channels, or a backend does not compute it here.
+        ArgumentError: The model has no classes or takes other channels, or a backend is unknown or does not
+            compute the model here.
         DependencyError: A backend is not installed.
     """
 
@@ -85,7 +86,10 @@ class Classifier:
             found = available_backends(weight.device, weight.dtype)
             refuses = [name for name in found if find_backend(name).refuses(self.model, weight.dtype)]
             backends = [name for name in found if name != "compile" and name not in refuses]
+        if isinstance(backends, str):
+            raise ArgumentError(f"backends={backends!r}: give a list of names")
         for name in backends:
+            check_backend(name)
             candidates(name, self.model, weight.device, weight.dtype)  # raises
         self.backends = tuple(backends)
         self._optimized: dict[str, Any] = {}

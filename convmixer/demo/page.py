@@ -24,7 +24,7 @@ CSS = """
 [role="alert"] { margin: 0; color: var(--error-text-color); font-weight: 600; }
 """
 DELETED_AFTER = 3600  # seconds that uploaded pictures are kept
-INTERVAL = 0.5  # seconds between two looks at the times, until they are complete
+INTERVAL = 0.5  # seconds between updates of the times, until they are complete
 AT_ONCE = 4  # pictures that are classified at a time
 
 
@@ -34,9 +34,9 @@ class Shown:
 
     Attributes:
         model: As the page names it.
-        path: Of the uploaded file.
-        times: Of the model's backends, as they become known.
-        gone: The visitor sees another picture or model by now, so that nobody waits for the times.
+        path: Path of the uploaded file.
+        times: Times of the model's backends, as they become known.
+        gone: Whether the visitor has another picture or model by now; then nobody waits for the times.
     """
 
     model: str
@@ -74,12 +74,12 @@ class _Callbacks:
         if shown:
             shown.gone = True
         if path is None:
-            return _nothing("")
+            return _cleared("")
         try:
             with self.classifying:
                 answer = self.classifiers[name].classify(Path(path))  # a text could be a URL
         except ConvMixerError as error:
-            return _nothing(str(error).replace(path, os.path.basename(path)))
+            return _cleared(str(error).replace(path, os.path.basename(path)))
         shown = Shown(name, path)
         self.timing.submit(self._measure, shown)
         return bars_by_label(answer.predictions), answer.activation, _alert(""), *self._times(shown), shown
@@ -135,8 +135,8 @@ def build_page(classifiers: Mapping[str, Classifier]) -> Any:
     return page
 
 
-def _nothing(error: str) -> tuple[Any, ...]:
-    """Return what `update` does where there is no picture, or one that cannot be read."""
+def _cleared(error: str) -> tuple[Any, ...]:
+    """Return the outputs of `update` without a picture, or for one that cannot be read."""
     return {}, None, _alert(error), "", gr.Timer(active=False), None
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from convmixer.demo.classifier import Classifier, open_classifiers
-from convmixer.errors import ArgumentError, optional
+from convmixer.errors import ArgumentError, check_count, optional
 
 HOST, PORT = "127.0.0.1", 7860
 # Nothing from other hosts, whatever a library on the page asks for. Gradio's own code is inline and calls eval.
@@ -56,14 +56,15 @@ def serve(
         app = create_app(models, device=device, backends=backends)
         name, port = listener.getsockname()[:2]
         shown = f"[{name}]" if ":" in name else name
-        others = "" if ipaddress.ip_address(name).is_loopback else "other machines may reach it; "
-        report(f"http://{shown}:{port} ({others}Ctrl-C ends it)")
+        warning = "" if ipaddress.ip_address(name).is_loopback else "other machines may reach it; "
+        report(f"http://{shown}:{port} ({warning}Ctrl-C ends it)")
         with contextlib.suppress(KeyboardInterrupt):
             server(app).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens on a host and a port; raise ArgumentError if that is impossible."""
+    check_count("port", port, least=0)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

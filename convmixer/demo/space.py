@@ -95,7 +95,7 @@ def write_space(folder: str | Path, model: str = "convmixer_256_8.cifar10") -> P
 
 def _write(folder: Path, model: str) -> None:
     """Write all files of the Space for a model that can be opened."""
-    title, source, of_model = _describe(folder, model)
+    title, source, model_fields = _describe(folder, model)
     header = {
         "title": title,
         "emoji": "🖼️",
@@ -105,7 +105,7 @@ def _write(folder: Path, model: str) -> None:
         "sdk_version": metadata.version("gradio"),
         "app_file": "app.py",
         "python_version": "{}.{}".format(*sys.version_info),
-        **of_model,
+        **model_fields,
     }
     yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items())
     files = {

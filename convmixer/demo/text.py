@@ -47,9 +47,14 @@ def table_of_times(name: str, rows: Sequence[BackendTime], waiting: Sequence[str
     lines = [f"Time for one image, `{name}`", "", "| backend | milliseconds | |", "| --- | --: | --- |"]
     for row in rows:
         if row.milliseconds is None:
-            lines.append(f"| {row.backend} | | {html.escape(row.failure).replace('|', '/')} |")
+            lines.append(f"| {row.backend} | | {_cell(row.failure)} |")
         else:
             note = "fastest" if row.milliseconds == fastest and not waiting else ""
             lines.append(f"| {row.backend} | {row.milliseconds:.2f} | {note} |")
     lines += [f"| {backend} | | {'waiting' if i else 'being timed'} |" for i, backend in enumerate(waiting)]
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Return a text for a cell of a table, in one line and without a bar, which would end the cell."""
+    return html.escape(" ".join(text.split())).replace("|", "/")

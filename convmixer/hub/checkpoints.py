@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from convmixer.errors import WeightsError, brief
 from convmixer.files import write_atomically
-from convmixer.hub.foreign import first, our_names
+from convmixer.hub.foreign import first_keys, our_names
 from convmixer.hub.untrusted import header_excess
 from convmixer.registry import SHAPE, VARIANTS, Variant
 from convmixer.wrappers import unwrap
@@ -73,7 +73,9 @@ def _opened(path: str | Path) -> Iterator[Any]:
             raise WeightsError(f"{str(path)!r} has a header of {excess}: it holds no weights of a ConvMixer")
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (SafetensorError, ValueError) as error:
         if is_pickle(path):
             raise WeightsError(
                 f"{str(path)!r} is a pickle, which can run code when it is opened. Convert it once: "
@@ -83,6 +85,10 @@ def _opened(path: str | Path) -> Iterator[Any]:
             f"{str(path)!r} is not a whole safetensors file ({path.stat().st_size} bytes): "
             f"{brief(str(error), 300)}. Fetch it again"
         ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> WeightsError:
+    return WeightsError(f"cannot read {str(path)!r}: {error.strerror or error}. Check the permissions and the disk")
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -145,7 +151,7 @@ def recognise(shapes: Mapping[str, Sequence[int]], source: str) -> dict[str, int
         sizes |= {"in_chans": stem[1]}
         if min(sizes.values()) > 0:
             return {**sizes, "num_classes": head[0]}
-    raise WeightsError(f"{source} is not a ConvMixer: its keys are {first(list(shapes))}")
+    raise WeightsError(f"{source} is not a ConvMixer: its keys are {first_keys(shapes)}")
 
 
 def matching_variant(sizes: Mapping[str, int]) -> Variant | None:
@@ -198,9 +204,12 @@ def _advice(path: str | Path) -> str:
 
 
 def is_pickle(path: Path) -> bool:
-    """Return whether a file is a pickle, by its start or its name."""
-    with path.open("rb") as file:
-        start = file.read(4)
+    """Return whether a file is a pickle, by its start or its name; raise a WeightsError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     # A pickle names its protocol, 2 to 5, and goes on; a safetensors header's length ends in zero bytes.
     protocol = len(start) == 4 and start[0] == 0x80 and 2 <= start[1] <= 5 and start[2:] != b"\0\0"
     return protocol or start == b"PK\x03\x04" or path.suffix in PICKLES
@@ -227,9 +236,9 @@ def check_keys(
     extra = [k for k in tensors if k not in expected and k not in may_differ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing ({first(missing)})")
+        problems.append(f"{len(missing)} missing ({first_keys(missing)})")
     if extra:
-        problems.append(f"{len(extra)} unexpected ({first(extra)})")
+        problems.append(f"{len(extra)} unexpected ({first_keys(extra)})")
     wrong = [
         f"{k} expected {tuple(expected[k].shape)}, found {brief(tuple(tensors[k].shape))}"
         for k in expected
@@ -241,7 +250,7 @@ def check_keys(
         k for k in expected if k in tensors and expected[k].is_floating_point() > tensors[k].is_floating_point()
     ]
     if integers:
-        problems.append(f"{len(integers)} of whole numbers ({first(integers)})")
+        problems.append(f"{len(integers)} of whole numbers ({first_keys(integers)})")
     if problems:
         advice = path and _advice(path)
         raise WeightsError(

@@ -1,7 +1,7 @@
 """The Hugging Face Hub both ways: files from it, checked before their first use, and one commit to it.
 
-huggingface_hub's client downloads into the Hub's own cache, resumes, retries 429 and shows
-progress; added here are retries of server errors, and the check of what arrived.
+huggingface_hub's client downloads into the Hub's own cache, resumes, retries 429 and shows progress. This module adds
+retries of server errors and checks of the files that arrive.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Result = TypeVar("Result")
 
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 5
-_PATIENCE = 60.0  # seconds; after that no further attempt begins
+_PATIENCE = 60.0  # seconds; an attempt that fails later is the last one
 RESOLVE_PAUSE = 1.0  # seconds between two tries of a name
 _TRANSIENT = (429, 500, 502, 503, 504)
 
@@ -85,9 +85,9 @@ def fetch(
     try:
         path = file.cached() if prefer_cache or offline else None
         if path is None and offline:
-            where = f" in {str(cache_dir)!r}" if cache_dir else ""
+            in_folder = f" in {str(cache_dir)!r}" if cache_dir else ""
             raise WeightsError(
-                f"{file} is not in the local cache{where}, and the network is off "
+                f"{file} is not in the local cache{in_folder}, and the network is off "
                 f"({'local_files_only=True' if local_files_only else 'HF_HUB_OFFLINE'}). Where there is a network, "
                 f"run: {file.command}"
             )
@@ -178,11 +178,11 @@ def _unresolved_host() -> str:
     return host
 
 
-def _patiently(call: Callable[[], Result], lost_too: bool = True) -> Result:
+def _patiently(call: Callable[[], Result], repeat_lost: bool = True) -> Result:
     """Return the call's result; repeat it after server errors and broken connections, with ever longer pauses.
 
-    If a server says when to come back (Retry-After), wait until then. Without `lost_too`, repeat only what the server
-    said that it did not do.
+    If a server says when to come back (Retry-After), wait until then. Without `repeat_lost`, repeat only what the
+    server said that it did not do.
     """
     started = time.monotonic()
     for attempt in range(_ATTEMPTS):
@@ -190,15 +190,15 @@ def _patiently(call: Callable[[], Result], lost_too: bool = True) -> Result:
             return call()
         except Exception as error:
             response = _response(error)
-            transient = getattr(response, "status_code", None) in (_TRANSIENT if lost_too else (429, 503))
-            if lost_too:
+            transient = getattr(response, "status_code", None) in (_TRANSIENT if repeat_lost else (429, 503))
+            if repeat_lost:
                 transient |= any(isinstance(e, ConnectionResetError | ConnectionAbortedError) for e in _chain(error))
                 # The client's own error, for a body of another length.
                 transient |= type(error) is OSError and error.errno is None
             if not transient or attempt == _ATTEMPTS - 1 or time.monotonic() - started > _PATIENCE:
                 raise
-            asked = str(getattr(response, "headers", {}).get("Retry-After", ""))
-            wait = float(asked) if asked.isdigit() else 2.0**attempt
+            retry_after = str(getattr(response, "headers", {}).get("Retry-After", ""))
+            wait = float(retry_after) if retry_after.isdigit() else 2.0**attempt
             _LOG.warning("%s. Again in %g s", _reason(error, None), wait)
         time.sleep(wait)
     raise AssertionError  # the last attempt returns or raises
@@ -382,7 +382,7 @@ def commit(branch: Branch, files: Mapping[str, Path], message: str, *, create_pr
                 create_pr=create_pr,
                 parent_commit=branch.head,  # what others wrote meanwhile is not overwritten
             ),
-            lost_too=False,
+            repeat_lost=False,
         )
     except Exception as error:
         raise _refusal(branch.repo_id, error, branch.token) from _harmless(error, branch.token)
@@ -443,7 +443,7 @@ def collect(
         repo_ids: Repositories; those that the collection has already are left as they are.
         private: Whether a new collection is.
         token: Access token.
-        dry_run: Only look.
+        dry_run: Change nothing.
 
     Returns:
         The address of the collection, "" if a dry run finds none; and the repositories that it did not have.

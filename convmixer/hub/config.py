@@ -16,7 +16,7 @@ from typing import Any
 
 from timm.models import PretrainedCfg
 
-from convmixer.errors import UnknownModelError, WeightsError, brief, nearest
+from convmixer.errors import UnknownModelError, WeightsError, brief, list_first, nearest
 from convmixer.hub.untrusted import MAX_BYTES, json_excess
 from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
 from convmixer.registry import CROP_MODES, INTERPOLATIONS, SHAPE, VARIANTS, Variant
@@ -154,8 +154,7 @@ def read_config(path: Path, name: str) -> Config:
         if key not in _PRETRAINED_CFG and key not in _KNOWN_TO_TIMM
     ]
     if unknown:
-        shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
-        warnings.warn(f"{source} has unknown keys, which are left out: {shown}", stacklevel=5)
+        warnings.warn(f"{source} has unknown keys, which are left out: {list_first(unknown, most=10)}", stacklevel=5)
 
     classes = model_args.pop("num_classes", None)
     preprocessing.setdefault("num_classes", variant.num_classes if classes is None else classes)

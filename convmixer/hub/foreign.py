@@ -6,12 +6,12 @@ Nothing here opens a file. The functions that rename take any values by name, su
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from convmixer.errors import WeightsError, brief
+from convmixer.errors import WeightsError, brief, list_first
 
 Value = TypeVar("Value")
 
@@ -42,7 +42,7 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
         raise WeightsError(f"{source} holds no state dict: found {type(content).__name__}")
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
     if not tensors:
-        raise WeightsError(f"{source} holds no tensors: its keys are {first([str(k) for k in content])}")
+        raise WeightsError(f"{source} holds no tensors: its keys are {first_keys(map(str, content))}")
     return our_names(tensors, source)
 
 
@@ -62,9 +62,9 @@ def our_names(values: Mapping[str, Value], source: str) -> dict[str, Value]:
     return _rename_flat(_without_prefix(_rename_mmpretrain(values), source))
 
 
-def first(keys: list[str]) -> str:
-    """Return the first three of them, for a message."""
-    return ", ".join(brief(key) for key in keys[:3]) + (", ..." if len(keys) > 3 else "")
+def first_keys(keys: Iterable[str]) -> str:
+    """List the first three keys of a file, for a message."""
+    return list_first(map(brief, keys), most=3)
 
 
 def _rename_mmpretrain(values: Mapping[str, Value]) -> dict[str, Value]:
@@ -92,7 +92,7 @@ def _without_prefix(values: dict[str, Value], source: str) -> dict[str, Value]:
     prefixes = averages or found
     if len(prefixes) > 1:
         raise WeightsError(
-            f"{source} holds {len(prefixes)} models, with the prefixes {first(prefixes)}: "
+            f"{source} holds {len(prefixes)} models, with the prefixes {first_keys(prefixes)}: "
             "save a file of the state dict of one of them"
         )
     prefix = prefixes[0] if prefixes else ""
@@ -106,12 +106,12 @@ def _rename_flat(values: dict[str, Value]) -> dict[str, Value]:
     head = max(int(k.split(".")[0]) for k in values)
 
     def rename(key: str) -> str:
-        number, rest = key.split(".", 1)
+        number, name = key.split(".", 1)
         index = int(number)
         if index == head:
-            return f"head.{rest}"
+            return f"head.{name}"
         if index < 3:
             return f"stem.{key}"
-        return f"blocks.{index - 3}.{rest}"
+        return f"blocks.{index - 3}.{name}"
 
     return {rename(k): v for k, v in values.items()}

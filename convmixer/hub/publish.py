@@ -88,7 +88,7 @@ def save_pretrained(
     Raises:
         ArgumentError: Not a ConvMixer, one without preprocessing, or a value that makes no sense.
         WeightsError: Weights that are not finite or do not fit the architecture.
-        ConvMixerError: The folder cannot be written. What was in it before is whole.
+        ConvMixerError: The folder cannot be written. What was in it before is unchanged.
 
     Example:
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
@@ -112,7 +112,7 @@ def save_pretrained(
         card = old.read_text(encoding="utf-8") if old.is_file() else ""
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            # Inside the folder, which may be a file system of its own: so files move into place without copying.
+            # Inside the folder, which may be a file system of its own: files then move into place without copying.
             with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
                 staging = Path(temporary)
                 files = _write(source, staging)
@@ -248,8 +248,8 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, UnicodeError, SafetensorError) as error:
         raise ConvMixerError(
-            f"cannot write {str(folder)!r}: {error.__cause__ or error}. What it held before is whole: make room, or "
-            "choose another folder"
+            f"cannot write {str(folder)!r}: {error.__cause__ or error}. What it held before is unchanged: make room, "
+            "or choose another folder"
         ) from error
 
 

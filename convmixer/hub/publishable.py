@@ -167,7 +167,7 @@ def _facts_of_run(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, A
 
     default = json.loads(json.dumps(asdict(Recipe())))
     changed = [f"`{k}={v!r}`" for k, v in recipe.items() if k != "note" and v != default.get(k)]
-    steps = [f"`convmixer train` with the defaults of its `Recipe`, but {', '.join(changed)}."]
+    steps = [f"`convmixer train` with the defaults of its `Recipe`{', but ' if changed else ''}{', '.join(changed)}."]
     seconds, device = result.get("train_seconds"), result.get("device")
     if seconds and device:
         steps.append(f"{seconds / 3600:.2f} hours on {device}.")
@@ -193,10 +193,10 @@ def _facts_of_run(recipe: dict[str, Any], result: dict[str, Any]) -> dict[str, A
 def _without_folder(name: str) -> str:
     """Name a file, model or data set without its folder; names of the Hub and of torchvision stay."""
     scheme = next((s for s in ("hf-hub:", "torch/", "hfds/", "wds/", "local-dir:") if name.startswith(s)), "")
-    rest = name.removeprefix(scheme)
-    if scheme in ("hf-hub:", "torch/") or (scheme == "hfds/" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", rest)):
+    location = name.removeprefix(scheme)
+    if scheme in ("hf-hub:", "torch/") or (scheme == "hfds/" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", location)):
         return name
-    return scheme + re.split(r"[/\\]", rest.rstrip("/\\"))[-1]
+    return scheme + re.split(r"[/\\]", location.rstrip("/\\"))[-1]
 
 
 def _read_registry(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 MAX_BYTES = 4 * 2**20  # class names and descriptions of ImageNet-22k are less than half of it
-MAX_VALUES = 100_000  # those are 44,000, the header of a model of 1000 blocks 62,000
+MAX_VALUES = 100_000  # of which those names take 44,000, and the header of a model of 1000 blocks 62,000
 _HARMLESS = 2**16  # bytes
 
 

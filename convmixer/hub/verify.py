@@ -52,8 +52,13 @@ def verify(folder: Path, model: nn.Module, labels: Sequence[str] | None) -> dict
             raise WeightsError(
                 f"{library} cannot open what would be published. {reason}. Nothing was uploaded"
             ) from error
+        if logits.shape != expected.shape:
+            shapes = f"{tuple(logits.shape)}, the model's {tuple(expected.shape)}"
+            raise WeightsError(
+                f"{library} opens what would be published, but its logits have the shape {shapes}. Nothing was uploaded"
+            )
         difference = (logits.float() - expected).abs().max().item()
-        if logits.shape != expected.shape or not difference <= TOLERANCE * max(expected.abs().max().item(), 1e-3):
+        if not difference <= TOLERANCE * max(expected.abs().max().item(), 1e-3):
             raise WeightsError(
                 f"{library} opens what would be published, but its logits differ by {difference:.2g} from the model's, "
                 f"which are up to {expected.abs().max().item():.2g}. Nothing was uploaded"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convmixer import plots, registry
-from convmixer.errors import ArgumentError, DataError, HubError, WeightsError
+from convmixer.errors import ArgumentError, DataError, HubError, WeightsError, list_first
 from convmixer.hub import client, publish
 from convmixer.hub.card import BEGIN, eval_results
 from convmixer.hub.publishable import HUB_DATASETS, Publishable, gather
@@ -94,7 +94,8 @@ def push_zoo(
         owner: User or organization on the Hub.
         runs: Folder with a folder `variant.tag` for each training; by default `docs/runs` of the source tree, which is
             not in a wheel.
-        private: Whether new repositories and a new collection are private; by default as the owner has set it.
+        private: Whether new repositories and a new collection are private. By default repositories are as the owner has
+            set it, and a collection is public.
         token: Access token; by default HF_TOKEN or what `hf auth login` stored.
         dry_run: Do everything except create and upload.
 
@@ -168,10 +169,9 @@ def _check_ours(branch: client.Branch, name: str) -> None:
     config = client.read_json(branch, "config.json")
     found = config.get("architecture") if isinstance(config, dict) else None
     if BEGIN not in branch.card or found != name.partition(".")[0]:
-        shown = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         raise HubError(
-            f"hf-hub:{branch.repo_id} exists and holds something other than {name} ({shown}). Nothing was changed: "
-            "rename or delete that repository, or give another owner"
+            f"hf-hub:{branch.repo_id} exists and holds something other than {name} ({list_first(others)}). Nothing "
+            "was changed: rename or delete that repository, or give another owner"
         )
 
 

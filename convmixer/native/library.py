@@ -50,8 +50,14 @@ def lacks() -> str | None:
     if sys.platform != "linux":  # they ask for tiles and large pages by Linux's calls
         return f"native needs Linux, and this is {sys.platform}: choose another backend, such as openvino"
     if compiler() is None:
-        return "native needs a C++ compiler on a CPU, and there is none: install g++ or clang++, or name one in CXX"
+        return f"native needs a C++ compiler on a CPU, and {_no_compiler()}: install g++ or clang++, or name one in CXX"
     return None
+
+
+def _no_compiler() -> str:
+    """Say why `compiler` has found none."""
+    named = os.environ.get("CXX")
+    return "there is none" if named is None else f"CXX={named!r} is not the name or the path of a program"
 
 
 def inductor_lacks(device: torch.device) -> str | None:
@@ -64,7 +70,8 @@ def inductor_lacks(device: torch.device) -> str | None:
         except Exception:
             found = None
         if not found:
-            return f"needs a C++ compiler on a CPU, and there is none: {_INSTALL.get(sys.platform, _INSTALL['linux'])}"
+            advice = _INSTALL.get(sys.platform, _INSTALL["linux"])
+            return f"needs a C++ compiler on a CPU, and {_no_compiler()}: {advice}"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "needs triton on a GPU, which is missing: pip install triton"
     return None

@@ -507,12 +507,12 @@ def _tensors_of_layers(
     """
     parameters: list[Tensor] = []
     running: list[Tensor] = []
-    for (convolution, norm), own in zip(layers, by_batch, strict=True):
+    for (convolution, norm), of_batch in zip(layers, by_batch, strict=True):
         bias = convolution.bias.detach()
         parameters += [convolution.weight, convolution.bias]
         parameters += [bias.new_ones(len(bias)) if norm.weight is None else norm.weight]
         parameters += [bias.new_zeros(len(bias)) if norm.bias is None else norm.bias]
-        running += [bias, bias] if own else [norm.running_mean, norm.running_var]
+        running += [bias, bias] if of_batch else [norm.running_mean, norm.running_var]
     return parameters, running
 
 

@@ -350,7 +350,7 @@ def macs(model: Any, height: int, width: int) -> int:
     inner: Any = find_convmixer(model)
     positions = (height // inner.patch_size) * (width // inner.patch_size)
     convolutions = [m for m in inner.modules() if isinstance(m, nn.Conv2d)]
-    total: int = positions * sum(m.weight.numel() for m in convolutions) + inner.dim * inner.num_classes
+    total: int = positions * sum(m.weight.numel() for m in convolutions) + inner.head_hidden_size * inner.num_classes
     return total
 
 
@@ -368,5 +368,6 @@ def _ratios(timed: list[_Contender]) -> list[Ratio]:
     return ratios
 
 
-def _of(contenders: list[_Contender], side: str, dtype: str) -> list[_Contender]:
-    return [c for c in contenders if c.result.dtype == dtype and c.result.name.startswith(side)]
+def _of(contenders: list[_Contender], package: str, dtype: str) -> list[_Contender]:
+    """Return the contenders of "convmixer" or "timm" in a type."""
+    return [c for c in contenders if c.result.dtype == dtype and c.result.name.startswith(package)]

@@ -122,8 +122,8 @@ def _timm_eager(
 
 
 def _timm_openvino(model: Any, images: Tensor, dtype: torch.dtype, streams: int) -> tuple[Call, str]:
-    rule = None if streams == 1 else FixedChunk(-(-len(images) // streams))
-    compute = OpenVINO(to_openvino(timms(model)), dtype, torch.get_num_threads(), rule)
+    chunk_rule = None if streams == 1 else FixedChunk(-(-len(images) // streams))
+    compute = OpenVINO(to_openvino(timms(model)), dtype, torch.get_num_threads(), chunk_rule)
     return lambda: compute(images)[0], ""
 
 

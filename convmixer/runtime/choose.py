@@ -39,6 +39,12 @@ TIMED_ROUNDS = 5
 _LOGGER = logging.getLogger(__name__)
 
 
+def check_backend(name: str) -> None:
+    """Raise an ArgumentError for a name that `optimize(backend=...)` does not take."""
+    if name not in BACKENDS:
+        raise ArgumentError(f"unknown backend {name!r}; valid: {', '.join(BACKENDS)}")
+
+
 def find_backend(name: str) -> Backend:
     """Return a backend by its name, not "auto"."""
     return _BY_NAME[name]
@@ -120,6 +126,9 @@ def fastest(request: Request, backends: Sequence[Backend], chunk: int | None, ex
     """Build every backend in several chunk sizes, and return what is fastest for the example.
 
     The reason says how long each took, and why others cannot be built.
+
+    Raises:
+        DependencyError: None can be built.
     """
     models, failures = [], ""
     for backend in backends:
@@ -133,6 +142,8 @@ def fastest(request: Request, backends: Sequence[Backend], chunk: int | None, ex
             if len(backends) == 1:
                 raise
             failures += f"; {error}"
+    if not models:
+        raise DependencyError(f"no backend can be built: {failures.removeprefix('; ')}")
     medians = _median_seconds(models, example)
     ranked = sorted(range(len(models)), key=medians.__getitem__)
     times = ", ".join(

@@ -70,11 +70,11 @@ class EagerBackend(Backend):
         return Prepared(folded)
 
     def build(self, request: Request, prepared: Prepared, chunk: int | None) -> Built:
-        rule, threads = request.chunk_rule(chunk), 0
+        chunk_rule, threads = request.chunk_rule(chunk), 0
         if request.device.type == "cpu":
             threads = torch.get_num_threads()
-            rule = rule and SharedChunk(rule)
-        eager = self.runtime(prepared.folded, rule)
+            chunk_rule = chunk_rule and SharedChunk(chunk_rule)
+        eager = self.runtime(prepared.folded, chunk_rule)
         runtime: Runtime = eager
         if request.graphs and request.device.type == "cuda":
             inner = find_inner(prepared.folded)

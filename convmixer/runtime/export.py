@@ -240,14 +240,14 @@ class _Format:
     bounded: bool = False  # the image size is fixed, and the batch at most MOST_IMAGES
 
 
-_HALF = (torch.float32, torch.float16)
+_FLOATS = (torch.float32, torch.float16)
 FORMATS = {
-    "onnx": _Format(".onnx", _onnx, _HALF, True),
-    "openvino": _Format(".xml", _openvino, _HALF, True, computes=False),
-    "coreml": _Format(".mlpackage", _coreml, _HALF, True, computes=False, bounded=True),
+    "onnx": _Format(".onnx", _onnx, _FLOATS, True),
+    "openvino": _Format(".xml", _openvino, _FLOATS, True, computes=False),
+    "coreml": _Format(".mlpackage", _coreml, _FLOATS, True, computes=False, bounded=True),
     "executorch": _Format(".pte", _executorch, (torch.float32,), True, bounded=True),
-    "torch-export": _Format(".pt2", _torch_export, (*_HALF, torch.bfloat16), True),
-    "safetensors": _Format(".safetensors", _safetensors, (*_HALF, torch.bfloat16), False),
+    "torch-export": _Format(".pt2", _torch_export, (*_FLOATS, torch.bfloat16), True),
+    "safetensors": _Format(".safetensors", _safetensors, (*_FLOATS, torch.bfloat16), False),
 }
 
 
@@ -310,11 +310,11 @@ def export_model(
     reference = _reference(model)
     folded = isinstance(find_inner(model), FoldedConvMixer)
     size = _image_size(image_size, reference)
-    inside = kind if FORMATS[format].computes else torch.float32
+    compute_dtype = kind if FORMATS[format].computes else torch.float32
     if fold and not folded:
-        computed = folding.fold(reference, normalization=normalization, dtype=inside)
+        computed = folding.fold(reference, normalization=normalization, dtype=compute_dtype)
     else:
-        computed = copy.deepcopy(reference).to(inside)
+        computed = copy.deepcopy(reference).to(compute_dtype)
     dimensions: Dimensions = {0: torch.export.Dim("batch")}
     if dynamic_size:
         dimensions |= dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)

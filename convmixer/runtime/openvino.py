@@ -132,6 +132,5 @@ class OpenVINOBackend(CpuBackend):
         return quantized
 
     def build(self, request: Request, prepared: Prepared, chunk: int | None) -> Built:
-        rule = request.chunk_rule(chunk)
-        runtime = OpenVINO(prepared.program, request.float_dtype, request.threads, rule)
+        runtime = OpenVINO(prepared.program, request.float_dtype, request.threads, request.chunk_rule(chunk))
         return Built(runtime, "own", request.threads, request.describe_chunks(chunk))

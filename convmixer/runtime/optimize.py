@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from convmixer.errors import ArgumentError, is_count
 from convmixer.hardware import bf16_is_faster
 from convmixer.model import ConvMixer, as_dtype, check_dtype
-from convmixer.runtime.choose import BACKENDS, candidates, fastest, first_that_works
+from convmixer.runtime.choose import candidates, check_backend, fastest, first_that_works
 from convmixer.runtime.folding import FoldedConvMixer, check_layers, find_convmixer, fold
 from convmixer.runtime.optimized_model import OptimizedConvMixer
 from convmixer.runtime.protocol import Backend, Request
@@ -162,8 +162,7 @@ def optimize(
 
 
 def _check_backend(backend: str, **counts: int | None) -> None:
-    if backend not in BACKENDS:
-        raise ArgumentError(f"unknown backend {backend!r}; valid: {', '.join(BACKENDS)}")
+    check_backend(backend)
     for name, value in counts.items():
         if value is not None and not is_count(value):
             raise ArgumentError(f"{name}={value!r}: give a whole number of at least 1, or None")

@@ -151,10 +151,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for names, holds, valid in _RULES:
             for name in names.split():
-                value = getattr(self, name)
-                self._check(name, _has_type_of(value, getattr(Recipe, name)) and holds(value), valid)
-        for name in ("model", "checkpoint", "note"):
-            self._check(name, isinstance(getattr(self, name), str), "a text")
+                self._check(name, holds(getattr(self, name)), valid)
         self._check("knee", self.warmup < self.knee[0] <= 1 and 0 <= self.knee[1] <= 1, "(after warmup .. 1, 0 .. 1)")
         count = _count_betas(self.opt)
         valid = f"{count} numbers in [0, 1), or none" if count else f"none: {self.opt!r} has no betas"
@@ -235,15 +232,17 @@ class Recipe:
 # ---- what the fields may be -----------------------------------------------------------------------------------------
 
 
-def _has_type_of(value: Any, default: Any) -> bool:
-    """Return whether a value is a number, a truth value, or neither, as the default of its field is."""
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return _is_number(value)
-    return isinstance(value, bool) == isinstance(default, bool)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_least(value: Any, least: float) -> bool:
+    """Return whether `value` is a finite number of at least `least`."""
+    return _is_number(value) and least <= value < math.inf
+
+
+def _is_part(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_whole(value: Any, least: int, most: float = math.inf) -> bool:
@@ -259,7 +258,7 @@ def _are_image_sizes(value: Any) -> bool:
     if not _are(value, lambda row: _are(row, _is_number, 2)):
         return False
     starts = [start for start, _ in value]
-    return starts[:1] in ([], [0]) and starts == sorted(set(starts)) and all(side >= 1 for _, side in value)
+    return starts[:1] in ([], [0]) and starts == sorted(set(starts)) and all(_is_whole(side, 1) for _, side in value)
 
 
 def _are_model_args(value: Any) -> bool:
@@ -293,19 +292,24 @@ def _count_betas(opt: str) -> int:
     return len(inspect.signature(info.opt_class).parameters["betas"].default or ())
 
 
-# Fields, what must hold for their values, and what an error says to give. True and False are not numbers.
+# Fields, what must hold for their values, and what an error says to give.
 _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("stream sync_batchnorm trivial_augment balanced draft", lambda v: isinstance(v, bool), "True or False"),
-    ("epochs batch_size accumulate", lambda v: _is_whole(v, 1), "at least 1"),
+    ("model checkpoint note", lambda v: isinstance(v, str), "a string"),
+    ("epochs batch_size accumulate", lambda v: _is_whole(v, 1), "a whole number of at least 1"),
     ("patience shift", lambda v: _is_whole(v, 0), "a whole number of at least 0"),
     ("seed", lambda v: _is_whole(v, 0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"),
-    ("lr eps temperature", lambda v: 0 < v < math.inf, "above 0"),
-    ("weight_decay clip_grad color_jitter mixup cutmix min_delta", lambda v: 0 <= v < math.inf, "at least 0"),
-    ("flip vertical_flip random_erasing frozen mix_prob mix_until", lambda v: 0 <= v <= 1, "in [0, 1]"),
-    ("layer_decay crop_scale distillation", lambda v: 0 < v <= 1, "in (0, 1]"),
-    ("label_smoothing warmup validation_fraction ema_decay", lambda v: 0 <= v < 1, "in [0, 1)"),
-    ("drop_rate block_drop_rate drop_path_rate", lambda v: 0 <= v < 1, "in [0, 1)"),
-    ("in_chans", lambda v: v in (1, 3), "3 or 1"),
+    ("lr eps temperature", lambda v: _is_least(v, 0) and v > 0, "a finite number above 0"),
+    (
+        "weight_decay clip_grad color_jitter mixup cutmix min_delta",
+        lambda v: _is_least(v, 0),
+        "a finite number of at least 0",
+    ),
+    ("flip vertical_flip random_erasing frozen mix_prob mix_until", _is_part, "a number in [0, 1]"),
+    ("layer_decay crop_scale distillation", lambda v: _is_part(v) and v > 0, "a number in (0, 1]"),
+    ("label_smoothing warmup validation_fraction ema_decay", lambda v: _is_part(v) and v < 1, "a number in [0, 1)"),
+    ("drop_rate block_drop_rate drop_path_rate", lambda v: _is_part(v) and v < 1, "a number in [0, 1)"),
+    ("in_chans", lambda v: _is_whole(v, 1) and v in (1, 3), "3 or 1"),
     ("input_size", lambda v: _are(v, lambda n: _is_whole(n, 1), 0, 2), "height and width in pixels"),
     ("model_args", _are_model_args, f"pairs of one of {', '.join(SHAPE)} and a whole number of at least 1"),
     ("opt", _is_optimizer, "an optimizer of timm.optim.list_optimizers()"),
@@ -315,7 +319,7 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: _are(v, lambda n: _is_whole(n, 0), 2) and v[1] <= 30,
         "two whole numbers (operations >= 0, magnitude 0 to 30)",
     ),
-    ("image_sizes", _are_image_sizes, "pairs of numbers: rising parts of the run from 0, sides above 0"),
+    ("image_sizes", _are_image_sizes, "pairs: rising parts of the run, from 0 on, and sides in whole pixels"),
     ("teacher", lambda v: isinstance(v, str), "the name of a model, or the folder of a run"),
     ("fill", lambda v: v in ("black", "mean"), '"black" or "mean"'),
     ("auto_augment", _is_policy, 'a policy of timm such as "rand-m9-mstd0.5-inc1"'),

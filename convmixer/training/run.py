@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,18 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from convmixer.errors import ArgumentError, ConvMixerError
-from convmixer.files import write_atomically
+from convmixer.files import remove_leftovers, write_atomically
 from convmixer.hub.checkpoints import save_weights
 from convmixer.model import ConvMixer
 from convmixer.plots import plot_history, write_figure
 from convmixer.training.history import Epoch, best_epoch, write_history
 from convmixer.training.recipe import Recipe
 
-# What a write that was killed leaves: the name of a file of a run, and the ending of a temporary one.
-_LEFTOVER = re.compile(r"\.(recipe|metrics|result|last|best|model)\.(json|csv|pt|safetensors)\.[a-z0-9_]{8}")
+# What `write_atomically` writes here.
+_FILES = (
+    *("recipe.json", "metrics.csv", "metrics.json", "last.pt", "last.safetensors", "best.safetensors"),
+    *("model.safetensors", "result.json", "plots/history.png"),
+)
 
 
 class RunFolder:
@@ -85,9 +87,8 @@ class RunFolder:
             ) from error
         except (OSError, NotImplementedError) as error:
             raise ArgumentError(f"cannot use the folder {str(self.path)!r}: {error}. Choose another") from error
-        for file in self.path.iterdir():
-            if _LEFTOVER.fullmatch(file.name):
-                file.unlink(missing_ok=True)
+        for name in _FILES:
+            remove_leftovers((self.path / name).parent, Path(name).name)
         try:
             yield
         finally:

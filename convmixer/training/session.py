@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from convmixer.data.memory import ImageSet, shorten
-from convmixer.errors import ConvMixerError, TrainingStopped
+from convmixer.data.memory import ImageSet
+from convmixer.errors import ConvMixerError, TrainingStopped, list_first
 from convmixer.hub.checkpoints import read_tensors
 from convmixer.model import ConvMixer
 from convmixer.native import training as native
@@ -425,7 +425,8 @@ class _Session:
         unreadable = set(gather_object(sorted(source.unreadable))) - self.reported_unreadable
         self.reported_unreadable |= unreadable
         if unreadable:
-            self.say(f"{len(unreadable)} images cannot be read, {consequence}: {shorten(sorted(unreadable))}")
+            shown = list_first(sorted(unreadable), separator="; ")
+            self.say(f"{len(unreadable)} images cannot be read, {consequence}: {shown}")
 
 
 @contextlib.contextmanager

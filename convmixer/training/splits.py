@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+import os
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,9 @@ class Splits:
 
 def source_name(source: str | Path) -> str:
     """Return the name of a data set without the folder that holds it."""
-    return str(source) if str(source).startswith((*READERS, SHARDS)) else Path(source).name
+    if str(source).startswith((*READERS, SHARDS)):
+        return str(source)
+    return os.path.basename(os.path.abspath(source))  # also of "."
 
 
 def read_splits(
@@ -81,11 +85,16 @@ def read_splits(
     if has_own["test"]:
         tests[source_name(sources.data)] = read(sources.data, "test", classes=images.classes, labels=sources.labels)
     for source in sources.tests:
-        name = source_name(source)
-        tests[str(source) if name in tests else name] = read(source, "test", classes=images.classes)
+        tests[_free_name(source, tests)] = read(source, "test", classes=images.classes)
     if not tests:
         report("test: no images")
     return Splits(training.balanced() if recipe.balanced else training, validation, tests)
+
+
+def _free_name(source: str | Path, taken: Container[str]) -> str:
+    """Return a name of a test set that no other has: that of its folder, its path, or its path with a number."""
+    numbered = (f"{source} ({number})" for number in itertools.count(2))
+    return next(name for name in itertools.chain((source_name(source), str(source)), numbered) if name not in taken)
 
 
 def _reader(

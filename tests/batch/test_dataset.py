@@ -237,6 +237,25 @@ def test_splits(model, tmp_path):
 # ---- broken images --------------------------------------------------------------------------------------------------
 
 
+def test_a_model_of_other_channels_is_refused_before_anything_is_written(digits, tmp_path):
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", device="cpu", dim=8, depth=1, in_chans=4)
+    with pytest.raises(ArgumentError, match="images have 1 or 3 channels, this model takes 4"):
+        compute(model, digits, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_of_the_hub_without_an_image(model, files, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    content = {"image": [{"bytes": files[0].read_bytes(), "path": None}, None]}
+    data = datasets.Dataset.from_dict(content, datasets.Features({"image": datasets.Image()}))
+    data.to_parquet(tmp_path / "set" / "train.parquet")
+    source = f"hfds/{tmp_path / 'set'}"
+    found, summary = compute(model, source, tmp_path / "out", data_root=tmp_path / "cache")
+    assert (summary.errors, found[0]["error"]) == (1, None)
+    assert found[1]["error"] == f"cannot read image 1 of {source!r}: its image is empty"
+
+
 def test_a_broken_image_is_a_row(model, digits, expected, tmp_path):
     shutil.copytree(digits, tmp_path / "in")
     broken = [expected[i]["image"] for i in (0, 41, 42)]
@@ -312,7 +331,7 @@ def test_resume_writes_what_is_missing(model, digits, expected, tmp_path):
     first = (out / "part-00000.parquet").stat().st_mtime_ns
     for i in (1, 4):
         (out / f"part-{i:05}.parquet").unlink()
-    (out / ".part-00001.parquet.abc").write_bytes(b"half")  # of a run that was killed
+    (out / ".part-00001.parquet.abcd0123").write_bytes(b"half")  # of a run that was killed
     options = {"report": lines.append, "progress": lambda *counts: seen.append(counts)}
     found, summary = compute(model, digits, out, rows_per_file=20, batch_size=8, **options)
     assert [row["image"] for row in found] == [row["image"] for row in expected]
@@ -445,6 +464,27 @@ def test_senseless_arguments(model, digits, tmp_path, monkeypatch, options, erro
         compute(model, data, "out", **options)
     assert text in str(caught.value)
     assert not list(tmp_path.glob("out/part*"))
+
+
+def test_parquet_files_of_one_name(model, files, tmp_path):
+    """As the Hub converts data sets: a folder for each split, with a 0000.parquet each."""
+    for split in ("test", "train"):
+        (tmp_path / "in" / split).mkdir(parents=True)
+        table = pa.table({"image": [files[0].read_bytes()] * 2})
+        pq.write_table(table, tmp_path / "in" / split / "0000.parquet")
+    found, _ = compute(model, tmp_path / "in", tmp_path / "out")
+    assert [row["image"] for row in found] == [
+        f"{split}/0000.parquet:{i}" for split in ("test", "train") for i in (0, 1)
+    ]
+
+
+def test_parquet_files_of_different_types(model, files, tmp_path):
+    """A column of text in a later file names no image: it would be read as the path of one."""
+    (tmp_path / "in").mkdir()
+    for name, column in (("a", [files[0].read_bytes()]), ("b", [str(files[1])])):
+        pq.write_table(pa.table({"image": column}), tmp_path / "in" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"'image' has the bytes of images in .*a.parquet', and string in .*b.parquet'"):
+        compute(model, tmp_path / "in", tmp_path / "out")
 
 
 def test_ambiguous_parquet(model, files, tmp_path):

@@ -75,7 +75,7 @@ def test_a_disk_that_is_full(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(
-        WriteError, match=r"cannot write .*file': No space left on device\. What was there is whole"
+        WriteError, match=r"cannot write .*file': No space left on device\. The file that was there is unchanged"
     ) as raised:
         write_atomically(file, fail)
     assert isinstance(raised.value, ConvMixerError)

@@ -155,6 +155,15 @@ def test_models_that_cannot_answer(run):
         Classifier(convmixer.create_model(NAME, in_chans=4, device="cpu"))
 
 
+@pytest.mark.parametrize(
+    ("backends", "text"),
+    [(["egaer"], "unknown backend 'egaer'; valid: auto, eager"), ("eager", "give a list of names")],
+)
+def test_a_backend_that_does_not_exist(classifier, backends, text):
+    with pytest.raises(ArgumentError, match=text):
+        Classifier(classifier.model, backends=backends)
+
+
 def test_a_backend_for_another_device(classifier):
     with pytest.raises(ArgumentError, match="triton"):
         Classifier(classifier.model, backends=["triton"])

@@ -46,6 +46,8 @@ def test_addresses():
     for host in ("203.0.113.1", "no host"):
         with pytest.raises(ArgumentError, match=rf"cannot listen at host='{host}', port=0: .*; the usual ones are"):
             module.listen(host, 0)
+    with pytest.raises(ArgumentError, match="port='8000': give a whole number of at least 0"):
+        module.listen("127.0.0.1", "8000")
     with contextlib.suppress(ArgumentError), module.listen("::1", 0) as listener:  # not every machine has it
         assert listener.family == socket.AF_INET6
 
@@ -108,10 +110,10 @@ def test_description_of_a_model():
 
 
 def test_table_of_times():
-    rows = [BackendTime("native", 1.234), BackendTime("openvino", None, "<b>a|b"), BackendTime("eager", 5.0)]
+    rows = [BackendTime("native", 1.234), BackendTime("openvino", None, "<b>a|b\n  c"), BackendTime("eager", 5.0)]
     head = "Time for one image, `flowers`\n\n| backend | milliseconds | |\n| --- | --: | --- |\n"
     assert table_of_times("flowers", rows, []) == (
-        f"{head}| native | 1.23 | fastest |\n| openvino | | &lt;b&gt;a/b |\n| eager | 5.00 |  |"
+        f"{head}| native | 1.23 | fastest |\n| openvino | | &lt;b&gt;a/b c |\n| eager | 5.00 |  |"
     )
     assert table_of_times("flowers", rows[:1], ["openvino", "eager"]) == (
         f"{head}| native | 1.23 |  |\n| openvino | | being timed |\n| eager | | waiting |"

@@ -6,6 +6,7 @@ import pickle
 import stat
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,14 @@ def test_corrupt(model, tmp_path, content):
     refuses(model, path, "is not a whole safetensors file", f"({len(content)} bytes)")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no /proc/self/mem")
+def test_a_file_that_cannot_be_read(model):
+    """A disk that fails, and a file without permission to read it: reading the first bytes is an OSError."""
+    refuses(model, Path("/proc/self/mem"), "cannot read '/proc/self/mem': Input/output error. Check the permissions")
+    with pytest.raises(WeightsError, match="cannot read '/proc/self/mem': Input/output error"):
+        convmixer.convert_checkpoint("/proc/self/mem", "new")
+
+
 def test_a_changed_header_is_noticed(model, file):
     """Any one byte of the header's first kilobyte: the file is refused, or says the same."""
     content = bytearray(file.read_bytes())
@@ -309,6 +318,12 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
     assert seen == ["old"]
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_writing_leaves_the_umask_of_other_threads(tmp_path, monkeypatch):
+    """It belongs to the process: files that others create meanwhile would be open to all users."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+    write_atomically(tmp_path / "file", lambda temporary: temporary.write_text("new"))
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])

@@ -25,6 +25,7 @@ import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, WeightsError
 from convmixer.hub import publish, publishable, verify, write_config
 from convmixer.registry import Metric
+from convmixer.training import get_recipe
 
 ROOT = Path(__file__).parents[2]
 NAME = "convmixer_256_8"
@@ -252,7 +253,7 @@ def test_a_full_disk_leaves_the_old_folder(small, tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "write_card", full)  # the weights are written before
     for place in folder, tmp_path / "new" / "folder":
         with pytest.raises(
-            ConvMixerError, match=r"cannot write .*No space left on device.*What it held before is whole"
+            ConvMixerError, match=r"cannot write .*No space left on device.*What it held before is unchanged"
         ):
             convmixer.save_pretrained(small, place)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
@@ -385,6 +386,14 @@ def test_run(finished_run, tmp_path, monkeypatch):
     assert "`lr=0.001`" in card.text
     assert f"{result['train_seconds'] / 3600:.2f} hours on {result['device']}." in card.text
     assert "(plots/history.png)" in card.text
+
+
+def test_a_run_by_the_default_settings(finished_run, tmp_path):
+    """As `convmixer train cifar10` leaves it, whose recipe changes nothing but the note."""
+    settings = dataclasses.asdict(get_recipe("cifar10"))
+    (finished_run / "recipe.json").write_text(json.dumps(settings))
+    card = (convmixer.save_pretrained(finished_run, tmp_path / "folder") / "README.md").read_text(encoding="utf-8")
+    assert "Recipe: `convmixer train` with the defaults of its `Recipe`. " in card
 
 
 FOLDERS = {
@@ -536,6 +545,9 @@ def test_other_logits_are_not_published(small, tmp_path, monkeypatch):
 
     monkeypatch.setitem(verify.LIBRARIES, "timm", wrong)
     with pytest.raises(WeightsError, match="timm opens what would be published, but its logits differ by 1 from"):
+        convmixer.push_to_hub(small, "me/x", dry_run=True)
+    monkeypatch.setitem(verify.LIBRARIES, "timm", lambda folder, x: (torch.zeros(1, 7), None))
+    with pytest.raises(WeightsError, match=r"timm opens .*, but its logits have the shape \(1, 7\), the model's \(1, "):
         convmixer.push_to_hub(small, "me/x", dry_run=True)
     monkeypatch.setitem(verify.LIBRARIES, "timm", lambda folder, x: 1 / 0)
     with pytest.raises(WeightsError, match=r"timm cannot open what would be published. ZeroDivisionError"):

@@ -293,8 +293,8 @@ def test_auto_without_other_libraries(monkeypatch):
         assert error(fast(x), model(x)) < 1e-5
     for backend, text in {
         "openvino": "openvino needs openvino, which is missing: pip install 'convmixer[export]'",
-        "native": "native needs a C++ compiler on a CPU, and there is none",
-        "compile": "compile needs a C++ compiler on a CPU, and there is none: install g++, or name",
+        "native": "native needs a C++ compiler on a CPU, and CXX='no-such-compiler' is not the name or the path of a",
+        "compile": "compile needs a C++ compiler on a CPU, and CXX='no-such-compiler' is not the name or the path",
     }.items():
         with pytest.raises(DependencyError, match=re.escape(text)):
             optimize(model, backend=backend)
@@ -325,6 +325,17 @@ def test_auto_goes_on_where_a_library_fails(monkeypatch):
         fast = optimize(make(), backend="auto", example=example)
         assert fast.choice.backend == "eager"
         assert fast.choice.reason.endswith("; the compiler is broken")
+
+
+def test_no_backend_can_be_built(monkeypatch):
+    def fail(*_):
+        raise DependencyError("the compiler is broken")
+
+    monkeypatch.setattr(choose, "available_backends", lambda *_: ("native", "native"))
+    monkeypatch.setattr(native_backend, "Native", fail)
+    text = "no backend can be built: the compiler is broken; the compiler is broken"
+    with pytest.raises(DependencyError, match=text):
+        optimize(make(), backend="auto", example=torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7, 8, 64, 65, 1017])

@@ -73,10 +73,15 @@ def test_peer_has_our_weights():
 
 
 @pytest.mark.parametrize(
-    ("name", "height", "width"), [("convmixer_256_8", 32, 48), ("convmixer_128_8_ks7_p2", 70, 224)]
+    ("name", "height", "width", "pool"),
+    [
+        ("convmixer_256_8", 32, 48, "avg"),
+        ("convmixer_128_8_ks7_p2", 70, 224, "avg"),
+        ("convmixer_256_8", 8, 8, "catavgmax"),
+    ],
 )
-def test_macs(name, height, width):
-    model = convmixer.create_model(name, device="meta").eval()
+def test_macs(name, height, width, pool):
+    model = convmixer.create_model(name, device="meta", global_pool=pool).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, height, width, device="meta"))
     assert counter.get_total_flops() == 2 * macs(model, height, width)

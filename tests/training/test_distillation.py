@@ -187,8 +187,8 @@ def test_a_run_is_resumed_only_with_its_teacher(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"distillation": 0.0}, r"recipe field distillation=0.0: give in \(0, 1\]"),
-        ({"temperature": 0.0}, r"recipe field temperature=0.0: give above 0"),
+        ({"distillation": 0.0}, r"recipe field distillation=0.0: give a number in \(0, 1\]"),
+        ({"temperature": 0.0}, r"recipe field temperature=0.0: give a finite number above 0"),
         ({"teacher": None}, r"recipe field teacher=None: give the name of a model, or the folder of a run"),
     ],
 )

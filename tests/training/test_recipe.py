@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -39,15 +40,19 @@ def test_image_sizes_change_at_their_part_of_the_run():
     ("fields", "text"),
     [
         ({"epoch": 3}, "unknown recipe field 'epoch'; did you mean epochs"),
-        ({"epochs": 0}, "recipe field epochs=0: give at least 1"),
+        ({"epochs": 0}, "recipe field epochs=0: give a whole number of at least 1"),
         ({"lr": -1.0}, "recipe field lr=-1.0"),
-        ({"flip": 2}, "recipe field flip=2: give in [0, 1]"),
+        ({"flip": 2}, "recipe field flip=2: give a number in [0, 1]"),
         ({"rand_augment": (2, 31)}, "recipe field rand_augment=(2, 31)"),
         ({"image_sizes": ((0.5, 16),)}, "recipe field image_sizes="),
+        (
+            {"image_sizes": ((0.0, math.inf),)},
+            "image_sizes=((0.0, inf),): give pairs: rising parts of the run",
+        ),
         ({"knee": (0.1, 0.5)}, "recipe field knee=(0.1, 0.5)"),
         ({"validation_fraction": 1.0}, "recipe field validation_fraction=1.0"),
-        ({"mix_prob": 1.5}, "recipe field mix_prob=1.5: give in [0, 1]"),
-        ({"mix_until": -0.1}, "recipe field mix_until=-0.1: give in [0, 1]"),
+        ({"mix_prob": 1.5}, "recipe field mix_prob=1.5: give a number in [0, 1]"),
+        ({"mix_until": -0.1}, "recipe field mix_until=-0.1: give a number in [0, 1]"),
         ({"fill": "white"}, 'recipe field fill=\'white\': give "black" or "mean"'),
         ({"trivial_augment": 1}, "recipe field trivial_augment=1: give True or False"),
         (
@@ -63,16 +68,17 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"in_chans": True}, "recipe field in_chans=True"),
         ({"epochs": True}, "recipe field epochs=True"),
         ({"lr": True}, "recipe field lr=True"),
-        ({"lr": "0.1"}, "recipe field lr='0.1': give above 0"),
-        ({"lr": None}, "recipe field lr=None: give above 0"),
-        ({"flip": (0.5,)}, "recipe field flip=(0.5,): give in [0, 1]"),
-        ({"weight_decay": math.inf}, "recipe field weight_decay=inf: give at least 0"),
-        ({"mixup": math.nan}, "recipe field mixup=nan: give at least 0"),
+        ({"lr": "0.1"}, "recipe field lr='0.1': give a finite number above 0"),
+        ({"lr": None}, "recipe field lr=None: give a finite number above 0"),
+        ({"flip": (0.5,)}, "recipe field flip=(0.5,): give a number in [0, 1]"),
+        ({"weight_decay": math.inf}, "recipe field weight_decay=inf: give a finite number of at least 0"),
+        ({"mixup": math.nan}, "recipe field mixup=nan: give a finite number of at least 0"),
         ({"shift": 1.5}, "recipe field shift=1.5: give a whole number of at least 0"),
         ({"seed": 2**63}, f"recipe field seed={2**63}: give a whole number from 0 to 2**63 - 1"),
+        ({"in_chans": 3.0}, "recipe field in_chans=3.0: give 3 or 1"),
         ({"opt": None}, "recipe field opt=None: give an optimizer of timm"),
-        ({"model": None}, "recipe field model=None: give a text"),
-        ({"checkpoint": 1}, "recipe field checkpoint=1: give a text"),
+        ({"model": None}, "recipe field model=None: give a string"),
+        ({"checkpoint": Path("best.safetensors")}, "Path('best.safetensors'): give a string"),
         (
             {"model_args": (("width", 8),)},
             "recipe field model_args=(('width', 8),): give pairs of one of dim, depth, kernel_size, patch_size and a "
@@ -84,7 +90,7 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"betas": (0.9,)}, "recipe field betas=(0.9,): give 2 numbers in [0, 1), or none"),
         ({"opt": "sgd", "betas": (0.9, 0.9)}, "recipe field betas=(0.9, 0.9): give none: 'sgd' has no betas"),
         ({"input_size": (8,)}, "recipe field input_size=(8,): give height and width"),
-        ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give in (0, 1]"),
+        ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give a number in (0, 1]"),
         ({"patience": 3, "validation_fraction": 0.0}, "contradictory recipe: patience needs validation images"),
         ({"frozen": 0.5}, "contradictory recipe: frozen=0.5 keeps a backbone that was never trained"),
         ({"accumulate": 3}, "contradictory recipe: batch_size=512 does not divide into accumulate=3 parts"),

@@ -43,6 +43,7 @@ from convmixer.training import Recipe, evaluate, get_recipe, train
 from convmixer.training.history import Epoch
 from convmixer.training.precision import flush_denormals
 from convmixer.training.run import RunFolder
+from convmixer.training.splits import source_name
 from convmixer.training.trainer import Trainer, find_nonfinite
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -342,6 +343,21 @@ def test_classes_without_a_test_split(digits, tmp_path):
     result = train(recipe, digits / "train", tmp_path / "b", tests=[digits / "test"], device="cpu", report=quiet)
     assert list(result.test_accuracy) == ["test"]
     assert convmixer.predict(result.model, torch.rand(3, 8, 8), topk=1)[0][0].startswith("digit ")
+
+
+def test_test_sets_of_one_name_are_all_tested(digits, tmp_path, monkeypatch):
+    """The data's own, and others whose folders have its name, one of them given by that name only."""
+    monkeypatch.chdir(shutil.copytree(digits, tmp_path / "work" / digits.name).parent)
+    shutil.rmtree(Path(digits.name) / "train")
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1})
+    tests = [digits.name, f"./{digits.name}/test", digits]
+    result = train(recipe, digits, tmp_path / "run", tests=tests, device="cpu", report=quiet)
+    assert list(result.test_accuracy) == [digits.name, f"{digits.name} (2)", "test", str(digits)]
+
+
+def test_the_current_folder_has_its_own_name(digits, monkeypatch):
+    monkeypatch.chdir(digits)
+    assert (source_name("."), source_name("torch/cifar10")) == (digits.name, "torch/cifar10")
 
 
 # ---- which images, by which labels, how often -----------------------------------------------------------------------
@@ -733,7 +749,7 @@ def test_a_folder_is_trained_in_once_at_a_time(digits, tmp_path):
 def test_hidden_files_in_the_folder_of_a_run_stay(digits, tmp_path):
     """Only what a killed write of a run leaves is deleted: the folder may be one that somebody works in."""
     (tmp_path / ".vscode.d").mkdir()
-    for name in (".pre-commit-config.yaml", ".env.local", ".last.pt", ".last.pt.x4_y2z9q"):
+    for name in (".pre-commit-config.yaml", ".env.local", ".last.pt", ".last.pt.0f4a92bc"):
         (tmp_path / name).write_text("mine")
     train(get_recipe("cifar10", **{**QUICK, "epochs": 1}), digits, tmp_path, device="cpu", report=quiet)
     hidden = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
@@ -756,6 +772,21 @@ def test_weights_of_others_are_not_replaced(digits, tmp_path):
     assert result.weights.read_bytes() == before
     (tmp_path / "run" / "last.pt").unlink()
     train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)  # it starts again, as the messages say
+
+
+def test_a_folder_keeps_what_other_programs_put_there(tmp_path):
+    """Leftovers of writes that were killed go; hidden files of others stay, in a run folder that is a project."""
+    others = (".gitlab-ci.yml", ".pre-commit-config.yaml", ".last.pt.backup", "plots/.history.png.old")
+    (tmp_path / "plots").mkdir()
+    for name in others:
+        (tmp_path / name).write_text("theirs")
+    code = "import os, sys; from convmixer.files import write_atomically as w; w(sys.argv[1], lambda _: os._exit(9))"
+    for name in ("last.pt", "plots/history.png"):
+        assert subprocess.run([sys.executable, "-c", code, tmp_path / name], check=False).returncode == 9
+    assert len([file for file in tmp_path.rglob(".*.*") if file.is_file()]) == len(others) + 2
+    with RunFolder(tmp_path, get_recipe("cifar10"), resume=False).locked():
+        left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {*others, ".lock"}
 
 
 def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
@@ -883,7 +914,7 @@ def test_settings_are_checked_before_data_are_read(tmp_path):
 
 def test_compile_looks_for_its_compiler_before_data_are_read(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    needed = r"compile needs a C\+\+ compiler on a CPU, and there is none: install g\+\+, or name a compiler in CXX; or"
+    needed = r"a CPU, and CXX='no-such-compiler' is not the name .*: install g\+\+, or name a compiler in CXX; or"
     with pytest.raises(DependencyError, match=needed + r" train without compile \(--compile\)"):
         train(get_recipe("cifar10", **QUICK), "nowhere", tmp_path / "run", device="cpu", compile=True, report=quiet)
     assert not (tmp_path / "run").exists()

@@ -147,9 +147,9 @@ inline void few_rows(const T *a, int inputs, const char *panel, const Affine &en
             for (int j = 0; j < 4; j++) sum[r][j] = multiply(sum[r][j], a + (long)r * inputs + i, b[j]);
     }
     for (int r = 0; r < R; r++) {
-        T *place = to.at(m + r) + n;
-        finish<T>(sum[r][0], sum[r][1], end, n, to.relu, place);
-        finish<T>(sum[r][2], sum[r][3], end, n + 32, to.relu, place + 32);
+        T *result = to.at(m + r) + n;
+        finish<T>(sum[r][0], sum[r][1], end, n, to.relu, result);
+        finish<T>(sum[r][2], sum[r][3], end, n + 32, to.relu, result + 32);
     }
 }
 
@@ -246,7 +246,7 @@ void multiply_panel(const T *a, int inputs, const void *weights, int outputs, co
 // ---- the model ------------------------------------------------------------------------------------------------------
 
 template <typename T>
-struct Run {
+struct ForwardPass {
     const Model &model;
     const float *images;  // (B, in_chans, H, W)
     int image_height, image_width;
@@ -255,7 +255,7 @@ struct Run {
     int height, width, k, dim, positions, tasks;
     long row, buffer_size;
 
-    Run(const Model &m, const float *x, int h, int w, float *o, bool p)
+    ForwardPass(const Model &m, const float *x, int h, int w, float *o, bool p)
         : model(m), images(x), image_height(h), image_width(w), out(o), pooled(p) {
         height = h / m.patch_size, width = w / m.patch_size, k = m.kernel_size, dim = m.dim;
         positions = height * width, tasks = (positions + ROWS - 1) / ROWS;
@@ -367,31 +367,31 @@ thread_local Buffer own_memory, own_panel;
 template <typename T>
 bool forward(const Model &model, const float *images, int batch, int height, int width, float *out, bool pooled,
              int threads) {
-    const Run<T> run(model, images, height, width, out, pooled);
+    const ForwardPass<T> pass(model, images, height, width, out, pooled);
     // Threads share images that do not fit a core's cache, if there is enough to share.
-    const bool fits = 2 * run.buffer_size * (long)sizeof(T) <= cache() || run.tasks < 8 * threads;
+    const bool fits = 2 * pass.buffer_size * (long)sizeof(T) <= cache() || pass.tasks < 8 * threads;
     const int unshared = fits ? batch / threads * threads : 0;  // images that one thread computes
     T *shared_one = nullptr, *shared_two = nullptr;
     bool failed = false;
 #pragma omp parallel num_threads(threads)
     {
-        T *one = nullptr, *two = nullptr, *panel = run.panel(own_panel);
+        T *one = nullptr, *two = nullptr, *panel = pass.panel(own_panel);
         const bool first = omp_get_thread_num() == 0;
-        if (panel == nullptr || ((unshared || first) && !run.activations(own_memory, one, two))) {
+        if (panel == nullptr || ((unshared || first) && !pass.activations(own_memory, one, two))) {
 #pragma omp atomic write
             failed = true;
         }
         if (first) shared_one = one, shared_two = two;
 #pragma omp barrier
         if (!failed) {
-            run.begin_thread();
+            pass.begin_thread();
 #pragma omp for schedule(dynamic) nowait
             for (int image = 0; image < unshared; image++) {
                 T *from = one, *to = two;
-                for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
+                for (int task = 0; task < pass.tasks; task++) pass.stem(image, task, panel, from);
                 for (int b = 0; b < model.depth; b++, std::swap(from, to))
-                    for (int task = 0; task < run.tasks; task++) run.block(model.blocks[b], task, from, panel, to);
-                run.finish_image(image, from, 0, model.dim);
+                    for (int task = 0; task < pass.tasks; task++) pass.block(model.blocks[b], task, from, panel, to);
+                pass.finish_image(image, from, 0, model.dim);
             }
             if (unshared && unshared < batch) {
 #pragma omp barrier
@@ -399,15 +399,15 @@ bool forward(const Model &model, const float *images, int batch, int height, int
             for (int image = unshared; image < batch; image++) {  // all threads share what is left over
                 T *from = shared_one, *to = shared_two;
 #pragma omp for schedule(static)
-                for (int task = 0; task < run.tasks; task++) run.stem(image, task, panel, from);
+                for (int task = 0; task < pass.tasks; task++) pass.stem(image, task, panel, from);
                 for (int b = 0; b < model.depth; b++, std::swap(from, to)) {
 #pragma omp for schedule(static)
-                    for (int task = 0; task < run.tasks; task++) run.block(model.blocks[b], task, from, panel, to);
+                    for (int task = 0; task < pass.tasks; task++) pass.block(model.blocks[b], task, from, panel, to);
                 }
 #pragma omp for schedule(static)
-                for (int c = 0; c < model.dim; c += 32) run.finish_image(image, from, c, c + 32);
+                for (int c = 0; c < model.dim; c += 32) pass.finish_image(image, from, c, c + 32);
             }
-            run.end_thread();
+            pass.end_thread();
         }
     }
     return !failed;
@@ -417,7 +417,7 @@ bool forward(const Model &model, const float *images, int batch, int height, int
 
 extern "C" {
 
-// In bytes; library.py compares them with those of its own records.
+// In bytes; Python compares them with those of its own records.
 extern const int32_t convmixer_record_sizes[3];
 const int32_t convmixer_record_sizes[3] = {sizeof(Affine), sizeof(Block), sizeof(Model)};
 

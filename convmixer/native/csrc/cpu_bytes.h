@@ -32,7 +32,7 @@ struct Table {  // of 256 bytes
     }
 };
 
-// Where four times 16 sums stand in the table, with saturation, in their order.
+// Return the indices in the table for four times 16 sums, saturated, in their order.
 inline __m512i indices(const int32_t *a, const int32_t *b, const int32_t *c, const int32_t *d, __m512 scale,
                        __m512 offset) {
     auto index = [&](const int32_t *sums) {
@@ -72,14 +72,14 @@ class Bytes : Planar {
     void embed(int task, int threads, char *memory, Work &work) const {
         const char *weights = static_cast<const char *>(model.stem);
         const int inputs = model.stem_inputs;
-        const long half = inputs * 32L;
+        const long group = inputs * 32L;  // bytes of the weights of 16 outputs
         const Affine &end = model.stem_end;
         const auto [first, last, from, to] = share(task, threads);
         configure(SIDE, SIDE);
         for (int n = from; n < to; n += 32) {
             for (int m = first; m < last; m++) {
                 const char *b = panel(memory) + 2 * m * bundle(2 * inputs);
-                multiply_bfloat16(weights + n / 16 * half, half, b, bundle(2 * inputs), work.stem);
+                multiply_bfloat16(weights + n / 16 * group, group, b, bundle(2 * inputs), work.stem);
                 for (int i = 0; i < 32; i++) {
                     const __m512 bias = _mm512_set1_ps(end.bias[n + i]);
                     const __m512 scale = _mm512_set1_ps(end.scale[n + i]), shift = _mm512_set1_ps(end.shift[n + i]);
@@ -100,7 +100,7 @@ class Bytes : Planar {
 
     // Of four channels and a strip of 16 columns: neighbours, TOGETHER rows side by side, (rows + k - 1, 64) each, and
     // Toeplitz matrices (groups of 4 neighbours, 16, 4), those of TOGETHER rows of the kernel on top of one another.
-    void prepare(int channel, int strip, const Block &block, int top, int rows, const uint8_t *x, int half,
+    void prepare(int channel, int strip, const Block &block, int top, int rows, const uint8_t *x, int slot,
                  Work &work) const {
         const __mmask32 columns_inside = inside(strip);
         const int side = rows + k - 1;
@@ -125,33 +125,33 @@ class Bytes : Planar {
                 __m512i v = lines[i];
 #pragma GCC unroll 4
                 for (int j = 1; j < TOGETHER; j++) v = _mm512_permutex2var_epi32(v, behind[j], lines[i + j]);
-                _mm512_store_si512(work.windows[half][c] + i * 64, v);
+                _mm512_store_si512(work.windows[slot][c] + i * 64, v);
             }
         }
         __m512i from[GROUPS];
-        __mmask16 some[GROUPS];
+        __mmask16 in_kernel[GROUPS];
 #pragma GCC unroll 8
         for (int q = 0; q < GROUPS; q++) {
             from[q] = _mm512_add_epi32(lanes, _mm512_set1_epi32(k - 1 - 4 * q));
-            some[q] = _mm512_cmplt_epu32_mask(from[q], _mm512_set1_epi32(16));
+            in_kernel[q] = _mm512_cmplt_epu32_mask(from[q], _mm512_set1_epi32(16));
         }
         const char *kernel = static_cast<const char *>(block.kernel) + (long)channel * k * 64;
         for (int c = 0; c < 4; c++) {
-            int8_t *to = work.matrices[half][c];
+            int8_t *to = work.matrices[slot][c];
             for (int y = 0, i = 0; y < k; y++, kernel += 64) {
                 const __m512i values = _mm512_loadu_si512(kernel);
 #pragma GCC unroll 8
                 for (int q = 0; q < GROUPS; q++)
-                    _mm512_store_si512(to + (i * GROUPS + q) * 64, _mm512_maskz_permutexvar_epi32(some[q], from[q], values));
+                    _mm512_store_si512(to + (i * GROUPS + q) * 64, _mm512_maskz_permutexvar_epi32(in_kernel[q], from[q], values));
                 if (++i == TOGETHER) i = 0, to += 1024;
             }
         }
     }
 
-    void multiply(int half, Work &work) const {
+    void multiply(int slot, Work &work) const {
         clear();
-        const auto *windows = work.windows[half];
-        const auto *matrices = work.matrices[half];
+        const auto *windows = work.windows[slot];
+        const auto *matrices = work.matrices[slot];
         settle();
         for (int y = 0, i = 0; y < k; y += TOGETHER, i += 1024) {
             _tile_loadd(6, matrices[0] + i, 64);
@@ -167,10 +167,10 @@ class Bytes : Planar {
             _tile_loadd(5, windows[3] + y * 64, 64);
             _tile_dpbusd(3, 5, 7);
         }
-        store_each(work.sums[half]);
+        store_each(work.sums[slot]);
     }
 
-    void combine(int channel, int strip, const Block &block, int half, int top, int rows, const uint8_t *x, char *to,
+    void combine(int channel, int strip, const Block &block, int slot, int top, int rows, const uint8_t *x, char *to,
                  Work &work) const {
         __m512i lines[4][4];  // four rows of 16 columns each: of each channel, for all rows
         for (int c = 0; c < 4; c++) {
@@ -179,7 +179,7 @@ class Bytes : Planar {
             const __m512i lift = _mm512_set1_epi8(block.lifts[channel + c]);
             const uint8_t *from = x + (channel + c) * plane + (long)top * columns + strip * SIDE;
             for (int i = 0; i < rows; i += 4) {  // what lies below the last row is not written
-                const int32_t *sums = work.sums[half] + (c * SIDE + i) * SIDE;
+                const int32_t *sums = work.sums[slot] + (c * SIDE + i) * SIDE;
                 const __m512i q = indices(sums, sums + 16, sums + 32, sums + 48, scale, offset);
                 __m512i old;
                 if (columns == SIDE) {
@@ -244,27 +244,27 @@ class Bytes : Planar {
 
     void pointwise(const Block &block, int task, int threads, char *memory, Work &work) const {
         const char *weights = static_cast<const char *>(block.pointwise);
-        const long half = dim * 16L;  // bytes of the weights of 16 outputs
+        const long group = dim * 16L;  // bytes of the weights of 16 outputs
         const auto [first, last, from, to] = share(task, threads);
         configure(SIDE, SIDE);
-        const int rate = (16 * 1024 + half - 1) / half;  // rows per step: two multiplications finish 32
+        const int rate = (16 * 1024 + group - 1) / group;  // rows per step: two multiplications finish 32
         Ready ready{};
         int turn = 0;
         for (int n = from; n < to; n += 32) {
-            const char *a = weights + n / 16 * half, *ahead = a + 2 * half;
+            const char *a = weights + n / 16 * group, *ahead = a + 2 * group;
             for (int m = first; m < last; m += 2, turn = 1 - turn) {
                 int row = 0;
                 for (int part = 0; part < std::min(2, last - m); part++) {
                     const char *b = panel(memory) + 2 * (m + part) * bundle(dim);
                     int32_t *sums = work.sums[turn] + part * 1024;
                     clear();
-                    for (long i = 0; i < half; i += 1024, ahead += 128) {
+                    for (long i = 0; i < group; i += 1024, ahead += 128) {
                         _mm_prefetch(ahead, _MM_HINT_T1);
                         _mm_prefetch(ahead + 64, _MM_HINT_T1);
                         _tile_loadd(4, a + i, 64);
                         _tile_loadd(6, b + i, 64);
                         _tile_loadd(7, b + bundle(dim) + i, 64);
-                        _tile_loadd(5, a + half + i, 64);
+                        _tile_loadd(5, a + group + i, 64);
                         _tile_dpbsud(0, 4, 6);
                         _tile_dpbsud(1, 4, 7);
                         _tile_dpbsud(2, 5, 6);

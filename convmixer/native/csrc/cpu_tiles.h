@@ -211,14 +211,14 @@ class Planar {
 };
 
 // Multiply the weights of 32 outputs with 32 positions, four tiles of 16 x 16 x 32 (bfloat16) at a time.
-inline void multiply_bfloat16(const char *a, long half, const char *b, long next, float *sums) {
+inline void multiply_bfloat16(const char *a, long group, const char *b, long next, float *sums) {
     settle();
     clear();
-    for (long i = 0; i < half; i += 1024) {
+    for (long i = 0; i < group; i += 1024) {
         _tile_loadd(4, a + i, 64);
         _tile_loadd(6, b + i, 64);
         _tile_loadd(7, b + next + i, 64);
-        _tile_loadd(5, a + half + i, 64);
+        _tile_loadd(5, a + group + i, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
@@ -256,11 +256,11 @@ class Tiles : Planar {
     // ---- depthwise --------------------------------------------------------------------------------------------------
 
     // What four sums need: neighbours, (rows + k - 1, 32) each, and for each channel a run for each row of the kernel.
-    void prepare(const Item &item, const Block &block, int top, int rows, const uint16_t *x, int half, Work &work) const {
+    void prepare(const Item &item, const Block &block, int top, int rows, const uint16_t *x, int slot, Work &work) const {
         for (int a = 0; a < 4; a++) {
             const int channel = item.channel + (item.wide ? a / 2 : a), strip = item.strip + (item.wide ? a % 2 : 0);
             const uint16_t *line = x + channel * plane + strip * SIDE - before;
-            uint16_t *window = work.windows[half][a];
+            uint16_t *window = work.windows[slot][a];
             const __mmask32 columns_inside = inside(strip);
             for (int i = 0, y = top - before; i < rows + k - 1; i++, y++) {
                 const bool real = y >= 0 && y < height;
@@ -270,7 +270,7 @@ class Tiles : Planar {
         }
         const uint16_t *kernel = static_cast<const uint16_t *>(block.kernel) + (long)item.channel * k * SIDE;
         for (int c = 0; c < (item.wide ? 2 : 4); c++) {
-            uint32_t *run = work.runs[half][c] + RUN - 1 - SIDE - k;
+            uint32_t *run = work.runs[slot][c] + RUN - 1 - SIDE - k;
             for (int y = 0; y < k; y++, kernel += SIDE, run += RUN) {  // reversed; pairs of neighbours, one after the other
                 const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)kernel));
                 const __m512i next = _mm512_maskz_expand_epi32(0xfffe, w);
@@ -279,9 +279,9 @@ class Tiles : Planar {
         }
     }
 
-    void multiply(const Item &item, int half, Work &work) const {
-        const auto *windows = work.windows[half];
-        const uint32_t *run = work.runs[half][0] + RUN - 2 - SIDE;
+    void multiply(const Item &item, int slot, Work &work) const {
+        const auto *windows = work.windows[slot];
+        const uint32_t *run = work.runs[slot][0] + RUN - 2 - SIDE;
         settle();
         clear();
         if (item.wide) {
@@ -313,11 +313,11 @@ class Tiles : Planar {
                 _tile_dpbf16ps(3, 5, 7);
             }
         }
-        store_each(work.sums[half]);
+        store_each(work.sums[slot]);
     }
 
     // y + gain * act(depthwise(y)) of two channels, side by side.
-    void combine(const Item &item, const Block &block, int half, int top, int rows, char *to, Work &work) const {
+    void combine(const Item &item, const Block &block, int slot, int top, int rows, char *to, Work &work) const {
         const __m512i order = _mm512_add_epi16(  // 0 16 1 17 ...
             _mm512_srli_epi32(_mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0), 1),
             _mm512_slli_epi32(_mm512_set_epi32(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16), 16));
@@ -325,8 +325,8 @@ class Tiles : Planar {
         for (int pair = 0; pair < 2; pair++) {
             const int a = item.wide ? pair : 2 * pair, b = a + step;
             const int channel = item.channel + (item.wide ? 0 : a), strip = item.strip + (item.wide ? pair : 0);
-            const float *sum_a = work.sums[half] + a * SIDE * SIDE, *sum_b = work.sums[half] + b * SIDE * SIDE;
-            const uint16_t *x_a = work.windows[half][a] + before * 33, *x_b = work.windows[half][b] + before * 33;
+            const float *sum_a = work.sums[slot] + a * SIDE * SIDE, *sum_b = work.sums[slot] + b * SIDE * SIDE;
+            const uint16_t *x_a = work.windows[slot][a] + before * 33, *x_b = work.windows[slot][b] + before * 33;
             const __m512 bias_a = _mm512_set1_ps(block.bias[channel]), bias_b = _mm512_set1_ps(block.bias[channel + 1]);
             const __m512 gain_a = _mm512_set1_ps(block.gain[channel]), gain_b = _mm512_set1_ps(block.gain[channel + 1]);
             char *line = to + ((long)top * strips + strip) * bundle(2 * dim) + channel * 32L;
@@ -375,30 +375,30 @@ class Tiles : Planar {
     void multiply_panel(const void *packed, int inputs, const Affine &end, int task, int threads, char *memory,
                         Work &work) const {
         const char *weights = static_cast<const char *>(packed);
-        const long half = inputs * 32L;  // bytes of the weights of 16 outputs
+        const long group = inputs * 32L;  // bytes of the weights of 16 outputs
         const auto [first, last, from, to] = share(task, threads);
         configure(SIDE, SIDE);
         // As many positions at a time as leave room for the weights in the cache.
         const int chunks = (last - first) * 2 * bundle(2 * inputs) / (cache() / 2) + 1;
         const int step = (last - first + chunks - 1) / chunks;
-        const int rate = (32 * 1024 + half - 1) / half;
+        const int rate = (32 * 1024 + group - 1) / group;
         Ready ready{};
         int turn = 0;
         for (int begin = first; begin < last; begin += step) {
             for (int n = from; n < to; n += 32) {
-                const char *a = weights + n / 16 * half, *ahead = a + 2 * half;
+                const char *a = weights + n / 16 * group, *ahead = a + 2 * group;
                 for (int m = begin; m < std::min(begin + step, last); m++, turn = 1 - turn) {
                     const char *b = panel(memory) + 2 * m * bundle(2 * inputs);
                     float *sums = work.sums[turn];
                     int row = 0;
                     clear();
-                    for (long i = 0; i < half; i += 1024, ahead += 128) {
+                    for (long i = 0; i < group; i += 1024, ahead += 128) {
                         _mm_prefetch(ahead, _MM_HINT_T1);  // the next outputs' weights
                         _mm_prefetch(ahead + 64, _MM_HINT_T1);
                         _tile_loadd(4, a + i, 64);
                         _tile_stream_loadd(6, b + i, 64);  // past the first-level cache, which the weights fill
                         _tile_stream_loadd(7, b + bundle(2 * inputs) + i, 64);
-                        _tile_loadd(5, a + half + i, 64);
+                        _tile_loadd(5, a + group + i, 64);
                         _tile_dpbf16ps(0, 4, 6);
                         _tile_dpbf16ps(1, 4, 7);
                         _tile_dpbf16ps(2, 5, 6);

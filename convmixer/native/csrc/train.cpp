@@ -211,9 +211,9 @@ class Trainer {
 #pragma omp atomic write
                 failed = true;
             } else {
-                Scratch &mine = scratch[omp_get_thread_num()];
-                mine = Scratch(grid, k, inputs, plane, own);
-                mine.clear(own);
+                Scratch &of_thread = scratch[omp_get_thread_num()];
+                of_thread = Scratch(grid, k, inputs, plane, own);
+                of_thread.clear(own);
             }
 #pragma omp barrier
             if (!failed) {
@@ -351,10 +351,10 @@ class Trainer {
             const Layer &layer = step.layers[l];
             if (n < dim) layer.grad_bias[n] = sum;
             for (int m = 0; m < columns; m += BLOCK) {
-                const long place = (n / BLOCK * (columns / BLOCK) + m / BLOCK) * BLOCK * BLOCK + n % BLOCK * BLOCK;
+                const long start = (n / BLOCK * (columns / BLOCK) + m / BLOCK) * BLOCK * BLOCK + n % BLOCK * BLOCK;
                 float line[BLOCK] = {};
                 for (Scratch &each : scratch) {
-                    for (int i = 0; i < BLOCK; i++) line[i] += each.products[place + i], each.products[place + i] = 0;
+                    for (int i = 0; i < BLOCK; i++) line[i] += each.products[start + i], each.products[start + i] = 0;
                 }
                 if (n < dim && m < real)
                     std::memcpy(layer.grad_weight + n * real + m, line, std::min(BLOCK, real - m) * sizeof(float));
@@ -423,16 +423,16 @@ class Trainer {
         __m512 operator()(int p, __mmask16 real) const {
             if (!exists) return _mm512_setzero_ps();
             const int y = p / grid.columns, x = p % grid.columns;
-            const __m512i place = _mm512_mullo_epi32(
+            const __m512i offsets = _mm512_mullo_epi32(
                 _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(patch));
             const float *from = pixels + ((long)y * width + x) * patch;
-            return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, place, from, 4);
+            return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), real, offsets, from, 4);
         }
     };
     Patch patch(int image, int i) const {
         const int p = step.patch_size, c = i / (p * p), y = i / p % p, x = i % p;
-        const long place = (((long)image * step.in_chans + c) * step.height + y) * step.width + x;
-        return {step.images + place, grid, p, step.width, c < step.in_chans};
+        const long offset = (((long)image * step.in_chans + c) * step.height + y) * step.width + x;
+        return {step.images + offset, grid, p, step.width, c < step.in_chans};
     }
 
     // The panel of `sources(i)`, one for each input.
@@ -537,40 +537,40 @@ class Trainer {
         }
     }
 
-    // Calls `work(corners, count, image, row, strip)` for four tiles at a time; of arrays, the first `count` are meant.
-    struct Place {
+    // Calls `work(tiles, count)` for four tiles of some images at a time, of which the first `count` are real.
+    struct Tile {  // 16 x 16 positions
         int image, top, strip;
     };
     template <class Work>
     void tiles(int images, Work work) const {
         const int of_image = grid.bands * grid.strips, all = images * of_image;
         for (int first = 0; first < all; first += 4) {
-            Place places[4];
+            Tile tiles[4];
             const int count = std::min(4, all - first);
             for (int t = 0; t < 4; t++) {
-                const int tile = t < count ? first + t : first;
-                places[t] = {tile / of_image, tile % of_image / grid.strips * SIDE, tile % grid.strips};
+                const int number = t < count ? first + t : first;
+                tiles[t] = {number / of_image, number % of_image / grid.strips * SIDE, number % grid.strips};
             }
-            work(places, count);
+            work(tiles, count);
         }
     }
-    long corner(const Place &place) const { return place.image * plane + place.top * plane_row + place.strip * SIDE; }
+    long corner(const Tile &tile) const { return tile.image * plane + tile.top * plane_row + tile.strip * SIDE; }
 
     using Sums = float[4][SIDE * SIDE];
-    void convolve(const Value *planes, const Kernel &kernel, const Place (&places)[4], Sums &sums) const {
+    void convolve(const Value *planes, const Kernel &kernel, const Tile (&tiles)[4], Sums &sums) const {
         const Value *corners[4];
-        for (int t = 0; t < 4; t++) corners[t] = planes + corner(places[t]);
+        for (int t = 0; t < 4; t++) corners[t] = planes + corner(tiles[t]);
         Depthwise::convolve(corners, plane_row, kernel, k, sums);
     }
-    // Calls `take(image, place in the map, mask, sums)` for each row of outputs.
+    // Calls `take(image, position in the map, mask, sums)` for each row of outputs.
     template <class Take>
-    void take_rows(const Place (&places)[4], int count, const Sums &sums, Take take) const {
+    void take_rows(const Tile (&tiles)[4], int count, const Sums &sums, Take take) const {
         for (int t = 0; t < count; t++) {
-            const __mmask16 real = grid.row_mask(places[t].strip);
-            const int rows = std::min(SIDE, grid.height - places[t].top);
-            int p = places[t].top * grid.columns + places[t].strip * SIDE;
+            const __mmask16 real = grid.row_mask(tiles[t].strip);
+            const int rows = std::min(SIDE, grid.height - tiles[t].top);
+            int p = tiles[t].top * grid.columns + tiles[t].strip * SIDE;
             for (int r = 0; r < rows; r++, p += grid.columns)
-                take(places[t].image, p, real, _mm512_load_ps(sums[t] + r * SIDE));
+                take(tiles[t].image, p, real, _mm512_load_ps(sums[t] + r * SIDE));
         }
     }
 
@@ -585,12 +585,12 @@ class Trainer {
         }
         alignas(64) Sums sums[2];
         __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, squares[2] = {sum[0], sum[0]};
-        tiles(images, [&](const Place(&places)[4], int count) {
-            for (int j = 0; j < 2; j++) convolve(planes[j], kernels[j], places, sums[j]);
+        tiles(images, [&](const Tile(&tiles)[4], int count) {
+            for (int j = 0; j < 2; j++) convolve(planes[j], kernels[j], tiles, sums[j]);
             for (int j = 0; j < 2; j++) {
                 const __m512 bias = all(n + j < dim ? layer.bias[n + j] : 0);
                 const __m512 center = all(kept.vectors[2 * i + 1].center[n + j]);
-                take_rows(places, count, sums[j], [&](int of, int p, __mmask16 real, __m512 v) {
+                take_rows(tiles, count, sums[j], [&](int of, int p, __mmask16 real, __m512 v) {
                     v = stored(_mm512_add_ps(v, bias));
                     store_row(at(kept.c[i], image + of, n + j) + p, v);
                     v = _mm512_maskz_sub_ps(real, act(v), center);
@@ -681,17 +681,17 @@ class Trainer {
         if (n < dim) kernel.set(step.layers[l].weight + (long)n * k * k, k, true);
         alignas(64) Sums sums;
         typename Depthwise::Operands operands;
-        tiles(images, [&](const Place(&places)[4], int count) {
+        tiles(images, [&](const Tile(&tiles)[4], int count) {
             const Value *corners[4], *grads[4];
             for (int t = 0; t < 4; t++) {
-                corners[t] = own.x + corner(places[t]);
-                grads[t] = own.grad + corner(places[t]) + after * (plane_row + 1);
+                corners[t] = own.x + corner(tiles[t]);
+                grads[t] = own.grad + corner(tiles[t]) + after * (plane_row + 1);
             }
             // In this order since tiles must wait until what they load has left the store buffer.
             Depthwise::arrange(corners, grads, count, plane_row, k, operands);
-            convolve(own.grad, kernel, places, sums);
+            convolve(own.grad, kernel, tiles, sums);
             Depthwise::correlate(operands, k, own.taps + (long)n * k);
-            take_rows(places, count, sums, [&](int of, int p, __mmask16 real, __m512 v) {
+            take_rows(tiles, count, sums, [&](int of, int p, __mmask16 real, __m512 v) {
                 T *to = at(gradient, image + of, n) + p;
                 v = _mm512_maskz_add_ps(real, load_row(to), v);
                 store_row(to, v);
@@ -709,21 +709,21 @@ class Trainer {
     }
 };
 
-template <class Run>
-int dispatch(const Step &step, bool half, Run run) {
+template <class Call>
+int dispatch(const Step &step, bool bfloat16, Call call) {
     auto chosen = [&](auto type, auto gemm, auto depthwise) {
         using T = decltype(type);
         using Gemm = decltype(gemm);
         using Depthwise = decltype(depthwise);
-        if (step.relu) return run(Trainer<T, Gemm, Depthwise, true>(step));
-        return run(Trainer<T, Gemm, Depthwise, false>(step));
+        if (step.relu) return call(Trainer<T, Gemm, Depthwise, true>(step));
+        return call(Trainer<T, Gemm, Depthwise, false>(step));
     };
 #ifdef CONVMIXER_TILES
     if (tiles_permitted())
-        return half ? chosen(uint16_t(), TileGemm<1>(), TileDepthwise())
+        return bfloat16 ? chosen(uint16_t(), TileGemm<1>(), TileDepthwise())
                     : chosen(float(), TileGemm<3>(), FmaDepthwise());
 #endif
-    return half ? chosen(uint16_t(), FmaGemm(), FmaDepthwise()) : chosen(float(), FmaGemm(), FmaDepthwise());
+    return bfloat16 ? chosen(uint16_t(), FmaGemm(), FmaDepthwise()) : chosen(float(), FmaGemm(), FmaDepthwise());
 }
 
 template <class Call>
@@ -739,23 +739,23 @@ int guarded(Call call) {
 
 extern "C" {
 
-// In bytes; library.py compares them with those of its own records.
+// In bytes; Python compares them with those of its own records.
 extern const int32_t convmixer_record_sizes[2];
 const int32_t convmixer_record_sizes[2] = {sizeof(Layer), sizeof(Step)};
 
 int convmixer_tiles() { return tiles_permitted(); }
 
-// Of `kept`.
-int64_t convmixer_bytes(const Step *step, int half) {
-    const Grid grid(*step, half ? 2 : 4);
-    return half ? Kept<uint16_t>(*step, grid, nullptr).bytes : Kept<float>(*step, grid, nullptr).bytes;
+// Return the bytes of `kept`, which training.py computes as well.
+int64_t convmixer_bytes(const Step *step, int bfloat16) {
+    const Grid grid(*step, bfloat16 ? 2 : 4);
+    return bfloat16 ? Kept<uint16_t>(*step, grid, nullptr).bytes : Kept<float>(*step, grid, nullptr).bytes;
 }
 
-// Each returns 0 where there was too little memory, else 1. Maps are bfloat16 where `half`, else float32.
-int convmixer_forward(const Step *step, int half) {
-    return guarded([&] { return dispatch(*step, half, [](auto trainer) { return (int)trainer.forward(); }); });
+// Each returns 0 where there was too little memory, else 1. Feature maps are bfloat16 or, without `bfloat16`, float32.
+int convmixer_forward(const Step *step, int bfloat16) {
+    return guarded([&] { return dispatch(*step, bfloat16, [](auto trainer) { return (int)trainer.forward(); }); });
 }
-int convmixer_backward(const Step *step, int half) {
-    return guarded([&] { return dispatch(*step, half, [](auto trainer) { return (int)trainer.backward(); }); });
+int convmixer_backward(const Step *step, int bfloat16) {
+    return guarded([&] { return dispatch(*step, bfloat16, [](auto trainer) { return (int)trainer.backward(); }); });
 }
 }

@@ -41,12 +41,12 @@ inline void split(__m512 a, __m512 b, __m512i (&parts)[3]) {
     };
     // The first part is cut, as rounding bits would make some NaN a number; the second is rounded, and the third fits.
     const __m512 first_a = cut(_mm512_castps_si512(a)), first_b = cut(_mm512_castps_si512(b));
-    const __m512 rest_a = _mm512_sub_ps(a, first_a), rest_b = _mm512_sub_ps(b, first_b);
-    const __m512 second_a = cut(_mm512_add_epi32(_mm512_castps_si512(rest_a), half));
-    const __m512 second_b = cut(_mm512_add_epi32(_mm512_castps_si512(rest_b), half));
+    const __m512 left_a = _mm512_sub_ps(a, first_a), left_b = _mm512_sub_ps(b, first_b);
+    const __m512 second_a = cut(_mm512_add_epi32(_mm512_castps_si512(left_a), half));
+    const __m512 second_b = cut(_mm512_add_epi32(_mm512_castps_si512(left_b), half));
     parts[0] = pairs(first_a, first_b);
     parts[1] = pairs(second_a, second_b);
-    parts[2] = pairs(_mm512_sub_ps(rest_a, second_a), _mm512_sub_ps(rest_b, second_b));
+    parts[2] = pairs(_mm512_sub_ps(left_a, second_a), _mm512_sub_ps(left_b, second_b));
 }
 
 template <int PARTS_>
@@ -69,7 +69,7 @@ struct TileGemm {
 
     struct Left {
         const char *data;
-        long row, half, part;  // bytes from row to row, to the next 16 rows, and to the next part
+        long row, group, part;  // bytes from row to row, to the next 16 rows, and to the next part
     };
     static Left packed(const Value *data, int inputs) {
         return {reinterpret_cast<const char *>(data), 64, inputs * 32L * PARTS, TILE_BYTES};
@@ -124,7 +124,7 @@ struct TileGemm {
 
     static void load_left(const Left &a, const char *left, int part) {
         _tile_loadd(4, left + part * a.part, a.row);
-        _tile_loadd(5, left + part * a.part + a.half, a.row);
+        _tile_loadd(5, left + part * a.part + a.group, a.row);
     }
     static void load_right(const char *right, long bundle, int part) {
         _tile_loadd(6, right + part * TILE_BYTES, 64);
@@ -168,7 +168,7 @@ struct TileGemm {
         settle();
         for (int n = 0; n < outputs; n += BLOCK)
             for (int m = 0; m < columns; m += BLOCK) {
-                const char *left = a.data + n / SIDE * a.half;
+                const char *left = a.data + n / SIDE * a.group;
                 const char *right = panel + m / SIDE * bundle(inputs);
                 clear();
                 for (int i = 0; i < inputs; i += DEPTH, left += PARTS * a.part, right += STEP)
@@ -186,7 +186,7 @@ struct TileGemm {
         settle();
         for (int n = 0; n < outputs; n += BLOCK)
             for (int m = 0; m < columns; m += BLOCK, sums += BLOCK * BLOCK) {
-                const char *left = a.data + n / SIDE * a.half;
+                const char *left = a.data + n / SIDE * a.group;
                 const char *right = panel + m / SIDE * bundle(inputs);
                 _tile_loadd(0, sums, 128);
                 _tile_loadd(1, sums + 16, 128);
@@ -210,8 +210,8 @@ struct TileDepthwise {
         // Of (k, k) weights; flipped: turned by half a circle.
         void set(const float *weight, int k, bool flipped) {
             const __mmask16 taps = (1u << k) - 1;
-            const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-            const __m512i back = _mm512_sub_epi32(_mm512_set1_epi32(k - 1), place);
+            const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+            const __m512i back = _mm512_sub_epi32(_mm512_set1_epi32(k - 1), lanes);
             uint32_t *run = runs + RUN - 1 - SIDE - k;
             for (int y = 0; y < k; y++, run += RUN) {
                 __m512 row = _mm512_maskz_loadu_ps(taps, weight + (flipped ? k - 1 - y : y) * k);
