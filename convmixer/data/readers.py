@@ -89,8 +89,8 @@ class _Labelled(abc.ABC):
         if twice := [label for label in self.classes if classes.count(label) > 1]:
             raise DataError(
                 f"several classes of the model are called {list_first(twice)}, as one of {self.name!r} is: nothing "
-                "says which is meant. Give the model different names (label_names, classes=), or for ImageNet folders named "
-                "by WordNet numbers"
+                "says which is meant. Give the model different names (label_names, classes=), or for ImageNet folders "
+                "named by WordNet numbers"
             )
         return torch.tensor([classes.index(label) for label in self.classes])
 
