@@ -48,7 +48,7 @@ class Bytes : Planar {
     friend Planar;
     struct Work {  // of a thread
         alignas(64) uint8_t windows[2][4][(SIDE + LARGEST_BYTES - 1) * 64] = {};
-        alignas(64) int8_t matrices[2][4][(LARGEST_BYTES + 1) / 2 * 1024] = {};
+        alignas(64) int8_t matrices[2][4][(LARGEST_BYTES + 1) / 2 * TILE_BYTES] = {};
         alignas(64) int32_t sums[2][8 * SIDE * SIDE];
         alignas(64) float stem[4 * SIDE * SIDE];
     };
@@ -143,7 +143,7 @@ class Bytes : Planar {
 #pragma GCC unroll 8
                 for (int q = 0; q < GROUPS; q++)
                     _mm512_store_si512(to + (i * GROUPS + q) * 64, _mm512_maskz_permutexvar_epi32(in_kernel[q], from[q], values));
-                if (++i == TOGETHER) i = 0, to += 1024;
+                if (++i == TOGETHER) i = 0, to += TILE_BYTES;
             }
         }
     }
@@ -153,19 +153,19 @@ class Bytes : Planar {
         const auto *windows = work.windows[slot];
         const auto *matrices = work.matrices[slot];
         settle();
-        for (int y = 0, i = 0; y < k; y += TOGETHER, i += 1024) {
-            _tile_loadd(6, matrices[0] + i, 64);
-            _tile_loadd(4, windows[0] + y * 64, 64);
-            _tile_dpbusd(0, 4, 6);
-            _tile_loadd(7, matrices[1] + i, 64);
-            _tile_loadd(5, windows[1] + y * 64, 64);
-            _tile_dpbusd(1, 5, 7);
-            _tile_loadd(6, matrices[2] + i, 64);
-            _tile_loadd(4, windows[2] + y * 64, 64);
-            _tile_dpbusd(2, 4, 6);
-            _tile_loadd(7, matrices[3] + i, 64);
-            _tile_loadd(5, windows[3] + y * 64, 64);
-            _tile_dpbusd(3, 5, 7);
+        for (int y = 0, i = 0; y < k; y += TOGETHER, i += TILE_BYTES) {
+            _tile_loadd(RIGHT0, matrices[0] + i, LINE);
+            _tile_loadd(LEFT0, windows[0] + y * 64, LINE);
+            _tile_dpbusd(SUM0, LEFT0, RIGHT0);
+            _tile_loadd(RIGHT1, matrices[1] + i, LINE);
+            _tile_loadd(LEFT1, windows[1] + y * 64, LINE);
+            _tile_dpbusd(SUM1, LEFT1, RIGHT1);
+            _tile_loadd(RIGHT0, matrices[2] + i, LINE);
+            _tile_loadd(LEFT0, windows[2] + y * 64, LINE);
+            _tile_dpbusd(SUM2, LEFT0, RIGHT0);
+            _tile_loadd(RIGHT1, matrices[3] + i, LINE);
+            _tile_loadd(LEFT1, windows[3] + y * 64, LINE);
+            _tile_dpbusd(SUM3, LEFT1, RIGHT1);
         }
         store_each(work.sums[slot]);
     }
@@ -258,17 +258,17 @@ class Bytes : Planar {
                     const char *b = panel(memory) + 2 * (m + part) * bundle(dim);
                     int32_t *sums = work.sums[turn] + part * 1024;
                     clear();
-                    for (long i = 0; i < group; i += 1024, ahead += 128) {
+                    for (long i = 0; i < group; i += TILE_BYTES, ahead += 128) {
                         _mm_prefetch(ahead, _MM_HINT_T1);
                         _mm_prefetch(ahead + 64, _MM_HINT_T1);
-                        _tile_loadd(4, a + i, 64);
-                        _tile_loadd(6, b + i, 64);
-                        _tile_loadd(7, b + bundle(dim) + i, 64);
-                        _tile_loadd(5, a + group + i, 64);
-                        _tile_dpbsud(0, 4, 6);
-                        _tile_dpbsud(1, 4, 7);
-                        _tile_dpbsud(2, 5, 6);
-                        _tile_dpbsud(3, 5, 7);
+                        _tile_loadd(LEFT0, a + i, LINE);
+                        _tile_loadd(RIGHT0, b + i, LINE);
+                        _tile_loadd(RIGHT1, b + bundle(dim) + i, LINE);
+                        _tile_loadd(LEFT1, a + group + i, LINE);
+                        _tile_dpbsud(SUM0, LEFT0, RIGHT0);
+                        _tile_dpbsud(SUM1, LEFT0, RIGHT1);
+                        _tile_dpbsud(SUM2, LEFT1, RIGHT0);
+                        _tile_dpbsud(SUM3, LEFT1, RIGHT1);
                         if (ready.to)
                             for (int j = 0; j < rate && row < 32; j++) ready.finish(row++, block, plane);
                     }

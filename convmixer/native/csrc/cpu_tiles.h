@@ -36,12 +36,26 @@ struct alignas(64) TileConfig {
 // Call this after writing to memory and before loading tiles: gcc does not know that these read it.
 inline void settle() { asm volatile("" ::: "memory"); }
 
-// Tiles 0 to 3 are sums, 4 and 5 left operands, 6 and 7 right ones; `inner` groups of four bytes are multiplied.
+// The tiles: sums += left * right. Macros, because gcc pastes these numbers into the instructions.
+#define SUM0 0
+#define SUM1 1
+#define SUM2 2
+#define SUM3 3
+#define LEFT0 4
+#define LEFT1 5
+#define RIGHT0 6
+#define RIGHT1 7
+
+constexpr int LINE = 64;                 // bytes of a row of a tile, and of a cache line
+constexpr int TILE_BYTES = SIDE * LINE;
+constexpr int BACK = -8;                 // bytes from a row of a Toeplitz matrix to the next, in its run
+
+// `inner` groups of four bytes are multiplied.
 inline void configure(int height, int inner) {
     TileConfig config;
-    for (int i = 0; i < 8; i++) {
-        config.bytes[i] = i == 4 || i == 5 ? inner * 4 : 64;
-        config.rows[i] = i < 6 ? height : inner;
+    for (int i = SUM0; i <= RIGHT1; i++) {
+        config.bytes[i] = i == LEFT0 || i == LEFT1 ? inner * 4 : LINE;
+        config.rows[i] = i < RIGHT0 ? height : inner;
     }
     asm volatile("" ::"r"(&config) : "memory");  // as in settle(); all of it is read
     _tile_loadconfig(&config);
@@ -49,26 +63,26 @@ inline void configure(int height, int inner) {
 
 // The four sums.
 inline void clear() {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    _tile_zero(SUM0);
+    _tile_zero(SUM1);
+    _tile_zero(SUM2);
+    _tile_zero(SUM3);
 }
 // One after the other, (4, 16, 16).
 inline void store_each(void *sums) {
     char *to = static_cast<char *>(sums);
-    _tile_stored(0, to, 64);
-    _tile_stored(1, to + 1024, 64);
-    _tile_stored(2, to + 2048, 64);
-    _tile_stored(3, to + 3072, 64);
+    _tile_stored(SUM0, to, LINE);
+    _tile_stored(SUM1, to + TILE_BYTES, LINE);
+    _tile_stored(SUM2, to + 2 * TILE_BYTES, LINE);
+    _tile_stored(SUM3, to + 3 * TILE_BYTES, LINE);
 }
 // As the quarters of a square, (32, 32).
 inline void store_square(void *sums) {
     char *to = static_cast<char *>(sums);
-    _tile_stored(0, to, 128);
-    _tile_stored(1, to + 64, 128);
-    _tile_stored(2, to + 2048, 128);
-    _tile_stored(3, to + 2112, 128);
+    _tile_stored(SUM0, to, 2 * LINE);
+    _tile_stored(SUM1, to + LINE, 2 * LINE);
+    _tile_stored(SUM2, to + 2 * TILE_BYTES, 2 * LINE);
+    _tile_stored(SUM3, to + 2 * TILE_BYTES + LINE, 2 * LINE);
 }
 
 constexpr int RUN = 3 * SIDE; // pairs of values in the run that holds a Toeplitz matrix
@@ -214,15 +228,15 @@ class Planar {
 inline void multiply_bfloat16(const char *a, long group, const char *b, long next, float *sums) {
     settle();
     clear();
-    for (long i = 0; i < group; i += 1024) {
-        _tile_loadd(4, a + i, 64);
-        _tile_loadd(6, b + i, 64);
-        _tile_loadd(7, b + next + i, 64);
-        _tile_loadd(5, a + group + i, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+    for (long i = 0; i < group; i += TILE_BYTES) {
+        _tile_loadd(LEFT0, a + i, LINE);
+        _tile_loadd(RIGHT0, b + i, LINE);
+        _tile_loadd(RIGHT1, b + next + i, LINE);
+        _tile_loadd(LEFT1, a + group + i, LINE);
+        _tile_dpbf16ps(SUM0, LEFT0, RIGHT0);
+        _tile_dpbf16ps(SUM1, LEFT0, RIGHT1);
+        _tile_dpbf16ps(SUM2, LEFT1, RIGHT0);
+        _tile_dpbf16ps(SUM3, LEFT1, RIGHT1);
     }
     store_square(sums);
 }
@@ -286,31 +300,31 @@ class Tiles : Planar {
         clear();
         if (item.wide) {
             for (int y = 0; y < k; y++, run += RUN) {
-                _tile_loadd(6, run, -8);
-                _tile_loadd(4, windows[0] + y * 32, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(5, windows[1] + y * 32, 64);
-                _tile_dpbf16ps(1, 5, 6);
-                _tile_loadd(7, run + LARGEST * RUN, -8);
-                _tile_loadd(4, windows[2] + y * 32, 64);
-                _tile_dpbf16ps(2, 4, 7);
-                _tile_loadd(5, windows[3] + y * 32, 64);
-                _tile_dpbf16ps(3, 5, 7);
+                _tile_loadd(RIGHT0, run, BACK);
+                _tile_loadd(LEFT0, windows[0] + y * 32, LINE);
+                _tile_dpbf16ps(SUM0, LEFT0, RIGHT0);
+                _tile_loadd(LEFT1, windows[1] + y * 32, LINE);
+                _tile_dpbf16ps(SUM1, LEFT1, RIGHT0);
+                _tile_loadd(RIGHT1, run + LARGEST * RUN, BACK);
+                _tile_loadd(LEFT0, windows[2] + y * 32, LINE);
+                _tile_dpbf16ps(SUM2, LEFT0, RIGHT1);
+                _tile_loadd(LEFT1, windows[3] + y * 32, LINE);
+                _tile_dpbf16ps(SUM3, LEFT1, RIGHT1);
             }
         } else {
             for (int y = 0; y < k; y++, run += RUN) {
-                _tile_loadd(6, run, -8);
-                _tile_loadd(4, windows[0] + y * 32, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, run + LARGEST * RUN, -8);
-                _tile_loadd(5, windows[1] + y * 32, 64);
-                _tile_dpbf16ps(1, 5, 7);
-                _tile_loadd(6, run + 2 * LARGEST * RUN, -8);
-                _tile_loadd(4, windows[2] + y * 32, 64);
-                _tile_dpbf16ps(2, 4, 6);
-                _tile_loadd(7, run + 3 * LARGEST * RUN, -8);
-                _tile_loadd(5, windows[3] + y * 32, 64);
-                _tile_dpbf16ps(3, 5, 7);
+                _tile_loadd(RIGHT0, run, BACK);
+                _tile_loadd(LEFT0, windows[0] + y * 32, LINE);
+                _tile_dpbf16ps(SUM0, LEFT0, RIGHT0);
+                _tile_loadd(RIGHT1, run + LARGEST * RUN, BACK);
+                _tile_loadd(LEFT1, windows[1] + y * 32, LINE);
+                _tile_dpbf16ps(SUM1, LEFT1, RIGHT1);
+                _tile_loadd(RIGHT0, run + 2 * LARGEST * RUN, BACK);
+                _tile_loadd(LEFT0, windows[2] + y * 32, LINE);
+                _tile_dpbf16ps(SUM2, LEFT0, RIGHT0);
+                _tile_loadd(RIGHT1, run + 3 * LARGEST * RUN, BACK);
+                _tile_loadd(LEFT1, windows[3] + y * 32, LINE);
+                _tile_dpbf16ps(SUM3, LEFT1, RIGHT1);
             }
         }
         store_each(work.sums[slot]);
@@ -392,17 +406,17 @@ class Tiles : Planar {
                     float *sums = work.sums[turn];
                     int row = 0;
                     clear();
-                    for (long i = 0; i < group; i += 1024, ahead += 128) {
+                    for (long i = 0; i < group; i += TILE_BYTES, ahead += 128) {
                         _mm_prefetch(ahead, _MM_HINT_T1);  // the next outputs' weights
                         _mm_prefetch(ahead + 64, _MM_HINT_T1);
-                        _tile_loadd(4, a + i, 64);
-                        _tile_stream_loadd(6, b + i, 64);  // past the first-level cache, which the weights fill
-                        _tile_stream_loadd(7, b + bundle(2 * inputs) + i, 64);
-                        _tile_loadd(5, a + group + i, 64);
-                        _tile_dpbf16ps(0, 4, 6);
-                        _tile_dpbf16ps(1, 4, 7);
-                        _tile_dpbf16ps(2, 5, 6);
-                        _tile_dpbf16ps(3, 5, 7);
+                        _tile_loadd(LEFT0, a + i, LINE);
+                        _tile_stream_loadd(RIGHT0, b + i, LINE);  // past the first-level cache, which the weights fill
+                        _tile_stream_loadd(RIGHT1, b + bundle(2 * inputs) + i, LINE);
+                        _tile_loadd(LEFT1, a + group + i, LINE);
+                        _tile_dpbf16ps(SUM0, LEFT0, RIGHT0);
+                        _tile_dpbf16ps(SUM1, LEFT0, RIGHT1);
+                        _tile_dpbf16ps(SUM2, LEFT1, RIGHT0);
+                        _tile_dpbf16ps(SUM3, LEFT1, RIGHT1);
                         if (ready.to)
                             for (int j = 0; j < rate && row < 32; j++) ready.finish(row++, end, plane);
                     }

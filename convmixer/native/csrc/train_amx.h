@@ -54,7 +54,7 @@ struct TileGemm {
     using Value = uint16_t;
     static constexpr int PARTS = PARTS_;
     static constexpr int DEPTH = 32;  // inputs in a tile
-    static constexpr int TILE_BYTES = 1024, STEP = PARTS * TILE_BYTES;
+    static constexpr int STEP = PARTS * TILE_BYTES;
     static constexpr int TERMS = PARTS == 1 ? 1 : 6;  // of a multiplication
 
     static void begin() { configure(SIDE, SIDE); }
@@ -123,18 +123,18 @@ struct TileGemm {
     // ---- matrix multiplication ------------------------------------------------------------------------------------------
 
     static void load_left(const Left &a, const char *left, int part) {
-        _tile_loadd(4, left + part * a.part, a.row);
-        _tile_loadd(5, left + part * a.part + a.group, a.row);
+        _tile_loadd(LEFT0, left + part * a.part, a.row);
+        _tile_loadd(LEFT1, left + part * a.part + a.group, a.row);
     }
     static void load_right(const char *right, long bundle, int part) {
-        _tile_loadd(6, right + part * TILE_BYTES, 64);
-        _tile_loadd(7, right + part * TILE_BYTES + bundle, 64);
+        _tile_loadd(RIGHT0, right + part * TILE_BYTES, LINE);
+        _tile_loadd(RIGHT1, right + part * TILE_BYTES + bundle, LINE);
     }
     static void add_square() {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        _tile_dpbf16ps(SUM0, LEFT0, RIGHT0);
+        _tile_dpbf16ps(SUM1, LEFT0, RIGHT1);
+        _tile_dpbf16ps(SUM2, LEFT1, RIGHT0);
+        _tile_dpbf16ps(SUM3, LEFT1, RIGHT1);
     }
     // Adds 32 inputs to the four sums, and calls `between` after each term. Terms differ in one operand from the one
     // before, so that few tiles are loaded.
@@ -188,10 +188,10 @@ struct TileGemm {
             for (int m = 0; m < columns; m += BLOCK, sums += BLOCK * BLOCK) {
                 const char *left = a.data + n / SIDE * a.group;
                 const char *right = panel + m / SIDE * bundle(inputs);
-                _tile_loadd(0, sums, 128);
-                _tile_loadd(1, sums + 16, 128);
-                _tile_loadd(2, sums + 512, 128);
-                _tile_loadd(3, sums + 528, 128);
+                _tile_loadd(SUM0, sums, 2 * LINE);
+                _tile_loadd(SUM1, sums + 16, 2 * LINE);
+                _tile_loadd(SUM2, sums + 512, 2 * LINE);
+                _tile_loadd(SUM3, sums + 528, 2 * LINE);
                 for (int i = 0; i < inputs; i += DEPTH, left += PARTS * a.part, right += STEP)
                     add_inputs(a, left, right, bundle(inputs), [] {});
                 store_square(sums);
@@ -230,15 +230,15 @@ struct TileDepthwise {
         settle();
         clear();
         for (int y = 0; y < k; y++, run += RUN) {
-            _tile_loadd(6, run, -8);
-            _tile_loadd(4, corners[0] + y * stride, stride * 2);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, corners[1] + y * stride, stride * 2);
-            _tile_dpbf16ps(1, 5, 6);
-            _tile_loadd(4, corners[2] + y * stride, stride * 2);
-            _tile_dpbf16ps(2, 4, 6);
-            _tile_loadd(5, corners[3] + y * stride, stride * 2);
-            _tile_dpbf16ps(3, 5, 6);
+            _tile_loadd(RIGHT0, run, BACK);
+            _tile_loadd(LEFT0, corners[0] + y * stride, stride * 2);
+            _tile_dpbf16ps(SUM0, LEFT0, RIGHT0);
+            _tile_loadd(LEFT1, corners[1] + y * stride, stride * 2);
+            _tile_dpbf16ps(SUM1, LEFT1, RIGHT0);
+            _tile_loadd(LEFT0, corners[2] + y * stride, stride * 2);
+            _tile_dpbf16ps(SUM2, LEFT0, RIGHT0);
+            _tile_loadd(LEFT1, corners[3] + y * stride, stride * 2);
+            _tile_dpbf16ps(SUM3, LEFT1, RIGHT0);
         }
         store_each(sums);
         settle();
@@ -294,24 +294,24 @@ struct TileDepthwise {
             const bool two = i + 1 < k;
             clear();
             for (int pair = 0; pair < operands.pairs; pair++) {
-                _tile_loadd(4, left[pair], 64);
-                _tile_loadd(6, right[pair][0][i / 2], 128);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, right[pair][0][i / 2][0][1], 128);
-                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(LEFT0, left[pair], LINE);
+                _tile_loadd(RIGHT0, right[pair][0][i / 2], 2 * LINE);
+                _tile_dpbf16ps(SUM0, LEFT0, RIGHT0);
+                _tile_loadd(RIGHT1, right[pair][0][i / 2][0][1], 2 * LINE);
+                _tile_dpbf16ps(SUM1, LEFT0, RIGHT1);
                 if (two) {
-                    _tile_loadd(6, right[pair][1][i / 2], 128);
-                    _tile_dpbf16ps(2, 4, 6);
-                    _tile_loadd(7, right[pair][1][i / 2][0][1], 128);
-                    _tile_dpbf16ps(3, 4, 7);
+                    _tile_loadd(RIGHT0, right[pair][1][i / 2], 2 * LINE);
+                    _tile_dpbf16ps(SUM2, LEFT0, RIGHT0);
+                    _tile_loadd(RIGHT1, right[pair][1][i / 2][0][1], 2 * LINE);
+                    _tile_dpbf16ps(SUM3, LEFT0, RIGHT1);
                 }
             }
             // The right half first: its last column, which no tap needs, lies where the next row begins.
-            _tile_stored(1, products[0] + SIDE, DIAGONAL * 4);
-            _tile_stored(0, products[0], DIAGONAL * 4);
+            _tile_stored(SUM1, products[0] + SIDE, DIAGONAL * 4);
+            _tile_stored(SUM0, products[0], DIAGONAL * 4);
             if (two) {
-                _tile_stored(3, products[1] + SIDE, DIAGONAL * 4);
-                _tile_stored(2, products[1], DIAGONAL * 4);
+                _tile_stored(SUM3, products[1] + SIDE, DIAGONAL * 4);
+                _tile_stored(SUM2, products[1], DIAGONAL * 4);
             }
             settle();
             for (int row = 0; row < (two ? 2 : 1); row++) {
