@@ -204,7 +204,7 @@ def load_images(
 
     Raises:
         DataError: There is nothing, there are no images, or other classes than asked for, or an image cannot be read.
-        ArgumentError: `size` has neither 1 nor 3 channels.
+        ArgumentError: `size` has neither 1 nor 3 channels, or `crop_mode` or `interpolation` is not one of these.
         DependencyError: A library that reads the data is not installed.
 
     Example:
@@ -262,6 +262,14 @@ class Fit:
     crop_mode: str = "center"
     crop_pct: float = 1.0
     draft: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise an ArgumentError for what torchvision or this class would not do, or would do otherwise."""
+        modes = [mode.value for mode in v2.InterpolationMode]
+        valid = {"crop_mode": (self.crop_mode, ("center", "squash")), "interpolation": (self.interpolation, modes)}
+        for name, (value, values) in valid.items():
+            if value not in values:
+                raise ArgumentError(f"{name}={value!r}: labelled images are read with {' or '.join(values)}")
 
     def __call__(self, source: Any) -> Tensor:
         channels, height, width = self.size

@@ -87,6 +87,8 @@ def why_no_graph(recipe: Recipe, device: torch.device, precision: str, processes
 def check_sources(recipe: Recipe, sources: Sources) -> None:
     """Raise an ArgumentError if data cannot be used as a recipe asks, before any are read."""
     data, workers = str(sources.data), sources.workers
+    if isinstance(sources.tests, str):
+        raise ArgumentError(f"tests={sources.tests!r}: give a list of test sets")
     shards = [source for source in map(str, (data, sources.val, *sources.tests)) if source.startswith(SHARDS)]
     if shards and not recipe.stream:
         raise ArgumentError(f"{shards[0]!r} is read from start to end: give stream=True (--set stream=true)")

@@ -143,6 +143,8 @@ def create_accelerator(
         ArgumentError: An unknown tracker, or one whose package is missing.
         DependencyError: A library for training is missing.
     """
+    if isinstance(trackers, str):
+        raise ArgumentError(f"trackers={trackers!r}: give a list of names")
     optional("matplotlib.figure", "training", "train")  # for the curves, after an epoch's work
     accelerate = optional("accelerate", "training", "train")
     # accelerate remembers an earlier run in this process, which may have used another device.

@@ -220,6 +220,21 @@ def test_squashed_images_keep_their_borders(tmp_path):
     assert squashed[-1] < 200
 
 
+@pytest.mark.parametrize(
+    "given", [{"crop_mode": "centre"}, {"crop_mode": "border"}, {"interpolation": "cubic"}], ids=str
+)
+def test_a_way_to_read_that_labelled_images_do_not_have_is_refused(digits, given):
+    (name, value), *_ = given.items()
+    with pytest.raises(ArgumentError, match=f"{name}='{value}': labelled images are read with"):
+        load_images(digits, "test", (3, 8, 8), **given)
+
+
+@pytest.mark.parametrize("name", ["tests", "trackers"])
+def test_a_string_where_a_list_belongs_is_not_read_letter_by_letter(digits, tmp_path, name):
+    with pytest.raises(ArgumentError, match=f"{name}='tensorboard': give a list"):
+        train(Recipe(**QUICK), data=digits, output=tmp_path / "run", report=quiet, **{name: "tensorboard"})
+
+
 def test_hold_out_is_a_partition_that_the_seed_decides():
     images = Images(torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1), torch.arange(100), ("a",))
     training, validation = hold_out(images, 0.1, 3)
