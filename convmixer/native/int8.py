@@ -44,6 +44,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from convmixer.native.packing import AffineRecord, BlockRecord, Native, scale_and_shift
@@ -180,8 +181,7 @@ class NativeInt8(Native):
         """Fill in what makes the next block's x of z: the weights, the index of u, and the table of bytes."""
         (scale, zero_point), following = self._quantizations[index], self._quantizations[index + 1]
         weight, weight_scale = _quantize_weight(block.pointwise.weight[:, :, 0, 0] * scale)
-        dim = len(scale)
-        record.pointwise = self._address(weight.reshape(dim // 16, 16, dim // 64, 64).permute(0, 2, 1, 3))
+        record.pointwise = self._address(rearrange(weight, "(o row) (i column) -> o i row column", row=16, column=64))
         bias = block.pointwise.bias - weight_scale * (weight * zero_point).sum(1)
         inputs = self._table_inputs(self.ranges.pointwise[index])
         record.end.scale, record.end.bias = self._index_addresses(weight_scale, bias, inputs)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from convmixer.errors import DependencyError
@@ -217,8 +218,8 @@ class Native:
         if self.planar:
             return values
         if self.dtype == torch.bfloat16:
-            return values.reshape(len(values) // 32, 16, 2, -1).permute(0, 3, 2, 1)
-        return values.reshape(len(values) // 32, 2, 16, -1).permute(0, 3, 1, 2)
+            return rearrange(values, "(groups lane two) n -> groups n two lane", lane=16, two=2)
+        return rearrange(values, "(groups two lane) n -> groups n two lane", lane=16, two=2)
 
     def _pack_matrix(self, weight: Tensor) -> Tensor:
         """Pack the weights of a matrix multiplication, (outputs, inputs).
@@ -227,16 +228,14 @@ class Native:
         of inputs in three bfloat16 parts, (outputs/32, inputs/32, 3, 2, 16, 16, 2), which `cpu.cpp` reads. Else as
         (outputs/PANEL, inputs, PANEL), in bfloat16 as pairs of inputs, (outputs/PANEL, inputs/2, PANEL, 2).
         """
-        outputs, inputs = weight.shape
         if self.planar:
-            return weight.to(torch.bfloat16).reshape(outputs // 16, 16, inputs // 32, 32).permute(0, 2, 1, 3)
+            return rearrange(weight.to(torch.bfloat16), "(o row) (i column) -> o i row column", row=16, column=32)
         if self._amx:
-            tiles = torch.stack(_three_bfloat16(weight)).reshape(3, outputs // 32, 2, 16, inputs // 32, 16, 2)
-            return tiles.permute(1, 4, 0, 2, 5, 3, 6)
+            order = "part (o tile column) (i row two) -> o i part tile row column two"
+            return rearrange(torch.stack(_three_bfloat16(weight)), order, tile=2, column=16, row=16, two=2)
         if self.dtype == torch.bfloat16:
-            pairs = weight.to(torch.bfloat16).reshape(outputs // PANEL, PANEL, inputs // 2, 2)
-            return pairs.permute(0, 2, 1, 3)
-        return weight.reshape(outputs // PANEL, PANEL, inputs).permute(0, 2, 1)
+            return rearrange(weight.to(torch.bfloat16), "(o panel) (i two) -> o i panel two", panel=PANEL, two=2)
+        return rearrange(weight, "(o panel) i -> o i panel", panel=PANEL)
 
 
 def _three_bfloat16(x: Tensor) -> list[Tensor]:
