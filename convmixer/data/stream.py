@@ -143,8 +143,9 @@ class _StreamBase:
         Raises:
             DataError: An image that cannot be read, unless those are skipped, or a training batch without any that can.
         """
-        options["num_workers"] = self.workers if len(self) else 0  # type: ignore[arg-type]
-        for batch in load(dataset, self.name, pin_memory=self.device.type == "cuda", **options):
+        workers = self.workers if len(self) else 0  # type: ignore[arg-type]
+        pinned = self.device.type == "cuda"
+        for batch in load(dataset, self.name, num_workers=workers, pin_memory=pinned, **options):
             if isinstance(batch, DataError):
                 raise batch
             pixels, labels, errors = batch

@@ -141,9 +141,9 @@ class RunFolder:
         if self.pending is not None:
             self.pending.append(line)
             return
-        text = line.encode("utf-8", "backslashreplace")  # names of files may hold what is not UTF-8
-        with contextlib.suppress(OSError), (self.path / "train.log").open("ab") as file:
-            file.write(text + b"\n")
+        how: Any = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may hold what is not UTF-8
+        with contextlib.suppress(OSError), (self.path / "train.log").open("a", **how) as file:
+            file.write(line + "\n")
 
     def record_epoch(self, history: Sequence[Epoch], model: ConvMixer, metadata: dict[str, Any]) -> None:
         """Write what a finished epoch adds, other than the state for resuming, which comes last."""
