@@ -41,8 +41,10 @@ _NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.fo
 def check_layers(model: Any) -> None:
     """Raise an ArgumentError where somebody has replaced a layer of a ConvMixer by what its folded copy would not have.
 
-    An adapter or a dilated convolution has a weight of the same shape, too.
+    An adapter or a dilated convolution has a weight of the same shape, too; and the copy calls no hooks, which may
+    change what a layer computes.
     """
+    _check_hooks(model)
     stem, patch = model.stem, (model.patch_size, model.patch_size)
     if not _is_sequence(stem, 3):
         raise _replaced("stem", stem, "it is not the stem of a ConvMixer")
@@ -61,6 +63,17 @@ def check_layers(model: Any) -> None:
         _check_norm(f"blocks.{i}.0.fn.2", branch[2])
         _check_convolution(f"blocks.{i}.1", block[1], kernel_size=(1, 1), padding=(0, 0))
         _check_norm(f"blocks.{i}.3", block[3])
+
+
+def _check_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        copied = name.split(".")[0] in ("", "stem", "blocks")  # the head is taken with its hooks
+        if copied and (module._forward_hooks or module._forward_pre_hooks):
+            raise ArgumentError(
+                f"cannot fold this model: {name or 'the model'} has forward hooks, which its folded copy would not "
+                "call. Remove them, or use the model as it is: without optimize, or exported with fold=False "
+                "(--no-fold)"
+            )
 
 
 def _is_sequence(layers: Any, count: int) -> bool:

@@ -394,6 +394,20 @@ def test_a_replaced_layer_is_not_taken_for_the_original(case, backend, monkeypat
         optimize(model, backend=backend)
 
 
+@pytest.mark.parametrize("where", ["", "stem", "blocks.1.0.fn.1"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_not_dropped(where, kind):
+    """They may change what a layer computes, and the copy would not call them."""
+    model = make()
+    handle = getattr(model.get_submodule(where), kind)(lambda *values: None)
+    with pytest.raises(
+        ArgumentError, match=rf"cannot fold this model: {where or 'the model'} has forward hooks.*Remove"
+    ):
+        optimize(model)
+    handle.remove()
+    check(model, torch.randn(2, 3, 9, 12, dtype=torch.float64))
+
+
 def test_layers_of_others_that_compute_the_same():
     model = make()
     depthwise = model.blocks[1][0].fn[0]
