@@ -473,6 +473,7 @@ def _open_hub(name: str, split: str | None, root: str | Path | None, labelled: b
     if not all(columns.values()):
         raise DataError(f"{name!r} has no column of images or none of class labels: {features}")
     chosen = {key: names[0] for key, names in columns.items()}
+    origin = f"{name}, split {chosen_split}" + "".join(_describe_choice(names) for names in columns.values())
     try:
         dataset = create_dataset(name, root=root and str(root), split=chosen_split, **chosen)
     except Exception as error:
@@ -481,18 +482,24 @@ def _open_hub(name: str, split: str | None, root: str | Path | None, labelled: b
         raise DataError(f"no images in the {chosen_split} split of {name!r}")
     table = dataset.reader.class_to_idx
     classes = tuple(map(str, sorted(table, key=table.__getitem__)))
-    taken = _describe(role(chosen_split) or chosen_split, len(dataset), classes, f"{name}, split {chosen_split}")
+    taken = _describe(role(chosen_split) or chosen_split, len(dataset), classes, origin)
     return NamedSplit(name, classes, taken, dataset)
+
+
+def _describe_choice(columns: Sequence[str]) -> str:
+    """Return ", column fine_label (not coarse_label)" where the first of several columns was taken."""
+    return f", column {columns[0]} (not {', '.join(columns[1:])})" if len(columns) > 1 else ""
 
 
 def _open_hub_images(name: str, split: str, rows: Any) -> Split:
     """Open a split of a data set of the Hub, of which only the images are read."""
     datasets = optional("datasets", repr(name), "train")
-    column = next((c for c, feature in rows.features.items() if isinstance(feature, datasets.Image)), None)
-    if column is None or not len(rows):
+    columns = [c for c, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    if not columns or not len(rows):
         raise DataError(f"{name!r} has no images in its split {split}: {rows.features}")
-    images = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
-    return HubImages(name, (), _describe(None, len(rows), (), f"{name}, split {split}"), images, column)
+    images = rows.select_columns(columns[0]).cast_column(columns[0], datasets.Image(decode=False))
+    origin = f"{name}, split {split}{_describe_choice(columns)}"
+    return HubImages(name, (), _describe(None, len(rows), (), origin), images, columns[0])
 
 
 # ---- WebDataset -----------------------------------------------------------------------------------------------------

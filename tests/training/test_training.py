@@ -33,7 +33,7 @@ from torchvision.datasets import CIFAR10
 import convmixer
 from convmixer import plots
 from convmixer.data.memory import Images, Share, class_weights, hold_out, load_images
-from convmixer.data.readers import FileSplit, has_split
+from convmixer.data.readers import FileSplit, has_split, open_split
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.factory import open_model
@@ -144,6 +144,26 @@ def test_splits_of_a_hugging_face_data_set(digits, tmp_path):
         load_images(source, "test", (3, 8, 8), root=tmp_path / "cache", report=quiet)
     with pytest.raises(DataError, match=r"no split 'other' in 'hfds/.*'; valid: train, validation, test"):
         load_images(source, "other", (3, 8, 8), root=tmp_path / "cache", report=quiet)
+
+
+def test_columns_of_a_hugging_face_data_set(digits, tmp_path):
+    """Of several columns the first is taken, as of CIFAR-100's fine and coarse labels, and a line says so."""
+    datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
+    images = load_images(digits, "test", (3, 8, 8), report=quiet)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels]
+    kinds = datasets.ClassLabel(names=list(images.classes)), datasets.ClassLabel(names=["low", "high"])
+    coarse = (images.labels >= 2).int().tolist()
+    columns = {"img": pictures, "mask": pictures, "fine": images.labels.tolist(), "coarse": coarse}
+    features = dict(zip(columns, (datasets.Image(), datasets.Image(), *kinds), strict=True))
+    (tmp_path / "set").mkdir()
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    rows.to_parquet(tmp_path / "set" / "test-0.parquet")
+    source, lines = f"hfds/{tmp_path / 'set'}", list[str]()
+    found = load_images(source, "test", (3, 8, 8), root=tmp_path / "cache", report=lines.append)
+    assert torch.equal(found.labels, images.labels)
+    origin = f"from {source}, split test, column img (not mask)"
+    assert lines == [f"test: 60 images in 4 classes {origin}, column fine (not coarse)"]
+    assert open_split(source, None, labelled=False, root=tmp_path / "cache").taken == f"60 images {origin}"
 
 
 @pytest.mark.parametrize(
