@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from convmixer.data.readers import ShardSplit, Split, open_split
 from convmixer.errors import ArgumentError, DataError, check_count
 from convmixer.factory import open_model
-from convmixer.inference import class_logits, count_classes, imagenet_labels, known_labels, preparation
+from convmixer.inference import check_finite, class_logits, count_classes, imagenet_labels, known_labels, preparation
 from convmixer.model import evaluation_view
 from convmixer.runtime.optimize import optimize
 from convmixer.runtime.quantize import calibration_images
@@ -115,6 +115,7 @@ def validate(
         ArgumentError: A model without a head, another kind of module, or an argument that makes no sense.
         DataError: Data that cannot be found or read, or classes that the model does not know.
         DependencyError: A library that reads the data is not installed.
+        ConvMixerError: The model's answer is infinite or not a number.
 
     Example:
         >>> from convmixer.evaluation import validate
@@ -138,8 +139,8 @@ def validate(
 
     def compute(batch: Tensor) -> Tensor:
         with computing(), autocast(batch.device, precision):
-            logits = view(batch)
-        return class_logits(logits.float()).log_softmax(1).cpu()
+            logits = check_finite(model, view(batch).float())
+        return class_logits(logits).log_softmax(1).cpu()
 
     opened = open_split(data, split, labels=labels, root=data_root, download=download)
     report(opened.taken)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from convmixer.data.images import Size, check_channels, enough, is_one_image, read_image
 from convmixer.data.layout import count_images, describe_left_out, list_folder
-from convmixer.errors import ArgumentError, ImageError, check_count
+from convmixer.errors import ArgumentError, ConvMixerError, ImageError, check_count
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, preprocessing
@@ -47,6 +47,25 @@ def count_classes(model: nn.Module) -> int:
 def class_logits(logits: Tensor) -> Tensor:
     """Return logits (B, N) of all classes. One output z gives two, -z/2 and z/2, whose softmax is the sigmoid of z."""
     return torch.cat([-logits, logits], 1) / 2 if logits.shape[1] == 1 else logits
+
+
+def check_finite(model: nn.Module, outputs: Tensor) -> Tensor:
+    """Return what a model answers.
+
+    Raises:
+        ConvMixerError: Some of it is infinite or not a number, from which a label would follow all the same.
+    """
+    if bool(outputs.isfinite().all()):
+        return outputs
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    broken = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+    reason = (
+        f"its {broken} holds such values: take other weights"
+        if broken
+        else f"values became too large for {next(model.parameters()).dtype} or the image holds such values: compute in "
+        "float32, or leave the image out"
+    )
+    raise ConvMixerError(f"the model's answer is infinite or not a number: {reason}")
 
 
 def known_labels(model: nn.Module) -> tuple[str, ...] | None:
@@ -158,6 +177,7 @@ def predict(
     Raises:
         ImageError: An image that cannot be read; from an iterator, when its batch is due.
         ArgumentError: A model without a head, another kind of module, or a topk below 1.
+        ConvMixerError: The model's answer is infinite or not a number, as by weights that are.
 
     Example:
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
@@ -182,12 +202,16 @@ def predict(
 
 @torch.inference_mode()
 def compute(model: nn.Module, batch: Tensor) -> Tensor:
-    """Return what a model answers in evaluation mode to prepared images (N, C, H, W), as float32 on its device."""
+    """Return what a model answers in evaluation mode to prepared images (N, C, H, W), as float32 on its device.
+
+    Raises:
+        ConvMixerError: The answer is infinite or not a number.
+    """
     parameter = next(model.parameters())
     view = evaluation_view(model)
     with computing():
         outputs: Tensor = view(batch.to(parameter.device, parameter.dtype)).float()
-    return outputs
+    return check_finite(model, outputs)
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from convmixer.data.images import read_image
 from convmixer.data.memory import fitting, load_images
 from convmixer.errors import ArgumentError, check_count, optional
 from convmixer.files import write_atomically
-from convmixer.inference import class_logits, label_names
+from convmixer.inference import check_finite, class_logits, label_names
 from convmixer.model import evaluation_view, mirror
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing
@@ -173,7 +173,7 @@ def class_probabilities(
     for batch in progress(pixels.split(batch_size)):
         inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
         with computing():
-            batches.append(class_logits(view(inputs).float()).softmax(1).cpu())
+            batches.append(class_logits(check_finite(model, view(inputs).float())).softmax(1).cpu())
     return torch.cat(batches)
 
 
@@ -513,7 +513,7 @@ def class_activation(
     view: Any = mirror(model).eval()  # captum hangs hooks on layers, which others may be using
     view.fused = False  # fused blocks call no layers, so no hooks
     with computing():
-        probabilities = class_logits(view(inputs).detach().float()).softmax(1)[0]
+        probabilities = class_logits(check_finite(model, view(inputs).detach().float())).softmax(1)[0]
         index = int(probabilities.argmax()) if target is None else target
         grad_cam = attribution.LayerGradCam(lambda x: class_logits(view(x)), view.blocks[-1])
         activation = grad_cam.attribute(inputs, target=index, relu_attributions=True).detach().float()

@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import math
+import re
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from PIL import Image, ImageOps
 from torch import nn
 
 import convmixer
-from convmixer.errors import ArgumentError, ImageError
+from convmixer.errors import ArgumentError, ConvMixerError, ImageError
+from convmixer.evaluation import validate
 from convmixer.hub.checkpoints import save_weights
 from convmixer.inference import label_names
+from convmixer.plots import class_probabilities
 from convmixer.registry import CIFAR10_CLASSES
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -274,6 +278,30 @@ def test_senseless_counts(model, arrow, wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ArgumentError, match=f"{name}={value}: give a whole number of at least 1"):
         convmixer.predict(model, arrow, **wrong)
+
+
+@pytest.mark.parametrize("tensor", ["blocks.1.1.weight", "blocks.1.3.running_mean", "head.bias"])
+def test_an_answer_that_is_not_a_number_is_an_error(tiles, tensor, tmp_path):
+    """Its class would be the first one, with the probability nan."""
+    broken = small()
+    broken.state_dict()[tensor].view(-1)[0] = math.nan
+    Image.fromarray(tiles[0]).save(tmp_path / "tile.png")
+    (tmp_path / "labels.csv").write_text("image,label\ntile.png,cat\n")
+    for call in (
+        lambda: convmixer.predict(broken, tiles),
+        lambda: validate(broken, tmp_path / "labels.csv", report=lambda line: None),
+        lambda: class_probabilities(broken, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
+    ):
+        with pytest.raises(ConvMixerError, match=rf"not a number: its {re.escape(tensor)} holds such values"):
+            call()
+
+
+def test_values_that_become_too_large(tiles):
+    half = small(dtype=torch.float16)
+    with torch.no_grad():
+        half.stem[2].weight.fill_(6e4)
+    with pytest.raises(ConvMixerError, match=r"too large for torch\.float16 .*compute in float32"):
+        convmixer.predict(half, tiles)
 
 
 def test_missing_and_broken_files_are_named(model, tiles, tmp_path):
