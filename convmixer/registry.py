@@ -8,11 +8,12 @@ has published in a form that can be checked is not in the table.
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convmixer.errors import UnknownModelError, nearest
+from convmixer.errors import ArgumentError, UnknownModelError, nearest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -372,22 +373,33 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
         pattern: Such as "convmixer_256*".
         pretrained: Only the variants that have weights.
 
+    Raises:
+        ArgumentError: The pattern is not a string.
+
     Example:
         >>> convmixer.list_models("convmixer_256_8*")
         ['convmixer_256_8', 'convmixer_256_8_ks9_p1']
     """
-    found = (v.name for v in VARIANTS if v.weights or not pretrained)
-    return sorted(fnmatch.filter(found, pattern))
+    return _matching((v.name for v in VARIANTS if v.weights or not pretrained), pattern)
 
 
 def list_pretrained(pattern: str = "*") -> list[str]:
     """Return the `variant.tag` names of all weights that match a shell pattern, sorted.
 
+    Raises:
+        ArgumentError: The pattern is not a string.
+
     Example:
         >>> convmixer.list_pretrained("convmixer_768*")
         ['convmixer_768_32.in1k']
     """
-    return sorted(fnmatch.filter((f"{v.name}.{w.tag}" for v in VARIANTS for w in v.weights), pattern))
+    return _matching((f"{v.name}.{w.tag}" for v in VARIANTS for w in v.weights), pattern)
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    if not isinstance(pattern, str):
+        raise ArgumentError(f'pattern={pattern!r}: give a string such as "convmixer_256*"')
+    return sorted(fnmatch.filter(names, pattern))
 
 
 def model_info(name: str) -> Variant:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -94,11 +95,13 @@ def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
         raise ArgumentError(f"input_size={size!r}: give (channels, height, width)")
     for name in ("mean", "std"):
         value = overrides.get(name, config[name])
-        if not (isinstance(value, tuple | list) and len(value) in (1, size[0])):
+        numbers = isinstance(value, tuple | list) and all(isinstance(v, Real) for v in value)
+        if not (numbers and len(value) in (1, size[0])):
             raise ArgumentError(f"{name}={value!r}: give one number per channel, {size[0]} of them")
     if overrides.get("crop_mode", "center") not in CROP_MODES:
         raise ArgumentError(f"crop_mode={overrides['crop_mode']!r}; valid: {', '.join(CROP_MODES)}")
-    if not 0 < overrides.get("crop_pct", 1) <= 1:
-        raise ArgumentError(f"crop_pct={overrides['crop_pct']!r}: give a part of the image in (0, 1]")
+    part = overrides.get("crop_pct", 1)
+    if not (isinstance(part, Real) and 0 < part <= 1):
+        raise ArgumentError(f"crop_pct={part!r}: give a part of the image in (0, 1]")
     if overrides.get("interpolation", "bicubic") not in INTERPOLATIONS:
         raise ArgumentError(f"interpolation={overrides['interpolation']!r}; valid: {', '.join(INTERPOLATIONS)}")

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import convmixer
-from convmixer.errors import UnknownModelError
+from convmixer.errors import ArgumentError, UnknownModelError
 from convmixer.registry import CIFAR10_CLASSES, VARIANTS, get_variant
 
 ALL = [v.name for v in VARIANTS]
@@ -92,6 +92,9 @@ def test_names_are_unique_and_patterns_filter():
     assert convmixer.list_models(pretrained=True) == sorted([*TIMM, *CIFAR10])
     assert convmixer.list_pretrained("*cifar10") == [f"{name}.cifar10" for name in sorted(CIFAR10)]
     assert convmixer.list_models("resnet*") == []
+    for listed in (convmixer.list_models, convmixer.list_pretrained):
+        with pytest.raises(ArgumentError, match=r"pattern=None: give a string such as"):
+            listed(None)
 
 
 def test_records_are_immutable():

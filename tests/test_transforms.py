@@ -189,6 +189,8 @@ def test_unknown_overrides(model, name, hint, by_name):
         {"interpolation": "bicubik"},
         {"crop_mode": "centre"},
         {"crop_pct": -1.0},
+        {"crop_pct": "0.9"},
+        {"std": ("0.5", "0.5", "0.5")},
     ],
 )
 def test_senseless_overrides(overrides):

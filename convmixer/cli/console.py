@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -43,7 +44,11 @@ class Group(click.Group):
                 return super().invoke(ctx)
         except ConvMixerError as error:
             complain(error)
-            ctx.exit(2)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            complain(f"cannot write the output: {error.strerror}")  # files of the library have errors of their own
+        ctx.exit(2)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,16 @@ def test_unwritable_folders(tmp_path, weights, data):
         assert error.endswith("Choose another")
     missing = f"there is no folder {str(tmp_path / 'none')!r}"
     assert missing in run("validate", weights, "--data", data, "--output", tmp_path / "none" / "x", status=2).stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("command", [("list",), ("info", "convmixer_256_8"), ("info", "convmixer_256_8", "--json")])
+def test_output_to_a_disk_that_is_full(command):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "convmixer", *command], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (2, "error: cannot write the output: No space left on device\n")
 
 
 def test_a_disk_that_is_full(tmp_path):
