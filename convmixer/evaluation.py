@@ -115,7 +115,7 @@ def validate(
         ArgumentError: A model without a head, another kind of module, or an argument that makes no sense.
         DataError: Data that cannot be found or read, or classes that the model does not know.
         DependencyError: A library that reads the data is not installed.
-        ConvMixerError: The model's answer is infinite or not a number.
+        ConvMixerError: The model answers NaN or infinity.
 
     Example:
         >>> from convmixer.evaluation import validate

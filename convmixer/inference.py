@@ -50,22 +50,36 @@ def class_logits(logits: Tensor) -> Tensor:
 
 
 def check_finite(model: nn.Module, outputs: Tensor) -> Tensor:
-    """Return what a model answers.
+    """Return what a model answers (N, ...), of which -inf may be a part, as where classes are masked.
 
     Raises:
-        ConvMixerError: Some of it is infinite or not a number, from which a label would follow all the same.
+        ConvMixerError: An answer holds NaN or infinity, or nothing but -inf.
     """
-    if bool(outputs.isfinite().all()):
+    rows = outputs.flatten(1)
+    wrong = (rows.isnan() | rows.isposinf()).any(1) | ~rows.isfinite().any(1)
+    if not len(rows) or not bool(wrong.any()):
         return outputs
-    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
-    broken = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
-    reason = (
-        f"its {broken} holds such values: take other weights"
-        if broken
-        else f"values became too large for {next(model.parameters()).dtype} or the image holds such values: compute in "
-        "float32, or leave the image out"
-    )
-    raise ConvMixerError(f"the model's answer is infinite or not a number: {reason}")
+    if broken := _broken_tensor(model):
+        reason = f"its {broken} is damaged: take other weights"
+    else:
+        numbers = ", ".join(map(str, wrong.nonzero()[:5, 0].tolist()))
+        reason = (
+            f"values become too large on the way (image {numbers} of {len(rows)}). float16 ends at 65,504; bfloat16 "
+            "and float32 have a larger range"
+        )
+    raise ConvMixerError(f"the model answers NaN or infinity: {reason}")
+
+
+def _broken_tensor(model: nn.Module) -> str | None:
+    """Return the name of a parameter or buffer with values that no training leaves."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta:
+            values = tensor.float()
+            if bool(values.isnan().any() | values.isposinf().any()):
+                return name
+            if name.endswith("running_var") and bool((values < 0).any()):
+                return name
+    return None
 
 
 def known_labels(model: nn.Module) -> tuple[str, ...] | None:
@@ -177,7 +191,7 @@ def predict(
     Raises:
         ImageError: An image that cannot be read; from an iterator, when its batch is due.
         ArgumentError: A model without a head, another kind of module, or a topk below 1.
-        ConvMixerError: The model's answer is infinite or not a number, as by weights that are.
+        ConvMixerError: The model answers NaN or infinity, as with damaged weights.
 
     Example:
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
@@ -205,7 +219,7 @@ def compute(model: nn.Module, batch: Tensor) -> Tensor:
     """Return what a model answers in evaluation mode to prepared images (N, C, H, W), as float32 on its device.
 
     Raises:
-        ConvMixerError: The answer is infinite or not a number.
+        ConvMixerError: The answer holds NaN or infinity.
     """
     parameter = next(model.parameters())
     view = evaluation_view(model)

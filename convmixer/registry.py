@@ -353,6 +353,8 @@ def get_variant(name: str) -> tuple[Variant, Weights | None]:
         >>> variant.name, weights.tag
         ('convmixer_256_8', 'cifar10')
     """
+    if not isinstance(name, str):
+        raise UnknownModelError(f"unknown model {name!r}: give a string such as 'convmixer_256_8'")
     base, dot, tag = name.partition(".")
     if base not in _BY_NAME:
         raise UnknownModelError(f"unknown model {name!r}; {nearest(base, _BY_NAME)}")

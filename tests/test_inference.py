@@ -1,5 +1,6 @@
 """Predictions against the bare model, for one image, many, and streams of them."""
 
+import copy
 import io
 import itertools
 import math
@@ -16,7 +17,7 @@ import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError
 from convmixer.evaluation import validate
 from convmixer.hub.checkpoints import save_weights
-from convmixer.inference import label_names
+from convmixer.inference import label_names, predict_files
 from convmixer.plots import class_probabilities
 from convmixer.registry import CIFAR10_CLASSES
 
@@ -281,27 +282,47 @@ def test_senseless_counts(model, arrow, wrong):
 
 
 @pytest.mark.parametrize("tensor", ["blocks.1.1.weight", "blocks.1.3.running_mean", "head.bias"])
-def test_an_answer_that_is_not_a_number_is_an_error(tiles, tensor, tmp_path):
-    """Its class would be the first one, with the probability nan."""
+def test_nan_is_an_error(tiles, tensor, tmp_path):
+    """The class would be the first one, with the probability nan."""
     broken = small()
     broken.state_dict()[tensor].view(-1)[0] = math.nan
     Image.fromarray(tiles[0]).save(tmp_path / "tile.png")
     (tmp_path / "labels.csv").write_text("image,label\ntile.png,cat\n")
     for call in (
         lambda: convmixer.predict(broken, tiles),
+        lambda: list(predict_files(broken, [str(tmp_path / "tile.png")])),
         lambda: validate(broken, tmp_path / "labels.csv", report=lambda line: None),
         lambda: class_probabilities(broken, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
     ):
-        with pytest.raises(ConvMixerError, match=rf"not a number: its {re.escape(tensor)} holds such values"):
+        with pytest.raises(ConvMixerError, match=rf"answers NaN or infinity: its {re.escape(tensor)} is damaged"):
             call()
+
+
+def test_a_variance_below_zero_is_an_error(tiles):
+    broken = small()
+    broken.blocks[0][3].running_var[3] = -1
+    with pytest.raises(ConvMixerError, match=r"its blocks\.0\.3\.running_var is damaged"):
+        convmixer.predict(broken, tiles)
 
 
 def test_values_that_become_too_large(tiles):
     half = small(dtype=torch.float16)
     with torch.no_grad():
         half.stem[2].weight.fill_(6e4)
-    with pytest.raises(ConvMixerError, match=r"too large for torch\.float16 .*compute in float32"):
+    with pytest.raises(ConvMixerError, match=r"values become too large on the way \(image 0, 1, 2, 3, 4 of 9\)"):
         convmixer.predict(half, tiles)
+
+
+def test_classes_may_be_masked(model, tiles):
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        masked.head.bias[[0, 3]] = -math.inf
+    for rows in convmixer.predict(masked, tiles, topk=10):
+        assert {label for label, p in rows if p == 0} == {"airplane", "cat"}
+        assert sum(p for _, p in rows) == pytest.approx(1)
+    masked.head.bias.data.fill_(-math.inf)
+    with pytest.raises(ConvMixerError, match="answers NaN or infinity"):
+        convmixer.predict(masked, tiles)
 
 
 def test_missing_and_broken_files_are_named(model, tiles, tmp_path):

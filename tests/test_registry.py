@@ -95,6 +95,8 @@ def test_names_are_unique_and_patterns_filter():
     for listed in (convmixer.list_models, convmixer.list_pretrained):
         with pytest.raises(ArgumentError, match=r"pattern=None: give a string such as"):
             listed(None)
+    with pytest.raises(UnknownModelError, match=r"unknown model None: give a string such as"):
+        convmixer.model_info(None)
 
 
 def test_records_are_immutable():

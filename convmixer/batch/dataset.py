@@ -122,7 +122,7 @@ def predict_dataset(
         DataError: The source cannot be found or read.
         WriteError: The folder takes no files, or the disk is full.
         DependencyError: pyarrow, Ray or the backend is not installed.
-        ConvMixerError: Ray failed; the same call resumes the run. Or the model's answer is infinite or not a number.
+        ConvMixerError: Ray failed (the same call resumes the run), or the model answered NaN or infinity.
 
     Example:
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")

@@ -45,9 +45,9 @@ class Group(click.Group):
         except ConvMixerError as error:
             complain(error)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            complain(f"cannot write the output: {error.strerror}")  # files of the library have errors of their own
+            complain(f"cannot write {error.filename or 'the output'}: {error.strerror}")
         ctx.exit(2)
 
 

@@ -25,8 +25,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from timm.layers import DropPath
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.weight_norm import WeightNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from convmixer.errors import ArgumentError
@@ -36,15 +39,16 @@ from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
 _CONVOLUTIONS = (nn.Conv2d.forward, DepthwiseConv2d.forward)  # what they compute follows from their settings
 _NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward)
+_DROPOUTS = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)
+_FORWARDS = ("forward", "forward_features", "forward_head")
+_WEIGHT_HOOKS = (BasePruningMethod, WeightNorm)  # compute a weight from other tensors; what else they do is nothing
 
 
 def check_layers(model: Any) -> None:
     """Raise an ArgumentError where somebody has replaced a layer of a ConvMixer by what its folded copy would not have.
 
-    An adapter or a dilated convolution has a weight of the same shape, too; and the copy calls no hooks, which may
-    change what a layer computes.
+    An adapter or a dilated convolution has a weight of the same shape, too; and the copy does not call hooks.
     """
-    _check_hooks(model)
     stem, patch = model.stem, (model.patch_size, model.patch_size)
     if not _is_sequence(stem, 3):
         raise _replaced("stem", stem, "it is not the stem of a ConvMixer")
@@ -63,17 +67,35 @@ def check_layers(model: Any) -> None:
         _check_norm(f"blocks.{i}.0.fn.2", branch[2])
         _check_convolution(f"blocks.{i}.1", block[1], kernel_size=(1, 1), padding=(0, 0))
         _check_norm(f"blocks.{i}.3", block[3])
+    _check_calls(model)
 
 
-def _check_hooks(model: nn.Module) -> None:
+def _check_calls(model: Any) -> None:
+    """Raise an ArgumentError where a call runs more than the layers, or other code than a ConvMixer's own."""
+    if any(getattr(type(model), name) is not getattr(ConvMixer, name) for name in _FORWARDS):
+        raise _replaced("the model", model, "its class computes otherwise than a ConvMixer")
     for name, module in model.named_modules():
-        copied = name.split(".")[0] in ("", "stem", "blocks")  # the head is taken with its hooks
-        if copied and (module._forward_hooks or module._forward_pre_hooks):
+        if name.split(".")[0] == "head":  # is taken as it is
+            continue
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _WEIGHT_HOOKS):
+                hook(module, ())  # computes the weight, as each call does
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not all(isinstance(hook, _WEIGHT_HOOKS) for hook in hooks):
             raise ArgumentError(
-                f"cannot fold this model: {name or 'the model'} has forward hooks, which its folded copy would not "
-                "call. Remove them, or use the model as it is: without optimize, or exported with fold=False "
-                "(--no-fold)"
+                f"cannot fold this model: {name or 'the model'} has forward hooks, which its copy may not call. Remove "
+                "them, or use the model as it is: without optimize, or exported with fold=False (--no-fold)"
             )
+        own = [key for key in _FORWARDS if key in vars(module)]
+        if own and not hasattr(module, "_original_forward"):  # where accelerate keeps it
+            raise _replaced(name or "the model", module, f"it has a {own[0]} of its own")
+    dropouts = {"block_drop": model.block_drop, "head_drop": model.head_drop}
+    dropouts |= {
+        f"blocks.{i}.0.drop_path": getattr(block[0], "drop_path", None) for i, block in enumerate(model.blocks)
+    }
+    for name, layer in dropouts.items():
+        if type(layer) not in _DROPOUTS:
+            raise _replaced(name, layer, "it does more than drop values in training")
 
 
 def _is_sequence(layers: Any, count: int) -> bool:

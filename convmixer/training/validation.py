@@ -39,7 +39,8 @@ def evaluate(
     """Measure loss and top-1 accuracy over a split, without augmentation; the model may be in wrappers.
 
     Returns:
-        `{"loss": mean cross entropy, "top1": percent, "count": images}`.
+        `{"loss": mean cross entropy, "top1": percent, "count": images}`; loss and top1
+        are NaN if an answer is.
 
     Raises:
         ArgumentError: Another kind of model, or a precision that the device does not compute.
@@ -68,4 +69,5 @@ def evaluate(
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
     count = seen or math.nan  # no images, no figures
-    return {"loss": loss.item() / count, "top1": 100 * correct.item() / count, "count": seen}
+    mean = loss.item() / count
+    return {"loss": mean, "top1": math.nan if math.isnan(mean) else 100 * correct.item() / count, "count": seen}

@@ -1,6 +1,7 @@
 """Inference over data sets in one process: for every kind of source, the rows are what `predict` returns."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,7 @@ from processes import finish, kill, started
 
 import convmixer
 from convmixer.data.parts import open_parts
-from convmixer.errors import ArgumentError, DataError, WriteError
+from convmixer.errors import ArgumentError, ConvMixerError, DataError, WriteError
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install 'convmixer[batch]'")
 pa = pytest.importorskip("pyarrow")
@@ -242,6 +243,15 @@ def test_a_model_of_other_channels_is_refused_before_anything_is_written(digits,
     with pytest.raises(ArgumentError, match="images have 1 or 3 channels, this model takes 4"):
         compute(model, digits, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_a_model_that_answers_nan_writes_nothing(digits, tmp_path, embed):
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", device="cpu", dim=8, depth=1)
+    torch.nn.init.constant_(model.blocks[0][1].bias, math.nan)
+    with pytest.raises(ConvMixerError, match=r"answers NaN or infinity"):
+        compute(model, digits, tmp_path / "out", embed=embed)
+    assert not list((tmp_path / "out").glob("*.parquet"))
 
 
 def test_a_row_of_the_hub_without_an_image(model, files, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from conftest import vary_norms
 from PIL import Image
 from torch import nn
+from torch.nn.utils import prune
 from torchvision.ops import FrozenBatchNorm2d
 
 import convmixer
@@ -394,7 +395,7 @@ def test_a_replaced_layer_is_not_taken_for_the_original(case, backend, monkeypat
         optimize(model, backend=backend)
 
 
-@pytest.mark.parametrize("where", ["", "stem", "blocks.1.0.fn.1"])
+@pytest.mark.parametrize("where", ["", "stem", "blocks.1.0.fn.1", "block_drop", "head_drop", "global_pool"])
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_are_not_dropped(where, kind):
     """They may change what a layer computes, and the copy would not call them."""
@@ -405,6 +406,61 @@ def test_hooks_are_not_dropped(where, kind):
     ):
         optimize(model)
     handle.remove()
+    check(model, torch.randn(2, 3, 9, 12, dtype=torch.float64))
+
+
+def test_hooks_of_the_head_are_kept():
+    model = make()
+    model.head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    check(model, torch.randn(2, 3, 9, 12, dtype=torch.float64))
+
+
+def test_hooks_that_compute_weights():
+    """As PyTorch's pruning has them; the weight is that of the next call, not of the last one."""
+    model = make()
+    prune.l1_unstructured(model.blocks[0][0].fn[0], "weight", 0.5)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(model.blocks[1][1])
+    with torch.no_grad():
+        model.blocks[0][0].fn[0].weight_orig.mul_(2)
+        model.blocks[1][1].weight_g.mul_(2)
+    check(model, torch.randn(2, 3, 9, 12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("where", ["", "stem", "blocks.1", "blocks.1.0", "blocks.1.0.fn.1", "head_drop"])
+def test_a_forward_of_its_own_is_not_dropped(where):
+    model = make()
+    module = model.get_submodule(where)
+    module.forward = lambda x: 2 * type(module).forward(module, x)
+    with pytest.raises(
+        ArgumentError, match=rf"cannot fold this model: {where or 'the model'} is a .* has a forward of its"
+    ):
+        optimize(model)
+
+
+def test_a_class_of_its_own():
+    class Twice(ConvMixer):
+        def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+            return 2 * super().forward_head(x, pre_logits)
+
+    with pytest.raises(ArgumentError, match=r"cannot fold this model: the model is a .*Twice, and its class computes"):
+        optimize(Twice(12, 3, kernel_size=5, patch_size=2))
+
+
+class Noise(nn.Dropout):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1
+
+
+@pytest.mark.parametrize("where", ["block_drop", "head_drop", "blocks.1.0.drop_path"])
+def test_what_takes_the_place_of_dropout(where):
+    model = make()
+    model.set_submodule(where, Noise())
+    with pytest.raises(
+        ArgumentError, match=rf"cannot fold this model: {re.escape(where)} is a .* more than drop values"
+    ):
+        optimize(model)
+    model.set_submodule(where, nn.Dropout(0.5).eval())
     check(model, torch.randn(2, 3, 9, 12, dtype=torch.float64))
 
 

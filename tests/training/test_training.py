@@ -24,7 +24,7 @@ import psutil
 import pytest
 import torch
 from conftest import SMALL_MODEL, write_digits
-from PIL import Image
+from PIL import Image, ImageOps
 from processes import finish, started, wait_for
 from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
@@ -153,7 +153,8 @@ def test_columns_of_a_hugging_face_data_set(digits, tmp_path):
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels]
     kinds = datasets.ClassLabel(names=list(images.classes)), datasets.ClassLabel(names=["low", "high"])
     coarse = (images.labels >= 2).int().tolist()
-    columns = {"img": pictures, "mask": pictures, "fine": images.labels.tolist(), "coarse": coarse}
+    masks = [ImageOps.invert(picture) for picture in pictures]
+    columns = {"img": pictures, "mask": masks, "fine": images.labels.tolist(), "coarse": coarse}
     features = dict(zip(columns, (datasets.Image(), datasets.Image(), *kinds), strict=True))
     (tmp_path / "set").mkdir()
     rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
@@ -161,6 +162,7 @@ def test_columns_of_a_hugging_face_data_set(digits, tmp_path):
     source, lines = f"hfds/{tmp_path / 'set'}", list[str]()
     found = load_images(source, "test", (3, 8, 8), root=tmp_path / "cache", report=lines.append)
     assert torch.equal(found.labels, images.labels)
+    assert torch.equal(found.pixels, images.pixels)
     origin = f"from {source}, split test, column img (not mask)"
     assert lines == [f"test: 60 images in 4 classes {origin}, column fine (not coarse)"]
     assert open_split(source, None, labelled=False, root=tmp_path / "cache").taken == f"60 images {origin}"
@@ -925,6 +927,15 @@ def test_evaluate_restores_the_mode(digits):
     assert scores["count"] == 60
     assert scores["top1"] == pytest.approx(100 * (logits.argmax(1) == images.labels).double().mean().item())
     assert scores["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, images.labels).item(), rel=1e-4)
+
+
+def test_evaluate_says_nan_where_the_model_does(digits):
+    """Not the share of the first class."""
+    model = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=4, dim=16, depth=1)
+    torch.nn.init.constant_(model.head.bias, math.nan)
+    scores = evaluate(model, load_images(digits, "test", (3, 8, 8), report=quiet))
+    assert math.isnan(scores["loss"])
+    assert math.isnan(scores["top1"])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])
