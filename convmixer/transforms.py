@@ -101,7 +101,7 @@ def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
     if overrides.get("crop_mode", "center") not in CROP_MODES:
         raise ArgumentError(f"crop_mode={overrides['crop_mode']!r}; valid: {', '.join(CROP_MODES)}")
     part = overrides.get("crop_pct", 1)
-    if not (isinstance(part, Real) and 0 < part <= 1):
+    if not (isinstance(part, Real) and 0 < float(part) <= 1):
         raise ArgumentError(f"crop_pct={part!r}: give a part of the image in (0, 1]")
     if overrides.get("interpolation", "bicubic") not in INTERPOLATIONS:
         raise ArgumentError(f"interpolation={overrides['interpolation']!r}; valid: {', '.join(INTERPOLATIONS)}")

@@ -78,7 +78,7 @@ def test_registry_needs_only_the_standard_library():
     outside = {name.split(".")[0] for name in _imports(PACKAGE / "registry.py")} - {"convmixer"}
     assert outside <= set(sys.stdlib_module_names)
     assert {n for n in _imports(PACKAGE / "registry.py") if n.startswith("convmixer")} <= {
-        "convmixer.errors", "convmixer.errors.UnknownModelError", "convmixer.errors.nearest"
+        "convmixer.errors", *(f"convmixer.errors.{name}" for name in ("ArgumentError", "UnknownModelError", "nearest"))
     }  # fmt: skip
 
 
