@@ -24,6 +24,7 @@ import convmixer
 from convmixer import plots, registry
 from convmixer.hub import zoo
 from convmixer.training.history import read_history
+from sitegen import transfer
 from sitegen.diagram import FLOWS, PALETTES, draw, draw_batch, draw_flow
 from sitegen.records import DOCS, csv_rows
 from sitegen.runs import LOGS, anchor, counted, evaluation, runs
@@ -231,6 +232,12 @@ def _draw_gallery() -> None:
     (FIGURES / "mistakes.png").write_bytes(_from_notebook("plot_mistakes("))
 
 
+def _draw_transfer() -> None:
+    found, run = result("transfer"), transfer.shown()["all layers"]
+    labels, predicted = transfer.digits(found["labels"]), transfer.digits(run["predicted"])
+    plots.write_figure(plots.plot_confusion(labels, predicted, found["classes"]), FIGURES / "transfer-confusion.png")
+
+
 def draw_all() -> None:
     """Every figure that a page of the site shows."""
     draw_charts(FIGURES)
@@ -244,3 +251,4 @@ def draw_all() -> None:
     for name in registry.list_pretrained("*.cifar10"):
         _draw_shipped(name)
     _draw_gallery()
+    _draw_transfer()
