@@ -65,8 +65,11 @@ def check_layers(model: Any) -> None:
         around = "same" if getattr(branch[0], "padding", None) == "same" else around
         _check_convolution(f"blocks.{i}.0.fn.0", branch[0], kernel_size=(size, size), padding=around, groups=model.dim)
         _check_norm(f"blocks.{i}.0.fn.2", branch[2])
+        _check_dropout(f"blocks.{i}.0.drop_path", block[0].drop_path)
         _check_convolution(f"blocks.{i}.1", block[1], kernel_size=(1, 1), padding=(0, 0))
         _check_norm(f"blocks.{i}.3", block[3])
+    _check_dropout("block_drop", model.block_drop)
+    _check_dropout("head_drop", model.head_drop)
     _check_calls(model)
 
 
@@ -77,9 +80,6 @@ def _check_calls(model: Any) -> None:
     for name, module in model.named_modules():
         if name.split(".")[0] == "head":  # is taken as it is
             continue
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _WEIGHT_HOOKS):
-                hook(module, ())  # computes the weight, as each call does
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if not all(isinstance(hook, _WEIGHT_HOOKS) for hook in hooks):
             raise ArgumentError(
@@ -87,15 +87,16 @@ def _check_calls(model: Any) -> None:
                 "them, or use the model as it is: without optimize, or exported with fold=False (--no-fold)"
             )
         own = [key for key in _FORWARDS if key in vars(module)]
-        if own and not hasattr(module, "_original_forward"):  # where accelerate keeps it
+        if own and (name or not hasattr(module, "_original_forward")):  # where accelerate keeps that of a model
             raise _replaced(name or "the model", module, f"it has a {own[0]} of its own")
-    dropouts = {"block_drop": model.block_drop, "head_drop": model.head_drop}
-    dropouts |= {
-        f"blocks.{i}.0.drop_path": getattr(block[0], "drop_path", None) for i, block in enumerate(model.blocks)
-    }
-    for name, layer in dropouts.items():
-        if type(layer) not in _DROPOUTS:
-            raise _replaced(name, layer, "it does more than drop values in training")
+
+
+def _update_weights(model: ConvMixer) -> None:
+    """Compute the weights that hooks compute, as each call does: those of the last call may be out of date."""
+    for module in (*model.stem.modules(), *model.blocks.modules()):
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _WEIGHT_HOOKS):
+                hook(module, ())
 
 
 def _is_sequence(layers: Any, count: int) -> bool:
@@ -104,7 +105,7 @@ def _is_sequence(layers: Any, count: int) -> bool:
 
 
 def _check_convolution(name: str, layer: Any, **settings: Any) -> None:
-    if type(layer).forward not in _CONVOLUTIONS or "forward" in vars(layer):
+    if type(layer).forward not in _CONVOLUTIONS:
         raise _replaced(name, layer, "it does not compute as nn.Conv2d does")
     wanted = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", **settings}
     for key, value in wanted.items():
@@ -115,10 +116,15 @@ def _check_convolution(name: str, layer: Any, **settings: Any) -> None:
 
 
 def _check_norm(name: str, layer: Any) -> None:
-    if type(layer).forward not in _NORMS or "forward" in vars(layer):
+    if type(layer).forward not in _NORMS:
         raise _replaced(name, layer, "it does not compute as nn.BatchNorm2d does")
     if layer.running_mean is None:
         raise _replaced(name, layer, "it has no running statistics, so each batch has its own")
+
+
+def _check_dropout(name: str, layer: Any) -> None:
+    if type(layer) not in _DROPOUTS:
+        raise _replaced(name, layer, "it does more than drop values in training")
 
 
 def _replaced(name: str, layer: Any, why: str) -> ArgumentError:
@@ -344,6 +350,7 @@ def fold(
     model = unwrap(model)
     original = find_convmixer(model)
     check_layers(original)
+    _update_weights(original)
     weight: Any = original.stem[0].weight
     dtype = weight.dtype if dtype is None else dtype
     check_dtype(dtype)
