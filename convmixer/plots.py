@@ -24,8 +24,8 @@ from convmixer.data.images import read_image
 from convmixer.data.memory import fitting, load_images
 from convmixer.errors import ArgumentError, check_count, optional
 from convmixer.files import write_atomically
-from convmixer.inference import check_finite, class_logits, label_names
-from convmixer.model import evaluation_view, mirror
+from convmixer.inference import check_finite, class_logits, compute, label_names
+from convmixer.model import mirror
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing
 from convmixer.wrappers import describe, find_inner, find_model, in_channels
@@ -166,14 +166,12 @@ def class_probabilities(
         torch.Size([2, 10])
     """
     model = find_model(model)
-    parameter = next(model.parameters())
+    device = next(model.parameters()).device
     normalize = normalization(preprocessing(model))
     batches = []
-    view = evaluation_view(model)
     for batch in progress(pixels.split(batch_size)):
-        inputs = normalize(batch.to(parameter.device)).to(parameter.dtype)
-        with computing():
-            batches.append(class_logits(check_finite(model, view(inputs).float())).softmax(1).cpu())
+        logits = class_logits(compute(model, normalize(batch.to(device))))
+        batches.append(logits.softmax(1).cpu())
     return torch.cat(batches)
 
 

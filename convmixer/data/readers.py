@@ -497,9 +497,9 @@ def _open_hub_images(name: str, split: str, rows: Any) -> Split:
     columns = [c for c, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     if not columns or not len(rows):
         raise DataError(f"{name!r} has no images in its split {split}: {rows.features}")
-    images = rows.select_columns(columns[0]).cast_column(columns[0], datasets.Image(decode=False))
-    origin = f"{name}, split {split}{_describe_choice(columns)}"
-    return HubImages(name, (), _describe(None, len(rows), (), origin), images, columns[0])
+    column, origin = columns[0], f"{name}, split {split}{_describe_choice(columns)}"
+    images = rows.select_columns(column).cast_column(column, datasets.Image(decode=False))
+    return HubImages(name, (), _describe(None, len(rows), (), origin), images, column)
 
 
 # ---- WebDataset -----------------------------------------------------------------------------------------------------

@@ -39,8 +39,7 @@ def evaluate(
     """Measure loss and top-1 accuracy over a split, without augmentation; the model may be in wrappers.
 
     Returns:
-        `{"loss": mean cross entropy, "top1": percent, "count": images}`; loss and top1
-        are NaN if an answer is.
+        `{"loss": mean cross entropy, "top1": percent, "count": images}`; loss and top1 are NaN if an answer is.
 
     Raises:
         ArgumentError: Another kind of model, or a precision that the device does not compute.
