@@ -65,7 +65,7 @@ def _reached(name: str) -> str:
     results = _results(_RUNS[name])
     first = results[0]
     accuracy = ", ".join(
-        f"{_mean([r['test_accuracy'][test] for r in results])} of {count:,} images ({test})"
+        f"{mean([r['test_accuracy'][test] for r in results])} of {count:,} images ({test})"
         for test, count in first["test_images"].items()
     )
     spread = "One run, no spread known" if len(results) == 1 else f"{len(results)} runs"
@@ -104,9 +104,10 @@ def runs() -> list[list[tuple[str, dict[str, Any]]]]:
     return list(groups.values())
 
 
-def _mean(values: Sequence[float]) -> str:
-    spread = f" ({min(values):.2f} to {max(values):.2f}, n = {len(values)})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f} %{spread}"
+def mean(values: Sequence[float], digits: int = 2) -> str:
+    """The mean in percent, with the range and the number of values if there are several."""
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f}, n = {len(values)})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f} %{spread}"
 
 
 @record("runs")
@@ -116,7 +117,7 @@ def _run_table() -> str:
         results = [result for _, result in group]
         first = results[0]
         tests = [
-            f"{test}: {_mean([r['test_accuracy'][test] for r in results])}, {first['test_images'][test]:,} images"
+            f"{test}: {mean([r['test_accuracy'][test] for r in results])}, {first['test_images'][test]:,} images"
             for test in first["test_accuracy"]
         ]
         validation = [r["validation_accuracy"] for r in results if r.get("validation_accuracy") is not None]
@@ -125,7 +126,7 @@ def _run_table() -> str:
             (
                 ", ".join(f"[{name}](#{anchor(name)})" for name, _ in group),
                 first["recipe"]["epochs"],
-                _mean(validation) if validation else "none",
+                mean(validation) if validation else "none",
                 "<br>".join(tests),
                 f"{minutes:.1f} min",
                 f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}",
@@ -224,7 +225,7 @@ def _seeds(name: str) -> str:
         return "One seed, so no spread is known."
     reached = {r["recipe"]["seed"]: next(iter(r["test_accuracy"].values())) for r in results}
     each = ", ".join(f"{accuracy:.2f} % (seed {seed})" for seed, accuracy in reached.items())
-    return f"{len(reached)} runs reached {_mean(list(reached.values()))} of the test images: {each}. Seed 0 ships."
+    return f"{len(reached)} runs reached {mean(list(reached.values()))} of the test images: {each}. Seed 0 ships."
 
 
 def _epochs(name: str) -> str:

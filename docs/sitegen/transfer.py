@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 from sitegen.records import record, table
+from sitegen.runs import mean
 from sitegen.speed import result
 
 PICTURES = ("dress", "hat", "longsleeve", "outwear", "pants", "shirt")  # docs/images/clothing: the first of each kind
@@ -22,11 +23,6 @@ def digits(text: str) -> list[int]:
     return [int(digit) for digit in text]
 
 
-def _mean(runs: list[dict[str, Any]], key: str) -> str:
-    values = [run[key] for run in runs]
-    return f"{statistics.mean(values):.1f} % ({min(values):.1f} to {max(values):.1f})"
-
-
 @record("transfer")
 def _accuracy() -> str:
     runs = result("transfer")["runs"]
@@ -34,9 +30,9 @@ def _accuracy() -> str:
     for size, way in dict.fromkeys((run["size"], run["way"]) for run in runs):
         same = [run for run in runs if (run["size"], run["way"]) == (size, way)]
         minutes = statistics.mean(run["train_seconds"] for run in same) / 60
-        scores = (_mean(same, key) for key in ("test_accuracy", "validation_accuracy"))
-        rows.append((f"{size} px", way, len(same), *scores, f"{minutes:.0f} min"))
-    return table(("images", "what learns", "seeds", "top-1, test", "top-1, validation", "time"), rows, numbers=4)
+        scores = (mean([run[key] for run in same], 1) for key in ("test_accuracy", "validation_accuracy"))
+        rows.append((f"{size} px", way, *scores, f"{minutes:.0f} min"))
+    return table(("images", "what learns", "top-1, test", "top-1, validation", "time"), rows, numbers=3)
 
 
 @record("transfer-pictures")
