@@ -3,7 +3,7 @@
 recipe.json        every field of the recipe
 train.log          what was reported, line by line
 metrics.csv/.json  one row per epoch
-last.pt            all that resuming needs: weights, optimizer, average, steps of the epoch
+last.pt            all that resuming needs: weights, optimizer, average, steps of the epoch; it is written first
 last.safetensors   the weights after the last finished epoch
 best.safetensors   those with the lowest validation loss
 model.safetensors  the result, and result.json what it reached; written at the end
@@ -146,7 +146,7 @@ class RunFolder:
             file.write(line + "\n")
 
     def record_epoch(self, history: Sequence[Epoch], model: ConvMixer, metadata: dict[str, Any]) -> None:
-        """Write what a finished epoch adds, other than the state for resuming, which comes last."""
+        """Write what a finished epoch adds, after the state for resuming: its files can be written again from that."""
         self.write_weights("last.safetensors", model, metadata)
         if best_epoch(history, self.recipe.min_delta) == history[-1].epoch:
             self.write_weights(self.best_weights.name, model, metadata)
@@ -165,8 +165,11 @@ class RunFolder:
         state["recipe"] = json.dumps(dataclasses.asdict(self.recipe))
 
         def write(path: Path) -> None:
-            with path.open("wb") as file:  # torch.save given a path turns errors of the disk into RuntimeError
-                torch.save(state, file)
+            with path.open("wb") as file:
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # it cannot close its archive either, which hides why
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error
 
         self.write("last.pt", write)
 

@@ -254,6 +254,8 @@ class _Session:
         machine = self.machine
         if self.is_main:
             self.folder.begin()
+        if self.history and not self.partial.step:
+            self._record_epoch()  # a run that was killed may not have come to it
         if trackers:
             self.accelerator.init_trackers("convmixer")
         processes = f"{machine.processes} x " if machine.processes > 1 else ""
@@ -290,21 +292,25 @@ class _Session:
                 self._report_unreadable(self.trainer.images, "others take their place")
                 finished = self.partial.step == self.trainer.steps
                 if finished:
-                    self._finish_epoch(epoch, draw=bool(signal))
+                    self._finish_epoch(epoch)
                 self._save_state()
                 if finished:
+                    self._record_epoch(draw=bool(signal))
                     self._log_epoch(self.history[-1])
                 if signal and (not finished or epoch + 1 < self.recipe.epochs):
                     self._stop(epoch, signal)
 
-    def _finish_epoch(self, epoch: int, *, draw: bool) -> None:
-        """Validate, and add a row to the history and to the records in the folder."""
+    def _finish_epoch(self, epoch: int) -> None:
+        """Validate, and add a row to the history."""
         scores = self._from_main(lambda: self._evaluate(self.splits.validation))
         self._report_unreadable(self.splits.validation, "they are left out of validation")
         if len(self.splits.validation) and not math.isfinite(scores["loss"]):
             raise ConvMixerError(f"the validation loss became {scores['loss']} after epoch {epoch + 1}. {ADVICE}")
         self.history.append(self._row(epoch, scores))
         self.partial = PartialEpoch()
+
+    def _record_epoch(self, *, draw: bool = False) -> None:
+        """Write what the last epoch adds to the folder, and now and then the curves."""
         if not self.is_main:
             return
         self.folder.record_epoch(self.history, self.trainer.eval_model, self._metadata())
@@ -330,7 +336,7 @@ class _Session:
         )
 
     def _save_state(self) -> None:
-        """Save all that resuming needs, after the other files of an epoch."""
+        """Save all that resuming needs, before the other files of an epoch: these follow from it."""
         if self.is_main:
             rows = [dataclasses.asdict(row) for row in self.history]
             partial = dataclasses.asdict(self.partial)

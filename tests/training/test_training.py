@@ -637,6 +637,39 @@ def test_early_stopping_restores_the_best_weights(digits, tmp_path):
     assert recorded == result.history[best].validation_accuracy
 
 
+@pytest.mark.parametrize("name", ["last.pt", "last.safetensors", "best.safetensors", "metrics.csv"])
+def test_the_best_weights_are_those_of_the_best_epoch_wherever_a_run_was_killed(digits, tmp_path, monkeypatch, name):
+    """Though the epoch that was lost comes out otherwise when it is repeated, as it may on another machine."""
+    recipe = get_recipe("cifar10", **{**QUICK, "patience": 2})
+    losses, weights, writes = [2.0, 1.0, 3.0], [], []
+    real = RunFolder.saving
+
+    def score(model, images, *, precision=None, progress=None):
+        if precision is None:  # the test images, at the end
+            return evaluate(model, images)
+        weights.append({key: tensor.clone() for key, tensor in model.state_dict().items()})
+        return {**evaluate(model, images, precision=precision), "loss": losses[len(weights) - 1]}
+
+    def saving(self, path):
+        writes.append(path)
+        if writes.count(name) == 2 and path == name:
+            raise Interrupted  # nothing catches it
+        return real(self, path)
+
+    monkeypatch.setattr("convmixer.training.session.evaluate", score)
+    monkeypatch.setattr(RunFolder, "saving", saving)
+    with pytest.raises(Interrupted):
+        train(recipe, digits, tmp_path, device="cpu", report=quiet)
+    result = train(recipe, digits, tmp_path, device="cpu", resume=True, report=quiet)
+    found = [row.validation_loss for row in result.history]
+    assert found in ([2.0, 1.0], [2.0, 3.0])
+    expected = weights[found.index(min(found))]
+    kept = load_file(result.weights)
+    assert all(torch.equal(kept[key], expected[key]) for key in kept)
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [float(row["validation_loss"]) for row in csv.DictReader(file)] == found
+
+
 def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
     from convmixer.training import trainer
 
@@ -734,7 +767,7 @@ def test_killed_or_stopped_at_random_and_resumed_gives_the_same_weights(digits, 
     folder, rows = tmp_path / "run", 0
     for number in (signal.SIGKILL, signal.SIGTERM):
         resume = ["--resume"] if (folder / "last.pt").exists() else []
-        (folder / "metrics.csv").unlink(missing_ok=True)  # it may be an epoch ahead of last.pt
+        (folder / "metrics.csv").unlink(missing_ok=True)
         command = _command(digits, folder, "--set", "epochs=8", *resume)
         with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             wait_for(process, folder / "metrics.csv", rows + random.randint(1, 2), seconds=120)
@@ -826,19 +859,25 @@ def test_a_folder_keeps_what_other_programs_put_there(tmp_path):
     assert left == {*others, ".lock"}
 
 
-def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["last.pt", "last.safetensors"])
+def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch, name):
     resource = pytest.importorskip("resource", reason="limits of file size are POSIX")
     recipe = get_recipe("cifar10", **{**QUICK, "epochs": 3})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(line: str) -> None:
-        if line.startswith("epoch   1"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    real, writes = RunFolder.saving, []
 
+    def saving(self, path):
+        writes.append(path)
+        if path == name and writes.count(name) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        return real(self, path)
+
+    monkeypatch.setattr(RunFolder, "saving", saving)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(ConvMixerError, match=r"cannot write .*safe.*What was saved before is intact: make room"):
-            train(recipe, digits, tmp_path / "run", device="cpu", report=fill)
+        with pytest.raises(ConvMixerError, match=rf"cannot write .*{name}.*too large.*What was saved before is intact: make"):
+            train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
