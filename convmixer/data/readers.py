@@ -260,10 +260,15 @@ class ShardSplit(_Labelled):
         """Return what `prepare` makes of a sample's image, and its label; raise DataError if it cannot be read."""
         try:
             keys = [suffix[1:] for suffix in SUFFIXES if suffix in image_suffixes()]
-            content = next((sample[key] for key in keys if key in sample), None)
-            if content is None:
+            images = [key for key in keys if key in sample]
+            if not images:
                 raise DataError(f"none of its parts ends in {', '.join(keys)}")
-            return prepare(content), self._label(sample)
+            if len(images) > 1:
+                raise DataError(
+                    f"its parts {' and '.join(images)} are images, and nothing says which is meant: give the other "
+                    f"an ending such as mask.{images[1]}"
+                )
+            return prepare(sample[images[0]]), self._label(sample)
         except Exception as error:
             what = f"{sample.get('__key__')} in {sample.get('__url__')!r}"
             raise DataError(f"cannot read {what}: {type(error).__name__}: {error}") from error
@@ -541,7 +546,8 @@ def _open_shards(name: str, split: str | None, labelled: bool) -> ShardSplit:
         raise DataError(f"{name!r} does not say how many samples it has: add |NUMBER to it")
     classes = _read_classes(os.path.join(folder, "classes.txt")) if labelled else ()
     urls = tuple(os.path.join(folder, file) for file in reader.split_info.filenames)
-    taken = _describe(split, reader.num_samples, classes, f"{len(urls)} shards of {name}, {chosen}{note}")
+    shards = f"{len(urls)} shard{'' if len(urls) == 1 else 's'}"
+    taken = _describe(split, reader.num_samples, classes, f"{shards} of {name}, {chosen}{note}")
     return ShardSplit(name, classes, taken, urls, reader.num_samples)
 
 

@@ -281,6 +281,23 @@ def test_shards_hold_images_of_all_types(tmp_path):
     assert (images.pixels[:, 0, 4, 4].float() - 40 * torch.arange(6)).abs().max() < 3
 
 
+def test_a_sample_with_two_images_is_refused(tmp_path):
+    """Such as a photograph and its mask, if nothing tells them apart."""
+    for name in ("0.jpg", "0.png", "1.jpg", "1.mask.png"):
+        Image.new("RGB", (8, 8), (40, 40, 40)).save(tmp_path / name)
+    for i in range(2):
+        (tmp_path / f"{i}.cls").write_text(str(i))
+        with tarfile.open(tmp_path / f"{i}.tar", "w") as archive:
+            for file in sorted(tmp_path.glob(f"{i}.*[gs]")):
+                archive.add(file, file.name)
+    (tmp_path / "classes.txt").write_text("even\nodd\n")
+    with pytest.raises(DataError, match=r"0 in '.*0\.tar'.* its parts jpg and png are images.*such as mask\.png"):
+        load_images(f"wds/{tmp_path}/0.tar|1", "test", SIZE, report=quiet)
+    lines: list[str] = []
+    assert load_images(f"wds/{tmp_path}/1.tar|1", "test", SIZE, report=lines.append).labels.tolist() == [1]
+    assert f"from 1 shard of wds/{tmp_path}" in lines[0]
+
+
 def test_large_photographs_are_cropped_alike_at_a_reduced_scale(photo, tmp_path):
     """The same crops, from fewer pixels; small images to the bit as timm crops them."""
     from timm.data.transforms import RandomResizedCropAndInterpolation
