@@ -22,7 +22,7 @@ from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
 from convmixer.hub import client
 from convmixer.hub.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise, variant_of
 from convmixer.hub.config import MAX_SIDE, read_config
-from convmixer.hub.untrusted import json_excess
+from convmixer.hub.json_limits import json_excess
 from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
 from convmixer.ops import prefers_channels_last
 from convmixer.pyramid import FeaturePyramid, check_reductions

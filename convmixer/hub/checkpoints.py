@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from convmixer.errors import WeightsError, brief
 from convmixer.files import write_atomically
 from convmixer.hub.foreign import first_keys, our_names
-from convmixer.hub.untrusted import header_excess
+from convmixer.hub.json_limits import header_excess
 from convmixer.registry import SHAPE, VARIANTS, Variant
 from convmixer.wrappers import unwrap
 

@@ -35,7 +35,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from safetensors import SafetensorError, safe_open
 
 from convmixer.errors import HubError, WeightsError
-from convmixer.hub.untrusted import header_excess
+from convmixer.hub.json_limits import header_excess
 
 Result = TypeVar("Result")
 

@@ -17,7 +17,7 @@ from typing import Any
 from timm.models import PretrainedCfg
 
 from convmixer.errors import UnknownModelError, WeightsError, brief, list_first, nearest
-from convmixer.hub.untrusted import MAX_BYTES, json_excess
+from convmixer.hub.json_limits import MAX_BYTES, json_excess
 from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
 from convmixer.registry import CROP_MODES, INTERPOLATIONS, SHAPE, VARIANTS, Variant
 

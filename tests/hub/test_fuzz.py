@@ -24,7 +24,7 @@ from processes import finish
 import convmixer
 from convmixer.errors import ConvMixerError, WeightsError
 from convmixer.hub.checkpoints import save_weights
-from convmixer.hub.untrusted import json_excess
+from convmixer.hub.json_limits import json_excess
 from convmixer.inference import known_labels
 
 resource = pytest.importorskip("resource", reason="memory cannot be limited here")
