@@ -169,7 +169,9 @@ class RunFolder:
                 try:
                     torch.save(state, file)
                 except RuntimeError as error:  # it cannot close its archive either, which hides why
-                    raise error.__context__ if isinstance(error.__context__, OSError) else error
+                    if isinstance(error.__context__, OSError):
+                        raise error.__context__ from None
+                    raise
 
         self.write("last.pt", write)
 

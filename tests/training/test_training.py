@@ -876,7 +876,8 @@ def test_a_full_disk_loses_no_checkpoint(digits, tmp_path, monkeypatch, name):
     monkeypatch.setattr(RunFolder, "saving", saving)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(ConvMixerError, match=rf"cannot write .*{name}.*too large.*What was saved before is intact: make"):
+        saved = "What was saved before is intact: make room"
+        with pytest.raises(ConvMixerError, match=rf"cannot write .*{name}.*too large.*{saved}"):
             train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
