@@ -70,8 +70,11 @@ def _reached(name: str) -> str:
     )
     spread = "One run, no spread known" if len(results) == 1 else f"{len(results)} runs"
     minutes = statistics.mean(r["train_seconds"] for r in results) / 60
+    recipe = json.loads(json.dumps(dataclasses.asdict(RECIPES[name])))
+    other = [f"`{k}={v!r}`" for k, v in first["recipe"].items() if v != recipe[k] and k not in ("seed", "note")]
+    changed = f" with {', '.join(other)}" if other else ""
     return (
-        f"Accuracy: top-1 {accuracy}. {spread}; {minutes:.1f} minutes on {first['device']}, "
+        f"Accuracy{changed}: top-1 {accuracy}. {spread}; {minutes:.1f} minutes on {first['device']}, "
         f"{first['threads']} threads. [Its command, settings and curves](runs.md)."
     )
 
