@@ -10,7 +10,7 @@ contain one of the words. All ways take turns in one process, each with an untim
 may have freed its memory. Ratios are medians over rounds, against timm's best. Memory is what autograd keeps between
 forward and backward, and its ratio is against timm's eager step. The share of the ceiling compares the arithmetic of a
 step with PyTorch's multiplication of two large matrices in the same precision, timed in the same rounds. On Linux with
-glibc, GLIBC_TUNABLES as in docs/training.md helps all of them.
+glibc, GLIBC_TUNABLES as in docs/training_speed.md helps all of them.
 
 On a CUDA device ours run as CUDA graphs, too, as `convmixer train` runs them there, with AdamW and with Muon. A dry run
 makes two steps of a tiny model on four images, on a CPU with calls in place of graphs: it shows that all of it runs.

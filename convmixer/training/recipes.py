@@ -10,7 +10,7 @@ from convmixer.training.recipe import Recipe
 
 _CONSTANT: dict[str, Any] = {"warmup": 0.0, "knee": (1.0, 1.0)}
 
-# The settings that reached the most on images held out, with `convmixer_256_8` over 16 epochs; see docs/training.md.
+# The settings that reached the most on images held out, with `convmixer_256_8` over 16 epochs; see docs/recipes.md.
 _BEST = Recipe(
     epochs=200,
     batch_size=256,

@@ -359,7 +359,7 @@ def kept_for_backward(name: str) -> str:
     return (
         f"A training step in {step['precision']} at batch size {step['batch_size']} keeps "
         f"{kept['convmixer compiled']:.1f} MiB per image for the backward pass when it is compiled, and "
-        f"{kept['convmixer fused, compiled']:.1f} MiB with [fused blocks](../training.md#fused-blocks); "
+        f"{kept['convmixer fused, compiled']:.1f} MiB with [fused blocks](../training_speed.md#fused-blocks); "
         f"timm's model keeps {kept['timm eager NCHW']:.1f} MiB in eager mode "
         f"(`{_TRAIN_STEP}`)."
     )
