@@ -170,7 +170,7 @@ def _sample(x: Tensor, scale: float, count: int, dim: int) -> Tensor:
     scale that follows from the sizes would move cells by up to one.
     """
     last = x.shape[dim] - 1
-    centres = (torch.arange(count, device=x.device) + 0.5) / scale - 0.5
+    centres = (torch.arange(count, dtype=torch.float32, device=x.device) + 0.5) / scale - 0.5
     low = centres.clamp(0, last).floor().long()
     weight = (centres - low).clamp(0, 1).to(x.dtype)
     weight = weight[:, None] if dim == 2 else weight

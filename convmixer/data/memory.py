@@ -320,7 +320,7 @@ def class_weights(recipe: Recipe, images: ImageSet) -> Tensor | None:
             f"class_weights={recipe.class_weights!r} has {len(recipe.class_weights)} weights: give one for each of the "
             f"{len(images.classes)} classes {', '.join(images.classes)}"
         )
-    return torch.tensor([float(weight) for weight in recipe.class_weights])
+    return torch.tensor(recipe.class_weights, dtype=torch.float32)
 
 
 def fitting(config: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,8 @@ class Native:
         patch = self.folded.patch_size
         sides: Sequence[int] = () if pooled else (height // patch, width // patch)
         dim = self._record.dim
-        out = torch.empty(batch, dim, *sides) if self.planar else torch.empty(batch, *sides, dim)
+        shape = (batch, dim, *sides) if self.planar else (batch, *sides, dim)
+        out = torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever PyTorch's defaults are
         images, result, threads = x.data_ptr(), out.data_ptr(), self._thread_count.next()
         begun = time.perf_counter()
         if not self._forward(ctypes.byref(self._record), images, batch, height, width, result, pooled, threads):

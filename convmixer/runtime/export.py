@@ -321,7 +321,7 @@ def export_model(
     job = _Job(
         model=computed,
         dtype=kind,
-        example=torch.zeros(2, find_inner(reference).in_chans, *size),
+        example=torch.zeros(2, find_inner(reference).in_chans, *size, dtype=torch.float32),
         dimensions=dimensions,
         outputs=_output_names(reference),
         metadata=_metadata(reference, _preprocessing(computed if normalization else reference), size, folded or fold),
@@ -478,7 +478,7 @@ def _difference(compute: Compute, model: Any, job: _Job, normalization: bool) ->
     largest = 0.0
     inner, config = find_inner(model), _preprocessing(model)
     for count, extra in ((1, 0), (3, inner.patch_size if dynamic_size else 0)):
-        noise = torch.rand(count, inner.in_chans, 4, 4, generator=generator)
+        noise = torch.rand(count, inner.in_chans, 4, 4, generator=generator, dtype=torch.float32)
         images = F.interpolate(noise, (height + extra, width + 2 * extra), mode="bilinear")
         normalized = images
         if config:

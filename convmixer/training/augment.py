@@ -87,6 +87,11 @@ class RandomNumbers:
         return np.concatenate([rng.beta(alpha, alpha, self.count)[own] for rng, own in self.parts])
 
 
+def _linspace(start: float, end: float) -> Array:
+    """Return a value for each level, in torchvision's float32, which decides thresholds."""
+    return torch.linspace(start, end, LEVELS, dtype=torch.float32, device="cpu").numpy()
+
+
 @functools.lru_cache
 def magnitudes(wide: bool, height: int, width: int) -> Array:
     """Return the value of each operation of RandAugment at each level (14, 31), or with `wide` of TrivialAugmentWide.
@@ -100,9 +105,9 @@ def magnitudes(wide: bool, height: int, width: int) -> Array:
     most = {Op.SHEAR_X: shear, Op.SHEAR_Y: shear, Op.TRANSLATE_X: across, Op.TRANSLATE_Y: down, Op.ROTATE: turn}
     most |= dict.fromkeys((Op.BRIGHTNESS, Op.COLOR, Op.CONTRAST, Op.SHARPNESS), factor)
     for op, end in most.items():
-        table[op] = torch.linspace(0.0, end, LEVELS).numpy()  # torchvision's are float32, which decides thresholds
+        table[op] = _linspace(0.0, end)
     table[Op.POSTERIZE] = np.rint(8 - np.arange(LEVELS) * bits / (LEVELS - 1))
-    table[Op.SOLARIZE] = torch.linspace(1.0, 0.0, LEVELS).numpy()
+    table[Op.SOLARIZE] = _linspace(1.0, 0.0)
     return table
 
 
@@ -310,15 +315,15 @@ def grey(x: Tensor) -> Tensor:
     """Return the luminance (K, 1, H, W) in whole float32 numbers."""
     if x.shape[1] == 1:
         return x.float()
-    red, green, blue = x.unbind(1)
-    return (red * 0.2989).add_(green * 0.587).add_(blue * 0.114).floor_().unsqueeze(1)
+    red, green, blue = (channel.float() for channel in x.unbind(1))
+    return red.mul_(0.2989).add_(green.mul_(0.587)).add_(blue.mul_(0.114)).floor_().unsqueeze(1)
 
 
 def affine(x: Tensor, p: Tensor, fill: Tensor) -> Tensor:
     """Map images by nearest-neighbour sampling; `fill` (C, 1, 1) is outside of the image."""
     height, width = x.shape[2:]
-    rows = torch.arange(height, device=x.device).view(1, -1, 1) - (height - 1) / 2
-    columns = torch.arange(width, device=x.device).view(1, 1, -1) - (width - 1) / 2
+    rows = torch.arange(height, dtype=torch.float32, device=x.device).view(1, -1, 1) - (height - 1) / 2
+    columns = torch.arange(width, dtype=torch.float32, device=x.device).view(1, 1, -1) - (width - 1) / 2
     a, b, c, d, e, f = p.view(-1, 6, 1, 1).unbind(1)
     column = (a * columns + (b * rows + c)).add_((width - 1) / 2).round_()
     row = (d * columns + (e * rows + f)).add_((height - 1) / 2).round_()
@@ -338,7 +343,7 @@ def color(x: Tensor, p: Tensor) -> Tensor:
 
 def contrast(x: Tensor, p: Tensor) -> Tensor:
     total = grey(x).to(torch.uint8).sum((1, 2, 3), dtype=torch.int64)  # exact in any order
-    return _blend(x, (total / math.prod(x.shape[2:])).view(-1, 1, 1, 1), p)
+    return _blend(x, (total.float() / math.prod(x.shape[2:])).view(-1, 1, 1, 1), p)
 
 
 def sharpness(x: Tensor, p: Tensor) -> Tensor:
@@ -385,7 +390,7 @@ def hue(x: Tensor, p: Tensor) -> Tensor:
     """Turn the colours around the circle of hues by a part of it."""
     if x.shape[1] == 1:
         return x
-    red, green, blue = (x / 255.0).unbind(1)
+    red, green, blue = (x.float() / 255.0).unbind(1)
     high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
     safe = torch.where(chroma > 0, chroma, 1.0)
@@ -423,7 +428,7 @@ def crop(x: Tensor, boxes: Tensor) -> Tensor:
     positions = []
     for start, length, side in zip(boxes[:2], boxes[2:], size, strict=True):
         start, length = start.float().view(-1, 1), length.float().view(-1, 1)
-        position = (torch.arange(side, device=x.device) + 0.5) * (length / side) - 0.5
+        position = (torch.arange(side, dtype=torch.float32, device=x.device) + 0.5) * (length / side) - 0.5
         inside = torch.minimum(position.clamp_(min=0), length - 1) + start  # the border belongs to the box
         positions.append((2 * inside + 1) / side - 1)  # as `grid_sample` counts
     rows, columns = positions
@@ -632,6 +637,8 @@ class Augment:
         inside = _inside(self._send(mixing.box[:, cut]), *x.shape[2:])
         x.index_copy_(0, i, a.mul_(weight).add_(b.mul_(1 - weight)))
         x.index_copy_(0, j, torch.where(inside, d, c))
-        targets = torch.zeros(len(x), self.classes, device=x.device).scatter_(1, labels[:, None], own[:, None])
+        targets = torch.zeros(len(x), self.classes, dtype=own.dtype, device=x.device).scatter_(
+            1, labels[:, None], own[:, None]
+        )
         other = labels.index_select(0, partners)[:, None]
         return x, targets.scatter_add_(1, other, (1 - own)[:, None])

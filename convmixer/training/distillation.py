@@ -87,7 +87,7 @@ class Teacher:
         self.order = _order(model, name, classes, device, report)
         # x -> scale*x + shift takes the student's normalisation to the teacher's.
         mean, std, own_mean, own_std = (
-            torch.tensor(values, device=device)[:, None, None]
+            torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
             for values in (config["mean"], config["std"], own["mean"], own["std"])
         )
         self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
@@ -141,7 +141,8 @@ def _only_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
 def _check_size(model: nn.Module, name: str, size: tuple[int, int], channels: int) -> None:
     """Raise an ArgumentError if a teacher cannot compute images (height, width)."""
     try:
-        model(torch.zeros(1, channels, *size, device=next(model.parameters()).device))
+        parameter = next(model.parameters())
+        model(torch.zeros(1, channels, *size, dtype=parameter.dtype, device=parameter.device))
     except Exception as error:  # each architecture has its own
         raise ArgumentError(
             f"teacher={name!r} does not take images of {size[0]}x{size[1]} pixels: {first_line(error)}. Give another "

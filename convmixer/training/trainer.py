@@ -49,6 +49,7 @@ def build_model(
         pretrained="." in recipe.model,
         checkpoint=recipe.checkpoint or None,
         device=device,
+        dtype=torch.float32,
         num_classes=len(classes),
         in_chans=recipe.in_chans,
         fused=fused,
@@ -181,8 +182,8 @@ class Trainer:
         self.rates_are_tensors = takes_tensors(recipe.opt, device)
         # Tensors, since a graph reads and writes them. `scheduled` has the rate of each group, and the weight of the
         # new values in the average.
-        self.scheduled = torch.zeros(len(self.optimizer.param_groups) + 1, device=device)
-        self.sums = torch.zeros(2, device=device)
+        self.scheduled = torch.zeros(len(self.optimizer.param_groups) + 1, dtype=torch.float32, device=device)
+        self.sums = torch.zeros(2, dtype=torch.float32, device=device)
         self._link_rates()
 
     def _link_rates(self) -> None:
@@ -262,9 +263,11 @@ class Trainer:
     def _schedule(self, epoch: int) -> Tensor:
         """Return the values of `scheduled` in each step of an epoch (steps, groups + 1)."""
         rates = torch.tensor([self.learning_rate(epoch, step) for step in range(self.steps)], dtype=torch.float64)
-        scales = torch.tensor([group.get("lr_scale", 1.0) for group in self.optimizer.param_groups])
+        scales = torch.tensor(
+            [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups], dtype=torch.float32
+        )
         done = epoch * self.steps + torch.arange(1, self.steps + 1)
-        weights = self.average.weight(done) if self.average else torch.zeros(self.steps)
+        weights = self.average.weight(done) if self.average else torch.zeros(self.steps, dtype=torch.float32)
         return torch.column_stack([rates[:, None] * scales, weights]).to(self.device, torch.float32)
 
     def epoch(
@@ -285,7 +288,8 @@ class Trainer:
         steps = range(partial.step, self.steps)
         parts = self._parts(epoch, steps)
         # What was done before an interruption counts for the first process.
-        self.sums.copy_(torch.tensor([partial.loss, partial.correct]) * self.accelerator.is_main_process)
+        done = torch.tensor([partial.loss, partial.correct], dtype=torch.float32)
+        self.sums.copy_(done * self.accelerator.is_main_process)
         self.schedule = self._schedule(epoch)
         signal, step = 0, partial.step - 1
         self.train_mode()

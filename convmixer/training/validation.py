@@ -56,8 +56,8 @@ def evaluate(
     parameter = next(model.parameters())
     device = parameter.device
     normalize = normalization(preprocessing(model))
-    loss = torch.zeros((), device=device)
-    correct = torch.zeros((), device=device)
+    loss = torch.zeros((), dtype=torch.float32, device=device)
+    correct = torch.zeros((), dtype=torch.float32, device=device)
     seen = 0
     view = evaluation_view(model)
     for pixels, labels in progress(images.in_order(batch_size), "validating"):
