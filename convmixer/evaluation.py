@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from convmixer.data.readers import ShardSplit, Split, open_split
 from convmixer.errors import ArgumentError, DataError, check_count
 from convmixer.factory import open_model
-from convmixer.inference import check_finite, class_logits, count_classes, imagenet_labels, known_labels, preparation
+from convmixer.inference import check_answers, class_logits, count_classes, imagenet_labels, known_labels, preparation
 from convmixer.model import evaluation_view
 from convmixer.runtime.optimize import optimize
 from convmixer.runtime.quantize import calibration_images
@@ -139,7 +139,7 @@ def validate(
 
     def compute(batch: Tensor) -> Tensor:
         with computing(), autocast(batch.device, precision):
-            logits = check_finite(model, view(batch).float())
+            logits = check_answers(model, view(batch).float())
         return class_logits(logits).log_softmax(1).cpu()
 
     opened = open_split(data, split, labels=labels, root=data_root, download=download)

@@ -20,13 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
 from convmixer.hub import client
-from convmixer.hub.checkpoints import check_keys, read_metadata, read_shapes, read_tensors, recognise, variant_of
-from convmixer.hub.config import MAX_SIDE, read_config
-from convmixer.hub.json_limits import json_excess
+from convmixer.hub.checkpoints import check_keys, read_header, read_shapes, read_tensors, recognise, variant_of
+from convmixer.hub.config import read_config
 from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
 from convmixer.ops import prefers_channels_last
 from convmixer.pyramid import FeaturePyramid, check_reductions
-from convmixer.registry import HUB_FILE, VARIANTS, WEIGHTS_FOLDER, Variant, Weights, get_variant
+from convmixer.registry import HUB_FILE, UNNAMED, VARIANTS, WEIGHTS_FOLDER, Variant, Weights, get_variant
 from convmixer.wrappers import find_inner
 
 __all__ = ["create_model", "extractor", "open_model", "open_run", "read_recipe", "resolve_device"]
@@ -265,7 +264,7 @@ def create_model(
         if checkpoint is not None:
             config |= _config_of_checkpoint(weights, tensors, config)
     if model_args.get("num_classes", config["num_classes"]) != config["num_classes"]:
-        config |= {"label_names": None}  # a new head, whose classes have no names yet
+        config |= UNNAMED  # a new head, whose classes have no names yet
     arguments = {**source.model_args, **model_args, "pretrained_cfg": config}
     if tensors is None or weights is None:
         model = _build(source.variant, device=target, dtype=kind, **arguments)
@@ -407,26 +406,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
     """Return what a weights file says: classes and channels by its shapes, class names by its metadata."""
-    found: dict[str, Any] = {"label_names": None, "tag": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
+    found: dict[str, Any] = {**UNNAMED, "tag": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
     head, stem = tensors.get("head.weight"), tensors.get("stem.0.weight")
     if head is not None and head.ndim == 2:
         found["num_classes"] = head.shape[0]
     if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
         found["input_size"] = (stem.shape[1], *config["input_size"][1:])
-    header = read_metadata(path)
-    texts = [header.get(name, "null") for name in ("label_names", "input_size")]
-    for text in texts:
-        if excess := json_excess(text.encode()):
-            raise WeightsError(f"label_names or input_size in the header of {str(path)!r} has {excess}")
-    try:
-        labels, size = map(json.loads, texts)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"label_names or input_size in the header of {str(path)!r} is not JSON: {error}") from error
-    if isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MAX_SIDE for n in size):
-        found["input_size"] = (found.get("input_size", config["input_size"])[0], *size[1:])
-    if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
-        found["label_names"] = tuple(labels)
-    return found
+    header = read_header(path)
+    if "input_size" in header:
+        found["input_size"] = (found.get("input_size", config["input_size"])[0], *header["input_size"][1:])
+    return found | {key: value for key, value in header.items() if key == "label_names"}
 
 
 def _load(model: ConvMixer, tensors: dict[str, Tensor], config: dict[str, Any], depth: int, source: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from convmixer.data.images import Size, check_channels, enough, is_one_image, read_image
 from convmixer.data.layout import count_images, describe_left_out, list_folder
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError, check_count
-from convmixer.model import evaluation_view
+from convmixer.model import count_outputs, evaluation_view
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, preprocessing
 from convmixer.wrappers import find_model, in_channels
@@ -38,7 +38,7 @@ def count_classes(model: nn.Module) -> int:
     Raises:
         ArgumentError: A model without a head.
     """
-    outputs: int = getattr(model, "num_classes", 0)
+    outputs = count_outputs(model)
     if not outputs:
         raise ArgumentError("this model has no classes: build it without features_only and with num_classes above 0")
     return max(outputs, 2)
@@ -49,12 +49,19 @@ def class_logits(logits: Tensor) -> Tensor:
     return torch.cat([-logits, logits], 1) / 2 if logits.shape[1] == 1 else logits
 
 
-def check_finite(model: nn.Module, outputs: Tensor) -> Tensor:
+def check_answers(model: nn.Module, outputs: Tensor) -> Tensor:
     """Return what a model answers (N, ...), of which -inf may be a part, as where classes are masked.
 
     Raises:
+        ArgumentError: The model has another number of outputs than it says.
         ConvMixerError: An answer holds NaN or infinity, or nothing but -inf.
     """
+    expected = count_outputs(model)
+    if expected and outputs.ndim == 2 and outputs.shape[1] != expected:
+        raise ArgumentError(
+            f"the model has {outputs.shape[1]} outputs, and its num_classes says {expected}: if its head was replaced, "
+            'set model.num_classes and model.pretrained_cfg["label_names"]'
+        )
     wrong = ~outputs.flatten(1).amax(1).isfinite()  # NaN counts as the largest
     if not bool(wrong.any()):
         return outputs
@@ -93,7 +100,7 @@ def known_labels(model: nn.Module) -> tuple[str, ...] | None:
     count = count_classes(model)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("label_names")
-    if names and len(names) == model.num_classes == 1:
+    if names and len(names) == count_outputs(model) == 1:
         names = (f"not {names[0]}", names[0])
     if names and len(names) == count:
         return tuple(str(name) for name in names)
@@ -224,7 +231,7 @@ def compute(model: nn.Module, batch: Tensor) -> Tensor:
     view = evaluation_view(model)
     with computing():
         outputs: Tensor = view(batch.to(parameter.device, parameter.dtype)).float()
-    return check_finite(model, outputs)
+    return check_answers(model, outputs)
 
 
 @torch.inference_mode()

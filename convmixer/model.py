@@ -39,6 +39,7 @@ from convmixer.errors import (
 )
 from convmixer.native import training as native
 from convmixer.ops import dispatch, fused
+from convmixer.registry import UNNAMED
 from convmixer.wrappers import describe, is_compiled
 
 if TYPE_CHECKING:
@@ -182,6 +183,15 @@ def check_head(tensors: Mapping[str, Any], model: "ConvMixer", source: str) -> N
 def plain_indices(indices: Any) -> Any:
     """Return indices of NumPy or PyTorch as int or list of int; anything else as it is."""
     return indices.tolist() if hasattr(indices, "tolist") else indices
+
+
+def count_outputs(model: Any) -> int:
+    """Return how many outputs the head of a model has, which may have been replaced by hand; 0 without a head.
+
+    Of a head that is not a Linear only `num_classes` says it.
+    """
+    head = getattr(model, "head", None)
+    return head.out_features if isinstance(head, nn.Linear) else getattr(model, "num_classes", 0)
 
 
 def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[int], int]:
@@ -655,7 +665,7 @@ class ConvMixer(nn.Module):
             prune_head: Also remove the head and the pool.
 
         Returns:
-            The indices, counted from 0.
+            The indices, counted from 0 and in rising order, as the features come.
 
         Raises:
             ArgumentError: An index that no block has.
@@ -671,7 +681,7 @@ class ConvMixer(nn.Module):
         self.blocks = self.blocks[: last + 1]
         if prune_head:
             self.reset_classifier(0, "")
-        return taken
+        return sorted(taken)  # in the order in which the features come
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def get_classifier(self) -> nn.Module:
@@ -697,7 +707,7 @@ class ConvMixer(nn.Module):
         self._set_head(num_classes, pool, get_device_dtype(self))
         config = getattr(self, "pretrained_cfg", None)
         if num_classes and config:
-            self.pretrained_cfg = {**config, "label_names": None, "tag": None}  # which name the old classes
+            self.pretrained_cfg = {**config, **UNNAMED, "tag": None}  # these name the old classes
         self.global_pool.train(self.training)
         self.head.train(self.training)
 

@@ -24,7 +24,7 @@ from convmixer.data.images import read_image
 from convmixer.data.memory import fitting, load_images
 from convmixer.errors import ArgumentError, check_count, optional
 from convmixer.files import write_atomically
-from convmixer.inference import check_finite, class_logits, compute, label_names
+from convmixer.inference import check_answers, class_logits, compute, label_names
 from convmixer.model import mirror
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, normalization, preprocessing
@@ -511,7 +511,7 @@ def class_activation(
     view: Any = mirror(model).eval()  # captum hangs hooks on layers, which others may be using
     view.fused = False  # fused blocks call no layers, so no hooks
     with computing():
-        probabilities = class_logits(check_finite(model, view(inputs).detach().float())).softmax(1)[0]
+        probabilities = class_logits(check_answers(model, view(inputs).detach().float())).softmax(1)[0]
         index = int(probabilities.argmax()) if target is None else target
         grad_cam = attribution.LayerGradCam(lambda x: class_logits(view(x)), view.blocks[-1])
         activation = grad_cam.attribute(inputs, target=index, relu_attributions=True).detach().float()
@@ -588,9 +588,9 @@ def model_figures(
     """
     yield "patch_embedding", plot_patch_embedding(model)
     yield "depthwise_kernels", plot_depthwise_kernels(model)
-    if image:
+    if image is not None:
         yield "class_activation", plot_class_activation(model, image)
-    if data:
+    if data is not None:
         config = preprocessing(model)
         images = load_images(
             data,

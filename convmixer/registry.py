@@ -86,6 +86,7 @@ class Weights:
 
 
 SHAPE = ("dim", "depth", "kernel_size", "patch_size")  # what the shapes of weights tell of a variant
+UNNAMED = {"label_names": None, "label_descriptions": None}  # in a pretrained_cfg whose classes have no names
 PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # by timm's names
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random")
 CROP_MODES = ("center", "squash", "border")

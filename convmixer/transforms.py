@@ -25,13 +25,18 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
     """Return the model's pretrained_cfg, with one mean and one std for each channel that it takes.
 
     Raises:
-        ArgumentError: It has none.
+        ArgumentError: It has none, or one that says too little.
     """
     found = getattr(unwrap(model), "pretrained_cfg", None)
     if not found:
         raise ArgumentError(
             f"this {type(unwrap(model)).__name__} says nothing about its preprocessing: build it with "
             "convmixer.create_model, or pass a registry name"
+        )
+    if missing := [name for name in ("input_size", "mean", "std", "crop_pct") if found.get(name) is None]:
+        raise ArgumentError(
+            f"the pretrained_cfg of this {type(unwrap(model)).__name__} does not say how images are prepared: add "
+            f"{', '.join(missing)}, or build the model with convmixer.create_model"
         )
     config = dict(found)
     channels = in_channels(model)

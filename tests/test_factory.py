@@ -49,6 +49,19 @@ def folder(tmp_path, shipped) -> Path:
     return tmp_path
 
 
+def test_a_config_in_timms_older_form(folder):
+    """All keys at the top, and the classes called labels: timm still reads it."""
+    config = json.loads((folder / "config.json").read_text())
+    flat = config["pretrained_cfg"] | {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
+    config = {"architecture": NAME, "num_classes": 4, "num_features": 256, "labels": config["label_names"], **flat}
+    save_weights(convmixer.create_model(NAME, device="cpu", num_classes=4), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    model = convmixer.create_model(f"local-dir:{folder}", pretrained=True, device="cpu")
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).pretrained_cfg
+    for key in ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation", "label_names"):
+        assert np.array_equal(model.pretrained_cfg[key], theirs[key])
+
+
 def test_equals_timm_with_the_same_weights(shipped):
     theirs = timm.models.convmixer.ConvMixer(256, 8, 5, 2, num_classes=10).eval()
     theirs.load_state_dict(shipped.state_dict())
@@ -110,6 +123,19 @@ def test_features_only(shipped):
     assert (model.feature_info.channels(), model.feature_info.reduction()) == ([256, 256], [2, 2])
     assert len(model.model.blocks) == 7
     assert len(convmixer.create_model(NAME, features_only=True, device="cpu")(X)) == 3
+
+
+@pytest.mark.parametrize("indices", [(3, 1), (-1, 2), [7, 0, 4]], ids=str)
+def test_names_of_features_are_in_the_order_of_the_features(shipped, indices, tmp_path):
+    for build in timm.create_model, convmixer.create_model:
+        model = build(NAME, pretrained=True, features_only=True, out_indices=indices).to("cpu").eval()
+        names = model.feature_info.module_name()
+        assert len(names) == len(indices)
+        for name, features in zip(names, model(X), strict=True):
+            (expected,) = shipped.forward_intermediates(X, [int(name.rpartition(".")[2])], intermediates_only=True)
+            assert (features - expected).norm() <= 1e-5 * expected.norm()
+    outputs = convmixer.export_model(model, tmp_path / "features.pt2").outputs
+    assert list(outputs) == [f"features_{name.rpartition('.')[2]}" for name in names]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import json
 import math
 import re
 
@@ -17,6 +18,7 @@ import convmixer
 from convmixer.errors import ArgumentError, ConvMixerError, ImageError
 from convmixer.evaluation import validate
 from convmixer.hub.checkpoints import save_weights
+from convmixer.hub.write_config import config_of
 from convmixer.inference import label_names, predict_files
 from convmixer.plots import class_probabilities
 from convmixer.registry import CIFAR10_CLASSES
@@ -352,6 +354,14 @@ def test_labels_after_a_change_of_head(classes, arrow):
     assert sorted(label for label, _ in convmixer.predict(swapped, arrow, topk=99)) == sorted(expected)
 
 
+def test_descriptions_go_with_the_names_of_the_old_classes():
+    model = small()
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_descriptions": tuple(f"a {name}" for name in CIFAR10)}
+    assert len(config_of(model, CIFAR10, "")["label_descriptions"]) == 10
+    model.reset_classifier(2)
+    assert "label_descriptions" not in config_of(model, ["cat", "dog"], "")
+
+
 def test_labels_of_a_new_head_with_one_output(tmp_path):
     """Two names fit one output, too, but these are of the head that is gone."""
     weights = tmp_path / "two.safetensors"
@@ -359,6 +369,32 @@ def test_labels_of_a_new_head_with_one_output(tmp_path):
     sizes = {"checkpoint": weights, "device": "cpu", "dim": 32, "depth": 2}
     assert label_names(convmixer.create_model("convmixer_256_8", **sizes)) == ("cat", "dog")
     assert label_names(convmixer.create_model("convmixer_256_8", num_classes=1, **sizes)) == ("class 0", "class 1")
+
+
+@pytest.mark.parametrize("classes", [2, 3, 100])
+def test_labels_of_a_head_that_was_replaced_by_hand(classes, arrow, tmp_path):
+    """As most tutorials of PyTorch do it: nothing tells the model that its classes are others."""
+    model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+    model.head = torch.nn.Linear(256, classes)
+    expected = [f"class {i}" for i in range(classes)]
+    for one in model, convmixer.optimize(model):
+        assert list(label_names(one)) == expected
+        assert sorted(label for label, _ in convmixer.predict(one, arrow, topk=999)) == sorted(expected)
+    convmixer.export_model(model, tmp_path / "model.pt2")
+    torch.export.load(tmp_path / "model.pt2", extra_files=(files := {"metadata.json": ""}))
+    metadata = json.loads(files["metadata.json"])
+    assert metadata["num_classes"] == str(classes)
+    assert "label_names" not in metadata
+
+
+def test_a_head_whose_outputs_are_not_the_classes_is_refused(model, arrow):
+    model = copy.deepcopy(model)
+    model.head = torch.nn.Sequential(model.head, torch.nn.GELU(), torch.nn.Linear(model.num_classes, 3))
+    with pytest.raises(ArgumentError, match=r"3 outputs, and its num_classes says 10.*set model\.num_classes"):
+        convmixer.predict(model, arrow)
+    model.num_classes = 3
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ("a", "b", "c")}
+    assert sorted(label for label, _ in convmixer.predict(model, arrow)) == ["a", "b", "c"]
 
 
 def test_labels_of_imagenet(cat):

@@ -214,3 +214,10 @@ def test_a_model_that_says_nothing_about_its_preprocessing():
         convmixer.create_transform(convmixer.ConvMixer(8, 1))
     with pytest.raises(ArgumentError, match="this NoneType says nothing"):
         convmixer.create_transform(None)
+
+
+def test_a_model_that_says_too_little_about_its_preprocessing():
+    model = convmixer.ConvMixer(8, 1, num_classes=2)
+    model.pretrained_cfg = {"label_names": ("a", "b"), "input_size": (3, 8, 8)}
+    with pytest.raises(ArgumentError, match=r"does not say how images are prepared: add mean, std, crop_pct, or"):
+        convmixer.predict(model, np.zeros((8, 8, 3), np.uint8))

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from convmixer.errors import WeightsError, brief
 from convmixer.files import write_atomically
+from convmixer.hub.config import MAX_SIDE
 from convmixer.hub.foreign import first_keys, our_names
-from convmixer.hub.json_limits import header_excess
-from convmixer.registry import SHAPE, VARIANTS, Variant
+from convmixer.hub.json_limits import header_excess, json_excess
+from convmixer.registry import SHAPE, UNNAMED, VARIANTS, Variant
 from convmixer.wrappers import unwrap
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
@@ -127,6 +128,29 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """Read the strings in the header of a safetensors file."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """Return `label_names` and `input_size` (C, H, W) where the header of a safetensors file has them.
+
+    Raises:
+        WeightsError: They are not JSON, or too long.
+    """
+    header = read_metadata(path)
+    texts = [header.get(name, "null") for name in ("label_names", "input_size")]
+    for text in texts:
+        if excess := json_excess(text.encode()):
+            raise WeightsError(f"label_names or input_size in the header of {str(path)!r} has {excess}")
+    try:
+        labels, size = map(json.loads, texts)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"label_names or input_size in the header of {str(path)!r} is not JSON: {error}") from error
+    found: dict[str, Any] = {}
+    if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
+        found["label_names"] = tuple(labels)
+    if isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MAX_SIDE for n in size):
+        found["input_size"] = tuple(size)
+    return found
 
 
 # ---- which model a file is ------------------------------------------------------------------------------------------
@@ -261,7 +285,8 @@ def check_keys(
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load a safetensors file into a model whose keys and shapes it must match exactly.
 
-    The file is checked as a whole first: an error leaves the model as it was.
+    The file is checked as a whole first: an error leaves the model as it was. Class names and input size in its header,
+    as `train` writes them, take the place of the model's.
 
     Args:
         model: A ConvMixer, or any module. Wrappers are looked into, as by `predict`.
@@ -276,6 +301,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         >>> convmixer.load_checkpoint(model, file)
     """
     model = unwrap(model)
-    tensors = read_tensors(path)
+    tensors, header = read_tensors(path), read_header(path)
     check_keys(tensors, model.state_dict(), str(path), path=path)
     model.load_state_dict(tensors)
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if config:
+        old = {**UNNAMED, "tag": None} if "label_names" in header else {}  # what names the classes of the old weights
+        model.pretrained_cfg = {**config, **old, **header}  # type: ignore[assignment]

@@ -138,6 +138,9 @@ def read_config(path: Path, name: str) -> Config:
             f"{name} is a {brief(repr(architecture))}, not a ConvMixer; {nearest(architecture, names)}"
         )
     variant = VARIANTS[names.index(architecture)]
+    if "pretrained_cfg" not in content:  # in an older form of timm's its keys are at the top
+        flat = {key: content[key] for key in _PRETRAINED_CFG if key in content}
+        content = {"label_names": content.get("labels"), **content, "pretrained_cfg": flat}
     given = {part: content.get(part) or {} for part in ("model_args", "pretrained_cfg")}
     if not all(isinstance(value, dict) for value in given.values()):
         raise WeightsError(f"{source}: model_args and pretrained_cfg must be objects")

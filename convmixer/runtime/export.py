@@ -29,7 +29,7 @@ from convmixer.errors import ArgumentError, ConvMixerError, ExportError, first_l
 from convmixer.files import check_writable, write_atomically
 from convmixer.hub.checkpoints import read_tensors, save_weights
 from convmixer.inference import known_labels
-from convmixer.model import ConvMixer, as_dtype
+from convmixer.model import ConvMixer, as_dtype, count_outputs
 from convmixer.registry import PREPROCESSING
 from convmixer.runtime import folding, openvino_core
 from convmixer.runtime.chunks import as_list
@@ -434,7 +434,7 @@ def _move(folder: Path, path: Path) -> None:
 def _output_names(model: Any) -> tuple[str, ...]:
     if isinstance(model, FeatureGetterNet):
         return tuple(f"features_{name.rpartition('.')[2]}" for name in model.feature_info.module_name())
-    return ("logits",) if model.num_classes else ("features",)
+    return ("logits",) if count_outputs(model) else ("features",)
 
 
 def _image_size(image_size: int | Sequence[int] | None, model: nn.Module) -> tuple[int, int]:
@@ -457,7 +457,7 @@ def _image_size(image_size: int | Sequence[int] | None, model: nn.Module) -> tup
 def _metadata(model: nn.Module, config: Mapping[str, Any], size: Sequence[int], folded: bool) -> dict[str, str]:
     """Return what a user of the file must know; lists and numbers as JSON."""
     inner = find_inner(model)
-    classes = inner.num_classes if inner is model else 0  # a feature extractor has none
+    classes = count_outputs(inner) if inner is model else 0  # a feature extractor has none
     facts: dict[str, Any] = {"num_classes": classes, "batch_norm": "folded" if folded else "as in the model"}
     facts |= {key: config[key] for key in ("architecture", "license", *PREPROCESSING) if config.get(key) is not None}
     facts["input_size"] = (inner.in_chans, *size)

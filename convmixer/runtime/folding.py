@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, SelectAdaptivePool2d
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
@@ -33,7 +33,16 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from convmixer.errors import ArgumentError
-from convmixer.model import ConvMixer, DepthwiseConv2d, Residual, check_dtype, check_input, lay_out, take_indices
+from convmixer.model import (
+    ConvMixer,
+    DepthwiseConv2d,
+    Residual,
+    check_dtype,
+    check_input,
+    count_outputs,
+    lay_out,
+    take_indices,
+)
 from convmixer.transforms import preprocessing
 from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
 
@@ -68,6 +77,8 @@ def check_layers(model: Any) -> None:
         _check_dropout(f"blocks.{i}.0.drop_path", block[0].drop_path)
         _check_convolution(f"blocks.{i}.1", block[1], kernel_size=(1, 1), padding=(0, 0))
         _check_norm(f"blocks.{i}.3", block[3])
+    if type(model.global_pool) is not SelectAdaptivePool2d:
+        raise _replaced("global_pool", model.global_pool, "it is not timm's SelectAdaptivePool2d")
     _check_dropout("block_drop", model.block_drop)
     _check_dropout("head_drop", model.head_drop)
     _check_calls(model)
@@ -237,7 +248,7 @@ class FoldedConvMixer(nn.Module):
     def __init__(self, model: ConvMixer, normalization: bool, dtype: torch.dtype, divide: bool = True) -> None:
         super().__init__()
         self.patch_size, self.in_chans, self.channels_last = model.patch_size, model.in_chans, model.channels_last
-        self.num_features, self.num_classes = model.num_features, model.num_classes
+        self.num_features, self.num_classes = model.num_features, count_outputs(model)
         self.head_hidden_size = model.head_hidden_size
         self.feature_info = copy.deepcopy(model.feature_info)
         self.pretrained_cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})

@@ -152,6 +152,8 @@ def optimize(
             raise ArgumentError("chunk, threads and example need a backend other than 'eager', such as 'auto'")
         return fold(model, normalization, computed)
     _check_chunk(chunk, backend, backends)
+    if threads is not None and backend in ("compile", "triton"):
+        raise ArgumentError(f"threads is not for backend={backend!r}, which takes PyTorch's: torch.set_num_threads")
     request = Request(model, normalization, computed, threads or torch.get_num_threads(), calibration, graphs)
     if example is None:
         optimized = first_that_works(request, backends, chunk, reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -24,10 +25,10 @@ _KEEPS_ITS_WEIGHTS = "an optimized model keeps its weights: load others into the
 class OptimizedConvMixer(nn.Module):
     """A model in the runtime that `optimize` chose. It answers as the original does, and faster.
 
-    Images may be of any floating point type, and the outputs come in that type. Several threads may call it. It can be
-    copied, pickled, and sent to other processes, which build the runtime again; in a forked child process the backend
-    "native" computes in one thread. Outputs carry no gradient. `num_classes`, `in_chans`, `num_features`,
-    `head_hidden_size`, `feature_info` and `pretrained_cfg` are the original's.
+    Images may be of any floating point type, and the outputs come in that type; autocast changes nothing. Several
+    threads may call it. It can be copied, pickled, and sent to other processes, which build the runtime again; in a
+    forked child process the backend "native" computes in one thread. Outputs carry no gradient. `num_classes`,
+    `in_chans`, `num_features`, `head_hidden_size`, `feature_info` and `pretrained_cfg` are the original's.
 
     Attributes:
         choice: What was chosen, and why.
@@ -113,8 +114,10 @@ class OptimizedConvMixer(nn.Module):
             raise ArgumentError(
                 f"images of {x.dtype} on {x.device}: this model takes floating point images on {own.device}"
             )
-        inputs = x.to(own.dtype)
-        outputs = self.runtime(inputs) if len(x) else as_list(self.folded(inputs))
+        inputs, kind = x.to(own.dtype), own.device.type
+        # A graph that was compiled or captured under autocast would keep its type.
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+            outputs = self.runtime(inputs) if len(x) else as_list(self.folded(inputs))
         outputs = [output.to(x.dtype) for output in outputs]
         return outputs if self._returns_list else outputs[0]
 

@@ -115,6 +115,24 @@ def test_training_after_a_load_leaves_the_file_alone(model, file):
     assert file.read_bytes() == before
 
 
+def test_names_in_the_header_take_the_place_of_the_old_ones(tmp_path):
+    """As they do for `create_model(checkpoint=)`."""
+    digits = [f"digit {i}" for i in range(10)]
+    model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+    save_weights(model, tmp_path / "w.safetensors", {"label_names": digits, "input_size": [3, 28, 28]})
+    opened = convmixer.create_model("convmixer_256_8", checkpoint=tmp_path / "w.safetensors", device="cpu")
+    convmixer.load_checkpoint(model, tmp_path / "w.safetensors")
+    for one in opened, model:
+        assert list(one.pretrained_cfg["label_names"]) == digits
+        assert one.pretrained_cfg["input_size"] == (3, 28, 28)
+        assert one.pretrained_cfg.get("tag") is None
+    own = {**model.pretrained_cfg, "label_names": ("a",) * 10}
+    model.pretrained_cfg = own
+    save_weights(model, tmp_path / "w.safetensors")
+    convmixer.load_checkpoint(model, tmp_path / "w.safetensors")
+    assert model.pretrained_cfg == own
+
+
 def test_values_of_another_type_take_the_type_of_the_model(model, file):
     target = small().bfloat16()
     convmixer.load_checkpoint(target, file)

@@ -154,6 +154,28 @@ def test_bfloat16_in_openvino():
     assert fast.choice.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [
+        *RUNTIMES,
+        pytest.param(
+            "compile", marks=pytest.mark.skipif(bool(find_backend("compile").missing()), reason="no compiler")
+        ),
+    ],
+)
+def test_autocast_changes_nothing(backend):
+    """Nor does it stay in what is compiled at the first call."""
+    model = make()
+    fast, x = optimize(model, backend=backend), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+    for enabled in True, False:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = fast(x)
+        assert found.dtype == torch.float32
+        assert error(found, expected) < 1e-5
+
+
 @pytest.mark.skipif(find_backend("compile").missing() is not None, reason="no C++ compiler")
 @torch.no_grad()
 def test_compile():
@@ -390,6 +412,7 @@ def test_validate_measures_twice(cat, tmp_path):
         ),
         ({"backend": "auto", "chunk": 0}, "chunk=0: give a whole number of at least 1, or None"),
         ({"backend": "auto", "threads": True}, "threads=True: give a whole number of at least 1, or None"),
+        ({"backend": "compile", "threads": 2}, "threads is not for backend='compile', which takes PyTorch's"),
         ({"backend": "compile", "dtype": torch.int8}, "dtype=torch.int8: give a floating point type such as"),
         ({"backend": "onnxruntime", "dtype": torch.bfloat16}, "only in float32; use openvino or compile"),
         ({"backend": "openvino", "dtype": torch.float64}, "openvino computes in float32, bfloat16, float16 or int8"),

@@ -378,6 +378,7 @@ REPLACED = {
     "no bias": ("blocks.0.1", nn.Conv2d(12, 12, 1, bias=False), "it has no bias"),
     "another norm": ("blocks.0.3", nn.GroupNorm(3, 12), "it does not compute as nn.BatchNorm2d does"),
     "statistics of the batch": ("stem.2", nn.BatchNorm2d(12, track_running_stats=False), "no running statistics"),
+    "another pool": ("global_pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "SelectAdaptivePool2d"),
     "no block": ("blocks.1", nn.Identity(), "it is not a block of a ConvMixer"),
 }
 
