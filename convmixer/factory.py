@@ -210,7 +210,8 @@ def create_model(
         pretrained: Load the weights that the name stands for: from the package, else from the Hub's local cache, else
             from the Hub.
         device: "auto" takes the accelerator if there is one, else the CPU.
-        dtype: Type of the parameters, such as `torch.bfloat16` or "bfloat16"; None keeps float32.
+        dtype: Type of the parameters, such as `torch.bfloat16` or "bfloat16"; None takes PyTorch's default,
+            float32.
         channels_last: Memory layout of the feature maps: True computes the blocks in channels_last, False leaves the
             layout to images and weights, as in any module. None takes channels_last where it is known to be faster: on
             CPUs, and with 7x7 kernels on GPUs. The weights lie as usual; the attribute `channels_last` of the model
