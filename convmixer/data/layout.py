@@ -139,6 +139,19 @@ class _TopFolder(_DiskFolder):
         return folders, files
 
 
+class StrictTarInfo(tarfile.TarInfo):
+    """A member of a tar; a damaged header, or none where one should be, is an error and not the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> StrictTarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"it ends at byte {archive.offset:,} without an end marker: cut off") from error
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"{error} at byte {archive.offset:,}: damaged or cut off") from error
+
+
 def _open_tar(path: str, name: str) -> Folder:
     try:
         status = os.stat(path)
@@ -151,7 +164,7 @@ def _open_tar(path: str, name: str) -> Folder:
 def _read_tar(path: str, name: str, _size: int, _changed: int) -> Folder:
     """Read the folder that a tar stands for; tars in it are folders, too."""
     top = Folder(name)
-    with tarfile.open(path, "r:") as archive:
+    with tarfile.open(path, "r:", tarinfo=StrictTarInfo) as archive:
         _add_members(archive, top, path, 0)
     return top
 
@@ -159,7 +172,7 @@ def _read_tar(path: str, name: str, _size: int, _changed: int) -> Folder:
 def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) -> None:
     """Enter into `top` what an archive holds that begins at byte `base` of the file at `path`."""
     found: dict[str, File] = {}
-    links: list[tuple[str, str]] = []
+    links: dict[str, str] = {}
     while (member := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # else a million of them stay in memory
         name = posixpath.normpath(member.name).lstrip("/")
@@ -168,19 +181,22 @@ def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) ->
             continue
         if member.islnk() or member.issym():
             target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
-            links.append((name, posixpath.normpath(target)))
+            links[name] = posixpath.normpath(target)
+            found.pop(name, None)  # of members with one name the last one counts
         elif not member.isreg() or member.issparse():
             top.links += 1
         elif _is_tar(name):
-            with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+            content = archive.extractfile(member)
+            with tarfile.open(fileobj=content, mode="r:", tarinfo=StrictTarInfo) as inner:
                 _add_members(inner, _below(top, (*parts[:-1], parts[-1][:-4])), path, base + member.offset_data)
         else:
             found[name] = File(name, path, base + member.offset_data, member.size)
-    for name, target in links:
-        if target in found:
-            found[name] = found[target]._replace(name=name)
-        else:
-            top.links += 1
+            links.pop(name, None)
+    while ready := {name: found[target] for name, target in links.items() if target in found}:  # links to links, too
+        for name, file in ready.items():
+            found[name] = file._replace(name=name)
+            del links[name]
+    top.links += len(links)
     for name, file in found.items():
         *above, last = PurePosixPath(name).parts
         _below(top, above).files[last] = file

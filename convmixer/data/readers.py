@@ -7,6 +7,8 @@ import contextlib
 import json
 import os
 import random
+import re
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from convmixer.data.layout import (
     File,
     Layout,
     Listing,
+    StrictTarInfo,
     count_images,
     describe_left_out,
     find_layout,
@@ -229,6 +232,16 @@ class HubImages(Split):
             raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
 
 
+def _members(file: Any) -> Iterator[dict[str, Any]]:
+    """Yield the files of a tar as webdataset's iterator does, which takes a damaged header for the end of the tar."""
+    with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # else all of them stay in memory
+            content = archive.extractfile(member) if member.isreg() else None
+            if content is not None and not re.match(r"__[^/]*__($|/)", member.name):
+                yield {"fname": member.name, "data": content.read()}
+
+
 @dataclass(frozen=True)
 class ShardSplit(_Labelled):
     """A split in WebDataset tars, which are read from their start to their end.
@@ -247,12 +260,12 @@ class ShardSplit(_Labelled):
     def samples(self, urls: Iterable[str], rng: random.Random | None = None) -> Iterator[dict[str, Any]]:
         """Yield what tars hold, as bytes by ending; shuffled if a generator of random numbers is given."""
         import webdataset
-        from webdataset.tariterators import group_by_keys, tar_file_iterator
+        from webdataset.tariterators import group_by_keys
 
         def read() -> Iterator[dict[str, Any]]:
             for url in urls:
                 with contextlib.closing(webdataset.gopen(url)) as file:
-                    yield from group_by_keys({**member, "__url__": url} for member in tar_file_iterator(file))
+                    yield from group_by_keys({**member, "__url__": url} for member in _members(file))
 
         yield from webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=rng)(read()) if rng else read()
 

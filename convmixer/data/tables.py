@@ -110,23 +110,44 @@ def list_rows(layout: Layout, rows: Sequence[Row], split: str | None, table: str
         DataError: Rows without a file, with several that could be meant, or of one file with two labels.
     """
     folder, unlisted = layout.top, "image without a row in the table"
+    chosen, others = rows, list[Row]()
     if split is not None and any(row.split for row in rows):
-        rows, unlisted = [row for row in rows if row.split == split], f"image without a row of the {split} split"
+        chosen, others = [row for row in rows if row.split == split], [row for row in rows if row.split != split]
+        unlisted = f"image without a row of the {split} split"
     elif split is not None:
         folder = layout.folder_of(split)
     files = {(file.path, file.start): file for file in folder.walk()}
     labels: dict[File, str] = {}
-    for row, found in zip(rows, _find(layout, rows, table), strict=True):
+    for row, found in zip(chosen, _find(layout, chosen, table), strict=True):
         file = files.get((found.path, found.start))
         if file is not None and labels.setdefault(file, row.label) != row.label:
             raise DataError(f"{table!r} gives {file.name} the labels {labels[file]!r} and {row.label!r}")
+    for row, known in zip(others, _match(layout, others, table), strict=True):
+        if known in labels:
+            raise DataError(f"{table!r} has {row.image!r} twice, for {split} and for {row.split or 'no split'}")
     listed = list_images(folder)
     listed.left_out[unlisted] += len(listed.images) - len(labels)
     return folder, list_labelled(labels.items(), listed.left_out)
 
 
 def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
-    """Find the file of each row: by its path from the source, or the end of its path, with or without its suffix."""
+    """Find the file of each row as `_match` does; raise a DataError where there is none."""
+    found = _match(layout, rows, table)
+    lost = [brief(row.image) for row, file in zip(rows, found, strict=True) if file is None]
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(rows)} rows of {table!r} name no image in {layout.source!r}: {list_first(lost)}. "
+            "Write paths from that folder, or names of files that are there once"
+        )
+    return [file for file in found if file is not None]
+
+
+def _match(layout: Layout, rows: Sequence[Row], table: str) -> list[File | None]:
+    """Match each row to a file: by its path from the source, or the end of its path, with or without its suffix.
+
+    Raises:
+        DataError: Several files could be meant.
+    """
     exact = {file.name: file for file in layout.top.walk()}
     absolute = {}
     if any(os.path.isabs(row.image) for row in rows):
@@ -138,8 +159,7 @@ def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
         if suffix.lower() in image_suffixes():
             by_basename[name].append(known)
             by_basename[stem].append(known)
-    found: list[File] = []
-    lost: list[str] = []
+    found: list[File | None] = []
     for row in rows:
         name = posixpath.normpath(row.image.replace("\\", "/"))
         file = exact.get(name) or absolute.get(os.path.abspath(row.image))
@@ -151,15 +171,8 @@ def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
                     f"{layout.source!r}: write the path from there, or give the folder that the table belongs to"
                 )
             file = near[0] if near else None
-        if file is None or posixpath.splitext(file.name)[1].lower() not in image_suffixes():
-            lost.append(brief(row.image))
-        else:
-            found.append(file)
-    if lost:
-        raise DataError(
-            f"{len(lost)} of {len(rows)} rows of {table!r} name no image in {layout.source!r}: {list_first(lost)}. "
-            "Write paths from that folder, or names of files that are there once"
-        )
+        is_image = file is not None and posixpath.splitext(file.name)[1].lower() in image_suffixes()
+        found.append(file if is_image else None)
     return found
 
 

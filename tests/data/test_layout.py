@@ -353,6 +353,50 @@ def test_a_truncated_tar(tmp_path):
         load_images(archive, "train", SIZE, report=len)
 
 
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_tar_that_is_damaged_between_two_files(tmp_path, form):
+    """Its reader takes a header that makes no sense for the end, and would leave out the images behind it."""
+    lay(tmp_path / "set", *classes("train"))
+    archive = tmp_path / "set.tar"
+    with tarfile.open(archive, "w", format=form) as tar:
+        for file in sorted((tmp_path / "set").rglob("*.png")):
+            tar.add(file, file.relative_to(tmp_path / "set"))
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+    content, end = archive.read_bytes(), members[-1].offset_data + 512
+    assert members[-1].size <= 512
+    assert len(open_split(archive, "train").images) == 4
+    for position in (*range(0, end + 1, 512), *range(200, end, 712)):
+        archive.write_bytes(content[:position])
+        with pytest.raises(DataError, match=r"cannot read .*set\.tar"):
+            open_split(archive, "train")
+    for member in members:
+        archive.write_bytes(content[: member.offset] + b"\xff" + content[member.offset + 1 :])
+        with pytest.raises(DataError, match=r"cannot read .*set\.tar"):
+            open_split(archive, "train")
+
+
+def test_of_members_with_one_name_the_last_one_counts(tmp_path):
+    """As when a tar is unpacked, whether they are files or links; links may lead to links that come later."""
+
+    def add(tar, name, *, value=None, target=""):
+        member = tarfile.TarInfo(name)
+        content = b"" if value is None else picture(value)
+        member.type, member.linkname, member.size = tarfile.SYMTYPE if target else tarfile.REGTYPE, target, len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        add(tar, "cat/1.png", value=1)
+        add(tar, "dog/1.png", target="../cat/1.png")
+        add(tar, "dog/1.png", value=9)
+        add(tar, "dog/2.png", value=2)
+        add(tar, "dog/2.png", target="3.png")
+        add(tar, "dog/3.png", target="1.png")
+    images = load_images(tmp_path / "set.tar", "train", SIZE, report=len)
+    assert images.pixels[:, 0, 0, 0].tolist() == [1, 9, 9, 9]
+    assert images.labels.tolist() == [0, 1, 1, 1]
+
+
 def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
     lay(tmp_path, *classes("train"))
     real = os.scandir

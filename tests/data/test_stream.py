@@ -281,6 +281,32 @@ def test_shards_hold_images_of_all_types(tmp_path):
     assert (images.pixels[:, 0, 4, 4].float() - 40 * torch.arange(6)).abs().max() < 3
 
 
+def test_a_shard_that_is_damaged_between_two_samples_is_an_error(digits, tmp_path):
+    _write_shard(tmp_path / "a.tar", sorted((digits / "train").rglob("*.png"))[::30])
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    content = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        headers = [member.offset for member in archive]
+    assert len(headers) == 10
+    for spoiled in (content[: headers[6]], content[: headers[6]] + b"\xff" + content[headers[6] + 1 :]):
+        (tmp_path / "a.tar").write_bytes(spoiled)
+        for source in f"wds/{tmp_path}/a.tar|5", f"wds/{tmp_path}/a.tar|3":
+            with pytest.raises(DataError, match=r"cannot read 'wds/.*(cut off|damaged)"):
+                load_images(source, "test", SIZE, report=quiet)
+        recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "batch_size": 2}, stream=True)
+        with pytest.raises(DataError, match=r"cannot read 'wds/.*(cut off|damaged)"):
+            train(
+                recipe,
+                digits,
+                tmp_path / "run",
+                val=f"wds/{tmp_path}/a.tar|5",
+                device="cpu",
+                workers=0,
+                report=quiet,
+            )
+        shutil.rmtree(tmp_path / "run")
+
+
 def test_a_sample_with_two_images_is_refused(tmp_path):
     """Such as a photograph and its mask, if nothing tells them apart."""
     for name in ("0.jpg", "0.png", "1.jpg", "1.mask.png"):

@@ -185,6 +185,16 @@ def test_the_same_name_twice(pictures, tmp_path):
     assert read(tmp_path / "set", labels=full) == LABELS
 
 
+@pytest.mark.usefixtures("pictures")
+def test_an_image_in_two_splits(tmp_path):
+    """Under two spellings, of which each names one file."""
+    rows = {"image": ["a.png", "b.png", "c.png", "images/a.png"], "label": ["x", "y", "x", "x"]}
+    table = write(tmp_path / "labels.csv", **rows, split=["train", "train", "test", "test"])
+    for split in "train", "test":
+        with pytest.raises(DataError, match=rf"labels\.csv' has '.*a\.png' twice, for {split} and for"):
+            open_split(tmp_path, split, labels=table)
+
+
 def test_what_is_no_table(pictures, tmp_path):
     with pytest.raises(DataError, match=r"no table at '.*none\.csv'"):
         open_split(pictures, "train", labels=tmp_path / "none.csv")
