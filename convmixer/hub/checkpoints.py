@@ -53,7 +53,10 @@ def digest(model: nn.Module) -> str:
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file whose bytes follow from its content: the library puts metadata in a random order."""
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # of the disk
+        raise OSError(str(error)) from error
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import nn
 
 from convmixer.errors import ArgumentError, ConvMixerError
@@ -246,7 +245,7 @@ def check_repo_id(repo_id: str) -> None:
 def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, UnicodeError, SafetensorError) as error:
+    except (OSError, UnicodeError) as error:
         raise ConvMixerError(
             f"cannot write {str(folder)!r}: {error.__cause__ or error}. What it held before is unchanged: make room, "
             "or choose another folder"

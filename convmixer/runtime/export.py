@@ -153,7 +153,9 @@ def _openvino(job: _Job, path: Path) -> Compute:
 
 
 def _torch_export(job: _Job, path: Path) -> Compute:
-    torch.export.save(job.program(job.dtype), path, extra_files={"metadata.json": json.dumps(job.metadata)})
+    content = io.BytesIO()  # where the disk is full, PyTorch's writer of files ends the process
+    torch.export.save(job.program(job.dtype), content, extra_files={"metadata.json": json.dumps(job.metadata)})
+    path.write_bytes(content.getbuffer())
     program = torch.export.load(path).module()
     return lambda images: as_list(program(images))
 

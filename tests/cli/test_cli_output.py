@@ -95,6 +95,31 @@ def test_a_disk_that_is_full(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "convmixer_128_8_ks7_p2", "--format", "torch-export", "--output", "model.pt2"),
+        ("export", "convmixer_128_8_ks7_p2", "--format", "safetensors", "--output", "model.safetensors"),
+        ("convert", "weights.pth", "model.safetensors", "--variant", "convmixer_128_8_ks7_p2"),
+        ("convert", "weights.pth", "folder", "--variant", "convmixer_128_8_ks7_p2"),
+    ],
+)
+def test_weights_on_a_disk_that_is_full(tmp_path, command):
+    pytest.importorskip("resource", reason="limits of file size are POSIX")
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", pretrained=True, device="cpu")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import convmixer.cli; convmixer.cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True, errors="replace"
+    )
+    assert done.returncode in (1, 2), done.stderr
+    assert "too large" in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
+
+
 def test_checking_leaves_nothing(tmp_path):
     check_writable(tmp_path / "file")
     assert not list(tmp_path.iterdir())
