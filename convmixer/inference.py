@@ -65,7 +65,7 @@ def check_answers(model: nn.Module, outputs: Tensor) -> Tensor:
     wrong = ~outputs.flatten(1).amax(1).isfinite()  # NaN counts as the largest
     if not bool(wrong.any()):
         return outputs
-    if broken := _broken_tensor(model):
+    if broken := broken_tensor(model):
         reason = f"its {broken} is damaged: take other weights"
     else:
         numbers = ", ".join(map(str, wrong.nonzero()[:5, 0].tolist()))
@@ -76,7 +76,7 @@ def check_answers(model: nn.Module, outputs: Tensor) -> Tensor:
     raise ConvMixerError(f"the model answers NaN or infinity: {reason}")
 
 
-def _broken_tensor(model: nn.Module) -> str | None:
+def broken_tensor(model: nn.Module) -> str | None:
     """Return the name of a parameter or buffer with values that no training leaves."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_floating_point() and not tensor.is_meta:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from convmixer.data.images import enough, read_image
-from convmixer.data.readers import open_split
+from convmixer.data.layout import File
+from convmixer.data.readers import FileSplit, open_split
 from convmixer.errors import ArgumentError, DataError, list_first
 
 if TYPE_CHECKING:
@@ -120,12 +121,14 @@ class Images:
         labels: int64 (N,).
         classes: Class names by label.
         odds: By which each image is drawn for training (N,); none takes each once in an epoch.
+        names: A hash of the names of the files that were read; "" of other images.
     """
 
     pixels: Tensor
     labels: Tensor
     classes: tuple[str, ...]
     odds: Tensor | None = None
+    names: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -143,7 +146,7 @@ class Images:
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def subset(self, index: Tensor) -> Images:
-        return Images(self.pixels[index], self.labels[index], self.classes)
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index], odds=None)
 
     def targets(self) -> Tensor:
         return self.labels.cpu()
@@ -152,7 +155,8 @@ class Images:
         return replace(self, odds=balancing_odds(self))
 
     def record(self) -> dict[str, Any]:
-        return {"images": len(self), "classes": list(self.classes), "labels": labels_digest(self.labels)}
+        named = {"names": self.names} if self.names else {}
+        return {"images": len(self), "classes": list(self.classes), "labels": labels_digest(self.labels), **named}
 
     def parts(self, share: Share) -> Iterator[Batch]:
         for index in share.index(len(self), self.pixels.device, self.odds):
@@ -240,7 +244,8 @@ def load_images(
             raise DataError(f"no image of {opened.name!r} can be read: {shown}")
         readable = torch.tensor([i for i in range(len(opened)) if i not in errors])
         pixels, targets = pixels[readable], targets[readable]
-    return Images(pixels, index[targets], classes or opened.classes)
+    names = names_digest(opened.images) if isinstance(opened, FileSplit) else ""
+    return Images(pixels, index[targets], classes or opened.classes, names=names)
 
 
 def _check_memory(name: str, count: int, size: tuple[int, int, int]) -> None:
@@ -275,7 +280,7 @@ class Fit:
         channels, height, width = self.size
         least = enough(height, width, self.crop_pct) if self.draft else None
         image: Tensor = v2.functional.pil_to_tensor(read_image(source, channels, least=least))
-        if image.shape == self.size:
+        if image.shape == self.size and self.crop_pct == 1:
             return image
         sides = targets = [math.floor(side / self.crop_pct) for side in self.size[1:]]
         if self.crop_mode != "squash":  # the smallest of this shape that covers both targets
@@ -289,6 +294,14 @@ class Fit:
 def labels_digest(labels: Tensor) -> str:
     """Return a short hash of labels (N,) in their order."""
     return hashlib.blake2b(labels.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def names_digest(files: Iterable[File]) -> str:
+    """Return a short hash of the names of files, in their order and below the folder of their split."""
+    found = hashlib.blake2b(digest_size=8)
+    for file in files:
+        found.update(os.fsencode(file.name) + b"\n")
+    return found.hexdigest()
 
 
 def _class_counts(targets: Tensor, classes: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import v2
 
 from convmixer.data.images import enough, read_image
-from convmixer.data.memory import Batch, Fit, Share, balancing_odds, labels_digest, seed_all
+from convmixer.data.memory import Batch, Fit, Share, balancing_odds, labels_digest, names_digest, seed_all
 from convmixer.data.readers import FileSplit, Prepare, ShardSplit, Split, open_split
 from convmixer.data.workers import default_workers, load
 from convmixer.errors import DataError, list_first
@@ -207,8 +207,12 @@ class Stream(_StreamBase):
         return replace(self, odds=balancing_odds(self))
 
     def record(self) -> dict[str, Any]:
-        files = isinstance(self.split, FileSplit)  # other labels take long to read
-        return super().record() | ({"labels": labels_digest(self.targets())} if files else {})
+        if not isinstance(self.split, FileSplit):  # other labels take long to read
+            return super().record()
+        return super().record() | {
+            "labels": labels_digest(self.targets()),
+            "names": names_digest(self.split.images),
+        }
 
     def parts(self, share: Share) -> Iterator[Batch]:
         """Yield training images part after part; with `skip_unreadable` others replace unreadable ones."""

@@ -141,6 +141,9 @@ def check_same_teacher(file: object, name: str, before: str | None, now: str | N
         )
 
 
+_OTHERS = ("labels", "names", "validation labels", "validation names")
+
+
 def check_same_data(file: object, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise an ArgumentError if a run would be resumed with other data.
 
@@ -159,5 +162,5 @@ def check_same_data(file: object, before: dict[str, Any], now: dict[str, Any]) -
             f"cannot resume {str(file)!r} with other data: it had {before['images']} training images of "
             f"{len(before['classes'])} classes, here are {now['images']} of {len(now['classes'])}; validation "
             f"images: {before.get('validation', 'unknown')}, here {now['validation']}"
-            + ("; other labels" if before.get("labels") != now.get("labels") else "")
+            + "".join(f"; other {key}" for key in _OTHERS if {**now, **before}.get(key) != now.get(key))
         )

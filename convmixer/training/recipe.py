@@ -268,7 +268,7 @@ def _are_model_args(value: Any) -> bool:
 
 
 def _are_class_weights(value: Any) -> bool:
-    return value in ("", "balanced") or (_are(value, lambda w: _is_number(w) and 0 <= w < math.inf) and any(value))
+    return value in ("", "balanced") or (bool(value) and _are(value, lambda w: _is_number(w) and 0 < w < math.inf))
 
 
 def _is_policy(value: Any) -> bool:
@@ -326,6 +326,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "class_weights",
         _are_class_weights,
-        '"balanced", or a number of at least 0 for each class, not all of them 0',
+        '"balanced", or a finite number above 0 for each class',
     ),
 )

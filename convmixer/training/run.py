@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.files import remove_leftovers, write_atomically
@@ -53,7 +52,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, recipe: Recipe, *, resume: bool) -> None:
         self.path = Path(os.path.expanduser(path))
-        self.recipe = recipe
+        self.recipe, self.resume = recipe, resume
         self.state_file = self.path / "last.pt"
         self.weights = self.path / "model.safetensors"
         self.best_weights = self.path / "best.safetensors"
@@ -108,7 +107,7 @@ class RunFolder:
         try:
             (self.path / name).parent.mkdir(exist_ok=True)
             yield self.path / name
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             reason = error.__cause__ or error  # a WriteError names the file, too
             raise ConvMixerError(
                 f"cannot write {str(self.path / name)!r}: {reason}. What was saved before is intact: "
@@ -130,7 +129,12 @@ class RunFolder:
             save_weights(model, path, metadata)
 
     def begin(self) -> None:
-        """Write the recipe, and the lines that have been logged so far."""
+        """Write the recipe, and the lines that have been logged so far.
+
+        What is of other weights, or of a run before, goes; but `model.safetensors` stays until the run replaces it.
+        """
+        for path in (self.path / "result.json", *([] if self.resume else [self.best_weights])):
+            path.unlink(missing_ok=True)
         self.write_json("recipe.json", dataclasses.asdict(self.recipe))
         lines, self.pending = self.pending or [], None
         for line in lines:

@@ -19,6 +19,7 @@ import torch
 from convmixer.data.memory import ImageSet
 from convmixer.errors import ConvMixerError, TrainingStopped, list_first
 from convmixer.hub.checkpoints import read_tensors
+from convmixer.inference import broken_tensor
 from convmixer.model import ConvMixer
 from convmixer.native import training as native
 from convmixer.runtime.cuda_graphs import CudaGraphs
@@ -306,6 +307,8 @@ class _Session:
         self._report_unreadable(self.splits.validation, "they are left out of validation")
         if len(self.splits.validation) and not math.isfinite(scores["loss"]):
             raise ConvMixerError(f"the validation loss became {scores['loss']} after epoch {epoch + 1}. {ADVICE}")
+        if broken := broken_tensor(self.trainer.eval_model):
+            raise ConvMixerError(f"{broken} is not finite after epoch {epoch + 1}. {ADVICE}")
         self.history.append(self._row(epoch, scores))
         self.partial = PartialEpoch()
 

@@ -13,6 +13,7 @@ from typing import Any
 from convmixer.data.memory import Fit, ImageSet, fitting, hold_out, load_images
 from convmixer.data.readers import READERS, SHARDS, has_split
 from convmixer.data.stream import open_stream
+from convmixer.errors import list_first
 from convmixer.factory import create_model
 from convmixer.training.checks import check_hold_out
 from convmixer.training.recipe import Recipe
@@ -43,7 +44,9 @@ class Splits:
 
     def record(self) -> dict[str, Any]:
         """Return what must be the same when the run is resumed."""
-        return self.training.record() | {"validation": len(self.validation)}
+        own = self.validation.record()
+        validated = {f"validation {key}": own[key] for key in ("labels", "names") if key in own}
+        return self.training.record() | {"validation": len(self.validation)} | validated
 
     def __str__(self) -> str:
         tests = ", ".join(f"{len(images)} test images ({name})" for name, images in self.tests.items())
@@ -81,6 +84,8 @@ def read_splits(
         training, validation = hold_out(images, recipe.validation_fraction, recipe.seed)
         held_out = f"{len(validation):,} of the training images, held out by validation_fraction"
         report(f"validation: {held_out if len(validation) else 'no images'}")
+        if len(validation):
+            _report_lost(training, report)
     tests: dict[str, ImageSet] = {}
     if has_own["test"]:
         tests[source_name(sources.data)] = read(sources.data, "test", classes=images.classes, labels=sources.labels)
@@ -89,6 +94,14 @@ def read_splits(
     if not tests:
         report("test: no images")
     return Splits(training.balanced() if recipe.balanced else training, validation, tests)
+
+
+def _report_lost(training: ImageSet, report: Callable[[str], None]) -> None:
+    """Report the classes of which all images were held out."""
+    counts = training.targets().bincount(minlength=len(training.classes)).tolist()
+    lost = [name for name, count in zip(training.classes, counts, strict=True) if not count]
+    if lost:
+        report(f"no training image is left of {list_first(lost)}: all were held out. Give --val, or more images")
 
 
 def _free_name(source: str | Path, taken: Container[str]) -> str:

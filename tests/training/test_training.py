@@ -340,7 +340,7 @@ def test_a_checkpoint_brings_its_image_size(digits, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["center", "squash"])
-@pytest.mark.parametrize("shape", [(40, 40), (30, 50), (50, 30)])
+@pytest.mark.parametrize("shape", [(40, 40), (30, 50), (50, 30), (16, 24)])
 def test_images_are_fitted_as_the_transform_of_timm_does(tmp_path, mode, shape):
     from timm.data import create_transform
 
@@ -591,7 +591,7 @@ def test_resume_refuses_another_recipe_and_an_empty_folder(digits, tmp_path):
     assert [row.epoch for row in longer.history] == [1, 2]
     with pytest.raises(ArgumentError, match="has 2 epochs begun: give epochs of at least that"):
         train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
-    with pytest.raises(ArgumentError, match="with other data: it had 270 training images of 4 classes, here are 54"):
+    with pytest.raises(ArgumentError, match=r"with other data: it had 270 training images of 4 classes, here are 54"):
         train(recipe.override(epochs=3), digits / "test", tmp_path / "run", device="cpu", resume=True, report=quiet)
     (tmp_path / "run" / "last.pt").write_bytes(b"garbage")
     with pytest.raises(ConvMixerError, match="cannot resume from"):
@@ -668,6 +668,79 @@ def test_the_best_weights_are_those_of_the_best_epoch_wherever_a_run_was_killed(
     assert all(torch.equal(kept[key], expected[key]) for key in kept)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert [float(row["validation_loss"]) for row in csv.DictReader(file)] == found
+
+
+def test_results_lie_beside_the_weights_that_they_are_of(digits, tmp_path):
+    recipe, options = get_recipe("cifar10", **{**QUICK, "validation_fraction": 0.0}), {"device": "cpu", "report": quiet}
+    folder = tmp_path / "run"
+    train(recipe, digits, folder, **options)
+    assert (folder / "result.json").exists()
+
+    def stop(line):
+        if line.startswith("epoch   3"):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingStopped):
+        train(recipe.override(epochs=9), digits, folder, resume=True, device="cpu", report=stop)
+    assert not (folder / "result.json").exists()
+    with pytest.raises(DataError, match=r"not the folder of a finished run.*--resume"):
+        convmixer.push_to_hub(folder, "me/model", licence="mit")
+
+    validated = get_recipe("cifar10", **QUICK)
+    train(validated, digits, tmp_path / "other", **options)
+    (tmp_path / "other" / "last.pt").unlink()
+    train(recipe, digits, tmp_path / "other", **options)
+    assert not (tmp_path / "other" / "best.safetensors").exists()
+
+
+def test_weights_that_end_as_nan_are_an_error_without_validation_images(digits, tmp_path, monkeypatch):
+    """The last update may spoil them, after the last loss was computed."""
+    recipe = get_recipe("cifar10", **{**QUICK, "validation_fraction": 0.0})
+    real, updates = Trainer._update, []
+
+    def update(self):
+        real(self)
+        updates.append(1)
+        if len(updates) == 2 * self.steps:
+            self.model.head.bias.data[0] = math.nan
+
+    monkeypatch.setattr(Trainer, "_update", update)
+    with pytest.raises(ConvMixerError, match=r"head\.bias is not finite after epoch 2"):
+        train(recipe, digits, tmp_path / "run", device="cpu", report=quiet)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    train(recipe, digits, tmp_path / "run", device="cpu", resume=True, report=quiet)
+
+
+def test_a_class_of_which_all_images_are_held_out_is_named(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "set")
+    for file in sorted((tmp_path / "set" / "train" / "digit 2").iterdir())[1:]:
+        file.unlink()
+    lines, recipe = [], get_recipe("cifar10", **{**QUICK, "epochs": 1, "validation_fraction": 0.5})
+    for seed in range(8):
+        train(recipe.override(seed=seed), tmp_path / "set", tmp_path / f"{seed}", device="cpu", report=lines.append)
+    named = [line for line in lines if line.startswith("no training image is left of digit 2: all were held out")]
+    assert 0 < len(named) < 8
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_resume_refuses_other_images_of_equal_number(digits, tmp_path, stream):
+    data = tmp_path / "set"
+    shutil.copytree(digits / "train", data / "train")
+    shutil.copytree(digits / "test", data / "val")
+    recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1}, stream=stream)
+    options = {"device": "cpu", "report": quiet} | ({"workers": 0} if stream else {})
+    train(recipe, data, tmp_path / "run", **options)
+    longer = recipe.override(epochs=2)
+    first = min((data / "train" / "digit 1").iterdir())
+    renamed = first.rename(first.with_name("9999.png"))
+    with pytest.raises(ArgumentError, match=r"with other data: .*; other names"):
+        train(longer, data, tmp_path / "run", resume=True, **options)
+    renamed.rename(first)
+    (data / "val" / "digit 1").rename(data / "val" / "digit")
+    (data / "val" / "digit 2").rename(data / "val" / "digit 1")
+    (data / "val" / "digit").rename(data / "val" / "digit 2")
+    with pytest.raises(ArgumentError, match=r"with other data: .*; other validation labels"):
+        train(longer, data, tmp_path / "run", resume=True, **options)
 
 
 def test_frozen_backbone_and_layer_decay(digits, tmp_path, monkeypatch):
