@@ -25,6 +25,7 @@ LOGS = DOCS / "runs"
 
 
 _RUNS = {
+    "cifar10": "cifar10",
     "cifar10-best": "convmixer_256_8.cifar10",
     "cifar10-best-128": "convmixer_128_8_ks7_p2.cifar10",
     "cifar10-fast": "cifar10-fast",
