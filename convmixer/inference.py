@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, overload
 
 import torch
+from timm.data.constants import DEFAULT_CROP_PCT
 from torch import Tensor, nn
 
 from convmixer.data.images import Size, check_channels, enough, is_one_image, read_image
@@ -118,7 +119,7 @@ def least_size(model: nn.Module) -> Size:
     """Return the (width, height) from which on an image is large enough for a model: twice what its transform keeps."""
     config = preprocessing(model)
     _, height, width = config["input_size"]
-    return enough(height, width, config["crop_pct"])
+    return enough(height, width, config.get("crop_pct") or DEFAULT_CROP_PCT)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ def _literal(name: str) -> str:
 
 
 def _array(values: Array) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = torch.as_tensor(values).detach().cpu().numpy()
+    tensor = torch.as_tensor(values).detach().cpu()
+    array: npt.NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
 
 

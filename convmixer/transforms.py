@@ -33,7 +33,7 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
             f"this {type(unwrap(model)).__name__} says nothing about its preprocessing: build it with "
             "convmixer.create_model, or pass a registry name"
         )
-    if missing := [name for name in ("input_size", "mean", "std", "crop_pct") if found.get(name) is None]:
+    if missing := [name for name in ("mean", "std") if found.get(name) is None]:
         raise ArgumentError(
             f"the pretrained_cfg of this {type(unwrap(model)).__name__} does not say how images are prepared: add "
             f"{', '.join(missing)}, or build the model with convmixer.create_model"
@@ -95,7 +95,7 @@ def create_transform(
 
 def _check(overrides: dict[str, Any], config: dict[str, Any]) -> None:
     """Raise an ArgumentError for values that timm checks by assertions, late, or not at all."""
-    size = overrides.get("input_size", config["input_size"])
+    size = overrides.get("input_size", config.get("input_size"))
     if not (isinstance(size, tuple | list) and len(size) == 3 and all(map(is_count, size))):
         raise ArgumentError(f"input_size={size!r}: give (channels, height, width)")
     for name in ("mean", "std"):

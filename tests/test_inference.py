@@ -358,6 +358,7 @@ def test_descriptions_go_with_the_names_of_the_old_classes():
     model = small()
     model.pretrained_cfg = {**model.pretrained_cfg, "label_descriptions": tuple(f"a {name}" for name in CIFAR10)}
     assert len(config_of(model, CIFAR10, "")["label_descriptions"]) == 10
+    assert "label_descriptions" not in config_of(model, CIFAR10[::-1], "")
     model.reset_classifier(2)
     assert "label_descriptions" not in config_of(model, ["cat", "dog"], "")
 
@@ -385,6 +386,11 @@ def test_labels_of_a_head_that_was_replaced_by_hand(classes, arrow, tmp_path):
     metadata = json.loads(files["metadata.json"])
     assert metadata["num_classes"] == str(classes)
     assert "label_names" not in metadata
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": tuple(f"kind {i}" for i in range(classes))}
+    assert label_names(model)[1] == "kind 1"
+    convmixer.save_pretrained(model, tmp_path / "published")
+    again = convmixer.create_model(f"local-dir:{tmp_path}/published", pretrained=True, device="cpu")
+    assert label_names(again) == label_names(model)
 
 
 def test_a_head_whose_outputs_are_not_the_classes_is_refused(model, arrow):

@@ -10,11 +10,16 @@ import torch
 from conftest import SMALL_MODEL, write_digits
 
 import convmixer
+from convmixer import plots
 from convmixer.data.memory import load_images
+from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
+from convmixer.hub.verify import verify
+from convmixer.inference import label_names
 from convmixer.native import library
 from convmixer.pyramid import FeaturePyramid
 from convmixer.training import evaluate, get_recipe, train
+from convmixer.training.precision import flush_denormals
 
 CLASSES = ("digit 0", "digit 1", "digit 2", "digit 3")
 
@@ -31,6 +36,24 @@ def default_type(dtype):
         yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_files_and_settings(dtype, tmp_path, cat):
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", pretrained=True, device="cpu")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    convmixer.save_pretrained(model, tmp_path / "folder")
+    with default_type(dtype):
+        convmixer.convert_checkpoint(tmp_path / "weights.pth", tmp_path / "weights.safetensors")
+        with pytest.raises(ArgumentError, match=r"default type is torch\..*: call torch\.set_default_dtype"):
+            verify(tmp_path / "folder", model, label_names(model))
+        plots.class_activation(model, cat)
+        for before in False, True:
+            torch.set_flush_denormal(before)
+            with flush_denormals(torch.device("cpu")):
+                assert float(torch.tensor(1e-40, dtype=torch.float32)) == 0
+            assert (float(torch.tensor(1e-40, dtype=torch.float32)) == 0) is before
+    torch.set_flush_denormal(False)
 
 
 TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -146,6 +146,11 @@ class StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> StrictTarInfo:
         try:
             return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            while block := archive.fileobj.read(2**20):
+                if block.strip(b"\0"):
+                    raise tarfile.ReadError(f"more follows a block of zeros at byte {archive.offset:,}") from None
+            raise
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"it ends at byte {archive.offset:,} without an end marker: cut off") from error
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
@@ -181,8 +186,10 @@ def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) ->
             continue
         if member.islnk() or member.issym():
             target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
-            links[name] = posixpath.normpath(target)
-            found.pop(name, None)  # of members with one name the last one counts
+            target = posixpath.normpath(target).lstrip("/")
+            if target != name:  # GNU tar links a file that it was told to pack twice to itself
+                links[name] = target
+                found.pop(name, None)  # of members with one name the last one counts
         elif not member.isreg() or member.issparse():
             top.links += 1
         elif _is_tar(name):

@@ -118,35 +118,42 @@ def list_rows(layout: Layout, rows: Sequence[Row], split: str | None, table: str
         folder = layout.folder_of(split)
     files = {(file.path, file.start): file for file in folder.walk()}
     labels: dict[File, str] = {}
-    for row, found in zip(chosen, _find(layout, chosen, table), strict=True):
+    meant = _match(layout, rows)
+    for row, found in _find(layout, chosen, meant, table):
         file = files.get((found.path, found.start))
         if file is not None and labels.setdefault(file, row.label) != row.label:
             raise DataError(f"{table!r} gives {file.name} the labels {labels[file]!r} and {row.label!r}")
-    for row, known in zip(others, _match(layout, others, table), strict=True):
-        if known in labels:
-            raise DataError(f"{table!r} has {row.image!r} twice, for {split} and for {row.split or 'no split'}")
+    for row in others:
+        if len(meant[row.image]) == 1 and meant[row.image][0] in labels:
+            raise DataError(f"{table!r} has {row.image!r} twice, for {split} and for {row.split}")
     listed = list_images(folder)
     listed.left_out[unlisted] += len(listed.images) - len(labels)
     return folder, list_labelled(labels.items(), listed.left_out)
 
 
-def _find(layout: Layout, rows: Sequence[Row], table: str) -> list[File]:
-    """Find the file of each row as `_match` does; raise a DataError where there is none."""
-    found = _match(layout, rows, table)
-    lost = [brief(row.image) for row, file in zip(rows, found, strict=True) if file is None]
+def _find(
+    layout: Layout, rows: Sequence[Row], meant: Mapping[str, Sequence[File]], table: str
+) -> list[tuple[Row, File]]:
+    """Return each row with the one file that it means; raise a DataError where there is none or more than one."""
+    for row in rows:
+        if len(meant[row.image]) > 1:
+            raise DataError(
+                f"{brief(row.image)!r} of {table!r} could be {list_first(f.name for f in meant[row.image])} in "
+                f"{layout.source!r}: write the path from there, or give the folder that the table belongs to"
+            )
+    lost = [brief(row.image) for row in rows if not meant[row.image]]
     if lost:
         raise DataError(
             f"{len(lost)} of {len(rows)} rows of {table!r} name no image in {layout.source!r}: {list_first(lost)}. "
             "Write paths from that folder, or names of files that are there once"
         )
-    return [file for file in found if file is not None]
+    return [(row, meant[row.image][0]) for row in rows]
 
 
-def _match(layout: Layout, rows: Sequence[Row], table: str) -> list[File | None]:
-    """Match each row to a file: by its path from the source, or the end of its path, with or without its suffix.
+def _match(layout: Layout, rows: Sequence[Row]) -> dict[str, list[File]]:
+    """Return the images that each row could mean, by its `image`.
 
-    Raises:
-        DataError: Several files could be meant.
+    That is a path from the source, or else the end of a path, with or without its suffix.
     """
     exact = {file.name: file for file in layout.top.walk()}
     absolute = {}
@@ -159,21 +166,14 @@ def _match(layout: Layout, rows: Sequence[Row], table: str) -> list[File | None]
         if suffix.lower() in image_suffixes():
             by_basename[name].append(known)
             by_basename[stem].append(known)
-    found: list[File | None] = []
+    meant: dict[str, list[File]] = {}
     for row in rows:
         name = posixpath.normpath(row.image.replace("\\", "/"))
         file = exact.get(name) or absolute.get(os.path.abspath(row.image))
-        if file is None:
-            near = [f for f in by_basename.get(posixpath.basename(name), ()) if _ends(f"/{f.name}", f"/{name}")]
-            if len(near) > 1:
-                raise DataError(
-                    f"{brief(row.image)!r} of {table!r} could be {list_first(f.name for f in near)} in "
-                    f"{layout.source!r}: write the path from there, or give the folder that the table belongs to"
-                )
-            file = near[0] if near else None
-        is_image = file is not None and posixpath.splitext(file.name)[1].lower() in image_suffixes()
-        found.append(file if is_image else None)
-    return found
+        near = by_basename.get(posixpath.basename(name), ())
+        found = [f for f in near if _ends(f"/{f.name}", f"/{name}")] if file is None else [file]
+        meant[row.image] = [f for f in found if posixpath.splitext(f.name)[1].lower() in image_suffixes()]
+    return meant
 
 
 def _ends(path: str, name: str) -> bool:

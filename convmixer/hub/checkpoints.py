@@ -23,6 +23,7 @@ from convmixer.files import write_atomically
 from convmixer.hub.config import MAX_SIDE
 from convmixer.hub.foreign import first_keys, our_names
 from convmixer.hub.json_limits import header_excess, json_excess
+from convmixer.model import count_outputs
 from convmixer.registry import SHAPE, UNNAMED, VARIANTS, Variant
 from convmixer.wrappers import unwrap
 
@@ -308,6 +309,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     check_keys(tensors, model.state_dict(), str(path), path=path)
     model.load_state_dict(tensors)
     config: Any = getattr(model, "pretrained_cfg", None)
+    names, outputs = header.get("label_names", ()), count_outputs(model)
+    if config and names and len(names) in (outputs, 2 if outputs == 1 else outputs):
+        config = {**config, **UNNAMED, "tag": None, "label_names": names}
+    if config and "input_size" in header:
+        config = {**config, "input_size": (config["input_size"][0], *header["input_size"][1:])}
     if config:
-        old = {**UNNAMED, "tag": None} if "label_names" in header else {}  # what names the classes of the old weights
-        model.pretrained_cfg = {**config, **old, **header}  # type: ignore[assignment]
+        model.pretrained_cfg = config

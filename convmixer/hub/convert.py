@@ -165,7 +165,7 @@ def _compute(written: dict[str, Tensor], arguments: dict[str, Any], named: str) 
     model.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in written.items()})
     side = 2 * model.patch_size
     with computing():
-        outputs = model.eval()(torch.zeros(1, model.in_chans, side, side))
+        outputs = model.eval()(torch.zeros(1, model.in_chans, side, side, dtype=torch.float32))
     if not outputs.isfinite().all():
         raise WeightsError(f"{named}: the model computes values that are not finite. Is it another variant?")
 

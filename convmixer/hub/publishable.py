@@ -127,7 +127,7 @@ def _metrics(given: Mapping[str, float] | Sequence[Metric], test_data: str) -> t
 def _labels(model: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:
     count = num_classes(model)
     if given is None:
-        return known_labels(model) if count and count == model.num_classes else None
+        return known_labels(model) if count else None
     if not all(isinstance(label, str) for label in given) or len(given) not in ((1, 2) if count == 1 else (count,)):
         raise ArgumentError(
             f"label_names has {len(given)} entries, the model {count} classes: give one string for each"

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from convmixer.errors import WeightsError
+from convmixer.errors import ArgumentError, WeightsError
 from convmixer.factory import create_model
 from convmixer.inference import known_labels
 
@@ -33,11 +33,18 @@ def verify(folder: Path, model: nn.Module, labels: Sequence[str] | None) -> dict
 
     Raises:
         WeightsError: A library cannot open the folder, or finds other logits or class names.
+        ArgumentError: PyTorch's default type, in which the libraries build models, is not float32.
     """
+    if torch.get_default_dtype() != torch.float32:
+        raise ArgumentError(
+            f"PyTorch's default type is {torch.get_default_dtype()}, in which other libraries would open the folder: "
+            "call torch.set_default_dtype(torch.float32) first"
+        )
     model = copy.deepcopy(model).to("cpu", torch.float32).eval()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classes = config["num_classes"]
-    x = torch.randn(1, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
+    size, generator = config["pretrained_cfg"]["input_size"], torch.Generator().manual_seed(0)
+    x = torch.randn(1, *size, generator=generator, dtype=torch.float32, device="cpu")
     expected = model(x)
     differences = {}
     for library, compute in LIBRARIES.items():

@@ -134,9 +134,9 @@ def config_of(model: Any, labels: Sequence[str] | None, licence: str) -> dict[st
     if labels:
         # For the other libraries one output has one name; `read_config` prefers both names.
         config["label_names"] = labels[-classes:]
-        descriptions = found.get("label_descriptions")
-        if descriptions and (isinstance(descriptions, Mapping) or len(descriptions) == len(config["label_names"])):
-            config["label_descriptions"] = descriptions
+        own = tuple(found.get("label_names") or ())[-classes:]
+        if found.get("label_descriptions") and own == tuple(config["label_names"]):  # else they are of other classes
+            config["label_descriptions"] = found["label_descriptions"]
     # There even if empty, and without num_classes: transformers would make null of it, which timm cannot open.
     config["model_args"] = arguments
     config["pretrained_cfg"] = _pretrained_cfg(model, found, labels, licence)

@@ -213,7 +213,8 @@ def _open(name: str, device: torch.device, checkpoint: str | Path | None) -> tup
 def _images(model: Any, batch: int, side: int, photographs: Tensor | None) -> Tensor:
     """Return random images, or repeated calibration images: int8's ranges do not hold for noise."""
     if photographs is None:
-        return torch.randn(batch, model.in_chans, side, side, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, model.in_chans, side, side, generator=generator, dtype=torch.float32)
     images = photographs.repeat(-(-batch // len(photographs)), 1, 1, 1)[:batch]
     return images if images.shape[2:] == (side, side) else F.interpolate(images, (side, side))
 

@@ -39,7 +39,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 @contextlib.contextmanager
 def flush_denormals(device: torch.device) -> Iterator[None]:
     """Treat numbers below 1e-38 as zero on a CPU, within the block: with them a step takes up to twice as long."""
-    flushing = float(torch.tensor(1e-40)) == 0
+    flushing = float(torch.tensor(1e-40, dtype=torch.float32, device="cpu")) == 0
     if device.type == "cpu" and not flushing:
         torch.set_flush_denormal(True)  # in this thread, and in those that it starts from here on
     try:

@@ -326,6 +326,6 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "class_weights",
         _are_class_weights,
-        '"balanced", or a finite number above 0 for each class',
+        '"balanced", or a number above 0 for each class',
     ),
 )

@@ -133,8 +133,10 @@ class RunFolder:
 
         What is of other weights, or of a run before, goes; but `model.safetensors` stays until the run replaces it.
         """
-        for path in (self.path / "result.json", *([] if self.resume else [self.best_weights])):
-            path.unlink(missing_ok=True)
+        for name in ("result.json",) if self.resume else _FILES:
+            if name != self.weights.name and (self.path / name).exists():
+                with self.saving(name) as path:
+                    path.unlink()
         self.write_json("recipe.json", dataclasses.asdict(self.recipe))
         lines, self.pending = self.pending or [], None
         for line in lines:

@@ -303,12 +303,13 @@ class _Session:
 
     def _finish_epoch(self, epoch: int) -> None:
         """Validate, and add a row to the history."""
-        scores = self._from_main(lambda: self._evaluate(self.splits.validation))
+        model = self.trainer.eval_model
+        scores = self._from_main(lambda: {**self._evaluate(self.splits.validation), "broken": broken_tensor(model)})
         self._report_unreadable(self.splits.validation, "they are left out of validation")
         if len(self.splits.validation) and not math.isfinite(scores["loss"]):
             raise ConvMixerError(f"the validation loss became {scores['loss']} after epoch {epoch + 1}. {ADVICE}")
-        if broken := broken_tensor(self.trainer.eval_model):
-            raise ConvMixerError(f"{broken} is not finite after epoch {epoch + 1}. {ADVICE}")
+        if scores["broken"]:
+            raise ConvMixerError(f"{scores['broken']} is not finite after epoch {epoch + 1}. {ADVICE}")
         self.history.append(self._row(epoch, scores))
         self.partial = PartialEpoch()
 

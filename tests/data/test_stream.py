@@ -288,13 +288,15 @@ def test_a_shard_that_is_damaged_between_two_samples_is_an_error(digits, tmp_pat
     with tarfile.open(tmp_path / "a.tar") as archive:
         headers = [member.offset for member in archive]
     assert len(headers) == 10
-    for spoiled in (content[: headers[6]], content[: headers[6]] + b"\xff" + content[headers[6] + 1 :]):
+    cut = headers[6]
+    holes = (content[:cut] + hole + content[cut + len(hole) :] for hole in (b"\xff", bytes(512)))
+    for spoiled in (content[:cut], *holes):
         (tmp_path / "a.tar").write_bytes(spoiled)
         for source in f"wds/{tmp_path}/a.tar|5", f"wds/{tmp_path}/a.tar|3":
-            with pytest.raises(DataError, match=r"cannot read 'wds/.*(cut off|damaged)"):
+            with pytest.raises(DataError, match=r"cannot read 'wds/.*(cut off|damaged|more follows)"):
                 load_images(source, "test", SIZE, report=quiet)
         recipe = get_recipe("cifar10", **{**QUICK, "epochs": 1, "batch_size": 2}, stream=True)
-        with pytest.raises(DataError, match=r"cannot read 'wds/.*(cut off|damaged)"):
+        with pytest.raises(DataError, match=r"cannot read 'wds/.*(cut off|damaged|more follows)"):
             train(
                 recipe,
                 digits,

@@ -195,6 +195,18 @@ def test_an_image_in_two_splits(tmp_path):
             open_split(tmp_path, split, labels=table)
 
 
+def test_what_another_split_names_does_not_matter(pictures, tmp_path):
+    """An ambiguous or a missing image is an error of its own split only."""
+    for name in "x", "y":
+        (pictures / name).mkdir()
+        (pictures / name / "two.png").write_bytes((pictures / "a.png").read_bytes())
+    rows = {"image": ["a.png", "b.png", "two.png", "gone.png"], "label": ["x", "y", "x", "y"]}
+    table = write(tmp_path / "labels.csv", **rows, split=["train", "train", "test", "test"])
+    assert len(open_split(tmp_path, "train", labels=table).images) == 2
+    with pytest.raises(DataError, match=r"'two\.png' of .* could be images/x/two\.png, images/y/two\.png"):
+        open_split(tmp_path, "test", labels=table)
+
+
 def test_what_is_no_table(pictures, tmp_path):
     with pytest.raises(DataError, match=r"no table at '.*none\.csv'"):
         open_split(pictures, "train", labels=tmp_path / "none.csv")

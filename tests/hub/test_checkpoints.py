@@ -126,6 +126,10 @@ def test_names_in_the_header_take_the_place_of_the_old_ones(tmp_path):
         assert list(one.pretrained_cfg["label_names"]) == digits
         assert one.pretrained_cfg["input_size"] == (3, 28, 28)
         assert one.pretrained_cfg.get("tag") is None
+    save_weights(model, tmp_path / "w.safetensors", {"label_names": digits[:2], "input_size": [1, 24, 24]})
+    convmixer.load_checkpoint(model, tmp_path / "w.safetensors")
+    assert list(model.pretrained_cfg["label_names"]) == digits
+    assert model.pretrained_cfg["input_size"] == (3, 24, 24)
     own = {**model.pretrained_cfg, "label_names": ("a",) * 10}
     model.pretrained_cfg = own
     save_weights(model, tmp_path / "w.safetensors")

@@ -95,7 +95,7 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"frozen": 0.5}, "contradictory recipe: frozen=0.5 keeps a backbone that was never trained"),
         ({"accumulate": 3}, "contradictory recipe: batch_size=512 does not divide into accumulate=3 parts"),
         ({"mixup": 0.1, "batch_size": 9}, "contradictory recipe: mixup and cutmix pair images: batch_size=9"),
-        ({"class_weights": "even"}, "recipe field class_weights='even': give \"balanced\", or a finite number above 0"),
+        ({"class_weights": "even"}, "recipe field class_weights='even': give \"balanced\", or a number above 0"),
         ({"class_weights": (1.0, -1.0)}, "recipe field class_weights=(1.0, -1.0): give"),
         ({"class_weights": (0, 1)}, "recipe field class_weights=(0, 1): give"),
         ({"balanced": 1}, "recipe field balanced=1: give True or False"),
