@@ -121,7 +121,7 @@ class Images:
         labels: int64 (N,).
         classes: Class names by label.
         odds: By which each image is drawn for training (N,); none takes each once in an epoch.
-        names: A hash of the names of the files that were read; "" of other images.
+        names: A hash of the names of all files of the split; "" of images that are not in files.
     """
 
     pixels: Tensor

@@ -313,6 +313,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     if config and names and len(names) in (outputs, 2 if outputs == 1 else outputs):
         config = {**config, **UNNAMED, "tag": None, "label_names": names}
     if config and "input_size" in header:
-        config = {**config, "input_size": (config["input_size"][0], *header["input_size"][1:])}
+        channels = config.get("input_size", header["input_size"])[0]
+        config = {**config, "input_size": (channels, *header["input_size"][1:])}
     if config:
         model.pretrained_cfg = config
