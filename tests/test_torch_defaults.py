@@ -60,7 +60,7 @@ TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=st
 
 
 @TYPES
-@pytest.mark.parametrize("backend", ["eager", "native", "compile", "openvino", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["eager", "native"])
 def test_backends(dtype, backend):
     if backend == "native" and library.lacks():
         pytest.skip(library.lacks())
