@@ -8,6 +8,7 @@ import contextlib
 import pytest
 import torch
 from conftest import SMALL_MODEL, write_digits
+from runtimes import HAS_NATIVE, NO_NATIVE
 
 import convmixer
 from convmixer import plots
@@ -16,11 +17,11 @@ from convmixer.errors import ArgumentError
 from convmixer.evaluation import validate
 from convmixer.hub.verify import verify
 from convmixer.inference import label_names
-from convmixer.native import library
 from convmixer.pyramid import FeaturePyramid
 from convmixer.training import evaluate, get_recipe, train
 from convmixer.training.precision import flush_denormals
 
+NATIVE = pytest.mark.skipif(not HAS_NATIVE, reason=NO_NATIVE)
 CLASSES = ("digit 0", "digit 1", "digit 2", "digit 3")
 
 
@@ -60,10 +61,8 @@ TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=st
 
 
 @TYPES
-@pytest.mark.parametrize("backend", ["eager", "native"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=NATIVE)])
 def test_backends(dtype, backend):
-    if backend == "native" and library.lacks():
-        pytest.skip(library.lacks())
     model = convmixer.create_model("convmixer_128_8_ks7_p2", pretrained=True, device="cpu").eval()
     images = torch.rand(4, 3, 32, 32)
     for features in (False, True):
@@ -76,9 +75,8 @@ def test_backends(dtype, backend):
         assert torch.equal(found, expected)
 
 
+@NATIVE
 def test_native_computes_on_the_cpu_whatever_the_default_device_is():
-    if library.lacks():
-        pytest.skip(library.lacks())
     model = convmixer.create_model("convmixer_128_8_ks7_p2", device="cpu").eval()
     images = torch.rand(4, 3, 32, 32)
     fast = convmixer.optimize(model, backend="native")

@@ -157,6 +157,13 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {archive.offset:,}: damaged or cut off") from error
 
 
+def members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar without keeping them: a million of them would fill the memory."""
+    while (member := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]
+        yield member
+
+
 def _open_tar(path: str, name: str) -> Folder:
     try:
         status = os.stat(path)
@@ -178,8 +185,7 @@ def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) ->
     """Enter into `top` what an archive holds that begins at byte `base` of the file at `path`."""
     found: dict[str, File] = {}
     links: dict[str, str] = {}
-    while (member := archive.next()) is not None:
-        archive.members.clear()  # type: ignore[attr-defined]  # else a million of them stay in memory
+    for member in members(archive):
         name = posixpath.normpath(member.name).lstrip("/")
         parts = PurePosixPath(name).parts
         if any(_is_hidden(part) for part in parts) or member.isdir():

@@ -32,6 +32,7 @@ from convmixer.data.layout import (
     find_layout,
     list_classes,
     list_images,
+    members,
     role,
 )
 from convmixer.data.tables import has_rows, is_table, list_rows, read_table
@@ -232,11 +233,10 @@ class HubImages(Split):
             raise DataError(f"cannot read image {index} of {self.name!r}: {error}") from error
 
 
-def _members(file: Any) -> Iterator[dict[str, Any]]:
+def _read_files(file: Any) -> Iterator[dict[str, Any]]:
     """Yield the files of a tar as webdataset's iterator does, which takes a damaged header for the end of the tar."""
     with tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as archive:
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # else all of them stay in memory
+        for member in members(archive):
             content = archive.extractfile(member) if member.isreg() else None
             if content is not None and not re.match(r"__[^/]*__($|/)", member.name):
                 yield {"fname": member.name, "data": content.read()}
@@ -265,7 +265,7 @@ class ShardSplit(_Labelled):
         def read() -> Iterator[dict[str, Any]]:
             for url in urls:
                 with contextlib.closing(webdataset.gopen(url)) as file:
-                    yield from group_by_keys({**member, "__url__": url} for member in _members(file))
+                    yield from group_by_keys({**member, "__url__": url} for member in _read_files(file))
 
         yield from webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=rng)(read()) if rng else read()
 

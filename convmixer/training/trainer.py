@@ -267,7 +267,7 @@ class Trainer:
             [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups], dtype=torch.float32
         )
         done = epoch * self.steps + torch.arange(1, self.steps + 1)
-        weights = self.average.weight(done) if self.average else torch.zeros(self.steps, dtype=torch.float32)
+        weights = self.average.weight(done) if self.average else torch.zeros(self.steps)
         return torch.column_stack([rates[:, None] * scales, weights]).to(self.device, torch.float32)
 
     def epoch(
