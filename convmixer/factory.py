@@ -20,7 +20,15 @@ from torch.overrides import TorchFunctionMode
 
 from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
 from convmixer.hub import client
-from convmixer.hub.checkpoints import check_keys, read_header, read_shapes, read_tensors, recognise, variant_of
+from convmixer.hub.checkpoints import (
+    check_keys,
+    prepared_as,
+    read_header,
+    read_shapes,
+    read_tensors,
+    recognise,
+    variant_of,
+)
 from convmixer.hub.config import read_config
 from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
 from convmixer.ops import prefers_channels_last
@@ -406,7 +414,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a weights file says: classes and channels by its shapes, class names by its metadata."""
+    """Return what a weights file says: classes and channels by its shapes, the rest by its header."""
     found: dict[str, Any] = {**UNNAMED, "tag": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
     head, stem = tensors.get("head.weight"), tensors.get("stem.0.weight")
     if head is not None and head.ndim == 2:
@@ -414,8 +422,7 @@ def _config_of_checkpoint(path: Path, tensors: dict[str, Tensor], config: dict[s
     if stem is not None and stem.ndim == 4 and stem.shape[1] != config["input_size"][0]:
         found["input_size"] = (stem.shape[1], *config["input_size"][1:])
     header = read_header(path)
-    if "input_size" in header:
-        found["input_size"] = (found.get("input_size", config["input_size"])[0], *header["input_size"][1:])
+    found |= prepared_as(header, found.get("input_size", config["input_size"]))
     return found | {key: value for key, value in header.items() if key == "label_names"}
 
 

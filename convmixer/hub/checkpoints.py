@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from convmixer.errors import WeightsError, brief
 from convmixer.files import write_atomically
-from convmixer.hub.config import MAX_SIDE
+from convmixer.hub.config import HEADER_CHECKS, check_values
 from convmixer.hub.foreign import first_keys, our_names
 from convmixer.hub.json_limits import header_excess, json_excess
 from convmixer.model import count_outputs
-from convmixer.registry import SHAPE, UNNAMED, VARIANTS, Variant
+from convmixer.registry import PREPROCESSING, SHAPE, UNNAMED, VARIANTS, Variant
 from convmixer.wrappers import unwrap
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
+_TEXTS = ("interpolation", "crop_mode")  # of a header, where the rest is JSON
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -135,25 +136,28 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """Return `label_names` and `input_size` (C, H, W) where the header of a safetensors file has them.
+    """Return the class names and the preprocessing that the header of a safetensors file says, by timm's names.
 
     Raises:
-        WeightsError: They are not JSON, or too long.
+        WeightsError: A value is not JSON, too long, or makes no sense.
     """
-    header = read_metadata(path)
-    texts = [header.get(name, "null") for name in ("label_names", "input_size")]
-    for text in texts:
-        if excess := json_excess(text.encode()):
-            raise WeightsError(f"label_names or input_size in the header of {str(path)!r} has {excess}")
-    try:
-        labels, size = map(json.loads, texts)
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"label_names or input_size in the header of {str(path)!r} is not JSON: {error}") from error
+    header, named = read_metadata(path), f"the header of {str(path)!r}"
     found: dict[str, Any] = {}
-    if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
-        found["label_names"] = tuple(labels)
-    if isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MAX_SIDE for n in size):
-        found["input_size"] = tuple(size)
+    for name in HEADER_CHECKS.keys() & header.keys():
+        if excess := json_excess(header[name].encode()):
+            raise WeightsError(f"{name} in {named} has {excess}")
+        try:
+            found[name] = header[name] if name in _TEXTS else json.loads(header[name])
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(f"{name} in {named} is not JSON: {error}") from error
+    return check_values(found, HEADER_CHECKS, named)
+
+
+def prepared_as(header: Mapping[str, Any], size: Sequence[int] | None) -> dict[str, Any]:
+    """Return the preprocessing of a header for a model that takes the channels of `size`, whatever the header says."""
+    found = {name: header[name] for name in PREPROCESSING if name in header}
+    if size and "input_size" in found:
+        found["input_size"] = (size[0], *found["input_size"][1:])
     return found
 
 
@@ -289,8 +293,8 @@ def check_keys(
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load a safetensors file into a model whose keys and shapes it must match exactly.
 
-    The file is checked as a whole first: an error leaves the model as it was. Class names and input size in its header,
-    as `train` writes them, take the place of the model's.
+    The file is checked as a whole first: an error leaves the model as it was. Class names and preprocessing in its
+    header, as `train` and `export` write them, take the place of the model's.
 
     Args:
         model: A ConvMixer, or any module. Wrappers are looked into, as by `predict`.
@@ -312,8 +316,5 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     names, outputs = header.get("label_names", ()), count_outputs(model)
     if config and names and len(names) in (outputs, 2 if outputs == 1 else outputs):
         config = {**config, **UNNAMED, "tag": None, "label_names": names}
-    if config and "input_size" in header:
-        channels = config.get("input_size", header["input_size"])[0]
-        config = {**config, "input_size": (channels, *header["input_size"][1:])}
     if config:
-        model.pretrained_cfg = config
+        model.pretrained_cfg = config | prepared_as(header, config.get("input_size"))

@@ -19,7 +19,7 @@ from timm.models import PretrainedCfg
 from convmixer.errors import UnknownModelError, WeightsError, brief, list_first, nearest
 from convmixer.hub.json_limits import MAX_BYTES, json_excess
 from convmixer.model import ACTIVATIONS, GLOBAL_POOLS
-from convmixer.registry import CROP_MODES, INTERPOLATIONS, SHAPE, VARIANTS, Variant
+from convmixer.registry import CROP_MODES, INTERPOLATIONS, PREPROCESSING, SHAPE, VARIANTS, Variant
 
 MAX_PARAMETERS = 10**9  # 20 times the largest variant
 MAX_SIDE = 4096  # pixels
@@ -98,6 +98,8 @@ _PRETRAINED_CFG: dict[str, Check] = {
     "license": _TEXT,
     "tag": _TEXT,
 }
+# What the header of a safetensors file says, the texts as they are and the rest as JSON.
+HEADER_CHECKS = {"label_names": _LABELS["label_names"], **{n: PREPROCESSING_CHECKS[n] for n in PREPROCESSING}}
 _KNOWN_TO_TIMM = {field.name for field in dataclasses.fields(PretrainedCfg)} | {"classifier", "first_conv"}
 
 
@@ -144,10 +146,10 @@ def read_config(path: Path, name: str) -> Config:
     given = {part: content.get(part) or {} for part in ("model_args", "pretrained_cfg")}
     if not all(isinstance(value, dict) for value in given.values()):
         raise WeightsError(f"{source}: model_args and pretrained_cfg must be objects")
-    model_args = _checked(given["model_args"], _MODEL_ARGS, source)
-    preprocessing = _checked(given["pretrained_cfg"], _PRETRAINED_CFG, source)
+    model_args = check_values(given["model_args"], _MODEL_ARGS, source)
+    preprocessing = check_values(given["pretrained_cfg"], _PRETRAINED_CFG, source)
     both = preprocessing.get("label_names", ())  # of a model with one output, where timm has room for one name
-    preprocessing |= _checked(content, {**_LABELS, "num_classes": _NUM_CLASSES}, source)
+    preprocessing |= check_values(content, {**_LABELS, "num_classes": _NUM_CLASSES}, source)
     if len(both) == 2 and both[1:] == preprocessing["label_names"]:
         preprocessing["label_names"] = both
     unknown = [f"model_args {brief(repr(key))}" for key in given["model_args"] if key not in _MODEL_ARGS]
@@ -221,7 +223,7 @@ def _parse(path: Path, name: str) -> Any:
         raise WeightsError(f"{name}: {str(path)!r} is not JSON: {error}") from error
 
 
-def _checked(given: Mapping[str, Any], checks: Mapping[str, Check], source: str) -> dict[str, Any]:
+def check_values(given: Mapping[str, Any], checks: Mapping[str, Check], source: str) -> dict[str, Any]:
     """Return the values of the keys that have a check; null counts as not given, lists become tuples."""
     values = {}
     for key, (check, wanted) in checks.items():

@@ -28,6 +28,7 @@ from convmixer.hub.checkpoints import (
     recognise,
     save_weights,
 )
+from convmixer.hub.config import HEADER_CHECKS
 from convmixer.hub.foreign import find_tensors
 from convmixer.hub.publish import save_pretrained
 from convmixer.hub.write_config import architecture
@@ -137,7 +138,7 @@ def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         content = _unpickle(source)
     else:
         content = read_tensors(source)
-        header = {key: text for key, text in read_metadata(source).items() if key in ("label_names", "input_size")}
+        header = {key: text for key, text in read_metadata(source).items() if key in HEADER_CHECKS}
     tensors = find_tensors(content, named)
     for key in [k for k in tensors if k.endswith(".running_mean")]:
         tensors.setdefault(f"{key.removesuffix('running_mean')}num_batches_tracked", torch.tensor(0))

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, ConvMixerError, ExportError, first_line, nearest, optional
 from convmixer.files import check_writable, write_atomically
-from convmixer.hub.checkpoints import read_tensors, save_weights
+from convmixer.hub.checkpoints import matching_variant, read_tensors, save_weights
+from convmixer.hub.write_config import shape_of
 from convmixer.inference import known_labels
 from convmixer.model import ConvMixer, as_dtype, count_outputs
-from convmixer.registry import PREPROCESSING
+from convmixer.registry import PREPROCESSING, SHAPE
 from convmixer.runtime import folding, openvino_core
 from convmixer.runtime.chunks import as_list
 from convmixer.runtime.convert import Dimensions, to_onnx_program, to_openvino, to_program
@@ -415,8 +416,27 @@ def _check(
     folded = isinstance(find_inner(model), FoldedConvMixer)
     if not chosen.folds and (fold or folded or normalization):
         raise ArgumentError(f"a {format} file holds a model's own weights: export the model without folding")
+    if format == "safetensors":
+        _check_weights_file(model)
     if normalization and (folded or not fold):
         raise ArgumentError("normalization is part of folding: give the model itself, with fold=True")
+
+
+def _check_weights_file(model: nn.Module) -> None:
+    """Raise an ArgumentError where opening a file of the weights alone would build a model that computes otherwise."""
+    inner: Any = find_inner(model)
+    shape = shape_of(inner)
+    variant = matching_variant({name: int(shape[name]) for name in SHAPE})
+    built = {"act_layer": variant.act_layer if variant else "gelu"}
+    found: dict[str, Any] = {"act_layer": shape["act_layer"]}
+    if inner is model and count_outputs(model):
+        built["global_pool"], found["global_pool"] = "avg", inner.global_pool.pool_type
+    for name, value in found.items():
+        if value != built[name]:
+            raise ArgumentError(
+                f"a safetensors file has no place for {name}={value!r}, and who opens it would build {built[name]!r}: "
+                "write a folder with convmixer.save_pretrained, or --format hub"
+            )
 
 
 def _move(folder: Path, path: Path) -> None:

@@ -22,6 +22,7 @@ from convmixer.hub.checkpoints import read_tensors
 from convmixer.inference import broken_tensor
 from convmixer.model import ConvMixer
 from convmixer.native import training as native
+from convmixer.registry import PREPROCESSING
 from convmixer.runtime.cuda_graphs import CudaGraphs
 from convmixer.training.checks import check_counts, check_same_data, check_same_teacher, check_sources
 from convmixer.training.history import Epoch, best_epoch
@@ -416,9 +417,9 @@ class _Session:
         """Return what the header of a weights file says."""
         config: Any = self.trainer.model.pretrained_cfg
         return {
-            "architecture": self.recipe.model.split(".")[0],
+            "architecture": config["architecture"],
             "label_names": list(self.splits.training.classes),
-            "input_size": list(config["input_size"]),
+            **{name: config[name] for name in PREPROCESSING},
         }
 
     def _from_main(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

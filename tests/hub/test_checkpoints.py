@@ -18,8 +18,12 @@ from safetensors.torch import save_file
 
 import convmixer
 from convmixer.errors import WeightsError
+from convmixer.factory import open_model
 from convmixer.files import write_atomically
-from convmixer.hub.checkpoints import read_metadata, save_weights
+from convmixer.hub.checkpoints import read_header, read_metadata, save_weights
+from convmixer.hub.convert import convert_checkpoint
+from convmixer.runtime.export import export_model
+from convmixer.transforms import preprocessing
 
 
 def snapshot(model):
@@ -135,6 +139,37 @@ def test_names_in_the_header_take_the_place_of_the_old_ones(tmp_path):
     save_weights(model, tmp_path / "w.safetensors")
     convmixer.load_checkpoint(model, tmp_path / "w.safetensors")
     assert model.pretrained_cfg == own
+
+
+def test_preprocessing_in_the_header_is_used(tmp_path):
+    """Whoever opens the file prepares images as whoever exported it did, whatever form it takes on the way."""
+    how = {"mean": (0.5, 0.25, 0.125), "std": (0.5, 1.0, 2.0), "interpolation": "nearest", "crop_mode": "border"}
+    how |= {"crop_pct": 0.5, "input_size": (3, 28, 20)}
+    model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
+    model.pretrained_cfg |= how
+    export_model(model, tmp_path / "w.safetensors", format="safetensors")
+    convert_checkpoint(tmp_path / "w.safetensors", tmp_path / "v.safetensors")
+    convert_checkpoint(tmp_path / "v.safetensors", tmp_path / "folder")
+    filled = convmixer.create_model("convmixer_256_8", device="cpu")
+    convmixer.load_checkpoint(filled, tmp_path / "v.safetensors")
+    opened = convmixer.create_model("convmixer_256_8", checkpoint=tmp_path / "v.safetensors", device="cpu")
+    for one in filled, opened, open_model(f"local-dir:{tmp_path}/folder", device="cpu"):
+        assert {key: one.pretrained_cfg[key] for key in how} == how
+    # Of a model that takes other channels, the sides count.
+    grey = convmixer.create_model("convmixer_256_8", checkpoint=tmp_path / "v.safetensors", in_chans=1, device="cpu")
+    assert preprocessing(grey)["input_size"] == (1, 28, 20)
+    assert preprocessing(grey)["mean"] == pytest.approx((0.875 / 3,))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("mean", "[0.5, true, 0.5]"), ("std", "[0, 0, 0]"), ("interpolation", "smooth"), ("mean", "x")],
+)
+def test_preprocessing_in_the_header_that_makes_no_sense(model, tmp_path, name, text):
+    save_weights(model, tmp_path / "w.safetensors", {name: text})
+    with pytest.raises(WeightsError, match=r"the header of '.*w.safetensors'") as caught:
+        read_header(tmp_path / "w.safetensors")
+    assert name in str(caught.value)
 
 
 def test_values_of_another_type_take_the_type_of_the_model(model, file):

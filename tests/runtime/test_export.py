@@ -360,6 +360,14 @@ def test_missing_libraries(model, tmp_path, monkeypatch, format, module):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("changes", [{"act_layer": "relu"}, {"global_pool": "max"}])
+def test_a_weights_file_is_refused_that_would_be_opened_as_another_model(tmp_path, changes):
+    model = convmixer.create_model("convmixer_256_8", device="cpu", **changes)
+    with pytest.raises(ArgumentError, match=r"has no place for (act_layer='relu'|global_pool='max').*--format hub"):
+        convmixer.export_model(model, tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
