@@ -216,9 +216,12 @@ class Stream(_StreamBase):
 
     def parts(self, share: Share) -> Iterator[Batch]:
         """Yield training images part after part; with `skip_unreadable` others replace unreadable ones."""
+        each = share.batch_size // share.parts
+        starts = (step * share.batch_size + part * each for step in share.steps for part in share.own)
+        # By position, as an image may be drawn more than once in an epoch.
         keys = (
-            [(i, (share.seed, share.epoch, i)) for i in part.tolist()]
-            for part in share.index(len(self), odds=self.odds)
+            [(number, (share.seed, share.epoch, position)) for position, number in enumerate(part.tolist(), start)]
+            for start, part in zip(starts, share.index(len(self), odds=self.odds), strict=True)
         )
         decoder = _Decoder(self.split, self.index, self.change, replace=self.skip_unreadable)
         return self._load(decoder, training=True, batch_sampler=keys, collate_fn=_collate)

@@ -133,6 +133,17 @@ def test_augmentation_follows_from_the_image_and_the_epoch_alone(digits):
     assert not torch.equal(again, torch.cat([labels for _, labels in whole]))
 
 
+def test_an_image_that_is_drawn_twice_is_changed_in_two_ways(tmp_path):
+    write_digits(tmp_path, 60, 3, ("0", "1"))
+    for file in list((tmp_path / "train" / "1").iterdir())[2:]:
+        file.unlink()
+    stream = _open(tmp_path, recipe=get_recipe("imagenet1k", batch_size=30)).balanced()
+    pixels, labels = map(torch.cat, zip(*stream.parts(_share(len(stream))), strict=True))
+    rare = pixels[labels == 1]
+    assert len(rare) > 4
+    assert len(rare.unique(dim=0)) == len(rare)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_policy_is_timms(channels):
     from convmixer.data.stream import policy
