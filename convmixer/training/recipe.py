@@ -22,7 +22,7 @@ class Recipe:
     """Everything that decides the outcome of a training run, other than the data.
 
     Attributes:
-        model: Variant to train, or `variant.tag` to start from those weights.
+        model: Variant to train, or `variant.tag`, `hf-hub:owner/repo` or `local-dir:PATH` to start from those weights.
         checkpoint: A .safetensors file to start from, instead of the weights that `model` names.
         model_args: Sizes other than those of `model`: pairs of "dim", "depth", "kernel_size" or "patch_size" and a
             number. Such a model is opened by the folder of its run.
@@ -171,7 +171,7 @@ class Recipe:
                 "patience needs validation images: give validation_fraction above 0",
             ),
             (
-                self.frozen and "." not in self.model and not self.checkpoint,
+                self.frozen and not self.pretrained and not self.checkpoint,
                 f"frozen={self.frozen} keeps a backbone that was never trained: give model=VARIANT.TAG, or a "
                 "checkpoint",
             ),
@@ -205,6 +205,11 @@ class Recipe:
         for conflict, message in conflicts:
             if conflict:
                 raise ArgumentError(f"contradictory recipe: {message}")
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether `model` names weights: by a tag, or as a folder or a repository."""
+        return "." in self.model or ":" in self.model
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -258,7 +263,8 @@ def _are_image_sizes(value: Any) -> bool:
     if not _are(value, lambda row: _are(row, _is_number, 2)):
         return False
     starts = [start for start, _ in value]
-    return starts[:1] in ([], [0]) and starts == sorted(set(starts)) and all(_is_whole(side, 1) for _, side in value)
+    rising = starts == sorted(set(starts)) and all(0 <= start < 1 for start in starts)
+    return starts[:1] in ([], [0]) and rising and all(_is_whole(side, 1) for _, side in value)
 
 
 def _are_model_args(value: Any) -> bool:
@@ -279,7 +285,8 @@ def _is_policy(value: Any) -> bool:
 
 
 def _is_optimizer(value: Any) -> bool:
-    return isinstance(value, str) and value.removeprefix(LOOKAHEAD) in list_optimizers()
+    name = value.removeprefix(LOOKAHEAD) if isinstance(value, str) else ""
+    return name in list_optimizers() and not get_optimizer_info(name).second_order
 
 
 def _count_betas(opt: str) -> int:
@@ -312,14 +319,18 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("in_chans", lambda v: _is_whole(v, 1) and v in (1, 3), "3 or 1"),
     ("input_size", lambda v: _are(v, lambda n: _is_whole(n, 1), 0, 2), "height and width in pixels"),
     ("model_args", _are_model_args, f"pairs of one of {', '.join(SHAPE)} and a whole number of at least 1"),
-    ("opt", _is_optimizer, "an optimizer of timm.optim.list_optimizers()"),
+    ("opt", _is_optimizer, "a first-order optimizer of timm.optim.list_optimizers()"),
     ("knee", lambda v: _are(v, _is_number, 2), "two numbers"),
     (
         "rand_augment",
         lambda v: _are(v, lambda n: _is_whole(n, 0), 2) and v[1] <= 30,
         "two whole numbers (operations >= 0, magnitude 0 to 30)",
     ),
-    ("image_sizes", _are_image_sizes, "pairs: rising parts of the run, from 0 on, and sides in whole pixels"),
+    (
+        "image_sizes",
+        _are_image_sizes,
+        "pairs: rising parts of the run, from 0 on and below 1, and sides in whole pixels",
+    ),
     ("teacher", lambda v: isinstance(v, str), "the name of a model, or the folder of a run"),
     ("fill", lambda v: v in ("black", "mean"), '"black" or "mean"'),
     ("auto_augment", _is_policy, 'a policy of timm such as "rand-m9-mstd0.5-inc1"'),

@@ -13,7 +13,7 @@ from typing import Any
 from convmixer.data.memory import Fit, ImageSet, fitting, hold_out, load_images
 from convmixer.data.readers import READERS, SHARDS, has_split
 from convmixer.data.stream import open_stream
-from convmixer.errors import list_first
+from convmixer.errors import ArgumentError, list_first
 from convmixer.factory import create_model
 from convmixer.training.checks import check_hold_out
 from convmixer.training.recipe import Recipe
@@ -118,6 +118,15 @@ def _reader(
     model = create_model(recipe.model, checkpoint=checkpoint, device="meta", **recipe.sizes)
     config: dict[str, Any] = model.pretrained_cfg
     height, width = recipe.input_size or config["input_size"][1:]
+    for name, sides in (
+        ("input_size", (height, width)),
+        ("image_sizes", tuple(side for _, side in recipe.image_sizes)),
+    ):
+        if min(sides, default=model.patch_size) < model.patch_size:
+            raise ArgumentError(
+                f"recipe field {name}={getattr(recipe, name)!r}: {min(sides)} pixels are less than a patch of "
+                f"{recipe.model}, {model.patch_size} pixels: give more"
+            )
     fit = Fit((recipe.in_chans, height, width), **fitting(config), draft=recipe.draft)
     options: dict[str, Any] = {
         "skip_unreadable": sources.skip_unreadable,

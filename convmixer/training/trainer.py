@@ -46,7 +46,7 @@ def build_model(
     torch.manual_seed(recipe.seed)
     model: ConvMixer = create_model(
         recipe.model,
-        pretrained="." in recipe.model,
+        pretrained=recipe.pretrained,
         checkpoint=recipe.checkpoint or None,
         device=device,
         dtype=torch.float32,
@@ -360,8 +360,9 @@ class Trainer:
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.compiled):
             with self.accelerator.autocast():
                 logits: Tensor = self.compiled(inputs)
-                smoothing = self.recipe.label_smoothing
-                loss = F.cross_entropy(logits.float(), targets, self.class_weights, label_smoothing=smoothing)
+                options: Any = {"label_smoothing": self.recipe.label_smoothing, "reduction": "sum"}
+                # PyTorch's mean is over the class weights of labels, but over the number of mixed targets.
+                loss = F.cross_entropy(logits.float(), targets, self.class_weights, **options) / len(targets)
             if self.teacher:
                 distance = distillation_loss(logits.float(), self.teacher(inputs), self.recipe.temperature)
                 loss = torch.lerp(loss, distance, self.recipe.distillation)

@@ -74,9 +74,12 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"weight_decay": math.inf}, "recipe field weight_decay=inf: give a finite number of at least 0"),
         ({"mixup": math.nan}, "recipe field mixup=nan: give a finite number of at least 0"),
         ({"shift": 1.5}, "recipe field shift=1.5: give a whole number of at least 0"),
+        ({"image_sizes": ((0, 16), (50, 32))}, "rising parts of the run, from 0 on and below 1"),
+        ({"image_sizes": ((0, 16), (float("nan"), 32))}, "rising parts of the run, from 0 on and below 1"),
+        ({"opt": "adahessian"}, "recipe field opt='adahessian': give a first-order optimizer"),
         ({"seed": 2**63}, f"recipe field seed={2**63}: give a whole number from 0 to 2**63 - 1"),
         ({"in_chans": 3.0}, "recipe field in_chans=3.0: give 3 or 1"),
-        ({"opt": None}, "recipe field opt=None: give an optimizer of timm"),
+        ({"opt": None}, "recipe field opt=None: give a first-order optimizer of timm"),
         ({"model": None}, "recipe field model=None: give a string"),
         ({"checkpoint": Path("best.safetensors")}, "Path('best.safetensors'): give a string"),
         (

@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import SMALL_MODEL, write_digits
+from conftest import SMALL_MODEL, shake, write_digits
 from PIL import Image, ImageOps
 from processes import finish, started, wait_for
 from safetensors.torch import load_file
@@ -37,6 +37,7 @@ from convmixer.data.readers import FileSplit, has_split, open_split
 from convmixer.errors import ArgumentError, ConvMixerError, DataError, DependencyError, TrainingStopped, WeightsError
 from convmixer.evaluation import validate
 from convmixer.factory import open_model
+from convmixer.hub.checkpoints import read_metadata
 from convmixer.native import library as native
 from convmixer.native import training as training_kernels
 from convmixer.training import Recipe, evaluate, get_recipe, train
@@ -519,6 +520,15 @@ def test_balanced_class_weights_are_those_of_scikit_learn():
     assert class_weights(Recipe(), images) is None
     with pytest.raises(ArgumentError, match=r"has 2 weights: give one for each of the 3 classes a, b, c"):
         class_weights(Recipe(class_weights=(1.0, 2.0)), images)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mixup": 0.5, "mix_prob": 0.0}])  # mixed targets, though nothing is mixed
+def test_class_weights_multiply_the_loss(digits, tmp_path, fields):
+    def losses(weight):
+        recipe = get_recipe("cifar10", **{**QUICK, **fields, "epochs": 1, "lr": 1e-12, "class_weights": (weight,) * 4})
+        return train(recipe, digits, tmp_path / f"{weight}", device="cpu", report=quiet).history[0].train_loss
+
+    assert losses(10.0) == pytest.approx(10 * losses(1.0), rel=1e-4)
 
 
 def test_balanced_drawing_shows_all_classes_as_often():
@@ -1033,6 +1043,40 @@ def test_fine_tuning_starts_from_the_weights(digits, tmp_path):
     for a, b in zip(result.model.blocks.parameters(), source.blocks.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
     assert result.model.num_classes == 4
+
+
+@pytest.mark.parametrize("name", ["local-dir:published", "local-dir:./published"])
+def test_fine_tuning_starts_from_a_published_folder(digits, tmp_path, monkeypatch, name):
+    """With its weights, and with its preprocessing; the files of the run say both."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"dim": 16, "depth": 2}
+    source = shake(convmixer.create_model("convmixer_128_8_ks7_p2", num_classes=4, device="cpu", **sizes))
+    source.pretrained_cfg |= {"mean": (0.25, 0.5, 0.75), "interpolation": "nearest", "input_size": (3, 8, 8)}
+    convmixer.save_pretrained(source, "published", label_names=list("abcd"))
+    recipe = get_recipe("cifar10", **{**QUICK, "model": name, "model_args": (), "input_size": (), "lr": 1e-12})
+    model = train(recipe, digits, "run", device="cpu", report=quiet).model
+    for key, value in model.named_parameters():
+        torch.testing.assert_close(value, source.state_dict()[key], atol=1e-6, rtol=0)
+    base = read_metadata("run/model.safetensors")["architecture"]
+    again = convmixer.create_model(base, checkpoint="run/model.safetensors", device="cpu", **sizes)
+    for opened in (model, open_model("run", device="cpu"), again):
+        config = opened.pretrained_cfg
+        assert (config["mean"], config["interpolation"]) == ((0.25, 0.5, 0.75), "nearest")
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"image_sizes": ((0.0, 1),)},
+            r"image_sizes=.* 1 pixels are less than a patch of convmixer_\w+, 2",
+        ),
+        ({"input_size": (8, 1)}, r"input_size=\(8, 1\): 1 pixels are less than a patch of"),
+    ],
+)
+def test_images_smaller_than_a_patch_are_refused_before_they_are_read(tmp_path, fields, text):
+    with pytest.raises(ArgumentError, match=text):
+        train(get_recipe("cifar10", **fields), tmp_path / "nowhere", tmp_path / "run", device="cpu", report=quiet)
 
 
 def test_evaluate_restores_the_mode(digits):
