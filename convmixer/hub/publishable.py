@@ -78,6 +78,8 @@ def gather(
     if isinstance(tags, str) or isinstance(label_names, str):
         raise ArgumentError(f"tags={tags!r}, label_names={label_names!r}: give lists of strings")
     measured = _metrics(metrics, test_data)
+    if test_data and not measured:
+        raise ArgumentError(f"test_data={test_data!r} says what metrics were measured on: give metrics too")
     known: dict[str, Any] = {}
     given = os.path.expanduser(given) if isinstance(given, str | Path) else unwrap(given)
     if isinstance(given, nn.Module):
