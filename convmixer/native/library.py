@@ -39,6 +39,16 @@ _INSTALL = {
 }
 
 
+def _after_fork() -> None:
+    """Renew the lock in a forked child, whose one thread cannot wait for what compiled in the parent."""
+    global _COMPILING
+    _COMPILING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def compiler() -> str | None:
     """Return the path of the C++ compiler: CXX, else g++ or clang++; None if there is none."""
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]

@@ -112,8 +112,7 @@ class Native:
         self._record = self._pack(folded, kernel_size)
 
     def after_fork(self) -> None:
-        """Compute in one thread from now on: OpenMP would wait for threads that are gone."""
-        self._thread_count = ThreadCount(1)
+        """Do nothing: `ThreadCount` is one thread then."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pack again in copies and pickles: a record holds addresses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 SLOW, LEAST = 2.0, 1e-3  # a call was held up if it took longer than SLOW times the fastest one and LEAST seconds
@@ -9,6 +10,18 @@ SHORTEST_BREAK, LONGEST_BREAK = 0.05, 5.0  # seconds
 RECOVERY = 0.95  # by which a call that was not held up shortens the next break
 
 Shape = tuple[int, ...]
+
+_forked = False
+
+
+def _after_fork() -> None:
+    """Compute in one thread from now on: OpenMP would wait for threads that are gone."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class ThreadCount:
@@ -29,7 +42,7 @@ class ThreadCount:
 
     def next(self) -> int:
         """Return the number of threads for a call that begins now."""
-        return 1 if time.perf_counter() < self._until else self.most
+        return 1 if _forked or time.perf_counter() < self._until else self.most
 
     def note(self, shape: Shape, threads: int, seconds: float) -> None:
         """Take down how long a call for images of a shape took."""

@@ -463,6 +463,8 @@ def takes(stem: Any, blocks: Any, images: Tensor, taken: Sequence[int], sync_bat
         reason = "features of several blocks are wanted, and the native kernels give the last one's"
     elif images.requires_grad and torch.is_grad_enabled():
         reason = "a gradient of the images is wanted, which the native kernels do not compute"
+    elif not images.is_floating_point():  # autocast does not cast them, and layers refuse them
+        reason = f"images of {images.dtype} are not floating point"
     elif parameters != images.dtype and not (torch.is_autocast_enabled("cpu") and parameters in (dtype, torch.float32)):
         reason = f"images of {images.dtype} and parameters of {parameters} do not go together"
     chosen: bool = _chosen(reason, dtype)
@@ -554,7 +556,10 @@ def features(
     parameters = [parameter.to(torch.float32).contiguous() for parameter in parameters]
     statistics = torch.stack(running).to(torch.float32).unflatten(0, (len(layers), 2))
     images = images.detach().to(torch.float32).contiguous()
-    result, moments, _ = _StemAndBlocks.apply(images, statistics, settings, *parameters)
+    if differentiable:
+        result, moments, _ = _StemAndBlocks.apply(images, statistics, settings, *parameters)
+    else:  # where nothing has a gradient, torch.compile cannot trace a Function that takes *arguments
+        result, moments, _ = forward(images, parameters, statistics, *settings)
     if any(by_batch):
         fused.track(norms, [fused.Moments(*of_layer.unbind()) for of_layer in moments.unbind()])
     output: Tensor = result.contiguous(memory_format=torch.channels_last) if channels_last else result

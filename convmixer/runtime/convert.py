@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,13 @@ if TYPE_CHECKING:
     import openvino
 
 Dimensions = dict[int, Any]  # axis of the images -> the `torch.export.Dim` that leaves it open
+
+
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """Trace as the module computes: without the caller's autocast, which converters record, and without gradients."""
+    with tracing(), quietly(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def open_dimensions() -> Dimensions:
@@ -32,7 +41,7 @@ def open_example(module: nn.Module) -> Tensor:
 
 def to_program(module: nn.Module, example: Tensor, dimensions: Dimensions) -> torch.export.ExportedProgram:
     """Trace a module with one input."""
-    with tracing(), quietly():  # the exporters' own dependencies warn
+    with _exact():  # the exporters' own dependencies warn
         return torch.export.export(module, (example,), dynamic_shapes=(dimensions,))
 
 
@@ -49,7 +58,7 @@ def to_openvino(
     runtime = optional("openvino", "openvino", "export")
     example = open_example(module) if example is None else example
     private = copy.deepcopy(module)  # OpenVINO reads the weights in place, and PyTorch may move a module's own
-    with tracing(), quietly(), torch.no_grad():
+    with _exact():
         model: openvino.Model = runtime.convert_model(to_program(private, example, dimensions or open_dimensions()))
     return model
 
@@ -58,7 +67,7 @@ def to_onnx_program(
     module: nn.Module, example: Tensor, dimensions: Dimensions, **options: Any
 ) -> torch.onnx.ONNXProgram:
     """Convert a module on the CPU; `options` are those of `torch.onnx.export`."""
-    with tracing(), quietly(), torch.no_grad():
+    with _exact():
         program = torch.onnx.export(
             module, (example,), dynamo=True, verbose=False, dynamic_shapes=(dimensions,), **options
         )

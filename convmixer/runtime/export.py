@@ -424,13 +424,13 @@ def _check(
 
 def _check_weights_file(model: nn.Module) -> None:
     """Raise an ArgumentError where opening a file of the weights alone would build a model that computes otherwise."""
-    inner: Any = find_inner(model)
+    inner = find_inner(model)
     shape = shape_of(inner)
     variant = matching_variant({name: int(shape[name]) for name in SHAPE})
     built = {"act_layer": variant.act_layer if variant else "gelu"}
     found: dict[str, Any] = {"act_layer": shape["act_layer"]}
     if inner is model and count_outputs(model):
-        built["global_pool"], found["global_pool"] = "avg", inner.global_pool.pool_type
+        built["global_pool"], found["global_pool"] = "avg", find_inner(model).global_pool.pool_type
     for name, value in found.items():
         if value != built[name]:
             raise ArgumentError(

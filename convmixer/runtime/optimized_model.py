@@ -108,6 +108,8 @@ class OptimizedConvMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | Any:
         """Compute logits (B, num_classes) of images (B, in_chans, H, W); a feature extractor returns a list of maps."""
+        if torch.jit.is_tracing():
+            raise ArgumentError("torch.jit.trace sees nothing of an optimized model: give it the original")
         check_input(x, self.in_chans, self.patch_size)
         own = next(self.folded.parameters())
         if x.device != own.device or not x.is_floating_point():

@@ -1,6 +1,7 @@
 """The native kernels of fused blocks against the layers in double precision, and what they do not take."""
 
 import copy
+import itertools
 import logging
 import os
 import re
@@ -471,6 +472,33 @@ def test_a_child_by_fork_computes():
     """Where OpenMP would wait for threads that are gone."""
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_compiled_where_nothing_has_a_gradient():
+    """As in validation, where the backbone is frozen, and where statistics are computed anew."""
+    if lacking := convmixer.ops.fused.cannot_compile():
+        pytest.skip(lacking)
+    torch._dynamo.reset()
+    plain, fused = pair(depth=1)
+    run = torch.compile(fused.forward_features, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    for training, mode in itertools.product((True, False), (torch.no_grad, torch.inference_mode)):
+        fused.train(training), plain.train(training)
+        with mode():
+            assert error(run(x.float()), plain.forward_features(x)) <= 1e-5
+    for model in fused, plain:
+        model.train().requires_grad_(False)
+    assert error(run(x.float()), plain.forward_features(x)) <= 1e-5
+    for key, value in fused.state_dict().items():
+        assert error(value, plain.state_dict()[key]) <= 1e-5, key
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.complex64])
+def test_images_that_are_no_floating_point_are_refused_as_by_layers(native_calls, dtype):
+    _, fused = pair(depth=1)
+    with autocast(torch.bfloat16), pytest.raises(RuntimeError, match="type"):
+        fused(torch.ones(2, 3, 12, 12, dtype=dtype))
+    assert not native_calls["forward"]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

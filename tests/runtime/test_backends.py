@@ -174,6 +174,9 @@ def test_autocast_changes_nothing(backend):
             found = fast(x)
         assert found.dtype == torch.float32
         assert error(found, expected) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):  # while it is converted
+        fast = optimize(model, backend=backend)
+    assert error(fast(x), expected) < 1e-5
 
 
 @pytest.mark.skipif(find_backend("compile").missing() is not None, reason="no C++ compiler")

@@ -6,6 +6,8 @@ import io
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -160,6 +162,36 @@ def test_workers_of_a_data_loader(made, start):
     for (name, model), (_, answer) in zip(models.items(), answers, strict=True):
         assert torch.allclose(answer, model(x), rtol=1e-5, atol=1e-6), name
         assert torch.equal(model(x), models[name](x))
+
+
+MADE_IN_A_CHILD = """
+import copy, os, pickle, torch
+from convmixer import ConvMixer, optimize
+torch.set_num_threads(2)
+model, x = ConvMixer(64, 1, 3, 2, num_classes=3).eval(), torch.randn(2, 3, 8, 8)
+fast = optimize(model, backend="native")
+expected, pickled = fast(x), pickle.dumps(fast)
+for make in (lambda: pickle.loads(pickled), lambda: copy.deepcopy(fast), lambda: optimize(model, backend="native")):
+    child = os.fork()
+    if not child:
+        os._exit(not torch.equal(make()(x), expected))
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif("native" not in CPU or not hasattr(os, "fork"), reason="no native kernels, or no fork")
+def test_native_models_made_in_a_forked_process():
+    done = subprocess.run(
+        [sys.executable, "-c", MADE_IN_A_CHILD], capture_output=True, text=True, timeout=240, check=True
+    )
+    assert done.stdout.split() == ["0"] * 3, done.stderr
+
+
+@torch.no_grad()
+def test_recorders_are_told_that_they_see_nothing():
+    fast = convmixer.optimize(make(depth=1), backend=next(name for name in CPU if name != "eager"))
+    with pytest.raises(ArgumentError, match=r"torch\.jit\.trace sees nothing of an optimized model: give it the orig"):
+        torch.jit.trace(fast, torch.zeros(1, 3, 8, 8))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # of Python 3.12
