@@ -292,7 +292,9 @@ class DepthwiseConv2d(nn.Conv2d):
 
 def _keeps_resolution(layer: nn.Module) -> bool:
     """Return whether a layer is a depthwise convolution with square kernels that keeps the resolution."""
-    if type(layer) is not nn.Conv2d or not layer.groups == layer.in_channels == layer.out_channels > 1:
+    if type(layer) is not nn.Conv2d or "forward" in vars(layer):  # such as a hook of accelerate, which would stay
+        return False
+    if not layer.groups == layer.in_channels == layer.out_channels > 1:
         return False
     height, width = layer.kernel_size
     same = layer.padding == "same" or (height % 2 == 1 and layer.padding == (height // 2, height // 2))

@@ -45,7 +45,10 @@ def _check(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _fits(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:
     """Return whether the kernels take this device, type and size; the log says so once for each."""
-    return _check(device, dtype, kernel_size)  # torch.compile warns of a cached function that it meets itself
+    try:
+        return _check(device, dtype, kernel_size)  # torch.compile warns of a cached function that it meets itself
+    except (RuntimeError, AssertionError):  # a device that is not here, as fake tensors can be on
+        return False
 
 
 def prefers_channels_last(device: torch.device, dtype: torch.dtype, kernel_size: int) -> bool:

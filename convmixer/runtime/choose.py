@@ -178,7 +178,7 @@ def _median_seconds(models: Sequence[OptimizedConvMixer], example: Tensor) -> li
             begun = time.perf_counter()
             model(example)
             if example.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(example.device)
             if turn:
                 times.append(time.perf_counter() - begun)
     return [statistics.median(times) for times in seconds]

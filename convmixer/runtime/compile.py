@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convmixer.errors import DependencyError, first_line
-from convmixer.model import DepthwiseConv2d
+from convmixer.model import DepthwiseConv2d, mirror
 from convmixer.native.compiled_code import settle
 from convmixer.native.library import inductor_lacks
 from convmixer.ops import prefers_channels_last
@@ -29,8 +29,8 @@ class Compiled(Eager):
     """
 
     def __init__(self, module: nn.Module, chunk_rule: ChunkRule | None = None) -> None:
-        super().__init__(module, chunk_rule)
-        for layer in module.modules():
+        super().__init__(mirror(module), chunk_rule)  # others may export the module itself
+        for layer in self.module.modules():
             if isinstance(layer, DepthwiseConv2d):
                 layer.exports_kernels = True  # TorchInductor takes the kernels whole
         settle("TORCHINDUCTOR_CACHE_DIR", _default_cache, "graphs of TorchInductor")

@@ -23,7 +23,6 @@ from torch import Tensor
 
 _LOGGER = logging.getLogger(__name__)
 WARM_UP = 3  # eager calls before a capture: they compile, choose kernels, and allocate the optimizer's state
-MOST_GRAPHS = 3  # of a training step, each of which holds all its memory
 GRAPH_BYTES = 2**25  # of a feature map, above which launches on a GPU cost little and memory much
 
 
@@ -108,7 +107,10 @@ class Captured:
 
 
 class Graphed:
-    """A function that is captured after a few calls, once for each combination of shapes and constants.
+    """A function that is captured after a few calls, once for each combination of constants.
+
+    Inputs of other shapes or types make new graphs. The old ones go first, since each holds the memory of a whole call,
+    and calls of a run that have changed seldom change back.
 
     Args:
         function: As `Captured` takes it; constants are keyword arguments.
@@ -120,6 +122,7 @@ class Graphed:
         self, function: Callable[..., None], graphs: Graphs | None, failed: Callable[[RuntimeError], None]
     ) -> None:
         self.function, self.graphs, self.failed = function, graphs, failed
+        self.inputs: Hashable = None
         self.calls: dict[Hashable, int] = {}
         self.captured: dict[Hashable, Captured] = {}
 
@@ -128,27 +131,30 @@ class Graphed:
         if self.graphs is None:
             call(*inputs)
             return
-        kind = (*((x.shape, x.dtype) for x in inputs), *sorted(constants.items()))
+        given = tuple((x.shape, x.dtype) for x in inputs)
+        if given != self.inputs:
+            self._forget()
+            self.inputs = given
+        kind = tuple(sorted(constants.items()))
         if kind not in self.captured:
             self.calls[kind] = self.calls.get(kind, 0) + 1
             if self.calls[kind] <= WARM_UP:
                 self.graphs.warm_up(partial(call, *inputs))
                 return
-            self._make_room()
             try:
                 self.captured[kind] = Captured(self.graphs, call, inputs)
             except RuntimeError as error:
                 self.graphs = None
+                self._forget()
                 self.failed(error)
+            if self.graphs is None:  # not in the handler, whose error keeps the memory of the failed capture
                 call(*inputs)
                 return
         self.captured[kind](*inputs)
 
-    def _make_room(self) -> None:
-        """Drop the oldest graph when there are `MOST_GRAPHS`."""
-        if len(self.captured) >= MOST_GRAPHS:
-            oldest = next(iter(self.captured))
-            del self.captured[oldest], self.calls[oldest]
+    def _forget(self) -> None:
+        self.calls.clear()
+        self.captured.clear()
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,7 @@ class Replayed:
                     if call.captured is not None:
                         return self._replay(call.captured, call.outputs, x)
             if call is not None:
-                return call.run(x)
+                return call.run(x.clone())  # laid out as those that it was bound for
             return self._first_call(kind, x)
 
     def _first_call(self, kind: Hashable, x: Tensor) -> list[Tensor]:

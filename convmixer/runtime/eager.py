@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,11 @@ from convmixer.runtime.cuda_graphs import GRAPH_BYTES, Compute, Replayed, SmallF
 from convmixer.runtime.folding import fold
 from convmixer.runtime.protocol import Backend, Built, Prepared, Request, Runtime
 from convmixer.wrappers import find_inner
+
+
+def _run(compute: Compute, owned: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Compute; `owned` is only held on to."""
+    return compute(x)
 
 
 class Eager:
@@ -40,7 +47,8 @@ class Eager:
 
     def bind(self, x: Tensor) -> Compute:
         """Return what computes images of this shape, and owns the weights that it reads: see `Replayed`."""
-        return self
+        owned = [t.detach() for t in itertools.chain(self.module.parameters(), self.module.buffers())]
+        return partial(_run, self, owned)
 
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """Split images (B, C, H, W) into chunks."""

@@ -31,14 +31,15 @@ def time_calls(call: Callable[[], Any], seconds: float, device: torch.device) ->
 def _time_on_cuda(call: Callable[[], Any], seconds: float, device: torch.device) -> list[float]:
     """Time by events on the device, twice as many calls each time that it is asked."""
     torch.cuda.synchronize(device)
+    stream = torch.cuda.current_stream(device)  # of a device that need not be the current one
     taken: list[float] = []
     repeats = 8
     while sum(taken) < seconds:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         for begin, end in events:
-            begin.record()
+            begin.record(stream)
             call()
-            end.record()
+            end.record(stream)
         torch.cuda.synchronize(device)
         taken += [begin.elapsed_time(end) / 1000 for begin, end in events]
         repeats *= 2

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convmixer import ConvMixer, accelerate
 from convmixer.errors import ArgumentError
@@ -149,6 +150,22 @@ def test_accelerated_layers_compute_the_same(layer):
     expected = layer(x)
     assert type(accelerate(layer)) is DepthwiseConv2d
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_layer_with_a_forward_of_its_own_stays():
+    """As hooks of Hugging Face accelerate give it one, which goes on computing by the old padding."""
+    layer = nn.Conv2d(4, 4, 4, groups=4, padding="same")
+    layer.forward = layer.forward
+    with pytest.raises(ArgumentError, match="no depthwise convolution"):
+        accelerate(layer)
+
+
+def test_fake_tensors_of_a_device_that_is_not_here():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = ConvMixer(8, 1, 5, 2, device="cuda")
+        assert model(torch.empty(2, 3, 8, 8, device="cuda")).shape == (2, 1000)
 
 
 @pytest.mark.parametrize(

@@ -407,6 +407,14 @@ def test_tuning(kernels, static, monkeypatch, tmp_path):
         far = torch.empty(4096, 256, 16, 16, device="cuda", dtype=torch.bfloat16)
         assert tables.row("depthwise", 5, far) == tables.DEPTHWISE[80, 5, 2]
         assert tables.row("depthwise", 7, x) == tables.DEPTHWISE[80, 7, 2]
+        rows = json.loads(file.read_text())
+        file.write_text(json.dumps(rows | {"rows": rows["rows"][:1]}))  # as another process may
+        tune.write_rows("sm_90", [])
+        assert len(json.loads(file.read_text())["rows"]) == 1
+        for damage in ({"channels": 0}, {"channels": "256"}, {"positions": None}, {"row": "ab"}, {"form": "Gradient"}):
+            file.write_text(json.dumps({"rows": [found[0], rows["rows"][0] | damage]}))
+            tables.forget_choices()
+            assert tables.tuned("sm_90") == []
         file.write_text("{")
         tables.forget_choices()
         assert tables.row("depthwise", 5, x) == tables.DEPTHWISE[80, 5, 2]

@@ -18,7 +18,7 @@ from convmixer.errors import ArgumentError
 from convmixer.runtime import graph_cache
 from convmixer.runtime.chunks import FixedChunk
 from convmixer.runtime.compile import Compiled
-from convmixer.runtime.cuda_graphs import MOST_GRAPHS, WARM_UP, CudaGraphs, Graphed, Replayed
+from convmixer.runtime.cuda_graphs import WARM_UP, CudaGraphs, Graphed, Replayed
 from convmixer.runtime.eager import Eager
 from convmixer.training import get_recipe, train
 from convmixer.training.checks import why_no_graph
@@ -69,16 +69,41 @@ def test_the_stand_in_keeps_numbers_as_they_were():
     assert total == WARM_UP + 2
 
 
-def test_each_kind_of_call_has_a_graph_and_the_latest_are_kept():
-    seen: list[tuple[int, ...]] = []
-    step = Graphed(lambda x, *, last: seen.append((*x.shape, last)), tapes := Tapes(), _never)
-    kinds = [(torch.zeros(n), last) for n in (1, 2) for last in (False, True)]
-    for x, last in [*kinds, *kinds]:
+def test_each_constant_has_a_graph_and_other_shapes_take_their_place():
+    """A graph holds the memory of a whole step: it is gone before a step on other shapes needs as much."""
+    seen, alive = [], []
+
+    def record(x: torch.Tensor, *, last: bool) -> None:
+        seen.append((*x.shape, last))
+        alive.append(len(step.captured))
+
+    step = Graphed(record, tapes := Tapes(), _never)
+    for n in (1, 2, 1):
         for _ in range(WARM_UP + 2):
-            step(x, last=last)
-    assert len(step.captured) == MOST_GRAPHS
-    assert seen[: WARM_UP + 2] == [(1, False)] * (WARM_UP + 1) + [(1, True)]
-    assert len(tapes.tapes) == 2 * len(kinds)  # each was dropped before its turn came again
+            for last in (False, True):
+                step(torch.zeros(n), last=last)
+    assert alive == [*[0] * 2 * WARM_UP, 0, 1] * 3
+    assert seen[: 2 * WARM_UP] == [(1, False), (1, True)] * WARM_UP
+    assert len(tapes.tapes) == 6
+
+
+def test_a_failed_capture_has_left_its_memory_before_the_step_runs():
+    kept, alive = [], []
+
+    def step(x: torch.Tensor) -> None:
+        alive.append(any(reference() is not None for reference in kept))
+        if len(x) == 2 and len(alive) == 2 * (WARM_UP + 1):
+            activations = x * 2
+            kept.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("no memory")
+
+    graphed = Graphed(step, Tapes(), lambda error: None)
+    for n in (1, 2):
+        for _ in range(WARM_UP + 1):
+            graphed(torch.zeros(n))
+    assert len(kept) == 1
+    assert not alive[-1]
+    assert not graphed.captured
 
 
 def test_what_cannot_be_captured_goes_on_without():
@@ -307,6 +332,30 @@ def test_what_is_not_worth_a_graph_or_cannot_be_captured_is_computed(caplog):
     assert [record.message for record in caplog.records if "replayed" in record.message] == [
         "calls are not replayed as CUDA graphs: the host reads a number during a capture"
     ]
+
+
+def test_images_that_do_not_lie_next_to_each_other_where_a_capture_fails():
+    """What a shape was bound to gets images laid out as those that it was bound for."""
+
+    def bind(images):
+        def compute(x):
+            assert x.stride() == images.stride()
+            return [x * x.sum().item()]
+
+        return compute
+
+    model = Replayed(lambda x: [x], lambda x: True, lambda device: Tapes(), bind)
+    for _ in range(3):
+        assert model(torch.ones(1, 4, 2, 2)[:, :3])[0].sum() in (12, 144)
+
+
+def test_a_graph_owns_the_weights_that_it_reads():
+    module = torch.nn.Conv2d(1, 1, 1, bias=False)
+    bound = Eager(module).bind(torch.zeros(1, 1, 2, 2))
+    old = module.weight.data_ptr()
+    module.weight.data = module.weight.clone()  # as by .to(memory_format=...)
+    assert old in {tensor.data_ptr() for tensor in bound.args[1]}
+    assert torch.equal(bound(torch.ones(1, 1, 2, 2))[0], module(torch.ones(1, 1, 2, 2)))
 
 
 def test_threads_share_graphs():

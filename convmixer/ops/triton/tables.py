@@ -180,8 +180,7 @@ def tuned(name: str) -> list[dict[str, Any]]:
     try:
         records = json.loads(file.read_text())["rows"]
         for record in records:
-            FORMS[record["form"]](*record["row"])
-            assert {"operation", "key", "bytes", "channels", "positions"} <= record.keys()
+            _check_record(record)
     except FileNotFoundError:
         return []
     except Exception as error:
@@ -190,6 +189,19 @@ def tuned(name: str) -> list[dict[str, Any]]:
         )
         return []
     return list(records)
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise an error for a record that no kernel could be launched by."""
+    known = {type(row) for row in TABLES[record["operation"]].values()}
+    form = FORMS[record["form"]]
+    if form not in known | ({Library} if Gemm in known else set()):
+        raise ValueError(f"{record['form']} is no form of {record['operation']}")
+    for number in (*(record[name] for name in ("key", "bytes", "channels", "positions")), *form(*record["row"])):
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{number!r} is not a whole number")
+    if min(record["channels"], record["positions"]) < 1:
+        raise ValueError("no channels, or no positions")
 
 
 def forget_choices() -> None:

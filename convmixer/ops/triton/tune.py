@@ -345,6 +345,7 @@ def _check_folder(name: str) -> None:
 
 def write_rows(name: str, found: list[dict[str, Any]]) -> Path:
     """Write rows for a GPU of that name into its file, in which those for other shapes or types stay."""
+    tables.tuned.cache_clear()  # another process may have written since
     block = operator.itemgetter("operation", "key", "bytes", "channels", "positions")
     rows = {block(record): record for record in [*tables.tuned(name), *found]}
     file = tuned_file(name)
