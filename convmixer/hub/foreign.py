@@ -15,12 +15,11 @@ from convmixer.errors import WeightsError, brief, list_first
 
 Value = TypeVar("Value")
 
-# Under what training programs keep a state dict; averages of the weights first. "average" is that of a run's last.pt.
-_NESTED = (
-    *("state_dict_ema", "model_ema", "params_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema"),
-    "average",
-    *("state_dict", "model_state_dict", "model_state", "model", "net", "params"),
-)
+# Under what training programs keep a state dict that is none of a ConvMixer, for a message.
+_NESTED = ("state_dict", "model_state_dict", "model_state", "model", "net", "params")
+# In a name, averages of the weights; "average" is that of a run's last.pt.
+_AVERAGE = re.compile(r"(?:^|[._])(?:ema|swa|average)(?:[._]|$)")
+_MOST_LEVELS = 5  # of mappings in one another
 
 
 def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
@@ -33,10 +32,17 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: There are no tensors, or more than one model.
     """
-    for _ in range(4):
-        nested = [k for k in _NESTED if isinstance(content, Mapping) and _may_hold_tensors(content.get(k))]
-        if not nested:
-            break
+    found = _convmixers(content)
+    averages = {path: tensors for path, tensors in found.items() if _AVERAGE.search(path)}
+    chosen = averages or found
+    if len(chosen) > 1:
+        raise WeightsError(
+            f"{source} holds {len(chosen)} models, under {first_keys(chosen)}: save a file of the state dict of one of "
+            "them"
+        )
+    if chosen:
+        return our_names(next(iter(chosen.values())), source)
+    while isinstance(content, Mapping) and (nested := [k for k in _NESTED if isinstance(content.get(k), Mapping)]):
         content = content[nested[0]]
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{source} holds no state dict: found {type(content).__name__}")
@@ -46,11 +52,20 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
     return our_names(tensors, source)
 
 
-def _may_hold_tensors(value: Any) -> bool:
-    """Return whether a part of a checkpoint is a state dict, or has one under a usual name; settings are neither."""
-    return isinstance(value, Mapping) and (
-        any(isinstance(tensor, Tensor) for tensor in value.values()) or any(name in value for name in _NESTED)
-    )
+def _convmixers(content: Any, path: str = "", levels: int = _MOST_LEVELS) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each state dict of a ConvMixer in what a checkpoint holds, by the keys that lead there."""
+    if not isinstance(content, Mapping) or not levels:
+        return {}
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    found = {path: tensors} if any(key.endswith("0.fn.0.weight") for key in tensors) else {}
+    for key, value in content.items():
+        for deeper, others in _convmixers(value, f"{path}.{key}".lstrip("."), levels - 1).items():
+            # Of two names of one state dict, one will do.
+            if not any(
+                same.keys() == others.keys() and all(same[k] is others[k] for k in same) for same in found.values()
+            ):
+                found[deeper] = others
+    return found
 
 
 def our_names(values: Mapping[str, Value], source: str) -> dict[str, Value]:
@@ -88,7 +103,7 @@ def _without_prefix(values: dict[str, Value], source: str) -> dict[str, Value]:
     """Strip what wrappers put before names, and leave out tensors of others: a loss, a metric, another model."""
     starts = (k.removesuffix(stem) for stem in ("stem.0.weight", "0.weight") for k in values if k.endswith(stem))
     found = [p for p in starts if f"{p}blocks.0.0.fn.0.weight" in values or f"{p}3.0.fn.0.weight" in values]
-    averages = [p for p in found if re.search(r"(?:^|[._])ema[._]", p)]
+    averages = [p for p in found if _AVERAGE.search(p)]
     prefixes = averages or found
     if len(prefixes) > 1:
         raise WeightsError(

@@ -141,6 +141,26 @@ def test_averaged_weights_come_first_and_others_are_not_guessed(tmp_path):
         save("student.", "teacher.")
 
 
+def test_no_model_of_several_is_guessed(tmp_path):
+    """Wherever in the file they are; an average is taken whatever is around it."""
+    raw, other = (timm_convmixer().state_dict() for _ in range(2))
+    wrapped = {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in other.items()}}
+    for content in (
+        {"model": raw, "ema": {"module": other, "updates": 10}},
+        {"model": raw, "ema": {"decay": 0.9, "shadow": other}},
+        {"net": raw, "swa_model": wrapped},
+        {"state": {"net": raw, "model_ema": other}, "epoch": 3},
+        {"state_dict": other, "model": other},
+    ):
+        torch.save(content, tmp_path / "theirs.pth")
+        convmixer.convert_checkpoint(tmp_path / "theirs.pth", tmp_path / "ours.safetensors")
+        assert torch.equal(load_file(tmp_path / "ours.safetensors")["head.weight"], other["head.weight"])
+    for content in ({"net": raw, "params": other}, {"model": raw, "state_dict": other}, {"a": {"b": raw}, "c": other}):
+        torch.save(content, tmp_path / "theirs.pth")
+        with pytest.raises(WeightsError, match=r"holds 2 models, under \S+, \S+: save a file of the state dict of one"):
+            convmixer.convert_checkpoint(tmp_path / "theirs.pth", tmp_path / "ours.safetensors")
+
+
 def test_a_variant_that_is_asked_for(tmp_path):
     torch.save(timm_convmixer().state_dict(), tmp_path / "old.pth")
     paths = tmp_path / "old.pth", tmp_path / "new.safetensors"
