@@ -93,12 +93,21 @@ def optional(module: str, what: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DependencyError(missing(what, [module.partition(".")[0]], extra)) from error
+        lacking = (error.name or module).partition(".")[0]  # it may be there, and what it needs itself not
+        raise DependencyError(missing(what, [lacking], extra)) from error
 
 
 def is_count(value: object, least: int = 1) -> bool:
     """Return whether a value is a whole number of at least `least`; True and False are not numbers here."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_names(name: str, value: object) -> tuple[str, ...]:
+    """Return class names by index; raise an ArgumentError for what has no order, or is not a collection of strings."""
+    items = value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise ArgumentError(f"{name}={brief(repr(value))}: give a list of strings, in the order of the outputs")
+    return tuple(map(str, items))
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convmixer.data.readers import ShardSplit, Split, open_split
-from convmixer.errors import ArgumentError, DataError, check_count
+from convmixer.errors import ArgumentError, DataError, check_count, check_names
 from convmixer.factory import open_model
 from convmixer.inference import check_answers, class_logits, count_classes, imagenet_labels, known_labels, preparation
 from convmixer.model import evaluation_view
@@ -126,7 +126,7 @@ def validate(
         (6, ['daisy', 'rose'])
     """
     model = find_model(model)
-    names = tuple(classes) if classes is not None else known_labels(model)
+    names = check_names("classes", classes) if classes is not None else known_labels(model)
     count = count_classes(model)
     if classes is not None and len(classes) != count:
         raise ArgumentError(f"{len(classes)} class names for a model with {count} classes")

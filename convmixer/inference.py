@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from convmixer.data.images import Size, check_channels, enough, is_one_image, read_image
 from convmixer.data.layout import count_images, describe_left_out, list_folder
-from convmixer.errors import ArgumentError, ConvMixerError, ImageError, check_count
+from convmixer.errors import ArgumentError, ConvMixerError, ImageError, check_count, check_names
 from convmixer.model import count_outputs, evaluation_view
 from convmixer.tracing import computing
 from convmixer.transforms import create_transform, preprocessing
@@ -101,10 +101,12 @@ def known_labels(model: nn.Module) -> tuple[str, ...] | None:
     count = count_classes(model)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     names = config.get("label_names")
+    if names:
+        names = check_names("pretrained_cfg['label_names']", names)
     if names and len(names) == count_outputs(model) == 1:
         names = (f"not {names[0]}", names[0])
     if names and len(names) == count:
-        return tuple(str(name) for name in names)
+        return tuple(names)
     if count == 1000 and str(config.get("tag") or "").startswith("in1k"):
         return imagenet_labels()
     return None

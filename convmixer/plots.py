@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from convmixer.data.images import read_image
 from convmixer.data.memory import fitting, load_images
-from convmixer.errors import ArgumentError, check_count, optional
+from convmixer.errors import ArgumentError, check_count, check_names, is_count, optional
 from convmixer.files import write_atomically
 from convmixer.inference import check_answers, class_logits, compute, label_names
 from convmixer.model import mirror
@@ -55,14 +55,21 @@ def write_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as a PNG file of 150 dots per inch, replaced as a whole or not at all.
 
     Raises:
-        ArgumentError: There is no such folder, or `path` is one.
+        ArgumentError: There is no such folder, `path` is one, or it ends in the suffix of another format.
         WriteError: The folder takes no files, or the disk is full.
 
     Example:
         >>> from convmixer.plots import plot_confusion, write_figure
         >>> write_figure(plot_confusion([0, 1, 1], [0, 1, 0], ("cat", "dog")), "confusion.png")
     """
+    check_figure(path)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def check_figure(path: str | Path) -> None:
+    """Raise an ArgumentError for a path whose suffix promises another format than PNG."""
+    if Path(path).suffix.lower() not in ("", ".png"):
+        raise ArgumentError(f"cannot write {str(path)!r}: figures are PNG files, so give a name that ends in .png")
 
 
 def _literal(name: str) -> str:
@@ -160,12 +167,16 @@ def class_probabilities(
     Returns:
         float32 (N, number of classes) on the CPU; rows sum to 1. One output tells two classes apart.
 
+    Raises:
+        ArgumentError: Pixels of another type or shape.
+
     Example:
         >>> from convmixer.plots import class_probabilities
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True, device="cpu")
         >>> class_probabilities(model, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
         torch.Size([2, 10])
     """
+    _check_pixels("pixels", pixels)
     model = find_model(model)
     device = next(model.parameters()).device
     normalize = normalization(preprocessing(model))
@@ -174,6 +185,12 @@ def class_probabilities(
         logits = class_logits(compute(model, normalize(batch.to(device))))
         batches.append(logits.softmax(1).cpu())
     return torch.cat(batches)
+
+
+def _check_pixels(name: str, pixels: Tensor) -> None:
+    """Raise an ArgumentError for images other than bytes: numbers of other types have no known range."""
+    if pixels.ndim != 4 or pixels.dtype != torch.uint8:
+        raise ArgumentError(f"{name} {tuple(pixels.shape)} of {pixels.dtype}: give uint8 (N, C, H, W)")
 
 
 def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) -> Figure:
@@ -196,7 +213,8 @@ def plot_confusion(labels: Array, predictions: Array, classes: Sequence[str]) ->
         'top-1 75.00 % of 4 images'
     """
     true, predicted = _array(labels), _array(predictions)
-    count, names = len(classes), [_literal(name) for name in classes]
+    names = [_literal(name) for name in check_names("classes", classes)]
+    count = len(names)
     if true.shape != predicted.shape or true.ndim != 1 or not true.size:
         raise ArgumentError(f"labels {true.shape} and predictions {predicted.shape}: give both as (N,), N at least 1")
     for name, values in {"labels": true, "predictions": predicted}.items():
@@ -253,15 +271,18 @@ def plot_mistakes(
         >>> plot_mistakes(images, [0, 1], [[0.9, 0.1], [0.7, 0.3]], ("cat", "dog")).axes[0].get_title()
         'dog -> cat 70.0%'
     """
-    true, share = _array(labels), _array(probabilities)
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
-        raise ArgumentError(f"images {tuple(images.shape)} of {images.dtype}: give uint8 (N, 1 or 3, H, W)")
+    true, share, classes = _array(labels), _array(probabilities), check_names("classes", classes)
+    _check_pixels("images", images)
+    if images.shape[1] not in (1, 3):
+        raise ArgumentError(f"images {tuple(images.shape)} have {images.shape[1]} channels: give 1 or 3")
     if true.shape != (len(images),) or share.shape != (len(images), len(classes)):
         raise ArgumentError(
             f"{len(images)} images of {len(classes)} classes with labels {true.shape} and probabilities {share.shape}: "
             f"give ({len(images)},) and ({len(images)}, {len(classes)})"
         )
     _check_labels("labels", true, len(classes))
+    if not ((share >= 0) & (share <= 1.001)).all():  # rounding of 16-bit types
+        raise ArgumentError(f"probabilities from {share.min()} to {share.max()}: give those of `class_probabilities`")
     check_count("count", count)
     predicted, confidence = share.argmax(1), share.max(1)
     wrong = np.flatnonzero(predicted != true)
@@ -321,7 +342,8 @@ def plot_benchmark(report: Mapping[str, Any]) -> Figure:
         ]
         shades = [colors[r["name"].split()[0], r["dtype"]] for r in rows]
         names = [f"{r['name']}, {r['dtype']}" for r in rows]
-        axes.barh(names, speeds, xerr=errors, color=shades, error_kw={"elinewidth": 1, "ecolor": "0.3"})
+        axes.barh(range(len(rows)), speeds, xerr=errors, color=shades, error_kw={"elinewidth": 1, "ecolor": "0.3"})
+        axes.set_yticks(range(len(rows)), names)  # a candidate may come twice
         for i, row in enumerate(rows):
             axes.annotate(
                 f" {row['images_per_second']:,.{0 if speeds[-1] > 100 else 1}f}",
@@ -502,8 +524,8 @@ def class_activation(
     model = find_model(model)
     _weight(model, "blocks.0.0.fn.0.weight")  # a folded block puts out something else
     count = len(label_names(model))
-    if target is not None and not 0 <= target < count:
-        raise ArgumentError(f"target={target}: this model has the classes 0 to {count - 1}")
+    if target is not None and not (is_count(target, 0) and target < count):
+        raise ArgumentError(f"target={target!r}: give the index of a class, 0 to {count - 1}")
     attribution = optional("captum.attr", "this figure", "train")
     channels = in_channels(model)
     opened, transform = read_image(image, channels), create_transform(model)
@@ -523,7 +545,9 @@ def class_activation(
         _array(create_transform(model, input_size=(channels, k * height, k * width), **raw)(opened).permute(1, 2, 0))
         for k in (1, scale)
     )
-    heat = attribution.LayerAttribution.interpolate(activation, picture.shape[:2], "bilinear")[0, 0]
+    heat = activation.new_zeros(picture.shape[:2])  # the stem leaves out what fills no patch
+    rows, columns = (scale * view.patch_size * patches for patches in activation.shape[2:])
+    heat[:rows, :columns] = attribution.LayerAttribution.interpolate(activation, (rows, columns), "bilinear")[0, 0]
     heat = _array(heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny))
     return ClassActivation(probabilities.cpu(), index, seen, picture, heat)
 

@@ -96,7 +96,7 @@ def test_class_activation(model, cat):
     maps = [figure.axes[1].images[-1].get_array() for figure in figures]
     assert any(map.max() > 0 for map in maps)
     assert not np.allclose(*maps)
-    with pytest.raises(ArgumentError, match="target=2: this model has the classes 0 to 1"):
+    with pytest.raises(ArgumentError, match="target=2: give the index of a class, 0 to 1"):
         plots.plot_class_activation(model, cat, target=2)
 
 

@@ -208,13 +208,19 @@ def test_few_mistakes_and_none(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"images": torch.zeros(2, 3, 4, 4)}, "images (2, 3, 4, 4) of torch.float32: give uint8 (N, 1 or 3, H, W)"),
-        ({"images": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}, "images (2, 4, 4, 3) of torch.uint8"),
+        ({"images": torch.zeros(2, 3, 4, 4)}, "images (2, 3, 4, 4) of torch.float32: give uint8 (N, C, H, W)"),
+        ({"images": torch.zeros(2, 4, 4, 3, dtype=torch.uint8)}, "images (2, 4, 4, 3) have 4 channels: give 1 or 3"),
         ({"labels": [0]}, "2 images of 2 classes with labels (1,) and probabilities (2, 2): give (2,) and (2, 2)"),
         ({"classes": ["a"]}, "2 images of 1 classes with labels (2,) and probabilities (2, 2): give (2,) and (2, 1)"),
         ({"count": 0}, "count=0: give a whole number of at least 1"),
         ({"labels": [0, -1]}, "labels from -1 to 0: give integers from 0 to 1"),
         ({"labels": [0.0, 1.0]}, "labels from 0.0 to 1.0: give integers from 0 to 1"),
+        ({"probabilities": [[3.0, 12.0], [7.0, 3.0]]}, "probabilities from 3.0 to 12.0: give those of"),
+        ({"probabilities": [[float("nan"), 0.5], [0.5, 0.5]]}, "probabilities from nan to nan: give those of"),
+        (
+            {"classes": {"a": 1, "b": 0}},
+            "classes={'a': 1, 'b': 0}: give a list of strings, in the order",
+        ),
     ],
 )
 def test_senseless_mistakes(changes, text):
@@ -383,6 +389,55 @@ def test_activation_of_grey_images_and_of_none(tmp_path):
     plots.write_figure(figure, tmp_path / "grey.png")
 
 
+@pytest.mark.parametrize("side", [27, 270])
+def test_activation_lies_on_what_the_model_saw(side):
+    """The stem leaves out pixels that fill no patch: of 27 pixels those beyond three patches of 7."""
+    sizes = {"dim": 1, "depth": 1, "kernel_size": 1, "patch_size": 7, "num_classes": 2, "act_layer": "identity"}
+    net = convmixer.create_model("convmixer_256_8", device="cpu", **sizes).eval()
+    net.pretrained_cfg |= {"input_size": (3, 27, 27), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.stem[0].weight.fill_(1 / 147)
+        net.blocks[0][1].weight.fill_(1)
+        net.head.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        for norm in (net.stem[2], net.blocks[0][0].fn[2], net.blocks[0][3]):
+            norm.weight.fill_(1)
+    pixels = np.zeros((27, 27, 3), dtype=np.uint8)
+    pixels[7:14, 14:21] = 255
+    heat = plots.class_activation(net, pixels, target=0, side=side).heat
+    scale = len(heat) / 27
+    centres = (np.arange(len(heat)) + 0.5) / scale
+    assert heat[round(21 * scale) :].max() == heat[:, round(21 * scale) :].max() == 0
+    seen = centres < 21
+    top = [heat.max(axis) for axis in (0, 1)]
+    assert [centres[found >= 0.99].mean() for found in top] == pytest.approx([17.5, 10.5], abs=3.5)
+    assert seen.sum() == round(21 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
+def test_probabilities_of_pixels_that_are_no_bytes(model, dtype):
+    with pytest.raises(ArgumentError, match=rf"pixels \(1, 3, 32, 32\) of {dtype}: give uint8"):
+        plots.class_probabilities(model, torch.zeros(1, 3, 32, 32, dtype=dtype))
+
+
+def test_figures_are_png_files(tmp_path):
+    with pytest.raises(ArgumentError, match=r"a\.svg': figures are PNG files, so give a name that ends in \.png"):
+        plots.write_figure(plots.plot_confusion([0, 1], [0, 1], ("a", "b")), tmp_path / "a.svg")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_candidate_of_a_benchmark_that_comes_twice():
+    rows = [
+        {"name": "convmixer eager", "dtype": "float32", "slowest": n, "images_per_second": n, "fastest": n}
+        for n in (100.0, 120.0)
+    ]
+    case = {"batch_size": 1, "image_size": 32, "results": rows}
+    machine = {"device": "a CPU", "threads": 2}
+    axes = plots.plot_benchmark({"model": "m", "machine": machine, "cases": [case]}).axes[0]
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in axes.patches] == [(0, 100), (1, 120)]
+
+
 def test_activation_of_names_with_dollar_signs():
     """Which matplotlib would take for a formula."""
     net = convmixer.create_model("convmixer_256_8", device="cpu", dim=2, depth=1, num_classes=2)
@@ -393,8 +448,8 @@ def test_activation_of_names_with_dollar_signs():
 
 
 def test_senseless_activation(model, cat, tmp_path):
-    for target in (10, -1):
-        with pytest.raises(ArgumentError, match=rf"target={target}: this model has the classes 0 to 9"):
+    for target in (10, -1, 1.5, "cat"):
+        with pytest.raises(ArgumentError, match=rf"target={target!r}: give the index of a class, 0 to 9"):
             plots.plot_class_activation(model, cat, target)
     headless = convmixer.create_model("convmixer_256_8", device="cpu", num_classes=0)
     with pytest.raises(

@@ -57,6 +57,8 @@ def bench(
     """
     for file in filter(None, (json_file, plot_file)):
         check_writable(file)
+    if plot_file:
+        plots.check_figure(plot_file)
     if not dtypes:
         dtypes = ("float32", "bfloat16", "int8") if calibration else ("float32", "bfloat16")
     with ERR.status("") as status:

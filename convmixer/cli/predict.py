@@ -136,7 +136,8 @@ def _record(result: FileResult) -> dict[str, Any]:
 
 def _show(results: Iterable[FileResult]) -> None:
     table = Table("image", "label", "probability", box=None, header_style="bold")
-    table.columns[0].overflow = "fold"  # a path that is cut off names no image
+    for column in table.columns[:2]:
+        column.overflow = "fold"  # a path that is cut off names no image, and a class no class
     table.columns[2].justify = "right"
     for result in results:
         for i, (label, probability) in enumerate(result.predictions):

@@ -95,6 +95,7 @@ def _show_classes(classes: Sequence[ClassAccuracy]) -> None:
     shown = sorted(classes, key=lambda c: c.top1)[:10] if many else classes
     table = Table(f"worst 10 of {len(classes)} classes" if many else "class", "top-1", "images", box=None)
     table.header_style = "bold"
+    table.columns[0].overflow = "fold"  # of two long names the starts may be equal
     for column in table.columns[1:]:
         column.justify = "right"
     for row in shown:

@@ -122,15 +122,18 @@ def _describe(folder: Path, model: str) -> tuple[str, str, dict[str, object]]:
 
     The weights of a file or a folder are copied into `folder`.
     """
+    fields: dict[str, object]
     path = Path(os.path.expanduser(model.removeprefix("local-dir:"))).resolve()
     if model.startswith("hf-hub:"):
         repository = model.removeprefix("hf-hub:").partition("@")[0]
         return repository.partition("/")[2], repr(model), {"models": [repository]}
     if model.startswith("local-dir:") or path.exists():
-        save_pretrained(model, folder / "model")
-        return path.stem if path.is_file() else path.name, "f\"local-dir:{HERE / 'model'}\"", {}
+        saved = save_pretrained(model, folder / "model")
+        licence = json.loads((saved / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"].get("license")
+        fields = {"license": licence} if licence else {}
+        return path.stem if path.is_file() else path.name, "f\"local-dir:{HERE / 'model'}\"", fields
     variant, weights = get_variant(model)
     assert weights is not None  # it has been opened
     name = f"{variant.name}.{weights.tag}"
-    fields: dict[str, object] = {"license": weights.licence.lower()}
+    fields = {"license": weights.licence.lower()}
     return name, repr(name), fields | ({"models": [weights.hub_id]} if weights.hub_id else {})

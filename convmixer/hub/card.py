@@ -7,7 +7,7 @@ fields and tags that somebody added to the header.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def write_card(source: Publishable, name: str, model_name: str, repository: str,
     Raises:
         ArgumentError: The older card's header is not YAML.
     """
+    earlier = _parse(old)
     # Jinja2, which fills in the template, is a dependency of torch.
     card = ModelCard.from_template(
         _header(source, name),
@@ -64,11 +65,13 @@ def write_card(source: Publishable, name: str, model_name: str, repository: str,
         metrics=source.metrics,
         training_data=source.training_data,
         recipe=source.recipe,
-        licence=source.licence,
+        licence=source.licence or str(earlier.data.get("license") or ""),
         files=source.extra,
     )
-    earlier = _parse(old)
-    _keep_fields(card.data, earlier.data)
+    kept: dict[str, Any] = dict(earlier.data.to_dict())  # type: ignore[no-untyped-call]
+    if source.training_data:  # the earlier data set is that of other weights
+        kept.pop("datasets", None)
+    _keep_fields(card.data, kept)
     text = _keep_text(card.text.strip(), earlier.text)
     return f"---\n{card.data.to_yaml()}\n---\n\n{text.strip()}\n"
 
@@ -135,9 +138,9 @@ def _parse(old: str) -> ModelCard:
         raise ArgumentError(f"the older README.md has a header that cannot be read: {reason}. Mend it first") from error
 
 
-def _keep_fields(data: Any, earlier: Any) -> None:
+def _keep_fields(data: Any, earlier: Mapping[str, Any]) -> None:
     """Add to a header what only the earlier one has; results of evaluations are replaced."""
-    for key, value in earlier.to_dict().items():
+    for key, value in earlier.items():
         if key == "tags":
             data.tags = list(dict.fromkeys([*data.tags, *(value or ())]))
         elif key != "model-index" and data.get(key) is None:

@@ -7,14 +7,14 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 
-from convmixer.errors import ArgumentError, DataError
+from convmixer.errors import ArgumentError, DataError, check_names
 from convmixer.factory import open_model, open_run, read_recipe
 from convmixer.hub.write_config import num_classes
 from convmixer.inference import known_labels
@@ -75,8 +75,8 @@ def gather(
         ArgumentError: Not a ConvMixer, or a value that makes no sense.
         DataError: A folder that is not that of a finished run.
     """
-    if isinstance(tags, str) or isinstance(label_names, str):
-        raise ArgumentError(f"tags={tags!r}, label_names={label_names!r}: give lists of strings")
+    if isinstance(tags, str):
+        raise ArgumentError(f"tags={tags!r}: give a list of strings")
     measured = _metrics(metrics, test_data)
     if test_data and not measured:
         raise ArgumentError(f"test_data={test_data!r} says what metrics were measured on: give metrics too")
@@ -120,17 +120,27 @@ def _metrics(given: Mapping[str, float] | Sequence[Metric], test_data: str) -> t
             raise ArgumentError(
                 f"metrics={given!r}: give a mapping such as {{'top-1': 88.2}}, or convmixer.registry.Metric records"
             )
-        value = record.value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ArgumentError(f"metric {record.name!r} is {value!r}: give a number, accuracy in percent")
-    return tuple(records)
+        if not _is_finite(record.value):
+            raise ArgumentError(f"metric {record.name!r} is {record.value!r}: give a number, accuracy in percent")
+    # NumPy's numbers and tensors are none to YAML.
+    return tuple(replace(r, value=r.value if type(r.value) in (int, float) else float(r.value)) for r in records)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool | str):
+        return False
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, RuntimeError):  # of what has no single value
+        return False
 
 
 def _labels(model: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:
     count = num_classes(model)
     if given is None:
         return known_labels(model) if count else None
-    if not all(isinstance(label, str) for label in given) or len(given) not in ((1, 2) if count == 1 else (count,)):
+    given = check_names("label_names", given)
+    if len(given) not in ((1, 2) if count == 1 else (count,)):
         raise ArgumentError(
             f"label_names has {len(given)} entries, the model {count} classes: give one string for each"
             + ("; with one output, the names of both classes will also do" if count == 1 else "")

@@ -89,7 +89,7 @@ class Case:
     """
 
     batch_size: int
-    image_size: int
+    image_size: int | str
     gemm_gflops: dict[str, float]
     results: list[Result]
     ratios: list[Ratio]
@@ -162,19 +162,20 @@ def benchmark(
     """
     _check_arguments(backends, dtypes, batch_sizes, image_sizes, rounds, seconds, calibration)
     target = resolve_device(device)
+    asked = backends is not None
     if backends is None:
         backends = [name for name in BACKENDS[1:] if name != "triton" or target.type != "cpu"]
     opened, weights = _open(model, target, checkpoint)
-    sides = image_sizes or (opened.pretrained_cfg["input_size"][1],)
+    sizes = [(side, side) for side in image_sizes or ()] or [tuple(opened.pretrained_cfg["input_size"][1:])]
     taken: list[str] = []
     photographs = None if calibration is None else calibration_images(calibration, opened, report=taken.append)
     cases = []
-    for side in sides:
+    for size in sizes:
         for batch in batch_sizes:
-            images = _images(opened, batch, side, photographs).to(target)
-            candidates = our_candidates(opened, images, backends, dtypes, photographs)
+            images = _images(opened, batch, size, photographs).to(target)
+            candidates = our_candidates(opened, images, backends, dict.fromkeys(dtypes), photographs, asked=asked)
             if peers:
-                candidates += timm_candidates(opened, images, dtypes)
+                candidates += timm_candidates(opened, images, list(dict.fromkeys(dtypes)))
             cases.append(_case(opened, images, candidates, rounds, seconds, report))
     return Report(model, weights, _machine(target), rounds, seconds, cases, "".join(taken))
 
@@ -210,13 +211,13 @@ def _open(name: str, device: torch.device, checkpoint: str | Path | None) -> tup
     return create_model(name, device=device).eval(), "random"
 
 
-def _images(model: Any, batch: int, side: int, photographs: Tensor | None) -> Tensor:
+def _images(model: Any, batch: int, size: tuple[int, ...], photographs: Tensor | None) -> Tensor:
     """Return random images, or repeated calibration images: int8's ranges do not hold for noise."""
     if photographs is None:
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(batch, model.in_chans, side, side, generator=generator, dtype=torch.float32)
+        return torch.randn(batch, model.in_chans, *size, generator=generator, dtype=torch.float32)
     images = photographs.repeat(-(-batch // len(photographs)), 1, 1, 1)[:batch]
-    return images if images.shape[2:] == (side, side) else F.interpolate(images, (side, side))
+    return images if images.shape[2:] == size else F.interpolate(images, size)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -314,7 +315,9 @@ def _case(
     report: Callable[[str], None],
 ) -> Case:
     device, batch = images.device, len(images)
-    title = f"batch {batch} at {images.shape[3]} pixels"
+    height, width = images.shape[2:]
+    size = width if height == width else f"{height}x{width}"
+    title = f"batch {batch} at {size} pixels"
     contenders = [_Contender(candidate) for candidate in candidates]
     gemms = {dtype: _Contender(gemm(dtype, device)) for dtype in dict.fromkeys(c.dtype for c in candidates)}
     with torch.no_grad():
@@ -339,7 +342,7 @@ def _case(
         contender.summarize(batch, work, ceilings.get(contender.result.dtype))
     return Case(
         batch_size=batch,
-        image_size=images.shape[3],
+        image_size=size,
         gemm_gflops={dtype: statistics.median(values) / 1e9 for dtype, values in ceilings.items()},
         results=[contender.result for contender in contenders],
         ratios=_ratios(timed),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,17 +45,26 @@ class Candidate:
 
 
 def our_candidates(
-    model: Any, images: Tensor, backends: Sequence[str], dtypes: Sequence[str], calibration: Tensor | None
+    model: Any,
+    images: Tensor,
+    backends: Sequence[str],
+    dtypes: Iterable[str],
+    calibration: Tensor | None,
+    *,
+    asked: bool = False,
 ) -> list[Candidate]:
-    """Return a model as it is, and optimized in each backend, in each type that the backend computes in."""
+    """Return a model as it is, and optimized in each backend, in each type that the backend computes in.
+
+    With `asked` the backends come with all types: what one does not compute fails, and says why.
+    """
     found = []
     for dtype in dtypes:
         if dtype != "int8":
             found.append(Candidate("convmixer unfolded", dtype, partial(_unfolded, model, images, DTYPES[dtype])))
-        for backend in backends:
-            if dtype == "int8" and backend not in ("native", "openvino"):
+        for backend in dict.fromkeys(backends):
+            if not asked and dtype == "int8" and backend not in ("native", "openvino"):
                 continue
-            if dtype != "float32" and backend == "onnxruntime":
+            if not asked and dtype != "float32" and backend == "onnxruntime":
                 continue
             make = partial(_optimized, model, images, DTYPES[dtype], backend, calibration)
             found.append(Candidate(f"convmixer {backend}", dtype, make))

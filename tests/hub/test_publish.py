@@ -9,6 +9,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -440,6 +441,22 @@ def test_nothing_of_this_computer_is_published(finished_run, tmp_path, monkeypat
     assert "`checkpoint='start.safetensors'`" in card
 
 
+@pytest.mark.parametrize("number", [np.float64(88.25), np.float32(88.25), torch.tensor(88.25)])
+def test_numbers_of_arrays_are_metrics(small, tmp_path, number):
+    convmixer.save_pretrained(small, tmp_path, metrics={"top-1": number})
+    assert [result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results] == [88.25]
+
+
+def test_a_card_does_not_claim_the_data_of_earlier_weights(small, tmp_path):
+    """Its licence stays, as header and text say."""
+    convmixer.save_pretrained(f"{NAME}.cifar10", tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.datasets == ["uoft-cs/cifar10"]
+    convmixer.save_pretrained(small, tmp_path, training_data="my flowers")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.datasets, card.data.license) == (None, "mit")
+    assert "mit" in card.text.partition("## Licence")[2].split()
+
+
 def test_a_weights_file(tmp_path):
     """A file of a variant's shapes says nothing of itself but its class names."""
     weights = convmixer.model_info(f"{NAME}.cifar10").weights[0]
@@ -501,7 +518,11 @@ def put(name, layer):
             {"label_names": ["a", "b"]},
             "label_names has 2 entries, the model 0 classes",
         ),
-        (lambda m: m, {"label_names": "abc"}, "give lists of strings"),
+        (lambda m: m, {"label_names": "abc"}, "label_names='abc': give a list of strings, in the order of the outputs"),
+        (lambda m: m, {"label_names": {"a", "b", "c"}}, "give a list of strings, in the order of the outputs"),
+        (lambda m: m, {"label_names": {"a": 2, "b": 1, "c": 0}}, "give a list of strings, in the order of the outputs"),
+        (lambda m: m, {"label_names": (n for n in "abc")}, "give a list of strings, in the order of the outputs"),
+        (lambda m: m, {"test_data": "flowers"}, "test_data='flowers' says what metrics were measured on: give metrics"),
         (lambda m: m, {"metrics": {"top-1": "good"}}, "metric 'top-1' is 'good': give a number"),
         (lambda m: m, {"metrics": [88.2]}, "give a mapping such as {'top-1': 88.2}"),
         (lambda m: m, {"repo_id": "flowers"}, "repo_id='flowers': give owner/name"),
