@@ -18,7 +18,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from convmixer.errors import ArgumentError, DataError, WeightsError, nearest
+from convmixer.errors import ArgumentError, DataError, UnknownModelError, WeightsError, nearest
 from convmixer.hub import client
 from convmixer.hub.checkpoints import (
     check_keys,
@@ -222,8 +222,8 @@ def create_model(
             float32.
         channels_last: Memory layout of the feature maps: True computes the blocks in channels_last, False leaves the
             layout to images and weights, as in any module. None takes channels_last where it is known to be faster: on
-            CPUs, and with 7x7 kernels on GPUs. The weights lie as usual; the attribute `channels_last` of the model
-            may be set at any time.
+            CPUs, and on GPUs where this package's kernels run, else with 5x5 and 7x7 kernels. The weights lie as
+            usual; the attribute `channels_last` of the model may be set at any time.
         fused: As in `ConvMixer.set_fused`: True, False, or "auto".
         checkpoint: A .safetensors file to load instead of the named weights. Its number of classes and channels hold
             unless `model_args` say otherwise.
@@ -253,7 +253,8 @@ def create_model(
     """
     if not isinstance(name, str):
         raise ArgumentError(f"name={name!r}: give a string; for a folder local-dir:PATH")
-    _check_names(model_args, [*_MODEL_ARGS, *_FEATURE_ARGS, *_PYRAMID_ARGS], "argument")
+    own = set(inspect.signature(create_model).parameters) - {"model_args"}
+    _check_names(model_args, [*own, *_MODEL_ARGS, *_FEATURE_ARGS, *_PYRAMID_ARGS], "argument")
     pyramid_args = _take_pyramid_args(model_args)
     features_only = bool(model_args.get("features_only", False))
     if "out_indices" in model_args and not features_only:
@@ -338,7 +339,12 @@ def open_model(
         return open_run(run, read_recipe(run), checkpoint=checkpoint, device=device)
     if os.path.isfile(source):
         return create_model(variant_of(source), checkpoint=checkpoint or source, device=device)
-    return create_model(source, pretrained=True, checkpoint=checkpoint, device=device)
+    try:
+        return create_model(source, pretrained=True, checkpoint=checkpoint, device=device)
+    except UnknownModelError as error:
+        if ":" in source:
+            raise
+        raise UnknownModelError(f"no folder or file {source!r}, and no model: {error}") from error
 
 
 def extractor(model: ConvMixer, blocks: Sequence[int]) -> FeatureGetterNet:

@@ -187,7 +187,7 @@ def predict(
         images: Whatever `read_image` takes: a path, a URL, bytes, a file object, a PIL image, an array or a tensor. Or
             many of them: a list, a tuple, or any other iterable, such as a generator, of any length.
         topk: How many classes to return, at most all of them.
-        batch_size: Images read and computed at a time. A generator that must be answered at once needs 1.
+        batch_size: Images read and computed at a time. Use 1 for a generator that waits for each answer.
         draft: Decode large JPEG photographs, of a megapixel or more, at a reduced scale that still has at least twice
             the pixels per side that the model's transform needs. It takes a fraction of the time and changes
             probabilities a little; False decodes every pixel. Other images are the same to the bit.

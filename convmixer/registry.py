@@ -358,7 +358,8 @@ def get_variant(name: str) -> tuple[Variant, Weights | None]:
         raise UnknownModelError(f"unknown model {name!r}: give a string such as 'convmixer_256_8'")
     base, dot, tag = name.partition(".")
     if base not in _BY_NAME:
-        raise UnknownModelError(f"unknown model {name!r}; {nearest(base, _BY_NAME)}")
+        hint = f"for a repository of the Hub give hf-hub:{name}" if name.count("/") == 1 else nearest(base, _BY_NAME)
+        raise UnknownModelError(f"unknown model {name!r}; {hint}")
     variant = _BY_NAME[base]
     if not dot:
         return variant, variant.weights[0] if variant.weights else None

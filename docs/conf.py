@@ -22,6 +22,7 @@ extensions = [
     "sitegen.extension",
 ]
 exclude_patterns = ["_build", "runs"]
+smartquotes = False  # options such as --graph must stay what one can paste
 html_theme = "furo"
 html_title = f"convmixer {release}"
 html_copy_source = False

@@ -583,7 +583,7 @@ def test_what_cannot_be_plotted(finished, pictures, cat, tmp_path):
         return result.stderr
 
     message = complaint("convmixer_256_9")
-    assert "no folder 'convmixer_256_9', and no model: unknown model" in message
+    assert "no folder or file 'convmixer_256_9', and no model: unknown model" in message
     assert "did you mean convmixer_256_8" in message
     assert "convmixer_512_12 has no weights" in complaint("convmixer_512_12")
     assert "no history at" in complaint(pictures)

@@ -113,6 +113,7 @@ def test_model_info_with_a_tag_holds_those_weights():
     [
         ("convmixer_256_9", "unknown model 'convmixer_256_9'; did you mean convmixer_256_8"),
         ("zzz", "unknown model 'zzz'; valid: convmixer_1024_12, "),
+        ("timm/convmixer_768_32.in1k", "for a repository of the Hub give hf-hub:timm/convmixer_768_32.in1k"),
         ("convmixer_768_32.in22k", "convmixer_768_32 has no weights 'in22k'; valid: convmixer_768_32.in1k"),
         ("convmixer_512_12.in1k", "convmixer_512_12 has no weights 'in1k'; No public weights are known"),
     ],

@@ -30,6 +30,6 @@ def convert(source: Path, destination: Path, variant: str | None, act_layer: str
         config, act = model.pretrained_cfg, type(model.stem[1]).__name__
         size = "x".join(map(str, config["input_size"][1:]))
         say(
-            f"A checkpoint does not tell its activation and preprocessing. Taken are {act}, and the preprocessing of "
-            f"{config['architecture']} for {size} pixels: correct {destination / 'config.json'} if that is wrong"
+            f"The model has the activation {act}, and the preprocessing of {config['architecture']} for {size} pixels "
+            f"unless the source says another: correct {destination / 'config.json'} if that is wrong"
         )

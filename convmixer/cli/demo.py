@@ -27,7 +27,7 @@ from convmixer.runtime.choose import BACKENDS
     "backends",
     multiple=True,
     type=click.Choice(BACKENDS[1:]),
-    help="To time; again for more.  [default: all but compile, which compiles for minutes]",
+    help="Backend to time; repeatable.  [default: all but compile, which compiles for minutes]",
 )
 @options.device
 @click.option(

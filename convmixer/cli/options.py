@@ -28,7 +28,7 @@ draft = click.option(
 checkpoint = click.option("--checkpoint", type=PATH, help="A .safetensors file to load instead of its weights.")
 batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 device = click.option("--device", default="auto", show_default=True)
-as_json = click.option("--json", "as_json", is_flag=True, help="For programs.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def precision(default: str) -> Callable[[F], F]:

@@ -13,7 +13,7 @@ import click
 from convmixer import plots
 from convmixer.cli import options
 from convmixer.cli.console import Command, note, progress, say
-from convmixer.errors import ArgumentError, UnknownModelError
+from convmixer.errors import ArgumentError
 from convmixer.factory import open_model
 from convmixer.training.history import read_history
 
@@ -62,7 +62,4 @@ def _open(source: str, device: str) -> Any:
     if os.path.isdir(source):
         finished = (Path(source) / "model.safetensors").exists()
         return open_model(source, device=device) if finished else None
-    try:
-        return open_model(source, device=device)
-    except UnknownModelError as error:
-        raise UnknownModelError(f"no folder {source!r}, and no model: {error}") from error
+    return open_model(source, device=device)

@@ -44,7 +44,9 @@ from convmixer.runtime.choose import BACKENDS
 @click.option("--precision", type=click.Choice(("auto", "float32", "bfloat16", "float16")), help="[default: float32]")
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode.  [default: one per core]")
 @click.option("--ray", is_flag=False, flag_value="", metavar="[ADDRESS]", help="Compute on Ray, on many machines.")
-@click.option("--actors", type=click.IntRange(min=1), help="Of Ray.  [default: one per GPU, or per machine]")
+@click.option(
+    "--actors", type=click.IntRange(min=1), help="Number of Ray actors.  [default: one per GPU, or per machine]"
+)
 @click.option("--image-column", help="Of Parquet files.  [default: the one with bytes]")
 @click.option("--key-column", help="Of Parquet files: names the images.  [default: key, path, file_name or id]")
 @options.data_root

@@ -30,7 +30,7 @@ _KINDS = {tuple: "a list such as [2, 12]", bool: "true or false", int: "a whole 
 @options.download
 @click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and say which.")
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode a stream.  [default: one per core]")
-@click.option("--resume", is_flag=True, help="Go on where OUTPUT was left.")
+@click.option("--resume", is_flag=True, help="Resume the run in OUTPUT.")
 @options.device
 @options.precision("auto")
 @click.option("--compile", is_flag=True, help="Use torch.compile; it needs a C++ compiler on a CPU, Triton on a GPU.")

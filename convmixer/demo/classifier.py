@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from convmixer.data.images import read_image
-from convmixer.errors import ArgumentError, ConvMixerError, UnknownModelError
+from convmixer.errors import ArgumentError, ConvMixerError
 from convmixer.factory import open_model
 from convmixer.inference import Prediction, label_names, predict
 from convmixer.plots import class_activation
@@ -166,12 +166,4 @@ def open_classifiers(
         raise ArgumentError(f"models={models!r}: give a list of names, or a mapping from the names that the page shows")
     models = models or packaged_models()
     named = models if isinstance(models, Mapping) else {name: name for name in models}
-    return {name: Classifier(_open(source, device), backends=backends) for name, source in named.items()}
-
-
-def _open(source: str, device: str) -> Any:
-    """Open a model; the error for an unknown name also says that there is no such folder or file."""
-    try:
-        return open_model(source, device=device)
-    except UnknownModelError as error:
-        raise UnknownModelError(f"no folder or file {source!r}, and no model: {error}") from error
+    return {name: Classifier(open_model(source, device=device), backends=backends) for name, source in named.items()}

@@ -46,7 +46,7 @@ def convert_checkpoint(
 ) -> str:
     """Turn a checkpoint of another program into safetensors with this package's names.
 
-    Read are the paper's flat Sequential names, timm's and mmpretrain's; state dicts nested under `state_dict`,
+    Reads the paper's flat Sequential names, timm's and mmpretrain's; state dicts nested under `state_dict`,
     `model_state_dict`, `model_state`, `model`, `net`, `params` or an EMA's name; and the prefixes that wrappers such as
     DataParallel, `torch.compile`, Lightning and transformers add. Where a checkpoint has averaged weights, they are
     taken. BatchNorms without `num_batches_tracked` get a zero. A pickle is opened with `weights_only=True`: it cannot

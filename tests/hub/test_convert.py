@@ -375,7 +375,7 @@ def test_the_command_says_what_was_assumed(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "old.pth")
     said = run("convert", tmp_path / "old.pth", tmp_path / "new", "--act-layer", "relu").stdout
     assert f"local-dir:{tmp_path / 'new'}" in said
-    assert "Taken are ReLU, and the preprocessing of convmixer_256_8 for 32x32 pixels" in said
+    assert "activation ReLU, and the preprocessing of convmixer_256_8 for 32x32 pixels" in said
 
 
 @pytest.mark.parametrize("destination", ["new.safetensors", "new"])
