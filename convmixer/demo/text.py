@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 
 from convmixer.demo.classifier import BackendTime, Classifier
+from convmixer.hub.card import literal
 from convmixer.inference import Prediction
 from convmixer.transforms import preprocessing
 
@@ -31,7 +32,7 @@ def describe(classifier: Classifier) -> str:
     count = len(classifier.labels)
     text = f"{parameters / 1e6:.2f} M parameters. It sees {width}x{height} pixels and knows {count:,} classes"
     if count <= FEW_CLASSES:
-        text += f": {html.escape(', '.join(classifier.labels))}"
+        text += f": {html.escape(', '.join(map(literal, classifier.labels)))}"
     return f"{text}. It answers with one of them, whatever the picture shows."
 
 

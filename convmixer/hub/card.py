@@ -7,6 +7,7 @@ fields and tags that somebody added to the header.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def write_card(source: Publishable, name: str, model_name: str, repository: str,
         _header(source, name),
         template_path=str(_TEMPLATE),
         plain=_plain,
+        literal=lambda label: _plain(literal(label)),
         begin=BEGIN,
         end=END,
         name=name,
@@ -79,6 +81,11 @@ def write_card(source: Publishable, name: str, model_name: str, repository: str,
 def _plain(text: str) -> str:
     """Escape text of others, so that it starts no HTML, and in a table no cell."""
     return " ".join(text.replace("<", "&lt;").replace("|", r"\|").split())
+
+
+def literal(label: str) -> str:
+    """Escape a class name, so that Markdown shows it as it is; HTML's signs are left to the caller."""
+    return re.sub(r"([\\`*_\[\]#~])", r"\\\1", label)
 
 
 def _header(source: Publishable, name: str) -> ModelCardData:

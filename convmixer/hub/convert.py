@@ -46,17 +46,16 @@ def convert_checkpoint(
 ) -> str:
     """Turn a checkpoint of another program into safetensors with this package's names.
 
-    Reads the paper's flat Sequential names, timm's and mmpretrain's; state dicts nested under `state_dict`,
-    `model_state_dict`, `model_state`, `model`, `net`, `params` or an EMA's name; and the prefixes that wrappers such as
-    DataParallel, `torch.compile`, Lightning and transformers add. Where a checkpoint has averaged weights, they are
-    taken. BatchNorms without `num_batches_tracked` get a zero. A pickle is opened with `weights_only=True`: it cannot
-    run code. What was written is read again and computed once before it is put in place.
+    Reads the paper's flat Sequential names, timm's and mmpretrain's; state dicts at any depth of a checkpoint; and the
+    prefixes that wrappers such as DataParallel, `torch.compile`, Lightning and transformers add. Where a checkpoint has
+    averaged weights, they are taken. BatchNorms without `num_batches_tracked` get a zero. A pickle is opened with
+    `weights_only=True`: it cannot run code. What was written is read again and computed once before it is put in place.
 
     Args:
         source: A .pth, .pth.tar, .pt, .bin or .ckpt file, or a .safetensors file with other names.
         destination: The .safetensors file to write, for `checkpoint=` of a variant. Or a folder, for
-            `create_model("local-dir:FOLDER")`, which may have any size. A checkpoint does not tell preprocessing: the
-            folder's config.json has that of the variant, or of the most similar one.
+            `create_model("local-dir:FOLDER")`, which may have any size. A pickle does not tell preprocessing: the
+            folder's config.json then has that of the variant, or of the most similar one.
         variant: The variant that it must be; None takes the one that has the shapes of the tensors.
         act_layer: Activation of the model in a folder, which shapes do not tell; None takes the variant's, or GELU for
             sizes that no variant has.

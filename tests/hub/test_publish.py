@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import timm
 import torch
 from hub_server import READER, WRITER, run_client, serve
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from processes import finish
 from safetensors.torch import load_file, save_file
@@ -445,6 +447,14 @@ def test_nothing_of_this_computer_is_published(finished_run, tmp_path, monkeypat
 def test_numbers_of_arrays_are_metrics(small, tmp_path, number):
     convmixer.save_pretrained(small, tmp_path, metrics={"top-1": number})
     assert [result.metric_value for result in ModelCard.load(tmp_path / "README.md").data.eval_results] == [88.25]
+
+
+def test_class_names_are_no_markdown(small, tmp_path):
+    names = ["__background__", "*star*", "[a](b)", "`c`", "a\\b", "#1"][: small.num_classes]
+    convmixer.save_pretrained(small, tmp_path, label_names=names)
+    line = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("Classes: "))
+    rendered = MarkdownIt().render(line).strip().removeprefix("<p>").removesuffix("</p>")
+    assert html.unescape(rendered) == f"Classes: {', '.join(names)}."
 
 
 def test_a_card_does_not_claim_the_data_of_earlier_weights(small, tmp_path):
