@@ -198,6 +198,10 @@ def _extractor(backbone: Any, out_indices: Any, count: int) -> tuple[Any, list[i
     total = len(info.out_indices) if is_extractor else len(info)
     blocks = _indices(out_indices, total, count)
     if is_extractor:
+        if getattr(backbone, "output_fmt", "NCHW") != "NCHW":
+            raise ArgumentError(
+                f"{describe(backbone)} returns maps with channels last: give the model of timm without features_only"
+            )
         return backbone, blocks
     wanted = sorted(set(blocks))
     return FeatureGetterNet(backbone, tuple(wanted)), [wanted.index(block) for block in blocks]

@@ -237,6 +237,9 @@ def test_wrong_arguments(arguments, text):
 def test_wrong_backbones():
     with pytest.raises(ArgumentError, match=r"Linear does not say which feature maps it has: give a ConvMixer"):
         FeaturePyramid(nn.Linear(2, 2))
+    swin = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, img_size=64, embed_dim=8)
+    with pytest.raises(ArgumentError, match="channels last: give the model of timm without features_only"):
+        FeaturePyramid(swin, (8,))
     resnet = FeaturePyramid(timm.create_model("resnet10t", features_only=True), (8,))
     with pytest.raises(ArgumentError, match="has no fused blocks: they are for a convmixer"):
         resnet.set_fused()

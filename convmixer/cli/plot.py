@@ -22,9 +22,9 @@ from convmixer.training.history import read_history
 @click.argument("source", metavar="RUN_OR_MODEL")
 @click.option("--output", type=options.PATH, help="Folder to write.  [default: RUN/plots or plots/MODEL]")
 @click.option("--data", help="Test images for confusion and mistakes: folder, .tar, or a name such as torch/cifar10.")
-@click.option("--image", type=options.PATH, help="An image to show the class activation on.")
+@click.option("--image", help="A path or a URL of an image to show the class activation on.")
 @options.device
-def plot(source: str, output: Path | None, data: str | None, image: Path | None, device: str) -> None:
+def plot(source: str, output: Path | None, data: str | None, image: str | None, device: str) -> None:
     """Draw a run's history and a model's weights and mistakes.
 
     RUN_OR_MODEL is the folder of a run, a .safetensors file, or any name of create_model.
@@ -42,7 +42,7 @@ def plot(source: str, output: Path | None, data: str | None, image: Path | None,
         say(path)
 
 
-def _figures(source: str, data: str | None, image: Path | None, device: str) -> Iterator[tuple[str, Any]]:
+def _figures(source: str, data: str | None, image: str | None, device: str) -> Iterator[tuple[str, Any]]:
     """Yield names and figures of all that can be drawn."""
     history = read_history(Path(source) / "metrics.csv") if os.path.isdir(source) else None
     model = _open(source, device)

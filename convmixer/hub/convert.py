@@ -119,10 +119,13 @@ def convert_checkpoint(
     return f"local-dir:{destination}"
 
 
+_FILES = (".onnx", ".xml", ".pte", ".pt2", ".mlpackage", ".h5", ".keras", ".npz", ".msgpack", ".json", ".zip", ".gguf")
+
+
 def _is_folder(destination: Path) -> bool:
     if destination.suffix == ".safetensors" and not destination.is_dir():
         return False
-    if destination.is_file() or destination.suffix in PICKLES:
+    if destination.is_file() or destination.suffix in (*PICKLES, *_FILES):
         raise ArgumentError(f"cannot write {str(destination)!r}: give a file that ends in .safetensors, or a folder")
     return True
 

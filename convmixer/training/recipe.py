@@ -268,9 +268,10 @@ def _are_image_sizes(value: Any) -> bool:
 
 
 def _are_model_args(value: Any) -> bool:
-    return _are(
-        value, lambda row: isinstance(row, tuple) and len(row) == 2 and row[0] in SHAPE and _is_whole(row[1], 1)
-    )
+    def is_pair(row: Any) -> bool:
+        return isinstance(row, tuple) and len(row) == 2 and row[0] in SHAPE and _is_whole(row[1], 1)
+
+    return _are(value, is_pair) and len(dict(value)) == len(value)
 
 
 def _are_class_weights(value: Any) -> bool:
@@ -318,7 +319,11 @@ _RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("drop_rate block_drop_rate drop_path_rate", lambda v: _is_part(v) and v < 1, "a number in [0, 1)"),
     ("in_chans", lambda v: _is_whole(v, 1) and v in (1, 3), "3 or 1"),
     ("input_size", lambda v: _are(v, lambda n: _is_whole(n, 1), 0, 2), "height and width in pixels"),
-    ("model_args", _are_model_args, f"pairs of one of {', '.join(SHAPE)} and a whole number of at least 1"),
+    (
+        "model_args",
+        _are_model_args,
+        f"pairs of one of {', '.join(SHAPE)} and a whole number of at least 1, each name once",
+    ),
     ("opt", _is_optimizer, "a first-order optimizer of timm.optim.list_optimizers()"),
     ("knee", lambda v: _are(v, _is_number, 2), "two numbers"),
     (

@@ -378,6 +378,13 @@ def test_the_command_says_what_was_assumed(model, tmp_path):
     assert "activation ReLU, and the preprocessing of convmixer_256_8 for 32x32 pixels" in said
 
 
+def test_a_file_of_another_format_is_no_folder(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "old.pth")
+    with pytest.raises(ArgumentError, match=r"x\.onnx': give a file that ends in \.safetensors, or a folder"):
+        convmixer.convert_checkpoint(tmp_path / "old.pth", tmp_path / "x.onnx")
+    assert os.listdir(tmp_path) == ["old.pth"]
+
+
 @pytest.mark.parametrize("destination", ["new.safetensors", "new"])
 def test_what_is_not_finite_is_named_by_its_source(tmp_path, destination):
     theirs = timm_convmixer()

@@ -76,6 +76,7 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"shift": 1.5}, "recipe field shift=1.5: give a whole number of at least 0"),
         ({"image_sizes": ((0, 16), (50, 32))}, "rising parts of the run, from 0 on and below 1"),
         ({"image_sizes": ((0, 16), (float("nan"), 32))}, "rising parts of the run, from 0 on and below 1"),
+        ({"model_args": (("dim", 8), ("dim", 16))}, "each name once"),
         ({"opt": "adahessian"}, "recipe field opt='adahessian': give a first-order optimizer"),
         ({"seed": 2**63}, f"recipe field seed={2**63}: give a whole number from 0 to 2**63 - 1"),
         ({"in_chans": 3.0}, "recipe field in_chans=3.0: give 3 or 1"),
