@@ -366,7 +366,7 @@ def test_hub(folder, tmp_path_factory):
         ({"name": "local-dir:/nowhere"}, WeightsError, "cannot read '/nowhere/config.json'"),
         ({"name": "convmixer_512_12", "pretrained": True}, WeightsError, "convmixer_512_12 has no weights. No public"),
         ({"numclasses": 3}, ArgumentError, "argument 'numclasses' is unknown; did you mean num_classes"),
-        ({"pretraned": True}, ArgumentError, "argument 'pretraned' is unknown; did you mean pretrained?"),
+        ({"pretraned": True}, ArgumentError, "argument 'pretraned' is unknown; did you mean pretrained"),
         ({"devcie": "cpu"}, ArgumentError, "argument 'devcie' is unknown; did you mean device"),
         ({"out_indices": (1,)}, ArgumentError, "set features_only=True"),
         ({"features_only": True, "out_indices": (9,)}, ArgumentError, "give different block indices from -8 to 7"),

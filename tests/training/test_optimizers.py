@@ -192,7 +192,7 @@ def test_which_optimizers_take_tensors():
         ({"opt": "adan", "betas": (0.9, 0.99)}, r"betas=\(0.9, 0.99\): give 3 numbers in \[0, 1\), or none"),
         ({"opt": "bnbademamix", "betas": (0.9, 0.99)}, r"betas=\(0.9, 0.99\): give 3 numbers in \[0, 1\), or none"),
         ({"opt": "muon", "betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): give 2 numbers in \[0, 1\), or none"),
-        ({"opt": "muun"}, r"opt='muun': give an optimizer of timm"),
+        ({"opt": "muun"}, r"opt='muun': give a first-order optimizer of timm"),
     ],
 )
 def test_senseless_settings(fields, text):
