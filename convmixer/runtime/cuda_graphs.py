@@ -153,6 +153,9 @@ class Graphed:
         self.captured[kind](*inputs)
 
     def _forget(self) -> None:
+        """Drop all graphs; the last replay of one may still be at work."""
+        for device in {x.device for graph in self.captured.values() for x in graph.inputs if x.is_cuda}:
+            torch.cuda.synchronize(device)
         self.calls.clear()
         self.captured.clear()
 
