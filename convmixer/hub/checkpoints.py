@@ -143,7 +143,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """
     header, named = read_metadata(path), f"the header of {str(path)!r}"
     found: dict[str, Any] = {}
-    for name in HEADER_CHECKS.keys() & header.keys():
+    for name in (known for known in HEADER_CHECKS if known in header):
         if excess := json_excess(header[name].encode()):
             raise WeightsError(f"{name} in {named} has {excess}")
         try:

@@ -6,7 +6,7 @@ Nothing here opens a file. The functions that rename take any values by name, su
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -32,7 +32,10 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: There are no tensors, or more than one model.
     """
-    found = _convmixers(content)
+    distinct: dict[frozenset[tuple[str, int]], tuple[str, dict[str, Tensor]]] = {}
+    for path, tensors in _convmixers(content):  # of two names of one state dict, one will do
+        distinct.setdefault(frozenset((key, id(tensor)) for key, tensor in tensors.items()), (path, tensors))
+    found = dict(distinct.values())
     averages = {path: tensors for path, tensors in found.items() if _AVERAGE.search(path)}
     chosen = averages or found
     if len(chosen) > 1:
@@ -52,20 +55,15 @@ def find_tensors(content: Any, source: str) -> dict[str, Tensor]:
     return our_names(tensors, source)
 
 
-def _convmixers(content: Any, path: str = "", levels: int = _MOST_LEVELS) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of each state dict of a ConvMixer in what a checkpoint holds, by the keys that lead there."""
+def _convmixers(content: Any, path: str = "", levels: int = _MOST_LEVELS) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the keys that lead to each state dict of a ConvMixer in what a checkpoint holds, and its tensors."""
     if not isinstance(content, Mapping) or not levels:
-        return {}
+        return
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    found = {path: tensors} if any(key.endswith("0.fn.0.weight") for key in tensors) else {}
+    if any(key.endswith("0.fn.0.weight") for key in tensors):
+        yield path, tensors
     for key, value in content.items():
-        for deeper, others in _convmixers(value, f"{path}.{key}".lstrip("."), levels - 1).items():
-            # Of two names of one state dict, one will do.
-            if not any(
-                same.keys() == others.keys() and all(same[k] is others[k] for k in same) for same in found.values()
-            ):
-                found[deeper] = others
-    return found
+        yield from _convmixers(value, f"{path}.{key}".lstrip("."), levels - 1)
 
 
 def our_names(values: Mapping[str, Value], source: str) -> dict[str, Value]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -120,19 +121,17 @@ def _metrics(given: Mapping[str, float] | Sequence[Metric], test_data: str) -> t
             raise ArgumentError(
                 f"metrics={given!r}: give a mapping such as {{'top-1': 88.2}}, or convmixer.registry.Metric records"
             )
-        if not _is_finite(record.value):
-            raise ArgumentError(f"metric {record.name!r} is {record.value!r}: give a number, accuracy in percent")
-    # NumPy's numbers and tensors are none to YAML.
-    return tuple(replace(r, value=r.value if type(r.value) in (int, float) else float(r.value)) for r in records)
+    return tuple(replace(record, value=_number(record)) for record in records)
 
 
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool | str):
-        return False
-    try:
-        return math.isfinite(value)
-    except (TypeError, ValueError, RuntimeError):  # of what has no single value
-        return False
+def _number(record: Metric) -> float:
+    """Return the value of a metric as Python's own number: those of NumPy, and tensors, are none to YAML."""
+    value: Any = record.value
+    if not isinstance(value, bool | str):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of what has no single value
+            if math.isfinite(value):
+                return value if type(value) in (int, float) else float(value)
+    raise ArgumentError(f"metric {record.name!r} is {value!r}: give a number, accuracy in percent")
 
 
 def _labels(model: Any, given: Sequence[str] | None) -> tuple[str, ...] | None:

@@ -24,6 +24,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def is_forked() -> bool:
+    """Return whether this process is a child by fork."""
+    return _forked
+
+
 class ThreadCount:
     """All threads, or one for a while after a call in which another program kept a thread from its core.
 

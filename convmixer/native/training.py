@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from convmixer.errors import ConvMixerError, DependencyError
 from convmixer.native import library
+from convmixer.native.thread_count import is_forked
 from convmixer.ops import fused
 from convmixer.ops.depthwise import compute_dtype
 
@@ -30,7 +31,6 @@ _FOLDER = library.SOURCES[0].parent
 SOURCES = [_FOLDER / name for name in ("train.cpp", "train.h", "train_amx.h", "train_fma.h", "cpu.h", "cpu_tiles.h")]
 KERNEL_SIZES = range(1, 16)
 DTYPES = (torch.float32, torch.bfloat16)
-_forked = False  # a child by fork, where OpenMP would wait for threads of its parent
 
 
 class LayerRecord(ctypes.Structure):
@@ -139,9 +139,7 @@ def _allocate(size: int) -> Tensor:
 
 
 def _after_fork() -> None:
-    """Compute in one thread from now on, and unmap what the parent kept."""
-    global _forked
-    _forked = True
+    """Unmap what the parent kept."""
     _free.clear()
 
 
@@ -247,7 +245,7 @@ def _step_record(
         height=height,
         width=width,
         relu=settings.relu,
-        threads=1 if _forked else torch.get_num_threads(),
+        threads=1 if is_forked() else torch.get_num_threads(),
         keep=settings.keep,
         images=images.data_ptr(),
         layers=layers,

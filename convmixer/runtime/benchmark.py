@@ -165,6 +165,7 @@ def benchmark(
     asked = backends is not None
     if backends is None:
         backends = [name for name in BACKENDS[1:] if name != "triton" or target.type != "cpu"]
+    backends, dtypes = (list(dict.fromkeys(names)) for names in (backends, dtypes))
     opened, weights = _open(model, target, checkpoint)
     sizes = [(side, side) for side in image_sizes or ()] or [tuple(opened.pretrained_cfg["input_size"][1:])]
     taken: list[str] = []
@@ -173,9 +174,9 @@ def benchmark(
     for size in sizes:
         for batch in batch_sizes:
             images = _images(opened, batch, size, photographs).to(target)
-            candidates = our_candidates(opened, images, backends, dict.fromkeys(dtypes), photographs, asked=asked)
+            candidates = our_candidates(opened, images, backends, dtypes, photographs, asked=asked)
             if peers:
-                candidates += timm_candidates(opened, images, list(dict.fromkeys(dtypes)))
+                candidates += timm_candidates(opened, images, dtypes)
             cases.append(_case(opened, images, candidates, rounds, seconds, report))
     return Report(model, weights, _machine(target), rounds, seconds, cases, "".join(taken))
 

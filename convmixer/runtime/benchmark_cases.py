@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,7 +48,7 @@ def our_candidates(
     model: Any,
     images: Tensor,
     backends: Sequence[str],
-    dtypes: Iterable[str],
+    dtypes: Sequence[str],
     calibration: Tensor | None,
     *,
     asked: bool = False,
@@ -61,7 +61,7 @@ def our_candidates(
     for dtype in dtypes:
         if dtype != "int8":
             found.append(Candidate("convmixer unfolded", dtype, partial(_unfolded, model, images, DTYPES[dtype])))
-        for backend in dict.fromkeys(backends):
+        for backend in backends:
             if not asked and dtype == "int8" and backend not in ("native", "openvino"):
                 continue
             if not asked and dtype != "float32" and backend == "onnxruntime":

@@ -23,7 +23,7 @@ Dimensions = dict[int, Any]  # axis of the images -> the `torch.export.Dim` that
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
     """Trace as the module computes: without the caller's autocast, which converters record, and without gradients."""
-    with tracing(), quietly(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with tracing(), quietly(), torch.no_grad(), torch.autocast("cpu", enabled=False):  # dependencies of exporters warn
         yield
 
 
@@ -41,7 +41,7 @@ def open_example(module: nn.Module) -> Tensor:
 
 def to_program(module: nn.Module, example: Tensor, dimensions: Dimensions) -> torch.export.ExportedProgram:
     """Trace a module with one input."""
-    with _exact():  # the exporters' own dependencies warn
+    with _exact():
         return torch.export.export(module, (example,), dynamic_shapes=(dimensions,))
 
 
