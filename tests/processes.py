@@ -30,9 +30,15 @@ def started(command: Sequence[object], *, env: Mapping[str, str] = os.environ, *
 
 def alive(process: subprocess.Popen) -> Iterator[psutil.Process]:
     """A program of `started` and all that it has started, as far as they have not ended."""
+    family = set()  # what has only just been started shows no environment yet
+    if process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(process.pid)
+            family = {own.pid, *(child.pid for child in own.children(recursive=True))}
     # Launchers give each of their processes a session of its own, so that the group would not hold them.
     for one in psutil.process_iter(["environ", "cmdline", "status"]):
-        if (one.info["environ"] or {}).get(_MARK) == process.mark and one.info["status"] != psutil.STATUS_ZOMBIE:
+        known = one.pid in family or (one.info["environ"] or {}).get(_MARK) == process.mark
+        if known and one.info["status"] != psutil.STATUS_ZOMBIE:
             yield one
 
 

@@ -827,6 +827,14 @@ def _command(digits: Path, folder: Path, *options: str, launcher: tuple[str, ...
     return [sys.executable, *launcher, "-m", "convmixer", *COMMAND, "--data", digits, "--output", folder, *options]
 
 
+def test_a_program_ends_that_shows_no_environment_yet(monkeypatch):
+    """Linux empties it when a program is started, and fills it a moment after `Popen` has returned."""
+    monkeypatch.setattr(psutil.Process, "environ", lambda self: {})
+    with started(["sleep", "20"]) as process:
+        pass
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_no_process_of_a_program_outlives_its_test(tmp_path):
     """Nor one that has left its group, as those of a launcher do."""
     code = "import subprocess, sys; child = subprocess.Popen(['sleep', '99'], start_new_session=True)\n"
