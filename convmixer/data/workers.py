@@ -8,7 +8,7 @@ import multiprocessing.process
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def default_workers() -> int:
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def load(dataset: Any, name: str, **options: Any) -> Iterator[Any]:
+def load(dataset: Any, name: str, **options: Any) -> Generator[Any]:
     """Yield what a DataLoader yields, and draw nothing from the caller's random numbers.
 
     Args:
@@ -40,8 +40,8 @@ def load(dataset: Any, name: str, **options: Any) -> Iterator[Any]:
     loader = DataLoader(dataset, worker_init_fn=_begin, generator=torch.Generator(), **options)
     others = set(multiprocessing.active_children())
     batches = iter(loader)
-    stop = functools.partial(_kill, set(multiprocessing.active_children()) - others)
-    atexit.register(stop)  # Python would wait for ever for those that ignore its SIGTERM
+    stop = functools.partial(_end, set(multiprocessing.active_children()) - others)
+    atexit.register(stop)
     _note_deaths()
     try:
         yield from batches
@@ -54,11 +54,17 @@ def load(dataset: Any, name: str, **options: Any) -> Iterator[Any]:
         raise DataError(f"a process that reads {name!r} ended: {said.split('. ')[0]}. Give fewer workers") from error
     finally:
         atexit.unregister(stop)
+        del batches  # asks the workers to end, unless the garbage collector has closed their queues already
+        stop()
 
 
-def _kill(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+def _end(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    """End workers that still run. At its exit, Python would wait for ever for those that ignore its SIGTERM."""
     for worker in workers:
-        worker.kill()
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+            _deaths.clear()
 
 
 def _begin(_worker: int) -> None:
