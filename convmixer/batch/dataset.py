@@ -18,7 +18,8 @@ from torch import nn
 from convmixer.batch.cluster import check_address, write_on_ray
 from convmixer.batch.manifest import claim, describe_model, reserve
 from convmixer.batch.predictor import Answers, Predictor, import_pyarrow
-from convmixer.data.parts import open_parts
+from convmixer.data.parquet import ParquetImages
+from convmixer.data.parts import Parts, open_parts
 from convmixer.errors import ArgumentError, DataError, check_count, optional
 from convmixer.files import remove_leftovers
 from convmixer.inference import label_names, preparation
@@ -147,11 +148,12 @@ def predict_dataset(
         root=data_root,
         download=download,
     )
+    folder = Path(os.path.abspath(os.path.expanduser(output)))
+    _check_apart(source, folder)
     report(source.taken)
     compute_type = next(model.parameters()).dtype if chosen is None else chosen
     speed_up = partial(optimize, backend=backend, dtype=compute_type)
     fast = None if ray else speed_up(computed)  # before anything is written: it may raise an error
-    folder = Path(os.path.abspath(os.path.expanduser(output)))
     predictor = Predictor(source, folder, answers, prepare, batch_size, workers)
     settings: dict[str, Any] = {"embed": embed, "topk": answers.topk, "rows_per_file": rows_per_file, "draft": draft}
     settings |= {"backend": backend, "dtype": str(compute_type).removeprefix("torch.")}
@@ -212,6 +214,18 @@ def _check_ray(ray: bool | str, actors: int | None) -> None:
             check_address(ray)
     elif actors is not None:
         raise ArgumentError(f"actors={actors} is for Ray: add ray=True, or an address")
+
+
+def _check_apart(source: Parts, output: Path) -> None:
+    """Raise ArgumentError if the next call would take the files of this one for images."""
+    if isinstance(source.images, ParquetImages) and (
+        any(Path(file).is_relative_to(output) for file in source.images.files)
+        or (os.path.isdir(source.name) and output.is_relative_to(source.name))
+    ):
+        raise ArgumentError(
+            f"{str(output)!r} would be read as a part of {source.name!r}: give a folder beside the data, and remove "
+            "the files that an earlier run has left"
+        )
 
 
 def _answering(model: nn.Module, embed: bool, topk: int) -> tuple[nn.Module, Answers]:

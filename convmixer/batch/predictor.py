@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +37,14 @@ class Decoded(NamedTuple):
         names: The names of all images.
         images: The images that could be read, (N, C, H, W); None if none could.
         errors: Why the others could not, by position in `names`.
+        end: Why the source cannot be read further.
     """
 
     part: int
     names: list[str]
     images: Tensor | None
     errors: dict[int, str]
+    end: DataError | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,10 @@ class _Decoder(Dataset[Decoded]):
     source: Parts
     prepare: Preparation
 
-    def __getitem__(self, batch: tuple[int, list[Item]]) -> Decoded:
+    def __getitem__(self, batch: tuple[int, list[Item] | DataError]) -> Decoded:
         part, items = batch
+        if isinstance(items, DataError):
+            return Decoded(part, [], None, {}, items)
         tensors, errors = [], {}
         for i, (_, item) in enumerate(items):
             try:
@@ -151,20 +156,35 @@ class Predictor:
             DataError: The source cannot be read further, or a worker died. Files that were written before stay.
             WriteError: The disk is full, or the folder takes no files.
         """
-        for part, batches in itertools.groupby(self._load(model, parts), key=lambda batch: batch.part):
-            write_atomically(self.file(part), lambda path, b=batches: self._write_file(path, model, b, advance))  # type: ignore[misc]
+        with contextlib.closing(self._load(model, parts)) as loaded:
+            for part, batches in itertools.groupby(loaded, key=lambda batch: batch.part):
+                write_atomically(self.file(part), lambda path, b=batches: self._write_file(path, model, b, advance))  # type: ignore[misc]
 
-    def _load(self, model: nn.Module, parts: Iterable[int]) -> Iterator[Decoded]:
+    def _load(self, model: nn.Module, parts: Iterable[int]) -> Generator[Decoded]:
         """Yield the decoded batches of parts, in order; workers decode ahead of the model."""
         return load(
             _Decoder(self.source, self.prepare),
             self.source.name,
-            sampler=((part, batch) for part in parts for batch in self._batches(part)),
+            sampler=self._items(parts),
             batch_size=None,
             collate_fn=_uncollated,
             num_workers=default_workers() if self.workers is None else self.workers,
             pin_memory=next(model.parameters()).is_cuda,
         )
+
+    def _items(self, parts: Iterable[int]) -> Iterator[tuple[int, list[Item] | DataError]]:
+        """Yield the batches of parts.
+
+        An error of the source comes instead of a batch. Raised here, ahead of the model, it would end the loader before
+        the batches that workers decode already.
+        """
+        for part in parts:
+            try:
+                for batch in self._batches(part):
+                    yield part, batch
+            except DataError as error:
+                yield part, error
+                return
 
     def _batches(self, part: int) -> Iterator[list[Item]]:
         """Yield the images of a part by batches. An empty part is one empty batch, so that its file is written, too."""
@@ -183,6 +203,8 @@ class Predictor:
         with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
             waiting: list[Any] = []
             for batch in batches:
+                if batch.end is not None:
+                    raise batch.end
                 waiting.append(self._rows(model, batch, arrow, schema))
                 if sum(map(len, waiting)) >= ROW_GROUP:
                     writer.write_table(arrow.Table.from_batches(waiting, schema))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError, features
 
 from convmixer.data.download import download
 from convmixer.errors import ArgumentError, ImageError
@@ -28,6 +28,15 @@ LARGE = 1_000_000  # pixels from which on a photograph may be decoded at a reduc
 MARGIN = 2  # times as many pixels per side as are needed then remain
 
 _ORIENTATION = 0x0112  # of EXIF; from 5 on width and height change places
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Files whose 16-bit greys open in mode I, which has 32 bits.
 _DEEP_FORMATS = ("PNG", "PPM")
 
@@ -159,7 +168,7 @@ def _decode(image: Image.Image, name: str, least: Any, *, ours: bool) -> Image.I
         if least is not None:
             _reduce(image, least, ours)
         deep = image.mode == "I" and image.format in _DEEP_FORMATS
-        upright = ImageOps.exif_transpose(image)
+        upright = _turn(image)
     except Exception as error:  # Pillow reads pixels late
         raise ImageError(f"cannot read {name}: {error}") from error
     if 0 in upright.size:
@@ -168,6 +177,20 @@ def _decode(image: Image.Image, name: str, least: Any, *, ours: bool) -> Image.I
         return _to_8_bit(upright, 65535 if deep else None)
     except (ValueError, OSError) as error:
         raise ImageError(f"cannot read {name}, an image of mode {upright.mode!r}: {error}") from error
+
+
+def _turn(image: Image.Image) -> Image.Image:
+    """Return a copy of an image that stands upright.
+
+    `ImageOps.exif_transpose` writes all EXIF data anew, and fails where any other tag of it has a wrong type.
+    """
+    image.load()
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    if turn is None:
+        return image.copy()
+    turned = image.transpose(turn)
+    turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}  # nobody turns it again
+    return turned
 
 
 def _reduce(image: Image.Image, least: Size | Callable[[int, int], Size], ours: bool) -> None:

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from timm.utils.misc import natural_key
-
 from convmixer.data.images import image_suffixes
 from convmixer.errors import DataError, list_first
 
@@ -56,11 +54,11 @@ class Folder:
 
     Attributes:
         name: The path from the source on, with a slash at its end; a tar that stands for a folder keeps its suffix.
-        links: Number of links in it whose target cannot be read.
+        odd: How many entries are neither folders nor files that can be read, by kind.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self.links = name, 0
+        self.name, self.odd = name, Counter[str]()
 
     @functools.cached_property
     def content(self) -> tuple[dict[str, Folder], dict[str, File]]:
@@ -84,8 +82,13 @@ class Folder:
         for name, folder in self.folders.items():
             yield from folder.walk(f"{above}{name}/")
 
-    def count_links(self) -> int:
-        return self.links + sum(folder.count_links() for folder in self.folders.values())
+    def count_odd(self) -> Counter[str]:
+        """Return `odd` of this folder and all below it."""
+        return sum((folder.count_odd() for folder in self.folders.values()), self.odd)
+
+
+_LOST = "link without a target"
+_SPECIAL = "file of a special kind"  # a pipe, a socket or a device, and in a tar a file that is stored sparsely
 
 
 def _is_hidden(name: str) -> bool:
@@ -115,10 +118,12 @@ class _DiskFolder(Folder):
             for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
                 if _is_hidden(entry.name):
                     continue
-                if not entry.is_dir():
+                if entry.is_file():
                     files[entry.name] = File(entry.name, entry.path)
+                elif not entry.is_dir():
+                    self.odd[_SPECIAL if os.path.exists(entry.path) else _LOST] += 1
                 elif entry.is_symlink() and os.path.realpath(entry.path) in map(os.path.realpath, self.above):
-                    self.links += 1  # to a folder that holds this one
+                    self.odd["link to a folder that holds it"] += 1
                 else:
                     folders[entry.name] = _DiskFolder(entry.path, f"{self.name}{entry.name}/", self.above)
         except OSError as error:
@@ -186,33 +191,50 @@ def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) ->
     found: dict[str, File] = {}
     links: dict[str, str] = {}
     for member in members(archive):
-        name = posixpath.normpath(member.name).lstrip("/")
+        name = _inside(member.name)
         parts = PurePosixPath(name).parts
         if any(_is_hidden(part) for part in parts) or member.isdir():
             continue
         if member.islnk() or member.issym():
             target = member.linkname if member.islnk() else posixpath.join(posixpath.dirname(name), member.linkname)
-            target = posixpath.normpath(target).lstrip("/")
+            target = _inside(target)
             if target != name:  # GNU tar links a file that it was told to pack twice to itself
                 links[name] = target
                 found.pop(name, None)  # of members with one name the last one counts
         elif not member.isreg() or member.issparse():
-            top.links += 1
+            _below(top, parts[:-1]).odd[_SPECIAL] += 1
         elif _is_tar(name):
             content = archive.extractfile(member)
             with tarfile.open(fileobj=content, mode="r:", tarinfo=StrictTarInfo) as inner:
-                _add_members(inner, _below(top, (*parts[:-1], parts[-1][:-4])), path, base + member.offset_data)
+                _add_members(inner, _below(top, parts), path, base + member.offset_data)
         else:
             found[name] = File(name, path, base + member.offset_data, member.size)
             links.pop(name, None)
-    while ready := {name: found[target] for name, target in links.items() if target in found}:  # links to links, too
-        for name, file in ready.items():
-            found[name] = file._replace(name=name)
-            del links[name]
-    top.links += len(links)
+    _follow(links, found)
+    for name in links:
+        _below(top, PurePosixPath(name).parts[:-1]).odd[_LOST] += 1
     for name, file in found.items():
         *above, last = PurePosixPath(name).parts
         _below(top, above).files[last] = file
+
+
+def _inside(name: str) -> str:
+    """Return the path of a member below the top of its tar, as tar unpacks it."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
+
+
+def _follow(links: dict[str, str], found: dict[str, File]) -> None:
+    """Enter into `found` what links in a tar lead to, files and folders; leave in `links` those that lead nowhere."""
+    while ready := {name: target for name, target in links.items() if target in found}:  # links to links, too
+        for name, target in ready.items():
+            found[name] = found[target]._replace(name=name)
+            del links[name]
+    folders = {str(folder) for file in found for folder in PurePosixPath(file).parents} if links else set()
+    for name, target in list(links.items()):
+        if target in folders and not name.startswith(f"{target}/"):  # else a folder that holds the link
+            below = [file for file in found if file.startswith(f"{target}/")]
+            found |= {f"{name}{file[len(target) :]}": found[file] for file in below}
+            del links[name]
 
 
 def _below(top: Folder, parts: Iterable[str]) -> Folder:
@@ -245,15 +267,13 @@ class Layout:
     other: tuple[str, ...] = ()
 
     def folder_of(self, split: str) -> Folder:
-        """Return the folder of a split; without splits all of the source, and without a test split that for validation.
+        """Return the folder of a split, which without splits is all of the source.
 
         Raises:
             DataError: The source has splits, but not this one, or several that could be meant by it.
         """
         if not self.splits:
             return self.top
-        if split == "test" and "test" not in self.splits and "validation" in self.splits:
-            split = "validation"
         found = self.splits.get(split)
         names = ", ".join(str(folder) for folders in self.splits.values() for folder in folders)
         if not found:
@@ -331,7 +351,7 @@ def _nested(folder: Folder, split: str) -> Folder:
     """Return the folder of the same split inside a folder, as in train/train; else the folder itself."""
     if len(folder.folders) == 1 and not _images(folder.files):
         ((name, inner),) = folder.folders.items()
-        return inner if role(name) == split else folder
+        return inner if role(_without_tar(name)) == split else folder
     return folder
 
 
@@ -373,13 +393,12 @@ def list_classes(top: Folder) -> Listing:
         left_out["folder without files"] += not files
         found += [(file, _without_tar(name)) for file in _take_images(files, left_out)]
     left_out["image beside the class folders"] += len(_take_images(top.files.values(), left_out))
-    left_out["link that leads nowhere"] += top.count_links()
-    return list_labelled(found, left_out)
+    return list_labelled(found, left_out + top.count_odd())
 
 
-def list_labelled(found: Iterable[tuple[File, str]], left_out: Counter[str]) -> Listing:
-    """List images, given with the names of their classes."""
-    pairs = sorted(found, key=lambda pair: natural(pair[0].name))
+def list_labelled(found: Iterable[tuple[File, str]], left_out: Counter[str], *, by_path: bool = True) -> Listing:
+    """List images, given with the names of their classes, by their paths or in the order in which they are given."""
+    pairs = sorted(found, key=lambda pair: natural(pair[0].name)) if by_path else list(found)
     classes = tuple(sorted({label for _, label in pairs}, key=natural))
     index = {name: i for i, name in enumerate(classes)}
     return Listing([file for file, _ in pairs], [index[label] for _, label in pairs], classes, +left_out)
@@ -390,23 +409,30 @@ def list_folder(path: str | Path) -> Listing:
     return list_images(_DiskFolder(str(path), ""))
 
 
+def walk_folder(path: str | Path) -> Iterator[File]:
+    """Yield all files in a folder on a disk, at any depth, named by their paths below it."""
+    return _DiskFolder(str(path), "").walk()
+
+
 def holds_images(path: str | Path) -> bool:
     """Return whether a folder on a disk holds an image or a tar, at any depth; look no further than the first one."""
     suffixes = {*image_suffixes(), ".tar"}
-    return any(os.path.splitext(file.name)[1].lower() in suffixes for file in _DiskFolder(str(path), "").walk())
+    return any(os.path.splitext(file.name)[1].lower() in suffixes for file in walk_folder(path))
 
 
 def list_images(folder: Folder) -> Listing:
     """List all images of a folder, without labels."""
     left_out: Counter[str] = Counter()
     images = sorted(_take_images(folder.walk(), left_out), key=lambda file: natural(file.name))
-    left_out["link that leads nowhere"] += folder.count_links()
-    return Listing(images, [0] * len(images), (), +left_out)
+    return Listing(images, [0] * len(images), (), left_out + folder.count_odd())
 
 
 def natural(name: str) -> tuple[object, str]:
-    """Return the key of an order in which 2 comes before 10, as in timm."""
-    return natural_key(name), name
+    """Return the key of an order in which 2 comes before 10, as in timm.
+
+    timm's own function fails at superscript and circled digits.
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
 def _take_images(files: Iterable[File], left_out: Counter[str]) -> list[File]:

@@ -285,7 +285,9 @@ class Fit:
         sides = targets = [math.floor(side / self.crop_pct) for side in self.size[1:]]
         if self.crop_mode != "squash":  # the smallest of this shape that covers both targets
             target, side = max(zip(targets, image.shape[-2:], strict=True), key=lambda pair: pair[0] / pair[1])
-            sides = [max(t, int(target * n / side)) for t, n in zip(targets, image.shape[-2:], strict=True)]
+            # As timm has it: torchvision's Resize cuts fractions off, and is used for squares; ResizeKeepRatio rounds.
+            whole: Callable[[float], int] = int if len(set(targets)) == 1 else round
+            sides = [max(t, whole(target * n / side)) for t, n in zip(targets, image.shape[-2:], strict=True)]
         image = v2.functional.resize(image, sides, v2.InterpolationMode(self.interpolation), antialias=True)
         result: Tensor = v2.functional.center_crop(image, list(self.size[1:]))
         return result

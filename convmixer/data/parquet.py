@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import os
@@ -9,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convmixer.data.layout import count_images, natural
-from convmixer.errors import DataError, optional
+from convmixer.data.layout import count_images, natural, walk_folder
+from convmixer.errors import DataError, list_first, optional
 
 # Columns that name images, where nobody says which one does.
 KEYS = ("key", "__key__", "path", "image_path", "file_name", "filename", "id")
@@ -110,11 +111,23 @@ def _groups(metadata: Any, low: int, high: int) -> tuple[list[int], int]:
 def find_parquet(source: str) -> list[str]:
     """Return the Parquet files that a source means: itself, those of a pattern, or those of a folder, at any depth."""
     if os.path.isdir(source):
-        found = glob.glob("**/*.parquet", root_dir=glob.escape(source), recursive=True)
-        return [os.path.join(source, file) for file in sorted(found, key=natural)]
+        found = (file for file in walk_folder(source) if file.name.lower().endswith(".parquet"))
+        return [file.path for file in sorted(found, key=lambda file: natural(file.name))]
     if not source.lower().endswith(".parquet"):
         return []
-    return [source] if os.path.exists(source) else sorted(glob.glob(source), key=natural)
+    if os.path.exists(source):
+        return [source]
+    return sorted(filter(os.path.isfile, glob.glob(source, recursive=True)), key=natural)
+
+
+def have_images(files: Sequence[str]) -> bool:
+    """Return whether any of some Parquet files has a column that could hold images."""
+    parquet: Any = optional("pyarrow.parquet", list_first(files), "batch")
+    for file in files:
+        with contextlib.suppress(Exception):  # one that cannot be read has none
+            if any(map(_is_image, parquet.read_schema(file))):
+                return True
+    return False
 
 
 def open_parquet(
@@ -167,16 +180,22 @@ def _read_footers(source: str, files: Sequence[str]) -> tuple[list[Any], list[in
 
 
 def _is_key(field: Any) -> bool:
-    types: Any = optional("pyarrow.types", field.name, "batch")
-    return bool(types.is_string(field.type) or types.is_large_string(field.type) or types.is_integer(field.type))
+    arrow: Any = optional("pyarrow", field.name, "batch")
+    kind = _plain(field.type)
+    return kind in (arrow.string(), arrow.large_string(), arrow.string_view()) or arrow.types.is_integer(kind)
 
 
 def _is_image(field: Any) -> bool:
-    types: Any = optional("pyarrow.types", field.name, "batch")
-    kind = field.type
-    if types.is_struct(kind):
-        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    arrow: Any = optional("pyarrow", field.name, "batch")
+    kind = _plain(field.type)
+    if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = _plain(kind.field("bytes").type)
+    return kind in (arrow.binary(), arrow.large_binary(), arrow.binary_view())
+
+
+def _plain(kind: Any) -> Any:
+    """Return the type of a column's values, which a file may store by their numbers in a dictionary."""
+    return getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
 
 
 def _image_column(source: str, schema: Any, wanted: str | None) -> str | None:

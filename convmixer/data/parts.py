@@ -6,7 +6,9 @@ parts can be computed in any order, on any machine, and again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -18,9 +20,9 @@ from torch import Tensor
 
 from convmixer.data.images import SUFFIXES
 from convmixer.data.layout import holds_images
-from convmixer.data.parquet import ParquetImages, find_parquet, open_parquet
+from convmixer.data.parquet import ParquetImages, find_parquet, have_images, open_parquet
 from convmixer.data.readers import READERS, SHARDS, FileSplit, Prepare, ShardSplit, Split, open_split
-from convmixer.errors import DataError
+from convmixer.errors import DataError, list_first
 
 
 @dataclass(frozen=True)
@@ -164,21 +166,30 @@ class _ShardParts(Parts):
         return None
 
     def read(self, part: int) -> Iterator[tuple[str, Any]]:
-        url = self.images.urls[part]
+        url, name = self.images.urls[part], self._names[part]
         suffixes = {suffix[1:] for suffix in SUFFIXES}
         try:
             for sample in self.images.samples([url]):
                 # What else a sample holds, such as a mask or a text, does not go to the workers.
                 image = {key: value for key, value in sample.items() if key in suffixes or key.startswith("__")}
-                yield f"{os.path.basename(url)}/{sample['__key__']}", image
+                image.setdefault("__parts__", [key for key in sample if not key.startswith("__")])
+                yield f"{name}/{sample['__key__']}", image
         except Exception as error:  # of the tar, or of the network
             raise DataError(f"cannot read the shard {url!r}: {type(error).__name__}: {error}") from error
 
     def decode(self, item: dict[str, Any], prepare: Prepare) -> Tensor:
         return self.images.decode(item, prepare)[0]
 
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        """The paths of the shards below the innermost folder that holds all of them, which may be one of a URL."""
+        paths = [url.replace(os.sep, "/").split("/") for url in self.images.urls]
+        levels = zip(*(path[:-1] for path in paths), strict=False)  # the names at each depth, down to the least deep
+        shared = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
+        return ["/".join(path[shared:]) for path in paths]
+
     def listing(self) -> Iterable[object]:
-        return self.images.urls
+        return ((url, os.path.getsize(url) if os.path.exists(url) else None) for url in self.images.urls)
 
 
 def open_parts(
@@ -209,7 +220,15 @@ def open_parts(
     """
     path = _absolute(os.path.expanduser(str(source)))
     columns = {"image_column": image_column, "key_column": key_column}
-    if _holds_parquet(path) and (files := find_parquet(path)):
+    files = find_parquet(path)
+    if files and not any(columns.values()) and os.path.isdir(path) and holds_images(path):
+        if have_images(files):
+            raise DataError(
+                f"{str(source)!r} holds images, and Parquet files that may hold some, {list_first(files)}: give "
+                f"{os.path.join(str(source), '**', '*.parquet')!r}, or keep the images in a folder of their own"
+            )
+        files = []
+    if files:
         table = open_parquet(path, files, **columns)
         if table is not None:
             if split is not None:
@@ -230,8 +249,3 @@ def _absolute(source: str) -> str:
         return source if ":" in location else SHARDS + os.path.abspath(location)
     exists = os.path.exists(source) or find_parquet(source)
     return os.path.abspath(source) if exists and not source.startswith(READERS) else source
-
-
-def _holds_parquet(path: str) -> bool:
-    """Return whether a path names Parquet files, or is a folder that may hold some and holds no images and tars."""
-    return not holds_images(path) if os.path.isdir(path) else path.lower().endswith(".parquet")

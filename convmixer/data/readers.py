@@ -9,6 +9,7 @@ import os
 import random
 import re
 import tarfile
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,10 +86,13 @@ class _Labelled(abc.ABC):
             return torch.arange(len(classes))  # by position: ImageNet has two classes that are called crane
         foreign = [label for label in self.classes if label not in classes]
         if foreign:
-            hint = ". A folder of images that nobody has labelled is not a class: give a table of labels"
+            hint = ""
+            if _normalized(foreign) <= _normalized(classes):
+                hint = ". Some differ only in how Unicode writes an accent, in one character or two: rename them"
+            elif len(self.classes) == 1:
+                hint = ". A folder of images that nobody has labelled is not a class: give a table of labels"
             raise DataError(
-                f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}"
-                + (hint if len(self.classes) == 1 else "")
+                f"{self.name!r} has the classes {', '.join(foreign)}; the model knows {', '.join(classes)}{hint}"
             )
         if twice := [label for label in self.classes if classes.count(label) > 1]:
             raise DataError(
@@ -105,6 +109,10 @@ class _Labelled(abc.ABC):
                 f"{self.name!r} has {len(self.classes)} class, {', '.join(self.classes)}, and training needs at least "
                 f"two ({self.taken}). {LAYOUTS}"
             )
+
+
+def _normalized(names: Iterable[str]) -> set[str]:
+    return {unicodedata.normalize("NFC", name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -275,7 +283,11 @@ class ShardSplit(_Labelled):
             keys = [suffix[1:] for suffix in SUFFIXES if suffix in image_suffixes()]
             images = [key for key in keys if key in sample]
             if not images:
-                raise DataError(f"none of its parts ends in {', '.join(keys)}")
+                parts = sample.get("__parts__") or [key for key in sample if not key.startswith("__")]
+                raise DataError(
+                    f"none of its parts, {list_first(parts)}, ends in {', '.join(keys)}. The name of a sample ends at "
+                    "its first dot"
+                )
             if len(images) > 1:
                 raise DataError(
                     f"its parts {' and '.join(images)} are images, and nothing says which is meant: give the other "
@@ -289,6 +301,8 @@ class ShardSplit(_Labelled):
     def _label(self, sample: dict[str, Any]) -> int:
         if not self.classes:
             return 0
+        if "cls" not in sample:
+            raise DataError("it has no .cls, the number of its class")
         label = int(sample["cls"])
         if not 0 <= label < len(self.classes):
             raise DataError(f"class {label}, of {len(self.classes)} in classes.txt")
@@ -365,14 +379,26 @@ def open_split(
 
 
 def has_split(
-    source: str | Path, split: str, *, labels: str | Path | None = None, root: str | Path | None = None
+    source: str | Path,
+    split: str,
+    *,
+    labels: str | Path | None = None,
+    root: str | Path | None = None,
+    report: Callable[[str], None] = print,
 ) -> bool:
-    """Return whether a source has a split of its own, besides the training images."""
+    """Return whether a source has a split of its own, besides the training images.
+
+    Of a data set of the Hub it must have labels: those of tests are often kept secret, which a line to `report` says.
+    """
     name, root = str(source), root and os.path.expanduser(root)
     if name.startswith("torch/"):
         return split != "validation"
     if name.startswith("hfds/"):
-        return any(role(own) == split for own in _load_hub(name, root))
+        found = {own: rows for own, rows in _load_hub(name, root).items() if role(own) == split}
+        secret = [own for own, rows in found.items() if not _is_labelled(rows)]
+        for own in secret:
+            report(f"{split}: no image in the split {own} of {name} has a label, so it is left out")
+        return len(found) > len(secret)
     if name.startswith(SHARDS):
         return ".tar" not in name and _find_shards(name, split) is not None  # those of a pattern are only one split
     layout, labels = _lay_out(source, labels)
@@ -396,10 +422,14 @@ def _lay_out(source: str | Path, labels: str | Path | None) -> tuple[Layout, str
 
 def _open_files(source: str | Path, split: str | None, labels: str | Path | None, labelled: bool) -> Split:
     layout, table = _lay_out(source, labels)
+    rows = read_table(table) if table is not None else []
+    splits = {row.split for row in rows if row.split} or set(layout.splits)
+    replaced = split == "test" and "test" not in splits and "validation" in splits
+    meant = "validation" if replaced else split
     if table is not None:
-        folder, listing = list_rows(layout, read_table(table), split, str(table))
+        folder, listing = list_rows(layout, rows, meant, str(table), by_path=labelled)
     else:
-        folder = layout.top if split is None else layout.folder_of(split)
+        folder = layout.top if meant is None else layout.folder_of(meant)
         if labelled:
             layout.check_classes()
         listing = list_classes(folder) if labelled else list_images(folder)
@@ -409,7 +439,7 @@ def _open_files(source: str | Path, split: str | None, labels: str | Path | None
     taken = _describe(split, len(listing.images), listing.classes, shown)
     if table is not None:
         taken += f" by {Path(table).name}"
-    if split == "test" and "validation" in layout.splits and "test" not in layout.splits and table is None:
+    if replaced:
         taken += ", as there is no test split"
     if listing.left_out:
         taken += f"; left out: {describe_left_out(listing.left_out)}"
@@ -484,12 +514,12 @@ def _open_hub(name: str, split: str | None, root: str | Path | None, labelled: b
     chosen_split = _choose_split(name, split, list(splits))
     if not labelled:
         return _open_hub_images(name, chosen_split, splits[chosen_split])
-    features = splits[chosen_split].features
-    datasets = optional("datasets", repr(name), "train")
-    kinds = {"input_key": datasets.Image, "target_key": datasets.ClassLabel}  # timm expects "image" and "label"
-    columns = {key: [c for c, f in features.items() if isinstance(f, kind)] for key, kind in kinds.items()}
+    rows = splits[chosen_split]
+    columns = {"input_key": _columns(rows, "Image"), "target_key": _columns(rows, "ClassLabel")}
     if not all(columns.values()):
-        raise DataError(f"{name!r} has no column of images or none of class labels: {features}")
+        raise DataError(f"{name!r} has no column of images or none of class labels: {rows.features}")
+    if len(rows) and not _is_labelled(rows):
+        raise DataError(f"no image in the split {chosen_split} of {name!r} has a label: its labels are all -1 or empty")
     chosen = {key: names[0] for key, names in columns.items()}
     origin = f"{name}, split {chosen_split}" + "".join(_describe_choice(names) for names in columns.values())
     try:
@@ -504,6 +534,18 @@ def _open_hub(name: str, split: str | None, root: str | Path | None, labelled: b
     return NamedSplit(name, classes, taken, dataset)
 
 
+def _columns(rows: Any, kind: str) -> list[str]:
+    """Return the columns of a data set of the Hub that hold a kind of feature."""
+    wanted: Any = getattr(optional("datasets", "a data set of the Hub", "train"), kind)
+    return [column for column, feature in rows.features.items() if isinstance(feature, wanted)]
+
+
+def _is_labelled(rows: Any) -> bool:
+    """Return whether any row of a split has a label; where labels are kept secret, all of them are -1 or missing."""
+    columns = _columns(rows, "ClassLabel")
+    return bool(columns) and any(label not in (-1, None) for label in rows[columns[0]])
+
+
 def _describe_choice(columns: Sequence[str]) -> str:
     """Return ", column fine_label (not coarse_label)" where the first of several columns was taken."""
     return f", column {columns[0]} (not {', '.join(columns[1:])})" if len(columns) > 1 else ""
@@ -512,7 +554,7 @@ def _describe_choice(columns: Sequence[str]) -> str:
 def _open_hub_images(name: str, split: str, rows: Any) -> Split:
     """Open a split of a data set of the Hub, of which only the images are read."""
     datasets = optional("datasets", repr(name), "train")
-    columns = [c for c, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    columns = _columns(rows, "Image")
     if not columns or not len(rows):
         raise DataError(f"{name!r} has no images in its split {split}: {rows.features}")
     column, origin = columns[0], f"{name}, split {split}{_describe_choice(columns)}"

@@ -11,6 +11,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -141,21 +142,27 @@ class _StreamBase:
         """Yield the batches of a data set, on the device.
 
         Raises:
-            DataError: An image that cannot be read, unless those are skipped, or a training batch without any that can.
+            DataError: An image that cannot be read, unless those are skipped, a training batch without any that can, or
+                another number of images to validate on than there should be.
         """
+        found = 0
         workers = self.workers if len(self) else 0  # type: ignore[arg-type]
         pinned = self.device.type == "cuda"
-        for batch in load(dataset, self.name, num_workers=workers, pin_memory=pinned, **options):
-            if isinstance(batch, DataError):
-                raise batch
-            pixels, labels, errors = batch
-            self.unreadable.update(errors)
-            if errors and not self.skip_unreadable:
-                raise DataError(errors[0])
-            if training and not len(pixels):
-                raise DataError(f"no image of {self.name!r} can be read: {list_first(errors, separator='; ')}")
-            if len(pixels):
-                yield pixels.to(self.device, non_blocking=True), self.labels[labels].to(self.device)
+        with closing(load(dataset, self.name, num_workers=workers, pin_memory=pinned, **options)) as batches:
+            for batch in batches:
+                if isinstance(batch, DataError):
+                    raise batch
+                pixels, labels, errors = batch
+                self.unreadable.update(errors)
+                found += len(labels) + len(errors)
+                if errors and not self.skip_unreadable:
+                    raise DataError(errors[0])
+                if training and not len(pixels):
+                    raise DataError(f"no image of {self.name!r} can be read: {list_first(errors, separator='; ')}")
+                if len(pixels):
+                    yield pixels.to(self.device, non_blocking=True), self.labels[labels].to(self.device)
+        if not training and found != len(self):  # type: ignore[arg-type]
+            raise DataError(f"{self.name!r} should have {len(self)} samples and has {found}: correct the number")  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

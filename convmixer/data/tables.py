@@ -6,11 +6,10 @@ import itertools
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-from convmixer.data.images import image_suffixes
 from convmixer.data.layout import File, Folder, Layout, Listing, list_images, list_labelled, role
 from convmixer.errors import DataError, brief, list_first, optional
 
@@ -86,10 +85,10 @@ def read_table(path: str | Path) -> list[Row]:
 
 
 def _cell(value: object, missing: bool) -> str:
-    """Return a value as text: "" if it is missing, or is neither text nor a whole number nor a boolean."""
+    """Return a value as text: "" if it is missing, or is no text, whole number, boolean or date."""
     if isinstance(value, float) and value.is_integer():  # whole numbers, in a column in which one is missing
         value = int(value)
-    if missing or isinstance(value, float | bytes | Mapping):
+    if missing or isinstance(value, float) or (isinstance(value, Sized) and not isinstance(value, str)):
         return ""
     return str(value).strip()
 
@@ -101,10 +100,13 @@ def has_rows(layout: Layout, rows: Sequence[Row], split: str, table: str) -> boo
     return split in layout.splits and bool(list_rows(layout, rows, split, table)[1].images)
 
 
-def list_rows(layout: Layout, rows: Sequence[Row], split: str | None, table: str) -> tuple[Folder, Listing]:
+def list_rows(
+    layout: Layout, rows: Sequence[Row], split: str | None, table: str, *, by_path: bool = True
+) -> tuple[Folder, Listing]:
     """Return the folder of a split, or of all images without one, and those of its images for which a table has rows.
 
-    The column split decides where there is one; else the folder of the split, where the source has one.
+    The column split decides where there is one; else the folder of the split, where the source has one. Images come by
+    their paths, or else in the order of the rows.
 
     Raises:
         DataError: Rows without a file, with several that could be meant, or of one file with two labels.
@@ -128,7 +130,7 @@ def list_rows(layout: Layout, rows: Sequence[Row], split: str | None, table: str
             raise DataError(f"{table!r} has {row.image!r} twice, for {split} and for {row.split}")
     listed = list_images(folder)
     listed.left_out[unlisted] += len(listed.images) - len(labels)
-    return folder, list_labelled(labels.items(), listed.left_out)
+    return folder, list_labelled(labels.items(), listed.left_out, by_path=by_path)
 
 
 def _find(
@@ -153,29 +155,27 @@ def _find(
 def _match(layout: Layout, rows: Sequence[Row]) -> dict[str, list[File]]:
     """Return the images that each row could mean, by its `image`.
 
-    That is a path from the source, or else the end of a path, with or without its suffix.
+    That is a path from the source, or else the end of a path, with or without its suffix and those of tars.
     """
-    exact = {file.name: file for file in layout.top.walk()}
+    exact = {file.name: file for file in list_images(layout.top).images}
     absolute = {}
     if any(os.path.isabs(row.image) for row in rows):
         absolute = {os.path.abspath(file.path): file for file in exact.values() if file.size is None}
     by_basename: dict[str, list[File]] = defaultdict(list)  # with and without the suffix
     for known in exact.values():
         name = posixpath.basename(known.name)
-        stem, suffix = posixpath.splitext(name)
-        if suffix.lower() in image_suffixes():
-            by_basename[name].append(known)
-            by_basename[stem].append(known)
+        by_basename[name].append(known)
+        by_basename[posixpath.splitext(name)[0]].append(known)
     meant: dict[str, list[File]] = {}
     for row in rows:
         name = posixpath.normpath(row.image.replace("\\", "/"))
         file = exact.get(name) or absolute.get(os.path.abspath(row.image))
         near = by_basename.get(posixpath.basename(name), ())
-        found = [f for f in near if _ends(f"/{f.name}", f"/{name}")] if file is None else [file]
-        meant[row.image] = [f for f in found if posixpath.splitext(f.name)[1].lower() in image_suffixes()]
+        meant[row.image] = [f for f in near if _ends(f"/{f.name}", f"/{name}")] if file is None else [file]
     return meant
 
 
 def _ends(path: str, name: str) -> bool:
-    """Return whether a path ends in a name, with or without its own suffix."""
-    return path.endswith(name) or posixpath.splitext(path)[0].endswith(name)
+    """Return whether a path ends in a name, with or without its own suffix and those of tars."""
+    spellings = (path, path.replace(".tar/", "/"))
+    return any(spelling.endswith(name) or posixpath.splitext(spelling)[0].endswith(name) for spelling in spellings)

@@ -71,7 +71,7 @@ def read_splits(
     read = _reader(sources, recipe, processes, progress, report)
     images = read(sources.data, "train", labels=sources.labels)
     has_own = {
-        split: has_split(sources.data, split, labels=sources.labels, root=sources.data_root)
+        split: has_split(sources.data, split, labels=sources.labels, root=sources.data_root, report=report)
         for split in ("validation", "test")
     }
     training = images

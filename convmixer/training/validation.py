@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from convmixer.data.memory import ImageSet
+from convmixer.errors import DataError
 from convmixer.inference import class_logits
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
@@ -43,6 +44,7 @@ def evaluate(
 
     Raises:
         ArgumentError: Another kind of model, or a precision that the device does not compute.
+        DataError: A stream of images of which none can be read.
 
     Example:
         >>> from convmixer.data.memory import load_images
@@ -67,6 +69,8 @@ def evaluate(
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
+    if len(images) and not seen:
+        raise DataError(f"none of the {len(images):,} images to validate on could be read")
     count = seen or math.nan  # no images, no figures
     mean = loss.item() / count
     return {"loss": mean, "top1": math.nan if math.isnan(mean) else 100 * correct.item() / count, "count": seen}

@@ -168,6 +168,9 @@ def test_tar_and_table(model, digits, expected, tmp_path):
     (tmp_path / "table").mkdir()
     shutil.copytree(digits, tmp_path / "table" / "images")
     (tmp_path / "table" / "labels.csv").write_text("\n".join(["image,label", *lines]))
+    (tmp_path / "table" / "backwards.csv").write_text("\n".join(["image,label", *reversed(lines)]))
+    found, _ = compute(model, tmp_path / "table" / "backwards.csv", tmp_path / "backwards-out")
+    assert answers(found) == answers(expected)[::-1]  # the order is the table's
     for name in ("digits.tar", "table/labels.csv"):
         found, _ = compute(model, tmp_path / name, tmp_path / f"{Path(name).stem}-out", rows_per_file=40)
         assert [row["image"].removeprefix("digits/").removeprefix("images/") for row in found] == [
@@ -203,6 +206,45 @@ def test_shards_by_their_record(model, files, expected, tmp_path):
     with pytest.raises(DataError, match=r"several splits in .*: train, test\. Say which one is meant"):
         compute(model, f"wds/{tmp_path}", tmp_path / "out2")
     assert len(compute(model, f"wds/{tmp_path}", tmp_path / "out2", split="test")[0]) == COUNT
+
+
+def test_shards_of_one_name(model, files, tmp_path):
+    pytest.importorskip("webdataset")
+    names = ["a/0.tar", "b/0.tar"]
+    for name in names:
+        write_shard(tmp_path / name, files[:1])
+    split = {"name": "train", "num_samples": 2, "filenames": names, "shard_lengths": [1, 1]}
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+    found, _ = compute(model, f"wds/{tmp_path}", tmp_path / "out")
+    key = f"{files[0].parent.name}-{files[0].stem}"
+    assert [row["image"] for row in found] == [f"a/0.tar/{key}", f"b/0.tar/{key}"]
+
+
+def test_shards_that_have_changed(model, files, tmp_path):
+    pytest.importorskip("webdataset")
+    source = f"wds/{tmp_path}/s-{{0..1}}.tar"
+    for i in range(2):
+        write_shard(tmp_path / f"s-{i}.tar", files[i : i + 1])
+    compute(model, source, tmp_path / "out")
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    write_shard(tmp_path / "s-0.tar", files[10:30])
+    with pytest.raises(ArgumentError, match="source listing was "):
+        compute(model, source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_is_cut_off(model, files, tmp_path, workers):
+    """What comes before it is written, also where workers read ahead of the model."""
+    pytest.importorskip("webdataset")
+    for i in range(6):
+        write_shard(tmp_path / f"s-{i}.tar", files[2 * i : 2 * i + 2])
+    cut = tmp_path / "s-4.tar"
+    cut.write_bytes(cut.read_bytes()[:1300])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"cannot read the shard '.*s-4\.tar'"):
+            compute(model, f"wds/{tmp_path}/s-{{0..5}}.tar", tmp_path / "out", workers=workers)
+        written = sorted(file.name for file in (tmp_path / "out").glob("*.parquet"))
+        assert written == [f"part-0000{i}.parquet" for i in range(4)]
 
 
 def test_a_wrong_number_of_samples(model, files, tmp_path):
@@ -321,7 +363,7 @@ def test_broken_rows_of_parquet_and_shards(model, files, tmp_path):
     write_shard(tmp_path / "s.tar", [files[0], tmp_path / "text" / "b.txt"])
     found, _ = compute(model, f"wds/{tmp_path}/s.tar", tmp_path / "out2")
     assert found[0]["error"] is None
-    assert "none of its parts ends in" in found[1]["error"]
+    assert "none of its parts, txt, ends in " in found[1]["error"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="such names do not exist on Windows")
@@ -446,6 +488,20 @@ def test_a_worker_that_dies(model, digits, tmp_path):
     assert compute(model, digits, tmp_path / "out", rows_per_file=10)[1].images == COUNT
 
 
+def test_an_error_of_the_caller_ends_the_workers(model, digits, tmp_path):
+    """Though the error that is kept holds all frames, as a notebook keeps the last one."""
+
+    def fail(done: int, _total: int) -> None:
+        if done:
+            raise ZeroDivisionError
+
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ZeroDivisionError) as caught:
+        compute(model, digits, tmp_path / "out", batch_size=10, workers=2, progress=fail)
+    assert caught.tb
+    assert set(multiprocessing.active_children()) == before
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -486,6 +542,47 @@ def test_parquet_files_of_one_name(model, files, tmp_path):
     assert [row["image"] for row in found] == [
         f"{split}/0000.parquet:{i}" for split in ("test", "train") for i in (0, 1)
     ]
+
+
+def test_which_parquet_files_are_read(model, files, tmp_path):
+    """In folders of all depths, whatever the case of the suffix. An image among them leaves open what is meant."""
+    content = files[0].read_bytes()
+    for count, name in enumerate(("a.parquet", "x/b.PARQUET", "x/y/c.parquet"), start=1):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"image": [content] * count}), tmp_path / "in" / name)
+    (tmp_path / "in" / "d.parquet").mkdir()
+    assert len(compute(model, tmp_path / "in", tmp_path / "out")[0]) == 6
+    pattern = str(tmp_path / "in" / "**" / "*.parquet")
+    assert len(compute(model, pattern, tmp_path / "out2")[0]) == 4
+    shutil.copy(files[0], tmp_path / "in" / "x" / "preview.png")
+    with pytest.raises(
+        DataError, match=r"in' holds images, and Parquet files that may hold some, .*a\.parquet.*: give"
+    ):
+        compute(model, tmp_path / "in", tmp_path / "out3")
+    assert len(compute(model, tmp_path / "in", tmp_path / "out3", image_column="image")[0]) == 6
+    for file in (tmp_path / "in").rglob("*.[pP][aA]*"):
+        if file.is_file():
+            pq.write_table(pa.table({"file_name": ["x/preview.png"], "width": [8]}), file)  # what describes images
+    assert len(compute(model, tmp_path / "in", tmp_path / "out4")[0]) == 1
+
+
+def test_dictionaries_of_parquet(model, files, tmp_path):
+    """As pandas writes categories, and DuckDB what repeats."""
+    content = pa.array([files[0].read_bytes()] * 2).dictionary_encode()
+    pq.write_table(
+        pa.table({"image": content, "key": pa.array(["a", "b"]).dictionary_encode()}), tmp_path / "in.parquet"
+    )
+    assert [row["image"] for row in compute(model, tmp_path / "in.parquet", tmp_path / "out")[0]] == ["a", "b"]
+
+
+def test_output_among_parquet_files(model, files, tmp_path):
+    """It would be read by the next call."""
+    write_parquet(tmp_path / "in" / "a.parquet", files[:2])
+    with pytest.raises(ArgumentError, match=r"in/out' would be read as a part of .*in': give a folder beside the data"):
+        compute(model, tmp_path / "in", tmp_path / "in" / "out")
+    assert not (tmp_path / "in" / "out").exists()
+    with pytest.raises(ArgumentError, match="would be read as a part of"):
+        compute(model, tmp_path / "in" / "*.parquet", tmp_path / "in")
 
 
 def test_parquet_files_of_different_types(model, files, tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import io
+import struct
 import threading
 import time
 from urllib.error import HTTPError
@@ -69,6 +70,35 @@ def test_orientation_of_a_jpeg_of_a_camera(photo, tmp_path):
     result = read_image(tmp_path / "photo.jpg")
     assert result.size == (384, 256)
     assert np.abs(values(result) - values(upright)).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [
+        (0x011A, 2, b"72\0\0"),  # a resolution that is a text
+        (0x0100, 2, b"32\0\0"),  # so is a width
+        (0x8298, 3, b"\1\0\0\0"),  # the owner of the copyright is a number
+    ],
+)
+def test_orientation_beside_a_tag_of_a_wrong_type(tag, kind, value):
+    """Which Pillow cannot write again; viewers do not care."""
+    entries = [(0x0112, 3, 1, b"\6\0\0\0"), (tag, kind, len(value) if kind == 2 else 1, value)]
+    fields = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + fields + bytes(4)
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 16)).save(stream, "JPEG")
+    jpeg = stream.getvalue()
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    assert read_image(jpeg[:2] + segment + jpeg[2:]).size == (16, 32)
+
+
+def test_an_image_is_turned_once(arrow, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    arrow.save(tmp_path / "photo.jpg", exif=exif)
+    turned = read_image(tmp_path / "photo.jpg")
+    assert turned.size == arrow.size[::-1]
+    assert read_image(turned).size == turned.size
 
 
 def test_orientation_does_not_change_the_image_given(arrow, tmp_path):

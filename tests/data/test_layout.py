@@ -312,7 +312,7 @@ def test_links(tmp_path):
     (tmp_path / "set" / "train" / "cat" / "round").symlink_to(tmp_path / "set")
     opened = open_split(tmp_path / "set", "train")
     assert [file.name for file in opened.images] == ["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"]
-    assert opened.taken.endswith("; left out: 1 link that leads nowhere")
+    assert opened.taken.endswith("; left out: 1 link to a folder that holds it")
 
     content = picture(7)
     with tarfile.open(tmp_path / "linked.tar", "w") as tar:
@@ -330,7 +330,70 @@ def test_links(tmp_path):
     images = load_images(tmp_path / "linked.tar", "train", SIZE, report=len)
     assert images.pixels[:, 0, 0, 0].tolist() == [7, 7, 7]
     assert images.labels.tolist() == [0, 1, 1]
-    assert "left out: 1 link that leads nowhere" in open_split(tmp_path / "linked.tar", "train").taken
+    assert "left out: 1 link without a target" in open_split(tmp_path / "linked.tar", "train").taken
+
+
+def test_links_in_a_tar_with_splits(tmp_path):
+    """What is left out is counted below the split; links to folders are followed, as on a disk."""
+    content = picture(7)
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name in ("train/cat/1.png", "train/dog/1.png", "test/cat/1.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, target in (
+            ("train/dog/2.png", "/elsewhere/2.png"),
+            ("train/dog/3.png", "nowhere.png"),
+            ("train/bird", "cat"),
+            ("train/cat/round", ".."),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            tar.addfile(member)
+        pipe = tarfile.TarInfo("test/dog/1.png")
+        pipe.type = tarfile.FIFOTYPE
+        tar.addfile(pipe)
+    taken = open_split(tmp_path / "set.tar", "train").taken
+    assert taken == "train: 3 images in 3 classes from set.tar/train/; left out: 3 links without a target"
+    taken = open_split(tmp_path / "set.tar", "test").taken
+    left_out = "left out: 1 file of a special kind, 1 folder without files"
+    assert taken == f"test: 1 image in 1 class from set.tar/test/; {left_out}"
+
+
+def test_what_is_no_file_is_left_out(tmp_path):
+    lay(tmp_path / "set" / "train", "cat/1.png", "dog/1.png")
+    (tmp_path / "set" / "train" / "dog" / "2.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "set" / "train" / "cat" / "2.png")
+    taken = open_split(tmp_path / "set", "train").taken
+    assert "train: 2 images in 2 classes" in taken
+    assert "1 link without a target" in taken
+    assert "1 file of a special kind" in taken
+
+
+def test_members_above_the_top_of_their_tar(tmp_path):
+    """As tar unpacks them."""
+    lay(tmp_path / "set", *classes("train"))
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(tmp_path / "set" / "train", "../../set/train")
+    assert open_split(tmp_path / "set.tar", "train").images[0].name == "cat/0.png"
+
+
+def test_a_tar_of_a_folder_and_what_it_was_unpacked_from(tmp_path):
+    lay(tmp_path / "set", "train/cat/1.png", "train/dog/1.png")
+    with tarfile.open(tmp_path / "set" / "train.tar", "w") as tar:
+        tar.add(tmp_path / "set" / "train", "train")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(tmp_path / "set", ".")
+    for source, packed in (("set", "set/train.tar/train/"), ("set.tar", "set.tar/train.tar/train/")):
+        opened = open_split(tmp_path / source, "train")
+        assert opened.taken.startswith(f"train: 2 images in 2 classes from {packed}; no split: ")
+        assert [file.name for file in opened.images] == ["cat/1.png", "dog/1.png"]
+
+
+def test_digits_that_are_not_decimal(tmp_path):
+    """int() takes none of them."""
+    lay(tmp_path / "set", "train/\u2461/1.png", "train/10\u00b2/2.png", "train/2/x\u00b3.png")
+    assert open_split(tmp_path / "set", "train").classes == ("2", "10\u00b2", "\u2461")
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:xz"])

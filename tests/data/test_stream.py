@@ -1,5 +1,6 @@
 """Streams of images, on real images: scikit-learn's digits. What is in memory is what a stream must equal."""
 
+import gc
 import io
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -388,6 +390,60 @@ def test_shards_are_validated_as_their_folder_is(digits, shards, tmp_path):
             validate(model, source, classes=CLASSES)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("said", [29, 31])
+def test_a_wrong_number_of_samples_to_validate_on(shards, said, workers):
+    stream = _open(f"wds/{shards}/test-{{0..1}}.tar|{said}", "validation", workers=workers)
+    with pytest.raises(DataError, match=rf"should have {said} samples and has 30: correct the number"):
+        list(stream.in_order(8))
+
+
+def test_shards_without_classes(digits, tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        archive.add(next(digits.rglob("*.png")), "1.png")
+    (tmp_path / "classes.txt").write_text("zero\none\n")
+    with pytest.raises(DataError, match=r"cannot read 1 in '.*t\.tar': DataError: it has no \.cls"):
+        list(_open(f"wds/{tmp_path}/t.tar|1", "test").in_order(8))
+
+
+def test_tests_whose_labels_are_secret(digits, tmp_path, capsys):
+    """As the Hub has many: every label of the test split is -1. They are left out, as if there were none."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["zero", "one"])})
+    (tmp_path / "set").mkdir()
+    files = [sorted((digits / "train" / name).iterdir())[:10] for name in CLASSES[:2]]
+    rows = [({"bytes": file.read_bytes(), "path": None}, label) for label in (0, 1) for file in files[label]]
+    for split, labels in (("train", [0, 1]), ("validation", [0, 1]), ("test", [-1])):
+        content = {"image": [row[0] for row in rows], "label": [row[1] if len(labels) == 2 else -1 for row in rows]}
+        datasets.Dataset.from_dict(content, features).to_parquet(tmp_path / "set" / f"{split}.parquet")
+    source = f"hfds/{tmp_path / 'set'}"
+    for stream in (False, True):
+        recipe = get_recipe("cifar10", **QUICK | {"batch_size": 10}, stream=stream)
+        result = train(
+            recipe,
+            source,
+            tmp_path / f"run-{stream}",
+            device="cpu",
+            workers=0 if stream else None,
+            data_root=tmp_path / "cache",
+        )
+        assert result.test_accuracy == {}
+        said = capsys.readouterr().out
+        assert f"test: no image in the split test of {source} has a label, so it is left out\n" in said
+        assert "test: no images\n" in said
+    with pytest.raises(DataError, match=r"no image in the split test of .* has a label: its labels are all -1"):
+        open_split(source, "test", root=tmp_path / "cache")
+
+
+def test_tests_of_which_no_image_can_be_read(digits, tmp_path):
+    """An accuracy of them would be no number."""
+    stream = _open(digits, "test", skip_unreadable=True)
+    spoiled = replace(stream.split, images=[file._replace(path="gone.png") for file in stream.split.images])
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", device="cpu", dim=8, depth=1, num_classes=len(CLASSES))
+    with pytest.raises(DataError, match="none of the 30 images to validate on could be read"):
+        evaluate(model, replace(stream, split=spoiled))
+
+
 def test_processes_read_different_shards(digits, shards):
     images = _counts(load_images(digits, "train", SIZE).in_order(150))
     pattern = f"wds/{shards}/train-{{0..3}}.tar|150"
@@ -427,6 +483,23 @@ def test_a_worker_that_dies(digits):
     text = f"a process that reads '{re.escape(str(digits))}' ended: .*(Killed|exited unexpectedly). Give fewer workers"
     with pytest.raises(DataError, match=text):
         list(batches)
+
+
+@pytest.mark.parametrize("collected", [False, True])
+def test_workers_end_with_what_reads_them(digits, collected):
+    """Also where the garbage collector takes queues and workers at once."""
+    before = set(multiprocessing.active_children())
+    batches = iter(_open(digits, workers=2).in_order(4))
+    next(batches)
+    assert set(multiprocessing.active_children()) > before
+    if collected:
+        circle = [batches]
+        circle.append(circle)
+        del circle, batches
+        gc.collect()
+    else:
+        batches.close()
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_nothing_unreadable_is_left_out_in_silence(digits, shards, tmp_path, capsys):

@@ -45,6 +45,57 @@ def read(source, split="train", **options):
     return {NAMES[shade]: images.classes[label] for shade, label in zip(shades, images.labels, strict=True)}
 
 
+def test_a_table_of_tars(pictures, tmp_path):
+    """The path of an image may have its tar, or the folder that the tar stands for."""
+    (tmp_path / "set").mkdir()
+    for split, names in (("train", NAMES[:2]), ("val", NAMES[2:])):
+        with tarfile.open(tmp_path / "set" / f"{split}.tar", "w") as archive:
+            for name in names:
+                archive.add(pictures / name, name)
+    for suffix in ("", ".tar"):
+        images = [f"train{suffix}/a.png", f"train{suffix}/b.png", f"val{suffix}/c.png"]
+        table = write(tmp_path / "labels.csv", image=images, label=["dog", "cat", "dog"])
+        assert read(tmp_path / "set", labels=table) == {"a.png": "dog", "b.png": "cat"}
+        assert read(tmp_path / "set", "test", labels=table) == {"c.png": "dog"}
+        taken = open_split(tmp_path / "set", "test", labels=table).taken
+        assert taken == (
+            "test: 1 image in 1 class from set/val.tar by labels.csv, as there is no test split; "
+            "left out: 1 image without a row in the table"
+        )
+
+
+def test_the_column_split_without_tests(pictures, tmp_path):
+    """Validation images stand in for them, as those of folders do."""
+    splits = ["train", "train", "val", "val"]
+    table = write(tmp_path / "labels.csv", image=list(LABELS), label=list(LABELS.values()), split=splits)
+    assert read(pictures, "test", labels=table) == {"c.png": "dog", "d.png": "cat"}
+    assert "as there is no test split" in open_split(pictures, "test", labels=table).taken
+    assert not has_split(pictures, "test", labels=table)
+
+
+def test_a_file_of_the_name_of_an_image(pictures, tmp_path):
+    (pictures / "a").write_text("about a.png")
+    table = write(tmp_path / "labels.csv", image=["a", "b"], label=["dog", "cat"])
+    assert read(pictures, labels=table) == {"a.png": "dog", "b.png": "cat"}
+
+
+def test_several_labels_in_a_cell(pictures, tmp_path):
+    table = write(tmp_path / "labels.parquet", image=list(LABELS), label=[[1, 2], [1], [2], [1]])
+    with pytest.raises(DataError, match=r"row 1 of '.*labels.parquet' lacks text or a whole number"):
+        open_split(pictures, "train", labels=table)
+
+
+def test_classes_that_differ_in_their_accents(tmp_path):
+    """macOS writes an accent as a character of its own."""
+    for split, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
+        for label in (name, "dog"):
+            (tmp_path / split / label).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / split / label / "1.png")
+    classes = open_split(tmp_path, "train").classes
+    with pytest.raises(DataError, match="Some differ only in how Unicode writes an accent"):
+        open_split(tmp_path, "test").labels_in(classes)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "CSV"])
 def test_a_table_in_place_of_class_folders(pictures, tmp_path, suffix):
     table = write(tmp_path / f"labels.{suffix}", image=list(LABELS), label=list(LABELS.values()), width=[4] * 4)
