@@ -30,7 +30,7 @@ from convmixer.hub.checkpoints import (
     variant_of,
 )
 from convmixer.hub.config import read_config
-from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain_indices, take_indices
+from convmixer.model import ConvMixer, as_dtype, check_dtype, check_head, plain, take_indices
 from convmixer.ops import prefers_channels_last
 from convmixer.pyramid import FeaturePyramid, check_reductions
 from convmixer.registry import HUB_FILE, UNNAMED, VARIANTS, WEIGHTS_FOLDER, Variant, Weights, get_variant
@@ -69,9 +69,9 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
 
 def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> ConvMixer | FeatureGetterNet:
     """Build a variant as timm does; `model_args` override its architecture."""
-    indices = plain_indices(model_args.pop("out_indices", 3))
+    indices = plain(model_args.pop("out_indices", 3))
     if isinstance(indices, list | tuple):
-        indices = [plain_indices(i) for i in indices]
+        indices = [plain(i) for i in indices]
     feature_cfg = {"out_indices": indices, "feature_cls": "getter"}
     model: ConvMixer | FeatureGetterNet = build_model_with_cfg(
         ConvMixer, variant.name, pretrained, feature_cfg=feature_cfg, **{**variant.architecture, **model_args}

@@ -163,6 +163,9 @@ def check_input(x: Tensor, in_chans: int, patch_size: int) -> None:
 
 def lay_out(x: Tensor, channels_last: bool) -> Tensor:
     """Lay out the stem's output (B, dim, h, w) in channels_last, if asked; what follows keeps the layout."""
+    if not torch.jit.is_scripting():
+        # vmap knows no layouts, and in torch.export they would bind the sizes of images to each other.
+        channels_last = channels_last and not ops.is_transformed() and _recorder() != "torch.export"
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
@@ -172,17 +175,25 @@ def check_head(tensors: Mapping[str, Any], model: "ConvMixer", source: str) -> N
     if not isinstance(head, Tensor) or head.ndim != 2 or not isinstance(model.head, nn.Linear):
         return
     found, needed = head.shape[1], model.head.in_features
+    stem = tensors.get("stem.0.weight")
+    if isinstance(stem, Tensor) and len(stem) != dim:
+        return  # a model of other sizes, which a list of them says better
     if found != needed and {found, needed} == {dim, 2 * dim}:
         pool = model.global_pool.pool_type
+        advice = (
+            "Give global_pool='catavgmax'"
+            if found > needed
+            else f"Load the weights without global_pool, then call reset_classifier({model.num_classes}, {pool!r}), "
+            "which makes a new head"
+        )
         raise WeightsError(
-            f"{source}: the head takes {found} features, and global_pool={pool!r} makes {needed}. Load the weights "
-            f"without global_pool, then call reset_classifier({model.num_classes}, {pool!r}), which makes a new head"
+            f"{source}: the head takes {found} features, and global_pool={pool!r} makes {needed}. {advice}"
         )
 
 
-def plain_indices(indices: Any) -> Any:
-    """Return indices of NumPy or PyTorch as int or list of int; anything else as it is."""
-    return indices.tolist() if hasattr(indices, "tolist") else indices
+def plain(numbers: Any) -> Any:
+    """Return numbers of NumPy or PyTorch as Python's, an array as a list; anything else as it is."""
+    return numbers.tolist() if hasattr(numbers, "tolist") else numbers
 
 
 def count_outputs(model: Any) -> int:
@@ -198,12 +209,12 @@ def take_indices(indices: int | Sequence[int] | None, depth: int) -> tuple[list[
     """Return block indices as non-negative numbers, and the largest; see `ConvMixer.forward_intermediates`."""
     if indices is None:
         return list(range(depth)), depth - 1
-    indices = plain_indices(indices)
+    indices = plain(indices)
     if isinstance(indices, int):
         if not is_count(indices) or indices > depth:
             raise ArgumentError(f"indices={indices}: the number of last blocks to take is 1 to {depth}")
         return list(range(depth - indices, depth)), depth - 1
-    indices = [plain_indices(i) for i in indices]
+    indices = [plain(i) for i in indices]
     fine = all(is_count(i, -depth) and i < depth for i in indices)
     taken = [i % depth for i in indices] if fine else []
     if not taken or len(set(taken)) < len(taken):
@@ -261,15 +272,22 @@ def evaluation_view(model: nn.Module) -> nn.Module:
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """Depthwise k x k convolution that keeps the resolution, (B, dim, H, W) -> (B, dim, H, W)."""
+    """Depthwise k x k convolution that keeps the resolution, (B, dim, H, W) -> (B, dim, H, W).
 
-    def __init__(
-        self, dim: int, kernel_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__(dim, dim, kernel_size, groups=dim, device=device, dtype=dtype)
-        self._set_border(kernel_size)
+    Arguments are those of `nn.Conv2d`, as libraries such as peft make further layers of a layer's class. One that is
+    not depthwise is a plain convolution.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.even_kernel = self.exports_kernels = False
+        self.border = [0, 0, 0, 0]
+        self.is_depthwise = self.groups == self.in_channels == self.out_channels
+        if self.is_depthwise:
+            self._set_border(self.kernel_size[0])
 
     def _set_border(self, kernel_size: int) -> None:
+        self.is_depthwise = True
         before, after = (kernel_size - 1) // 2, kernel_size // 2
         # Even kernels need one more row and column at the end, which convolutions cannot do by themselves.
         self.even_kernel = before != after
@@ -279,7 +297,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not self._is_exported(x) and ops.runs_on_kernels(x, self.weight, self.training):
+            if self.is_depthwise and not self._is_exported(x) and ops.runs_on_kernels(x, self.weight, self.training):
                 return ops.depthwise_conv2d(x, self.weight, self.bias)
         if self.even_kernel:
             x = F.pad(x, self.border)
@@ -355,7 +373,7 @@ def _block(
     dtype: torch.dtype | None,
 ) -> nn.Sequential:
     spatial = nn.Sequential(
-        DepthwiseConv2d(dim, kernel_size, device=device, dtype=dtype),
+        DepthwiseConv2d(dim, dim, kernel_size, groups=dim, device=device, dtype=dtype),
         _new(act, device, dtype),
         nn.BatchNorm2d(dim, device=device, dtype=dtype),
     )
@@ -424,9 +442,11 @@ class ConvMixer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        dim, depth, kernel_size, patch_size, in_chans = map(plain, (dim, depth, kernel_size, patch_size, in_chans))
         counts = {"dim": dim, "depth": depth, "kernel_size": kernel_size, "patch_size": patch_size}
         for name, value in {**counts, "in_chans": in_chans}.items():
             check_count(name, value, 1)
+        drop_rate, block_drop_rate, drop_path_rate = map(plain, (drop_rate, block_drop_rate, drop_path_rate))
         rates = {"drop_rate": drop_rate, "block_drop_rate": block_drop_rate, "drop_path_rate": drop_path_rate}
         for name, rate in rates.items():
             _check_rate(name, rate)
@@ -451,6 +471,7 @@ class ConvMixer(nn.Module):
         self._set_head(num_classes, global_pool, {"device": device, "dtype": dtype})
 
     def _set_head(self, num_classes: int, global_pool: str, factory: dict[str, Any]) -> None:
+        num_classes = plain(num_classes)
         check_count("num_classes", num_classes, 0)
         if global_pool not in GLOBAL_POOLS:
             raise ArgumentError(f"unknown global_pool {global_pool!r}; {nearest(global_pool, GLOBAL_POOLS)}")
@@ -474,6 +495,9 @@ class ConvMixer(nn.Module):
             if self._runs_fused(x):
                 return self._fused_features(x, self.blocks, [len(self.blocks) - 1])[0]
         x = lay_out(self.stem(x), self.channels_last)
+        if self.block_drop.p == 0 and (torch.jit.is_scripting() or not self.grad_checkpointing):
+            result: Tensor = self.blocks(x)  # called as a whole, which hooks and FSDP may wait for
+            return result
         for block in self.blocks:
             x = self.block_drop(x)
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -645,6 +669,8 @@ class ConvMixer(nn.Module):
         if _is_recorded(torch.compiler.is_compiling()):
             return False
         self._check_fused()  # layers may have been replaced
+        if ops.is_forward_mode():
+            raise ConvMixerError("fused blocks have no forward-mode derivatives (jvp, jacfwd): set_fused(False)")
         return True
 
     def __prepare_scriptable__(self) -> "ConvMixer":

@@ -40,9 +40,10 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
         )
     config = dict(found)
     channels = in_channels(model)
+    if config.get("input_size"):
+        config["input_size"] = (channels, *config["input_size"][1:])
     if channels != len(config["mean"]):
         # The first convolution was adapted to other channels: each gets the mean of the old statistics.
-        config["input_size"] = (channels, *config["input_size"][1:])
         for name in ("mean", "std"):
             config[name] = (sum(config[name]) / len(config[name]),) * channels
     return config

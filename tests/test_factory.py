@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from hub_server import run_client, serve
+from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 from torch.nn.utils import prune
@@ -523,3 +524,25 @@ def test_null_and_one_channel(folder):
     model = convmixer.create_model(f"local-dir:{folder}", pretrained=True, device="cpu")
     assert model.in_chans == 1
     assert len(model.pretrained_cfg["mean"]) == 3
+
+
+def test_grey_weights_for_colours(tmp_path):
+    """The model says how many channels it takes, not the file."""
+    grey = convmixer.create_model(NAME, device="cpu", num_classes=3, in_chans=1)
+    save_file(grey.state_dict(), tmp_path / "w.safetensors")
+    model = convmixer.create_model(NAME, checkpoint=tmp_path / "w.safetensors", in_chans=3, num_classes=3, device="cpu")
+    assert len(convmixer.predict(model.eval(), Image.new("RGB", (40, 40)))) == 3
+
+
+def test_weights_of_a_model_twice_as_wide():
+    """Their head would also fit a model with a pool of two kinds."""
+    with pytest.raises(WeightsError, match=r"of another shape \(stem\.0\.weight expected") as caught:
+        convmixer.create_model("convmixer_256_8", pretrained=True, dim=128, device="cpu")
+    assert "global_pool" not in str(caught.value)
+
+
+def test_weights_with_a_head_for_two_pools(tmp_path):
+    wide = convmixer.create_model(NAME, device="cpu", num_classes=3, global_pool="catavgmax")
+    save_file(wide.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"and global_pool='avg' makes \d+\. Give global_pool='catavgmax'"):
+        convmixer.create_model(NAME, checkpoint=tmp_path / "w.safetensors", num_classes=3, device="cpu")

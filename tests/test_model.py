@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -115,6 +116,67 @@ def test_export_in_training_mode():
     program = torch.export.export(model, (torch.randn(4, 3, 16, 16),)).module()
     x = torch.randn(4, 3, 16, 16)
     assert close(program(x), model(x))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_export_with_named_dimensions(channels_last):
+    """The layout of tensors must not bind the height of images to their width."""
+    model = ConvMixer(8, 2, 5, 2, num_classes=3).eval()
+    model.channels_last = channels_last
+    dims = [torch.export.Dim(name, min=8, max=512) for name in ("height", "width")]
+    sizes = {0: torch.export.Dim("batch", max=64), 2: dims[0], 3: dims[1]}
+    exported = torch.export.export(model, (torch.randn(2, 3, 32, 40),), dynamic_shapes=(sizes,)).module()
+    images = torch.randn(3, 3, 24, 64)
+    assert torch.allclose(exported(images), model(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_of_each_image(channels_last):
+    """By vmap, as in differential privacy, against one image after the other."""
+    model = ConvMixer(8, 2, 5, 2, num_classes=3).eval()
+    model.channels_last = channels_last
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    images, labels = torch.randn(3, 3, 8, 8), torch.tensor([0, 2, 1])
+
+    def loss(parameters, image, label):
+        logits = torch.func.functional_call(model, parameters, (image[None],))
+        return torch.nn.functional.cross_entropy(logits, label[None])
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, images, labels)
+    for i in range(3):
+        model.zero_grad()
+        loss(dict(model.named_parameters()), images[i], labels[i]).backward()
+        for name, parameter in model.named_parameters():
+            assert torch.allclose(found[name][i], parameter.grad, atol=1e-6), name
+
+
+def test_the_blocks_are_called_as_a_whole():
+    """As timm's are: hooks, compile and FSDP work on `model.blocks`."""
+    ours, theirs = ConvMixer(8, 2, 5, 2, num_classes=3), timm.models.convmixer.ConvMixer(8, 2, 5, 2, num_classes=3)
+    for model in (ours, theirs):
+        called = []
+        model.blocks.register_forward_hook(lambda *_, called=called: called.append(1))
+        model(torch.zeros(2, 3, 8, 8))
+        assert called == [1]
+
+
+def test_further_layers_of_a_layers_class():
+    """As peft makes them for LoRA: a convolution to few channels, with all arguments of nn.Conv2d."""
+    layer = ConvMixer(8, 1, 5, 2).blocks[0][0].fn[0]
+    torch.manual_seed(0)
+    reduced = type(layer)(8, 2, layer.kernel_size, layer.stride, layer.padding, bias=False)
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(8, 2, 5, padding=2, bias=False)
+    x = torch.randn(2, 8, 6, 6)
+    assert torch.equal(reduced(x), plain(x))
+
+
+def test_numbers_of_numpy():
+    model = ConvMixer(np.int64(8), 2, np.int32(5), 2, num_classes=np.array([0, 4]).max() + 1, drop_rate=np.float32(0.5))
+    assert type(model.num_classes) is type(model.dim) is int
+    assert model.head_drop.p == 0.5
+    model.reset_classifier(np.int64(3))
+    assert type(model.num_classes) is int
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])

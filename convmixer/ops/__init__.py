@@ -12,9 +12,18 @@ Feature maps are (B, C, H, W), vectors (C,). The room imports only `errors`; it 
 
 from convmixer.ops.depthwise import (
     depthwise_conv2d,
+    is_forward_mode,
+    is_transformed,
     prefers_channels_last,
     runs_on_kernels,
     set_depthwise_kernels,
 )
 
-__all__ = ["depthwise_conv2d", "prefers_channels_last", "runs_on_kernels", "set_depthwise_kernels"]
+__all__ = [
+    "depthwise_conv2d",
+    "is_forward_mode",
+    "is_transformed",
+    "prefers_channels_last",
+    "runs_on_kernels",
+    "set_depthwise_kernels",
+]

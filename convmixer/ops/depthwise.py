@@ -78,7 +78,12 @@ def is_transformed() -> bool:
     """Return whether `torch.func` or forward-mode differentiation is at work, for which the kernels have no rules."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Return whether forward-mode differentiation is at work, by `torch.func.jvp` or dual numbers."""
+    return forward_ad._current_level >= 0
 
 
 def runs_on_kernels(x: Tensor, weight: Tensor, training: bool) -> bool:

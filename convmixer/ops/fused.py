@@ -613,6 +613,9 @@ def _refuse(reason: str) -> None:
 def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residual: type[Any]) -> list[str]:
     """Say what keeps a model from being fused, one line each."""
     found: list[str] = []  # not a generator: PyTorch 2.7 does not look into those while it compiles
+    for name, module in (("blocks", blocks), ("block_drop", block_drop)):
+        if _has_hooks(module):
+            found.append(f"{name} has hooks or a forward of its own, which would not be called")
     if block_drop.p:
         found.append(f"block_drop_rate={block_drop.p}, and fused blocks have no dropout between them")
     plain = ((nn.Conv2d,), tuple(ACTIVATIONS), _NORMS)
@@ -622,6 +625,8 @@ def _obstacles(stem: Any, blocks: Any, block_drop: Any, depthwise: type, residua
         first: Any = block[0]
         if isinstance(first, residual):
             groups.append((f"blocks.{i}.0.fn", first.fn, ((depthwise,), *plain[1:])))
+            if _has_hooks(first.drop_path):
+                found.append(f"blocks.{i}.0.drop_path has hooks or a forward of its own, which would not be called")
             if getattr(first.drop_path, "drop_prob", 0.0):
                 found.append("drop_path_rate is above 0, and fused blocks have no stochastic depth")
     activations: list[str] = []
@@ -644,7 +649,9 @@ def _layer_obstacles(module: Any, classes: Sequence[type], in_stem: bool) -> lis
     found: list[str] = []
     kind = type(module)
     if kind not in classes:
-        found.append(f"is a {kind.__name__}, not {' or '.join(c.__name__ for c in classes)}")
+        names = [c.__name__ for c in classes]
+        own = f"{kind.__name__} of {kind.__module__}" if kind.__name__ in names else kind.__name__
+        found.append(f"is a {own}, not {' or '.join(names)}")
     if getattr(module, "approximate", "none") != "none":
         found.append(f"is a GELU approximated by {module.approximate}")
     if isinstance(module, nn.Conv2d) and module.bias is None:

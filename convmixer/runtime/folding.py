@@ -203,7 +203,7 @@ class _Block(nn.Module):
         self.norm = _Affine(None if fits.all() else scale / unit, shift / unit)
         self.register_buffer("gain", (gain / unit)[:, None, None])
         self.depthwise = _fill(
-            DepthwiseConv2d(dim, depthwise.kernel_size[0], device="meta"),
+            DepthwiseConv2d(dim, dim, depthwise.kernel_size[0], groups=dim, device="meta"),
             _exact(depthwise.weight) * unit[:, None, None, None],
             _exact(depthwise.bias),
         )

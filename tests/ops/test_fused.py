@@ -445,6 +445,8 @@ def test_functional_gradients(mode):
     def loss(parameters):
         return torch.func.functional_call(fused, parameters, (x,)).square().sum()
 
+    with pytest.raises(ConvMixerError, match=r"no forward-mode derivatives \(jvp, jacfwd\): set_fused\(False\)"):
+        torch.func.jvp(fused, (x,), (x,))
     found = torch.func.grad(loss)(dict(fused.named_parameters()))
     plain(x).square().sum().backward()
     assert_equal(list(found.values()), [p.grad for p in plain.parameters()])
@@ -542,6 +544,12 @@ def test_models_that_cannot_be_fused(changes, text):
         (lambda m: m.stem.register_forward_hook(lambda *_: None), "stem has hooks or a forward of its own"),
         (lambda m: m.blocks[2][0].fn[2].register_forward_pre_hook(lambda *_: None), "blocks.2.0.fn.2 has hooks"),
         (lambda m: setattr(m.blocks[0], "forward", lambda x: x), "blocks.0 has hooks or a forward of its own"),
+        (lambda m: m.blocks.register_forward_hook(lambda *_: None), "blocks has hooks or a forward of its own"),
+        (lambda m: m.block_drop.register_forward_hook(lambda *_: None), "block_drop has hooks or a forward of its own"),
+        (
+            lambda m: m.blocks[1][0].drop_path.register_forward_hook(lambda *_: None),
+            "blocks.1.0.drop_path has hooks or a forward of its own",
+        ),
     ],
 )
 def test_models_that_are_changed_later(change, text):

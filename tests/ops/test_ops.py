@@ -214,7 +214,7 @@ def _eager(layer, x):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_only_pytorch_takes_is_its_own(layer_dtype, shape, dtype, autocast):
     torch._dynamo.reset()
-    layer, x = DepthwiseConv2d(4, 3, dtype=layer_dtype), torch.rand(shape, dtype=dtype)
+    layer, x = DepthwiseConv2d(4, 4, 3, groups=4, dtype=layer_dtype), torch.rand(shape, dtype=dtype)
     compiled = torch.compile(layer, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = _eager(layer, x)
@@ -226,7 +226,7 @@ def test_what_only_pytorch_takes_is_its_own(layer_dtype, shape, dtype, autocast)
 
 
 def test_transforms_of_torch_func_are_pytorchs(on_kernels):
-    layer, x = DepthwiseConv2d(4, 3), torch.rand(5, 2, 4, 8, 8)
+    layer, x = DepthwiseConv2d(4, 4, 3, groups=4), torch.rand(5, 2, 4, 8, 8)
     parameters = dict(layer.named_parameters())
 
     def total(parameters, x):

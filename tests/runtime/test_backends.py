@@ -126,7 +126,11 @@ def test_models_that_native_does_not_take():
     for place, layer, text in (
         ("blocks.1.2", torch.nn.ReLU(), "native takes one activation in all layers, this model has gelu and relu"),
         ("blocks.0.0.fn.1", torch.nn.GELU("tanh"), "native takes the activations gelu and relu, .*tanh"),
-        ("blocks.1.0.fn.0", DepthwiseConv2d(64, 7), "native takes one kernel size in all blocks, this model has 5, 7"),
+        (
+            "blocks.1.0.fn.0",
+            DepthwiseConv2d(64, 64, 7, groups=64),
+            "native takes one kernel size in all blocks, this model has 5, 7",
+        ),
     ):
         model = make(depth=2)
         model.set_submodule(place, layer)
