@@ -303,11 +303,17 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> fl
     Returns:
         A part in [0, 1].
 
+    Raises:
+        ArgumentError: No images, or a number of bins that makes no sense.
+
     Example:
         >>> from convmixer.evaluation import calibration_error
         >>> round(calibration_error(torch.full((10,), 0.8), torch.arange(10) < 7), 6)  # 80 % sure, 70 % right
         0.1
     """
+    check_count("bins", bins)
+    if not len(confidence):
+        raise ArgumentError("no images, and so no calibration error: give at least one")
     confidence = confidence.double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)[1:-1]
     gaps = torch.zeros(bins, dtype=torch.float64)  # summed over the images of each bin

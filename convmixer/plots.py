@@ -168,7 +168,7 @@ def class_probabilities(
         float32 (N, number of classes) on the CPU; rows sum to 1. One output tells two classes apart.
 
     Raises:
-        ArgumentError: Pixels of another type or shape.
+        ArgumentError: Pixels of another type or shape, or a batch size that makes no sense.
 
     Example:
         >>> from convmixer.plots import class_probabilities
@@ -177,6 +177,7 @@ def class_probabilities(
         torch.Size([2, 10])
     """
     _check_pixels("pixels", pixels)
+    check_count("batch_size", batch_size)
     model = find_model(model)
     device = next(model.parameters()).device
     normalize = normalization(preprocessing(model))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 from timm.models._features import FeatureGetterNet
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from convmixer.errors import ArgumentError
+
+T = TypeVar("T", bound=nn.Module)
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel, ModelEmaV2, ModelEmaV3)
 KNOWN = "torch.compile, DataParallel, DistributedDataParallel, torch's AveragedModel and timm's ModelEma, V2 and V3"
@@ -42,6 +45,12 @@ def find_inner(model: Any) -> Any:
     """Return the model that holds the layers, out of wrappers and out of timm's feature extractor."""
     found = unwrap(model)
     return found.model if isinstance(found, FeatureGetterNet) else found
+
+
+def copy_module(module: T) -> T:
+    """Copy a module deeply, also where hooks compute weights, as pruning's do; deepcopy alone refuses these tensors."""
+    computed = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    return copy.deepcopy(module, {id(value): value.detach().clone() for value in computed if not value.is_leaf})
 
 
 def find_model(model: Any) -> nn.Module:

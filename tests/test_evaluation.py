@@ -104,6 +104,10 @@ def test_calibration_error_by_hand():
     confidence = torch.tensor([0.95, 0.3, 0.95, 0.55, 0.95, 0.55, 0.95])
     correct = torch.tensor([True, False, True, True, False, False, True])
     assert calibration_error(confidence, correct) == pytest.approx(1.2 / 7)
+    with pytest.raises(ArgumentError, match="no images, and so no calibration error"):
+        calibration_error(confidence[:0], correct[:0])
+    with pytest.raises(ArgumentError, match="bins=0: give a whole number of at least 1"):
+        calibration_error(confidence, correct, bins=0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from convmixer.model import as_dtype
 from convmixer.runtime.choose import check_backend
 from convmixer.runtime.folding import find_convmixer
 from convmixer.runtime.optimize import optimize
-from convmixer.wrappers import find_model
+from convmixer.wrappers import copy_module, find_model
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,7 @@ def predict_dataset(
             predictor.write(fast, missing, advance)
         elif missing:
             address = ray if isinstance(ray, str) else None
-            portable = copy.deepcopy(computed).cpu()  # a copy: the caller's model stays on its device
+            portable = copy_module(computed).cpu()  # a copy: the caller's model stays on its device
             write_on_ray(predictor, portable, speed_up, missing, address=address, actors=actors, advance=advance)
         seconds = time.perf_counter() - begun
         counts |= {part: _count_written(predictor, part) for part in missing}
@@ -238,7 +237,7 @@ def _answering(model: nn.Module, embed: bool, topk: int) -> tuple[nn.Module, Ans
         return model, Answers(labels, min(topk, len(labels)))
     if inner.global_pool.is_identity():
         raise ArgumentError("this model has no pooling, so its features are maps: build it with global_pool='avg'")
-    headless = copy.deepcopy(inner)
+    headless = copy_module(inner)
     headless.reset_classifier(0)
     return headless, Answers((), 0)
 

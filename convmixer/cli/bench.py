@@ -75,9 +75,9 @@ def bench(
     if json_file:
         text = json.dumps(record, indent=2) + "\n"
         write_atomically(json_file, lambda path: path.write_text(text, encoding="utf-8"))
+    _show(report)
     if plot_file:
         plots.write_figure(plots.plot_benchmark(record), plot_file)
-    _show(report)
 
 
 def _show(report: Report) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from convmixer.errors import ArgumentError, WeightsError
 from convmixer.factory import create_model
 from convmixer.inference import known_labels
+from convmixer.wrappers import copy_module
 
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -40,7 +40,7 @@ def verify(folder: Path, model: nn.Module, labels: Sequence[str] | None) -> dict
             f"PyTorch's default type is {torch.get_default_dtype()}, in which other libraries would open the folder: "
             "call torch.set_default_dtype(torch.float32) first"
         )
-    model = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    model = copy_module(model).to("cpu", torch.float32).eval()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classes = config["num_classes"]
     size, generator = config["pretrained_cfg"]["input_size"], torch.Generator().manual_seed(0)

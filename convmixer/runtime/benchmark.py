@@ -7,7 +7,6 @@ ceiling is the multiplication of two square matrices by PyTorch, timed in the sa
 
 from __future__ import annotations
 
-import copy
 import os
 import platform
 import statistics
@@ -30,6 +29,7 @@ from convmixer.runtime.choose import BACKENDS
 from convmixer.runtime.folding import find_convmixer
 from convmixer.runtime.quantize import calibration_images
 from convmixer.runtime.timing import PeakMemory, time_calls, wait
+from convmixer.wrappers import copy_module
 
 REFERENCE_IMAGES = 4  # of each batch that are computed in float64
 
@@ -303,7 +303,7 @@ class _Contender:
 @torch.inference_mode()
 def _reference(model: Any, images: Tensor) -> Tensor:
     """Return logits of some images in float64, on the CPU because not every device has that type."""
-    result: Tensor = copy.deepcopy(model).to("cpu", torch.float64)(images[:REFERENCE_IMAGES].cpu().double())
+    result: Tensor = copy_module(model).to("cpu", torch.float64)(images[:REFERENCE_IMAGES].cpu().double())
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convmixer.errors import ArgumentError
 from convmixer.runtime.chunks import FixedChunk
 from convmixer.runtime.compile import Compiled
 from convmixer.runtime.convert import to_onnx, to_openvino
@@ -19,6 +19,7 @@ from convmixer.runtime.folding import find_convmixer
 from convmixer.runtime.onnxruntime import OnnxRuntime
 from convmixer.runtime.openvino import OpenVINO
 from convmixer.runtime.optimize import optimize
+from convmixer.wrappers import copy_module
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 GEMM_SIDE = 2048  # of the matrices on a CPU; four times that on other devices
@@ -72,7 +73,7 @@ def our_candidates(
 
 
 def _unfolded(model: Any, images: Tensor, dtype: torch.dtype) -> tuple[Call, str]:
-    cast = copy.deepcopy(model).to(dtype)
+    cast = copy_module(model).to(dtype)
     inputs = images.to(dtype)
     return lambda: cast(inputs), ""
 
@@ -146,7 +147,9 @@ def timms(model: Any) -> nn.Module:
     from timm.models.convmixer import ConvMixer
 
     inner: Any = find_convmixer(model)
-    act = type(inner.stem[1])
+    act, pool = type(inner.stem[1]), inner.global_pool.pool_type
+    if pool != "avg":
+        raise ArgumentError(f"timm's ConvMixer has global_pool='avg', this model {pool!r}")
     peer: nn.Module = ConvMixer(
         inner.dim,
         len(inner.blocks),

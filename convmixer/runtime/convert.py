@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from convmixer.errors import optional
 from convmixer.tracing import quietly, tracing
-from convmixer.wrappers import find_inner
+from convmixer.wrappers import copy_module, find_inner
 
 if TYPE_CHECKING:
     import openvino
@@ -57,7 +56,7 @@ def to_openvino(
     """
     runtime = optional("openvino", "openvino", "export")
     example = open_example(module) if example is None else example
-    private = copy.deepcopy(module)  # OpenVINO reads the weights in place, and PyTorch may move a module's own
+    private = copy_module(module)  # OpenVINO reads the weights in place, and PyTorch may move a module's own
     with _exact():
         model: openvino.Model = runtime.convert_model(to_program(private, example, dimensions or open_dimensions()))
     return model

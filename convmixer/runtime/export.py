@@ -8,7 +8,6 @@ elsewhere the file's specification is checked.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import json
 import math
@@ -38,7 +37,7 @@ from convmixer.runtime.convert import Dimensions, to_onnx_program, to_openvino, 
 from convmixer.runtime.folding import FoldedConvMixer
 from convmixer.tracing import quietly, tracing
 from convmixer.transforms import preprocessing
-from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
+from convmixer.wrappers import ADVICE, copy_module, describe, find_inner, unwrap
 
 # The largest difference that a format may make, relative to the largest logit: that of many roundings in the type.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -162,7 +161,7 @@ def _torch_export(job: _Job, path: Path) -> Compute:
 
 
 def _safetensors(job: _Job, path: Path) -> Compute:
-    model = copy.deepcopy(job.model).float()
+    model = copy_module(job.model).float()
     save_weights(find_inner(job.model), path, job.metadata)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # nothing may be left of the model itself
@@ -317,7 +316,7 @@ def export_model(
     if fold and not folded:
         computed = folding.fold(reference, normalization=normalization, dtype=compute_dtype)
     else:
-        computed = copy.deepcopy(reference).to(compute_dtype)
+        computed = copy_module(reference).to(compute_dtype)
     dimensions: Dimensions = {0: torch.export.Dim("batch")}
     if dynamic_size:
         dimensions |= dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
@@ -352,11 +351,13 @@ def _check_destination(path: Path) -> None:
     """Raise a WriteError where the file cannot be written; a folder is only replaced by another Core ML model."""
     replaced = path.suffix == ".mlpackage" and (path / "Manifest.json").is_file()
     check_writable(path.with_name(f"{path.name}.new") if replaced else path)
+    if path.suffix == ".xml":
+        check_writable(path.with_suffix(".bin"))
 
 
 def _reference(model: nn.Module) -> Any:
     """Return a copy of a model in float32 on the CPU, in evaluation mode."""
-    reference: Any = copy.deepcopy(model)
+    reference: Any = copy_module(model)
     reference.to("cpu", torch.float32, memory_format=torch.contiguous_format).eval()
     find_inner(reference).channels_last = False
     return reference
@@ -441,16 +442,26 @@ def _check_weights_file(model: nn.Module) -> None:
 
 def _move(folder: Path, path: Path) -> None:
     """Move the files written in a folder to a path and next to it."""
-    files = sorted(folder.iterdir())
-    if len(files) > 1:
-        path.unlink(missing_ok=True)  # an old graph must not meet new weights
-    for file in files:  # .bin before .xml
-        if file.is_dir():
-            if path.exists():
-                path.rename(folder / "old")
-            file.rename(path)
-        else:
-            write_atomically(path.parent / file.name, file.replace)
+    first, *others = sorted(folder.iterdir())  # .bin before .xml
+    old = folder / "old"
+    if path.exists() and (others or first.is_dir()):
+        path.rename(old)  # an old graph must not meet new weights
+    try:
+        _put(first, path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    for file in others:
+        _put(file, path)
+
+
+def _put(file: Path, path: Path) -> None:
+    """Move a file to the folder of a path, or a folder to the path."""
+    if file.is_dir():
+        file.rename(path)
+    else:
+        write_atomically(path.parent / file.name, file.replace)
 
 
 def _output_names(model: Any) -> tuple[str, ...]:

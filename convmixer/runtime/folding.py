@@ -28,6 +28,7 @@ import torch
 from timm.layers import DropPath, SelectAdaptivePool2d
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -40,11 +41,12 @@ from convmixer.model import (
     check_dtype,
     check_input,
     count_outputs,
+    evaluation_view,
     lay_out,
     take_indices,
 )
 from convmixer.transforms import preprocessing
-from convmixer.wrappers import ADVICE, describe, find_inner, unwrap
+from convmixer.wrappers import ADVICE, copy_module, describe, find_inner, unwrap
 
 _CONVOLUTIONS = (nn.Conv2d.forward, DepthwiseConv2d.forward)  # what they compute follows from their settings
 _NORMS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, FrozenBatchNorm2d.forward)
@@ -268,7 +270,7 @@ class FoldedConvMixer(nn.Module):
         self.blocks = nn.ModuleList(_Block(b, n, largest) for b, n in zip(blocks, norms[:-1], strict=True))
         self.norms = nn.ModuleList(_Affine(*_affine(n)) for n in norms[1:])  # for features, which are x itself
         self.global_pool = copy.deepcopy(model.global_pool)
-        self.head = copy.deepcopy(model.head)
+        self.head = copy_module(model.head)
         self.to(conv.weight.device, dtype).requires_grad_(False).eval()
         self.zero_grad()  # the copies of activations and head brought theirs
 
@@ -362,10 +364,13 @@ def fold(
     original = find_convmixer(model)
     check_layers(original)
     _update_weights(original)
-    weight: Any = original.stem[0].weight
-    dtype = weight.dtype if dtype is None else dtype
+    dtype = next(original.parameters()).dtype if dtype is None else dtype
     check_dtype(dtype)
-    folded = FoldedConvMixer(original, normalization, dtype, divide)
+    # A parametrized weight is computed when it is read; in training mode, spectral_norm's reading changes the model.
+    computed = any(map(parametrize.is_parametrized, original.modules()))
+    folded = FoldedConvMixer(
+        cast("ConvMixer", evaluation_view(original)) if computed else original, normalization, dtype, divide
+    )
     if original is model:
         return folded
     extractor = cast("FeatureGetterNet", copy.deepcopy(model, {id(original): folded}).eval())

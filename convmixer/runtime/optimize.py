@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from timm.models._features import FeatureGetterNet
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from convmixer.errors import ArgumentError, is_count
 from convmixer.hardware import bf16_is_faster
-from convmixer.model import ConvMixer, as_dtype, check_dtype
+from convmixer.model import ConvMixer, as_dtype, check_dtype, check_input
 from convmixer.runtime.choose import candidates, check_backend, fastest, first_that_works
 from convmixer.runtime.folding import FoldedConvMixer, check_layers, find_convmixer, fold
 from convmixer.runtime.optimized_model import OptimizedConvMixer
 from convmixer.runtime.protocol import Backend, Request
-from convmixer.wrappers import unwrap
+from convmixer.wrappers import describe, unwrap
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def optimize(
     model = unwrap(model)
     original = find_convmixer(model)
     check_layers(original)
-    weight: Any = original.stem[0].weight
+    weight = next(original.parameters())
     computed = _resolve_dtype(dtype, weight)
     backends, reason = candidates(backend, model, weight.device, computed)
     if computed != torch.int8:
@@ -152,6 +152,7 @@ def optimize(
             raise ArgumentError("chunk, threads and example need a backend other than 'eager', such as 'auto'")
         return fold(model, normalization, computed)
     _check_chunk(chunk, backend, backends)
+    _check_example(example, original)
     if threads is not None and backend in ("compile", "triton"):
         raise ArgumentError(f"threads is not for backend={backend!r}, which takes PyTorch's: torch.set_num_threads")
     request = Request(model, normalization, computed, threads or torch.get_num_threads(), calibration, graphs)
@@ -196,6 +197,15 @@ def _check_graphs(graphs: bool | str, backend: str, device: torch.device) -> Non
             f"graphs=True is for CUDA devices and backends other than 'eager', not for {backend!r} on {device}: "
             "leave it out"
         )
+
+
+def _check_example(example: Tensor | None, original: ConvMixer) -> None:
+    if example is None:
+        return
+    if not isinstance(example, Tensor) or not example.numel():
+        what = f"one of shape {tuple(example.shape)}" if isinstance(example, Tensor) else describe(example)
+        raise ArgumentError(f"example is {what}: give a tensor of images (B, C, H, W), as the model will get them")
+    check_input(example, original.in_chans, original.patch_size)
 
 
 def _check_chunk(chunk: int | None, name: str, backends: tuple[Backend, ...]) -> None:

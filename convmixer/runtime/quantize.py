@@ -19,7 +19,7 @@ from convmixer.model import check_input
 from convmixer.runtime import openvino_core
 from convmixer.runtime.chunks import as_list
 from convmixer.tracing import computing, quietly
-from convmixer.wrappers import find_inner
+from convmixer.wrappers import describe, find_inner
 
 if TYPE_CHECKING:
     import openvino
@@ -80,7 +80,19 @@ def calibration_images(
         if not len(source):
             raise ArgumentError("calibration holds no images: give at least one, better some hundreds")
         check_input(source, inner.in_chans, inner.patch_size)
-        return source[:CALIBRATION_IMAGES]
+        if not source.is_floating_point():
+            raise ArgumentError(
+                f"calibration of {source.dtype}: give images as the model takes them, normalised floats"
+            )
+        images = source[:CALIBRATION_IMAGES]
+        if not images.isfinite().all():
+            raise ArgumentError("calibration holds NaN or infinity: leave those images out")
+        return images
+    if not isinstance(source, str | Path):
+        raise ArgumentError(
+            f"calibration is {describe(source)}: give a tensor (N, C, H, W) of images as the model takes them, or a "
+            "folder, a tar or a name such as torch/cifar10"
+        )
     from convmixer.data.readers import Split, open_split  # only needed here
 
     prepare = preparation(inner)

@@ -278,6 +278,16 @@ def test_int8_needs_images():
         optimize(make(), calibration=torch.zeros(1, 3, 8, 8))
     with pytest.raises(ArgumentError, match="calibration holds no images"):
         optimize(make(), backend="openvino", dtype=torch.int8, calibration=torch.zeros(0, 3, 8, 8))
+    pixels = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
+    for images, text in (
+        (pixels, r"calibration of torch\.uint8: give images as the model takes them"),  # would be read as 0 to 255 deviations
+        (pixels.long(), r"calibration of torch\.int64"),
+        (torch.full((2, 3, 8, 8), torch.nan), "calibration holds NaN or infinity"),
+        (pixels.float().numpy(), r"calibration is a numpy\.ndarray: give a tensor"),
+        (list(pixels.float()), r"calibration is a builtins\.list: give a tensor"),
+    ):
+        with pytest.raises(ArgumentError, match=text):
+            optimize(make(), backend="openvino", dtype=torch.int8, calibration=images)
 
 
 # ---- choices --------------------------------------------------------------------------------------------------------
@@ -430,6 +440,23 @@ def test_validate_measures_twice(cat, tmp_path):
 def test_arguments(arguments, text):
     with pytest.raises(ArgumentError, match=re.escape(text)):
         optimize(make(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("example", "error", "text"),
+    [
+        (torch.zeros(3, 16, 16), ImageError, r"a batch of images \(B, 3, H, W\) is needed"),
+        (torch.zeros(2, 3, 1, 1), ImageError, "smaller than one 2x2 patch"),
+        (torch.zeros(0, 3, 16, 16), ArgumentError, r"example is one of shape \(0, 3, 16, 16\): give a tensor"),
+        ([torch.zeros(2, 3, 16, 16)], ArgumentError, r"example is a builtins\.list: give a tensor"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime"])
+def test_examples_that_do_not_fit(example, error, text, backend):
+    if backend == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    with pytest.raises(error, match=text):
+        optimize(make(), backend=backend, example=example)
 
 
 def test_inputs_that_do_not_fit(monkeypatch):

@@ -15,7 +15,7 @@ from convmixer.plots import plot_benchmark
 from convmixer.runtime import benchmark as benchmarks
 from convmixer.runtime import benchmark_cases
 from convmixer.runtime.benchmark import benchmark, device_name, macs
-from convmixer.runtime.benchmark_cases import timms
+from convmixer.runtime.benchmark_cases import Candidate, timms
 from convmixer.runtime.timing import PeakMemory
 
 QUICK = {"rounds": 2, "seconds": 0.001, "report": lambda line: None, "device": "cpu"}
@@ -101,6 +101,18 @@ def test_command(tmp_path, monkeypatch):
     assert [case["batch_size"] for case in record["cases"]] == [1, 3]
     assert record["machine"]["device"] == device_name(torch.device("cpu"))
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_reasons_are_shown_where_nothing_can_be_drawn(tmp_path, monkeypatch):
+    def fail():
+        raise ArgumentError("it is gone")
+
+    monkeypatch.setattr(benchmarks, "our_candidates", lambda *_, **__: [Candidate("x", "float32", fail)])
+    monkeypatch.setattr(benchmark_cases, "GEMM_SIDE", 64)
+    options = ("--no-peers", "--rounds", 1, "--seconds", 0.001, "--device", "cpu", "--plot", tmp_path / "speed.png")
+    result = run("bench", *options, status=2)
+    assert "x float32 failed: it is gone" in result.stdout
+    assert "this benchmark has no figures" in result.stderr
 
 
 def test_weights_of_a_file(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from command import run
 from conftest import shake
 from safetensors import safe_open
 from torch import nn
+from torch.nn.utils import prune
 
 import convmixer
-from convmixer.errors import ArgumentError, DependencyError, ExportError
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ExportError
 from convmixer.hub.checkpoints import save_weights
 from convmixer.runtime import export, openvino_core
 from convmixer.runtime.export import FORMATS, export_model
@@ -311,6 +313,40 @@ class Odd(nn.Module):
 
     def forward(self, x):
         return x if x.sum() > 0 else -x
+
+
+def test_an_older_file_stays_where_its_weights_cannot_be_written(model, tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    export_model(model, tmp_path / "m.xml", image_size=8)
+    before = (tmp_path / "m.xml").read_bytes()
+    (tmp_path / "m.bin").unlink()
+    (tmp_path / "m.bin").mkdir()
+    with pytest.raises(ConvMixerError, match=r"cannot write '.*m\.bin'"):
+        export_model(model, tmp_path / "m.xml", image_size=8)
+    assert (tmp_path / "m.xml").read_bytes() == before
+
+    (tmp_path / "m.bin").rmdir()
+    real = Path.replace
+
+    def refuse(self, target):  # as Windows does while a program has the file open
+        if Path(target).suffix == ".bin":
+            raise PermissionError(13, "Permission denied")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(ConvMixerError):
+        export_model(model, tmp_path / "m.xml", image_size=8)
+    assert (tmp_path / "m.xml").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_pruned_model(tmp_path):
+    """Whose weights are computed in each call, and which deepcopy refuses."""
+    model = convmixer.ConvMixer(8, 2, 3, 2, num_classes=3).eval()
+    prune.l1_unstructured(model.blocks[0][1], "weight", 0.5)
+    prune.l1_unstructured(model.head, "weight", 0.5)
+    assert export_model(model, tmp_path / "m.pt2", image_size=8).difference < 1e-5
+    assert export_model(model, tmp_path / "n.pt2", image_size=8, fold=False).difference < 1e-5
 
 
 def test_a_model_that_no_graph_can_hold(tmp_path):

@@ -425,7 +425,23 @@ def test_hooks_that_compute_weights():
     with torch.no_grad():
         model.blocks[0][0].fn[0].weight_orig.mul_(2)
         model.blocks[1][1].weight_g.mul_(2)
-    check(model, torch.randn(2, 3, 9, 12, dtype=torch.float64))
+    prune.l1_unstructured(model.head, "weight", 0.5)  # the head is copied as it is
+    x = torch.randn(2, 3, 9, 12, dtype=torch.float64)
+    check(model, x)
+    assert torch.equal(copy.deepcopy(optimize(model))(x), optimize(model)(x))
+
+
+def test_weights_that_reading_changes():
+    """spectral_norm takes a step of its power iteration whenever a weight is read in training mode."""
+    model = make().train()
+    for layer in (model.stem[0], model.blocks[1][1]):
+        nn.utils.parametrizations.spectral_norm(layer)
+    before = copy.deepcopy(model)
+    x = torch.randn(2, 3, 9, 12, dtype=torch.float64)
+    assert error(optimize(model)(x), before.eval()(x).detach()) < 1e-10
+    assert model.training
+    for (name, value), expected in zip(model.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
 
 
 @pytest.mark.parametrize("where", ["", "stem", "blocks.1", "blocks.1.0", "blocks.1.0.fn.1", "head_drop"])
