@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import socket
 import time
@@ -25,10 +26,13 @@ from urllib.request import getproxies, proxy_bypass
 from huggingface_hub import (
     CommitOperationAdd,
     HfApi,
+    HfFileMetadata,
     cached_assets_path,
     constants,
+    get_hf_file_metadata,
     get_token,
     hf_hub_download,
+    hf_hub_url,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -91,8 +95,10 @@ def fetch(
                 f"({'local_files_only=True' if local_files_only else 'HF_HUB_OFFLINE'}). Where there is a network, "
                 f"run: {file.command}"
             )
-        path = path or file.download()
-        problem = _problem(path, size, sha256)
+        newest = ""
+        if path is None:
+            path, newest = file.download()
+        problem = _problem(path, size, sha256 or newest)
         if problem and offline:
             raise WeightsError(
                 f"{str(path)!r}, the cached copy of {file}, is corrupt: {problem}. Where there is a network, run: "
@@ -100,8 +106,10 @@ def fetch(
             )
         if problem:
             _LOG.warning("%s, the cached copy of %s, is corrupt: %s. Fetching it once again", path, file, problem)
-            path = file.download(force=True)
-            problem = _problem(path, size, sha256)
+            if not path.is_symlink():
+                path.unlink()  # in a cache without links, the client would leave it there
+            path, newest = file.download(force=True)
+            problem = _problem(path, size, sha256 or newest)
     except WeightsError:
         raise
     except Exception as error:  # the client's HTTP library has its own errors, and differs between versions
@@ -140,12 +148,10 @@ class _File:
         found = try_to_load_from_cache(self.repo_id, self.filename, cache_dir=self.cache_dir, revision=self.revision)
         return Path(found) if isinstance(found, str) else None
 
-    def download(self, force: bool = False) -> Path:
+    def download(self, force: bool = False) -> tuple[Path, str]:
+        """Return the newest copy, and the hash by which the Hub names it where the cache does not say that."""
         if not (host := _unresolved_host()):
-            options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
-            return Path(
-                _patiently(lambda: hf_hub_download(self.repo_id, self.filename, force_download=force, **options))
-            )
+            return self._fetch(force)
         # The client would also take the cached file; without one it would ask for half a minute.
         path = None if force else self.cached()
         if path is None:
@@ -156,7 +162,30 @@ class _File:
                 "without asking"
             )
         _LOG.warning("The name %r does not resolve: taking the cached copy of %s", host, self)
-        return path
+        return path, ""
+
+    def _fetch(self, force: bool) -> tuple[Path, str]:
+        cached, newest = None if force else self.cached(), None
+        # The client takes a cached file without a word where the Hub answers with an error, or not at all.
+        if cached is not None and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            try:
+                newest = self._ask()
+            except Exception as error:
+                reason = _reason(error, self.token)
+                _LOG.warning("cannot ask for %s: %s. The cached copy may not be the newest", self, reason)
+            if newest and newest.commit_hash in cached.parts:
+                return cached, newest.etag or ""
+        options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+        path = Path(_patiently(lambda: hf_hub_download(self.repo_id, self.filename, force_download=force, **options)))
+        if newest is None and not path.is_symlink():  # on a file system without links nothing else says the hash
+            newest = self._ask()
+        return path, (newest and newest.etag) or ""
+
+    def _ask(self) -> HfFileMetadata:
+        """Ask the Hub for the commit and the hash of the file."""
+        url = hf_hub_url(self.repo_id, self.filename, revision=self.revision)
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        return _patiently(lambda: get_hf_file_metadata(url, token=self.token, timeout=timeout))
 
 
 def _unresolved_host() -> str:

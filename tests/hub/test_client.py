@@ -253,3 +253,71 @@ print(json.dumps({"asked": [client._unresolved_host()], "case": "proxy"}))
     assert len(results["cached"]["log"]) == 2
     assert results["second_try"]["log"] == []
     assert asked["proxy"] == [""]
+
+
+# ---- a cached file and a Hub that does not answer -------------------------------------------------------------------
+
+NEWER = """
+import logging, sys, time
+import convmixer
+time.sleep = lambda _: None
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+print(convmixer.create_model("hf-hub:me/m", pretrained=True, device="cpu").head.weight.sum().item())
+"""
+
+
+@pytest.fixture(scope="module")
+def newer(tmp_path_factory):
+    """Another model of the same sizes in the Hub's form, and the sum of its head."""
+    torch.manual_seed(1)
+    model = convmixer.create_model("convmixer_256_8", dim=16, depth=1, num_classes=3, device="cpu")
+    return convmixer.save_pretrained(model, tmp_path_factory.mktemp("newer") / "small"), model.head.weight.sum().item()
+
+
+@pytest.mark.parametrize(("fault", "times"), [(503, 1), (500, 2), (429, 1)])
+def test_a_cached_file_is_not_taken_for_the_newest_where_the_hub_fails_once(folder, newer, tmp_path, fault, times):
+    with serve() as hub:
+        hub.add("me/m", folder)
+        run_client(NEWER, tmp_path, hub.endpoint)
+        hub.add("me/m", newer[0])
+        hub.faults.append(Fault("HEAD /me/m", fault, times, "1"))
+        assert float(run_client(NEWER, tmp_path, hub.endpoint)[-1]) == newer[1]
+
+
+@pytest.mark.parametrize("fault", [500, "hang"])
+def test_a_cached_file_is_taken_with_a_warning_where_the_hub_goes_on_failing(folder, newer, expected, tmp_path, fault):
+    with serve() as hub:
+        hub.add("me/m", folder)
+        run_client(NEWER, tmp_path, hub.endpoint)
+        hub.add("me/m", newer[0])
+        hub.faults.append(Fault("HEAD /me/m", fault, ALWAYS))
+        lines = run_client(NEWER, tmp_path, hub.endpoint, HF_HUB_ETAG_TIMEOUT="1")
+        assert float(lines[-1]) == expected
+        (said,) = [line for line in lines if "The cached copy may not be the newest" in line]
+        assert said.startswith("cannot ask for 'config.json' of hf-hub:me/m: ")
+
+
+def test_a_file_is_asked_for_once_where_the_cached_one_is_the_newest(folder, tmp_path):
+    with serve() as hub:
+        hub.add("me/m", folder)
+        run_client(NEWER, tmp_path, hub.endpoint)
+        hub.requests.clear()
+        run_client(NEWER, tmp_path, hub.endpoint)
+        assert hub.requests == ["HEAD /me/m/resolve/main/config.json"]
+
+
+@pytest.mark.parametrize("times", [1, ALWAYS])
+def test_a_cache_without_links(folder, expected, tmp_path, times):
+    """As on Windows: nothing in the cache says the hash, so the Hub is asked for it."""
+    weights = (folder / "model.safetensors").read_bytes()
+    with serve() as hub:
+        hub.add("me/m", folder)
+        hub.faults.append(Fault(f"GET /objects/{hashlib.sha256(weights).hexdigest()}", "wrong", times))
+        options = {"HF_HUB_DISABLE_SYMLINKS": "1"}
+        if times == 1:
+            assert float(run_client(NEWER, tmp_path, hub.endpoint, **options)[-1]) == expected
+        else:
+            code = (
+                NEWER.replace("print(", "try:\n    print(") + "except convmixer.ConvMixerError as error: print(error)"
+            )
+            assert "arrived corrupt twice: its hash is" in run_client(code, tmp_path, hub.endpoint, **options)[-1]

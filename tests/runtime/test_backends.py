@@ -280,7 +280,10 @@ def test_int8_needs_images():
         optimize(make(), backend="openvino", dtype=torch.int8, calibration=torch.zeros(0, 3, 8, 8))
     pixels = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
     for images, text in (
-        (pixels, r"calibration of torch\.uint8: give images as the model takes them"),  # would be read as 0 to 255 deviations
+        (
+            pixels,
+            r"calibration of torch\.uint8: give images as the model takes them",
+        ),  # would be read as 0 to 255 deviations
         (pixels.long(), r"calibration of torch\.int64"),
         (torch.full((2, 3, 8, 8), torch.nan), "calibration holds NaN or infinity"),
         (pixels.float().numpy(), r"calibration is a numpy\.ndarray: give a tensor"),
