@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,13 +73,15 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, s
 def _opened(path: str | Path) -> Iterator[Any]:
     """Open a safetensors file, whose library checks the header; raise a WeightsError for what is wrong with it."""
     path = Path(os.path.expanduser(path))
-    if not path.is_file():
-        raise WeightsError(f"no weights file at {str(path)!r}: give the path of a .safetensors file")
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FileNotFoundError
         if excess := header_excess(path):
             raise WeightsError(f"{str(path)!r} has a header of {excess}: it holds no weights of a ConvMixer")
         with safe_open(path, framework="pt") as file:
             yield file
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise WeightsError(f"no weights file at {str(path)!r}: give the path of a .safetensors file") from error
     except OSError as error:
         raise _unreadable(path, error) from error
     except (SafetensorError, ValueError) as error:

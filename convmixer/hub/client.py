@@ -367,7 +367,7 @@ def read_branch(repo_id: str, *, revision: str | None = None, token: str | bool 
         card = ""
         if "README.md" in hashes:
             path = _patiently(lambda: hf_hub_download(repo_id, "README.md", revision=info.sha, token=token))
-            card = Path(path).read_text(encoding="utf-8")
+            card = Path(path).read_text(encoding="utf-8-sig")
         return Branch(repo_id, revision, token, info.sha, card, hashes)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return Branch(repo_id, revision, token, None, "", {})

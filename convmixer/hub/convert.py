@@ -23,6 +23,7 @@ from convmixer.hub.checkpoints import (
     check_keys,
     is_pickle,
     matching_variant,
+    read_header,
     read_metadata,
     read_tensors,
     recognise,
@@ -105,6 +106,7 @@ def convert_checkpoint(
 
     def write(path: Path) -> None:
         save_weights(model, path, header | ({"architecture": match.name} if match else {}))
+        read_header(path)
         _compute(read_tensors(path), arguments, named)
 
     if not as_folder:
@@ -123,17 +125,17 @@ _FILES = (".onnx", ".xml", ".pte", ".pt2", ".mlpackage", ".h5", ".keras", ".npz"
 
 
 def _is_folder(destination: Path) -> bool:
-    if destination.suffix == ".safetensors" and not destination.is_dir():
+    if destination.suffix == ".safetensors" and not os.path.isdir(destination):
         return False
-    if destination.is_file() or destination.suffix in (*PICKLES, *_FILES):
+    if os.path.isfile(destination) or destination.suffix in (*PICKLES, *_FILES):
         raise ArgumentError(f"cannot write {str(destination)!r}: give a file that ends in .safetensors, or a folder")
     return True
 
 
 def _read(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors by our names, and what else the header of a safetensors file says that is worth keeping."""
-    if not source.is_file():
-        raise WeightsError(f"no checkpoint at {str(source)!r}")
+    if not os.path.isfile(source):
+        raise WeightsError(f"no checkpoint at {str(source)!r}, or none that may be read")
     named = repr(str(source))
     header: dict[str, str] = {}
     if is_pickle(source):

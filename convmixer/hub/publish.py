@@ -97,18 +97,18 @@ def save_pretrained(
     """
     folder = Path(os.path.expanduser(directory))
     source = gather(model, metrics, test_data, licence, training_data, recipe, description, tags, label_names)
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise ArgumentError(f"directory={str(folder)!r} is a file: give a folder")
-    if (folder / "last.pt").exists():
+    if os.path.exists(folder / "last.pt"):
         raise ArgumentError(
             f"directory={str(folder)!r} is the folder of a run, whose model.safetensors would be replaced: give another"
         )
     if repo_id:
         check_repo_id(repo_id)
-    existed = folder.exists()
+    existed = os.path.exists(folder)
     with _writing(folder):
         old = folder / "README.md"
-        card = old.read_text(encoding="utf-8") if old.is_file() else ""
+        card = old.read_text(encoding="utf-8-sig") if old.is_file() else ""
         folder.mkdir(parents=True, exist_ok=True)
         try:
             # Inside the folder, which may be a file system of its own: files then move into place without copying.
@@ -117,15 +117,40 @@ def save_pretrained(
                 files = _write(source, staging)
                 text = _card_of_folder(source, folder, repo_id, card)
                 (staging / "README.md").write_text(text, encoding="utf-8", newline="\n")
-                # Without config.json nothing opens a folder: it comes last.
-                for path in [*sorted(set(files) - {"config.json"}), "README.md", "config.json"]:
-                    (folder / path).parent.mkdir(exist_ok=True)
-                    (staging / path).replace(folder / path)
+                _put(staging, folder, [*sorted(set(files) - {"config.json"}), "README.md", "config.json"])
         except BaseException:
             if not existed:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
     return folder
+
+
+def _put(staging: Path, folder: Path, paths: Sequence[str]) -> None:
+    """Move files into a folder, the last one being config.json, without which nothing opens the folder.
+
+    While others move, it has none: the old one would open a mixture of two models.
+    """
+    for target in [folder / path for path in paths]:
+        if target.is_dir():
+            raise ArgumentError(f"cannot write {str(target)!r}: it is a folder. Nothing was changed")
+        target.parent.mkdir(exist_ok=True)
+    config, old = folder / "config.json", staging / "old"
+    if config.exists():
+        config.replace(old)
+    moved = False
+    try:
+        for path in paths:
+            (staging / path).replace(folder / path)
+            moved = True
+    except OSError as error:
+        if not moved and old.exists():
+            old.replace(config)
+        if not moved:
+            raise
+        raise ConvMixerError(
+            f"cannot write all of {str(folder)!r}: {error}. It has no config.json now, so that nothing opens what is "
+            "new in part: make room, and save again"
+        ) from error
 
 
 def _card_of_folder(source: Publishable, folder: Path, repo_id: str, old: str) -> str:

@@ -11,9 +11,9 @@ import timm
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 
-from convmixer.errors import ArgumentError
-from convmixer.hub.config import PREPROCESSING_CHECKS
-from convmixer.model import ACTIVATIONS, ConvMixer, activation
+from convmixer.errors import ArgumentError, WeightsError
+from convmixer.hub.config import PREPROCESSING_CHECKS, check_values
+from convmixer.model import ACTIVATIONS, ConvMixer, activation, plain
 from convmixer.registry import VARIANTS, Variant
 from convmixer.transforms import preprocessing
 
@@ -77,7 +77,9 @@ def _check_settings(name: str, layer: Any, built: nn.Module) -> None:
     if re.fullmatch(r"stem\.1|blocks\.\d+\.(0\.fn\.1|2)", name):
         found, described = ({"activation": _activation_name(act)} | _numbers(act) for act in (layer, built))
     elif isinstance(built, nn.Conv2d):
-        found, described = ({n: getattr(conv, n, None) for n in _GEOMETRY} for conv in (layer, built))
+        found, described = (
+            {n: getattr(conv, n, None) for n in _GEOMETRY} | {"padding": _padding(conv)} for conv in (layer, built)
+        )
     elif isinstance(built, nn.BatchNorm2d):
         found, described = ({"eps": getattr(norm, "eps", None)} for norm in (layer, built))
         advice = f". Add eps - {built.eps:g} to its running_var, and set eps to {built.eps:g}: that is the same"
@@ -91,9 +93,24 @@ def _check_settings(name: str, layer: Any, built: nn.Module) -> None:
             )
 
 
+def _padding(layer: Any) -> Any:
+    """Return how many rows and columns of zeros a convolution puts around an image, at the start and at the end."""
+    if getattr(layer, "even_kernel", False):
+        return [(before, after) for before, after in (layer.border[2:], layer.border[:2])]
+    if layer.padding == "same":
+        return [((side - 1) // 2, side // 2) for side in layer.kernel_size]
+    return [(side, side) for side in layer.padding] if isinstance(layer.padding, tuple) else layer.padding
+
+
 def _numbers(act: nn.Module) -> dict[str, Any]:
     """Return the settings of an activation that change what it computes."""
     return {name: value for name, value in vars(act).items() if name in _ACTIVATION_SETTINGS}
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers of NumPy and PyTorch, also in a sequence, as Python's; anything else as it is."""
+    value = plain(value)
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def architecture(shape: dict[str, int | str]) -> tuple[str, dict[str, Any]]:
@@ -134,7 +151,7 @@ def config_of(model: Any, labels: Sequence[str] | None, licence: str) -> dict[st
     if labels:
         # For the other libraries one output has one name; `read_config` prefers both names.
         config["label_names"] = labels[-classes:]
-        own = tuple(found.get("label_names") or ())[-classes:]
+        own = tuple(() if found.get("label_names") is None else found["label_names"])[-classes:]
         if found.get("label_descriptions") and own == tuple(config["label_names"]):  # else they are of other classes
             config["label_descriptions"] = found["label_descriptions"]
     # There even if empty, and without num_classes: transformers would make null of it, which timm cannot open.
@@ -146,7 +163,13 @@ def config_of(model: Any, labels: Sequence[str] | None, licence: str) -> dict[st
 
 def _pretrained_cfg(model: Any, found: Mapping[str, Any], labels: Sequence[str] | None, licence: str) -> dict[str, Any]:
     """Return the preprocessing, and what else timm keeps with weights."""
-    config = {key: found[key] for key in PREPROCESSING_CHECKS if found.get(key) is not None}
+    config = {key: _plain(found[key]) for key in PREPROCESSING_CHECKS if found.get(key) is not None}
+    if "input_size" not in config:
+        raise ArgumentError("the model's pretrained_cfg has no input_size: add it, such as (3, 224, 224)")
+    try:
+        check_values(config, PREPROCESSING_CHECKS, "the model's pretrained_cfg")
+    except WeightsError as error:  # whoever opens the folder would meet it
+        raise ArgumentError(str(error)) from error
     (_, height, width), patch, classes = config["input_size"], model.stem[0].kernel_size[0], num_classes(model)
     config |= {"num_classes": classes, "pool_size": [height // patch, width // patch]}
     config |= {"first_conv": "stem.0", "classifier": "head"}

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from timm.utils import CheckpointSaver
 from torch import nn
 
 import convmixer
-from convmixer.errors import ArgumentError, WeightsError
+from convmixer.errors import ArgumentError, ConvMixerError, WeightsError
 from convmixer.hub.checkpoints import read_metadata
 
 NAME = "convmixer_256_8"
@@ -447,3 +448,33 @@ def test_refusals_say_which_sizes_a_file_has(model, tmp_path):
     save_file({k: v.contiguous() for k, v in timm_convmixer().state_dict().items()}, tmp_path / "known.safetensors")
     with pytest.raises(WeightsError, match=r"It has the sizes of convmixer_256_8$"):
         convmixer.create_model("convmixer_512_12", checkpoint=tmp_path / "known.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize("header", [{"mean": "0.5"}, {"label_names": "cat"}])
+def test_a_header_that_makes_no_sense_is_not_converted(tmp_path, header):
+    model = convmixer.create_model("convmixer_128_8_ks7_p2", device="cpu", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "theirs.safetensors", header)
+    with pytest.raises(WeightsError, match=next(iter(header))):
+        convmixer.convert_checkpoint(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors")
+    assert not (tmp_path / "ours.safetensors").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
+def test_folders_that_may_not_be_searched():
+    """Path.is_file raises there, where os.path.isfile says no."""
+    with tempfile.TemporaryDirectory() as folder:  # those of pytest are open to their owner alone
+        Path(folder).chmod(0o777)
+        locked = Path(folder) / "locked"
+        locked.mkdir()
+        locked.chmod(0o600)
+        model = convmixer.create_model("convmixer_256_8", device="cpu")
+        os.seteuid(65534)
+        try:
+            with pytest.raises(WeightsError, match=r"cannot read .*Permission denied"):
+                convmixer.create_model("convmixer_256_8", checkpoint=locked / "w.safetensors", device="cpu")
+            with pytest.raises(WeightsError, match=r"no checkpoint at .*, or none that may be read"):
+                convmixer.convert_checkpoint(locked / "x.pth", Path(folder) / "y.safetensors")
+            with pytest.raises(ConvMixerError, match="cannot write"):
+                convmixer.save_pretrained(model, locked / "new")
+        finally:
+            os.seteuid(0)

@@ -263,6 +263,108 @@ def test_a_full_disk_leaves_the_old_folder(small, tmp_path, monkeypatch):
     assert not (tmp_path / "new" / "folder").exists()
 
 
+SAVE_AND_DIE = """
+import os, sys
+from pathlib import Path
+import torch
+import convmixer
+
+torch.manual_seed(1)
+model = convmixer.create_model("convmixer_256_8", dim=16, depth=1, num_classes=3, act_layer="relu", device="cpu")
+real = Path.replace
+
+def replace(self, target):
+    result = real(self, target)
+    if self.name == "model.safetensors" and ".writing-" in str(self):
+        os._exit(9)
+    return result
+
+Path.replace = replace
+convmixer.save_pretrained(model, sys.argv[1])
+"""
+
+
+def test_killed_while_files_are_put_in_place(small, tmp_path):
+    """No model opens that has the weights of one save and the config of another."""
+    folder = convmixer.save_pretrained(small, tmp_path / "folder", label_names=["a", "b", "c"])
+    assert finish([sys.executable, "-c", SAVE_AND_DIE, folder]).returncode == 9
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        convmixer.create_model(f"local-dir:{folder}", pretrained=True)
+    convmixer.save_pretrained(small, folder)
+    opened = convmixer.create_model(f"local-dir:{folder}", pretrained=True, device="cpu")
+    assert torch.equal(opened.head.weight, small.head.weight)
+
+
+def test_a_folder_in_the_place_of_a_file(small, tmp_path):
+    folder = convmixer.save_pretrained(small, tmp_path / "folder")
+    (folder / "README.md").unlink()
+    (folder / "README.md").mkdir()
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    with pytest.raises(ArgumentError, match=r"cannot write .*README\.md': it is a folder\. Nothing was changed"):
+        convmixer.save_pretrained(make(dim=16, depth=1, num_classes=3), folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+def test_a_file_that_cannot_be_replaced(small, tmp_path, monkeypatch):
+    """Before any was: all of the old stays. Later: nothing opens."""
+    folder = convmixer.save_pretrained(small, tmp_path / "folder")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    real = Path.replace
+    other = make(dim=16, depth=1, num_classes=3)
+    for name, text in (("model.safetensors", "What it held before is unchanged"), ("README.md", "no config.json now")):
+
+        def refuse(self, target, name=name):
+            if self.name == name:
+                raise PermissionError(13, "Permission denied")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "replace", refuse)
+        with pytest.raises(ConvMixerError, match=text):
+            convmixer.save_pretrained(other, folder)
+        if name == "model.safetensors":
+            assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert not (folder / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", [np.array, lambda v: tuple(np.float32(n) for n in v), torch.tensor])
+def test_preprocessing_of_numpy_and_torch(tmp_path, kind):
+    model = make(dim=16, depth=1, num_classes=3)
+    names = {"label_names": np.array(["a", "b", "c"])}
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        **names,
+        "mean": kind([0.5, 0.25, 0.125]),
+        "input_size": (3, 16, 16),
+    }
+    folder = convmixer.save_pretrained(model, tmp_path / "folder")
+    opened = convmixer.create_model(f"local-dir:{folder}", device="cpu").pretrained_cfg
+    assert (tuple(opened["mean"]), tuple(opened["label_names"])) == ((0.5, 0.25, 0.125), ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("crop_pct", 1.15, r"crop_pct=1\.15: a part of the image in \(0, 1\] is needed"),
+        ("std", (1e-9, 1.0, 1.0), "std="),
+        ("input_size", None, "has no input_size: add it"),
+    ],
+)
+def test_preprocessing_that_nobody_could_open(tmp_path, key, value, text):
+    model = make(dim=16, depth=1, num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, key: value}
+    with pytest.raises(ArgumentError, match=text):
+        convmixer.save_pretrained(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_card_with_a_byte_order_mark(small, tmp_path):
+    folder = convmixer.save_pretrained(small, tmp_path / "folder", licence="mit")
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(f"\ufeff{text}")
+    convmixer.save_pretrained(small, folder)
+    assert ModelCard.load(folder / "README.md").data.license == "mit"
+
+
 def test_weights_that_are_not_finite(small, tmp_path):
     model = make(dim=16, depth=1)
     model.head.bias.data[0] = float("nan")
@@ -521,6 +623,12 @@ def put(name, layer):
             {},
             "blocks.0.0.fn.0 has dilation=(2, 2): config.json cannot say so, and whoever opens it would build "
             "dilation=(1, 1)",
+        ),
+        (
+            put("blocks.0.1", nn.Conv2d(16, 16, 1, padding=1)),
+            {},
+            "blocks.0.1 has padding=[(1, 1), (1, 1)]: config.json cannot say so, and whoever opens it would build "
+            "padding=[(0, 0), (0, 0)]",
         ),
         (lambda m: m, {"label_names": ["a"]}, "label_names has 1 entries, the model 3 classes"),
         (
