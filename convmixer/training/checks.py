@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from convmixer.data.readers import SHARDS
-from convmixer.errors import ArgumentError, DependencyError
+from convmixer.errors import ArgumentError, DependencyError, is_count
 from convmixer.native import library as native
 from convmixer.ops.fused import cannot_compile
 from convmixer.training.optimizers import takes_tensors
@@ -97,10 +97,10 @@ def check_sources(recipe: Recipe, sources: Sources) -> None:
     needs = {"balanced=True": recipe.balanced, "class_weights='balanced'": recipe.class_weights == "balanced"}
     for setting in (setting for setting, asked in needs.items() if asked and data.startswith(SHARDS)):
         raise ArgumentError(f"{setting} needs labels before images are read, which {data!r} has not: leave it out")
-    if workers is not None and (workers < 0 or not recipe.stream):
+    if workers is not None and not (is_count(workers, 0) and recipe.stream):
         raise ArgumentError(
-            f"workers={workers}: give at least 0, and only with stream=True (--set stream=true): images in memory need "
-            "none"
+            f"workers={workers!r}: give at least 0, and only with stream=True (--set stream=true): images in memory "
+            "need none"
         )
 
 

@@ -49,7 +49,7 @@ def best_epoch(history: Sequence[Epoch], min_delta: float) -> int:
 
 
 def write_history(path: str | Path, history: Sequence[Epoch]) -> None:
-    """Write all rows as CSV to `path`, to six decimals, and replace what was there.
+    """Write all rows as CSV to `path`, to six decimals and rates to six digits, and replace what was there.
 
     Raises:
         ArgumentError: There is no such folder, or `path` is one.
@@ -64,7 +64,7 @@ def write_history(path: str | Path, history: Sequence[Epoch]) -> None:
     rows.writeheader()
     for row in history:
         rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()}
-        rows.writerow(rounded)
+        rows.writerow(rounded | {"learning_rate": float(f"{row.learning_rate:.6g}")})  # it may be tiny
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
 
 

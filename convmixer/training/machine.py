@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
+import random
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import timm
 import torch
 
@@ -67,6 +70,7 @@ class Machine:
             "command": shlex.join(["convmixer", *sys.argv[1:]]) if is_ours else None,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor,
             "threads": torch.get_num_threads(),
+            "precision": self.precision,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         }
 
@@ -100,6 +104,40 @@ def prepare_machine(
     check_batch_size(recipe, accelerator.num_processes)
     obstacle = check_graph(graph, recipe, target, precision, accelerator.num_processes)
     return Machine(target, precision, accelerator, compile, fused, fused_obstacle, graph, obstacle)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Give back to the caller, at the end of the block, the global random numbers and the state of accelerate.
+
+    Raises:
+        ArgumentError: The caller's autocast, or its mode without gradients, would reach into the training.
+    """
+    contexts = {
+        "torch.inference_mode": torch.is_inference_mode_enabled(),
+        "torch.no_grad": not torch.is_grad_enabled(),
+        "torch.autocast": any(map(torch.is_autocast_enabled, ("cpu", "cuda"))),
+    }
+    for name, entered in contexts.items():
+        if entered:
+            raise ArgumentError(f"train was called within {name}, in which a model does not learn: leave it first")
+    numbers = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    state = sys.modules.get("accelerate.state")
+    kinds = [state.PartialState, state.AcceleratorState, state.GradientState] if state else []
+    shared = [dict(kind._shared_state) for kind in kinds]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(numbers[0])
+        random.setstate(numbers[1])
+        np.random.set_state(numbers[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+        for kind, values in zip(kinds, shared, strict=True):
+            if values:  # a loop of the caller's own goes on with its precision and its device
+                kind._shared_state.clear()
+                kind._shared_state.update(values)
 
 
 def choose_fused(
@@ -158,6 +196,7 @@ def create_accelerator(
         )
     except ValueError as error:
         raise ArgumentError(f"trackers={list(trackers)!r}, mixed_precision={mixed_precision!r}: {error}") from error
+    accelerator.gradient_accumulation_steps = 1  # the recipe says it; accelerate takes it from the environment
     missing = set(trackers) - {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     if missing:
         raise ArgumentError(f"trackers={list(trackers)!r}: install {', '.join(sorted(missing))} first")

@@ -12,6 +12,7 @@ from timm.optim import get_optimizer_info, list_optimizers
 
 from convmixer.data.stream import policy
 from convmixer.errors import ArgumentError, is_count, nearest
+from convmixer.model import plain
 from convmixer.registry import SHAPE
 
 LOOKAHEAD = "lookahead_"  # a prefix of the name of any optimizer of timm
@@ -149,6 +150,8 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # lists, as JSON has them, and numbers of NumPy
+            object.__setattr__(self, field.name, _as_tuple(getattr(self, field.name)))
         for names, holds, valid in _RULES:
             for name in names.split():
                 self._check(name, holds(getattr(self, name)), valid)
@@ -166,10 +169,6 @@ class Recipe:
         """Raise an ArgumentError if settings contradict each other that are fine by themselves."""
         policy, augment = f"auto_augment={self.auto_augment!r}", f"rand_augment={self.rand_augment}"
         conflicts: tuple[tuple[object, str], ...] = (
-            (
-                self.patience and not self.validation_fraction,
-                "patience needs validation images: give validation_fraction above 0",
-            ),
             (
                 self.frozen and not self.pretrained and not self.checkpoint,
                 f"frozen={self.frozen} keeps a backbone that was never trained: give model=VARIANT.TAG, or a "
@@ -235,6 +234,11 @@ class Recipe:
 
 
 # ---- what the fields may be -----------------------------------------------------------------------------------------
+
+
+def _as_tuple(value: Any) -> Any:
+    value = plain(value)
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,7 @@ train.log          what was reported, line by line
 metrics.csv/.json  one row per epoch
 last.pt            all that resuming needs: weights, optimizer, average, steps of the epoch; it is written first
 last.safetensors   the weights after the last finished epoch
-best.safetensors   those with the lowest validation loss
+best.safetensors   those with the lowest validation loss, by more than min_delta
 model.safetensors  the result, and result.json what it reached; written at the end
 plots/history.png  loss, accuracy and learning rate by epoch
 """
@@ -61,16 +61,18 @@ class RunFolder:
             raise ArgumentError(f"output={str(self.path)!r} is a file: give a folder")
         if self.state_file.exists() and not resume:
             raise ArgumentError(f"{str(self.path)!r} holds a run: resume it (--resume) or choose another folder")
-        if self.weights.exists() and not self.state_file.exists() and self._is_published():
+        others = [name for name in _FILES if (self.path / name).exists()]
+        if others and not self.state_file.exists() and self._is_published():
             raise ArgumentError(
-                f"{str(self.path)!r} holds a model.safetensors that is not of a run, and the run would replace it: "
+                f"{str(self.path)!r} holds a {others[0]} that is not of a run, and the run would replace it: "
                 "choose another folder"
             )
+        self.holds_old_run = bool(others) and not self.state_file.exists()
         if resume and not self.state_file.exists():
             raise ArgumentError(f"nothing to resume: {str(self.state_file)!r} does not exist")
 
     def _is_published(self) -> bool:
-        """Return whether the weights in the folder came from elsewhere, such as from `save_pretrained`."""
+        """Return whether the files in the folder came from elsewhere, such as from `save_pretrained`."""
         return (self.path / "config.json").exists() or not (self.path / "recipe.json").exists()
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from convmixer.data.memory import ImageSet
-from convmixer.errors import ConvMixerError, TrainingStopped, list_first
+from convmixer.errors import ArgumentError, ConvMixerError, TrainingStopped, list_first
 from convmixer.hub.checkpoints import read_tensors
 from convmixer.inference import broken_tensor
 from convmixer.model import ConvMixer
@@ -26,7 +26,7 @@ from convmixer.registry import PREPROCESSING
 from convmixer.runtime.cuda_graphs import CudaGraphs
 from convmixer.training.checks import check_counts, check_same_data, check_same_teacher, check_sources
 from convmixer.training.history import Epoch, best_epoch
-from convmixer.training.machine import Machine, prepare_machine
+from convmixer.training.machine import Machine, prepare_machine, undisturbed
 from convmixer.training.precision import flush_denormals
 from convmixer.training.recipe import Recipe
 from convmixer.training.run import RunFolder
@@ -126,21 +126,25 @@ def train(
         >>> len(result.history), result.weights.name
         (1, 'model.safetensors')
     """
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError(f"recipe={recipe!r}: give a Recipe, such as get_recipe('cifar10')")
     folder = RunFolder(output, recipe, resume=resume)
     sources = Sources(data, val, tests, labels, data_root, download, skip_unreadable, workers)
     check_sources(recipe, sources)
-    machine = prepare_machine(
-        recipe,
-        device,
-        precision=precision,
-        compile=compile,
-        fused=fused,
-        graph=graph,
-        trackers=trackers,
-        folder=folder.path,
-    )
-    session = _Session(recipe, folder, machine, progress, report)
-    with flush_denormals(machine.device), contextlib.closing(session), session.locked():
+    with undisturbed(), contextlib.ExitStack() as stack:
+        machine = prepare_machine(
+            recipe,
+            device,
+            precision=precision,
+            compile=compile,
+            fused=fused,
+            graph=graph,
+            trackers=trackers,
+            folder=folder.path,
+        )
+        stack.enter_context(flush_denormals(machine.device))
+        session = stack.enter_context(contextlib.closing(_Session(recipe, folder, machine, progress, report)))
+        stack.enter_context(session.locked())
         state = folder.load() if resume else None
         session.read_images(sources, state)
         session.build_trainer(state)
@@ -242,8 +246,15 @@ class _Session:
                 f"cannot resume from {str(self.folder.state_file)!r}: {error}. Another version of convmixer may have "
                 "written it: delete it to start again"
             ) from error
+        for name, value in self._computing().items():
+            if (before := state.get("computing", {}).get(name, value)) != value:
+                self.say(f"{name} was {before} before the interruption, and is {value} now: the results will differ")
         self.history = [Epoch(**row) for row in state["history"]]
         self.partial = PartialEpoch(**state["place"])
+
+    def _computing(self) -> dict[str, Any]:
+        """Return what changes results a little, and may change when a run is resumed."""
+        return {"precision": self.machine.precision, "fused": self.trainer.model.fused}
 
     def _not_captured(self, error: RuntimeError) -> None:
         """Report that a step could not become a CUDA graph; raise an error if that was asked for."""
@@ -254,6 +265,8 @@ class _Session:
     def begin(self, trackers: Sequence[str]) -> None:
         """Write the first files, and say what is trained, where and on what."""
         machine = self.machine
+        if self.folder.holds_old_run:
+            self.say(f"this run replaces the one in {str(self.folder.path)!r}, which cannot be resumed")
         if self.is_main:
             self.folder.begin()
         if self.history and not self.partial.step:
@@ -345,7 +358,8 @@ class _Session:
         if self.is_main:
             rows = [dataclasses.asdict(row) for row in self.history]
             partial = dataclasses.asdict(self.partial)
-            self.folder.save(**self.trainer.state(), history=rows, place=partial, data=self.data_record)
+            further = {"data": self.data_record, "computing": self._computing()}
+            self.folder.save(**self.trainer.state(), history=rows, place=partial, **further)
 
     def _log_epoch(self, row: Epoch) -> None:
         self.accelerator.log({k: v for k, v in dataclasses.asdict(row).items() if k != "epoch"}, step=row.epoch)

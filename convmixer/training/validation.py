@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from convmixer.data.memory import ImageSet
-from convmixer.errors import DataError
-from convmixer.inference import class_logits
+from convmixer.errors import ArgumentError, DataError
+from convmixer.inference import class_logits, count_classes
 from convmixer.model import evaluation_view
 from convmixer.tracing import computing
 from convmixer.training.precision import autocast
@@ -43,7 +43,7 @@ def evaluate(
         `{"loss": mean cross entropy, "top1": percent, "count": images}`; loss and top1 are NaN if an answer is.
 
     Raises:
-        ArgumentError: Another kind of model, or a precision that the device does not compute.
+        ArgumentError: Another kind of model or fewer classes, or a precision that the device does not compute.
         DataError: A stream of images of which none can be read.
 
     Example:
@@ -55,6 +55,8 @@ def evaluate(
         6
     """
     model = find_model(model)
+    if len(images.classes) > count_classes(model):
+        raise ArgumentError(f"images of {len(images.classes)} classes for a model of {count_classes(model)}")
     parameter = next(model.parameters())
     device = parameter.device
     normalize = normalization(preprocessing(model))

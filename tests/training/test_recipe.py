@@ -1,9 +1,12 @@
 """The fields of recipes, and the published ones."""
 
+import dataclasses
+import json
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from convmixer.errors import ArgumentError
@@ -95,7 +98,6 @@ def test_image_sizes_change_at_their_part_of_the_run():
         ({"opt": "sgd", "betas": (0.9, 0.9)}, "recipe field betas=(0.9, 0.9): give none: 'sgd' has no betas"),
         ({"input_size": (8,)}, "recipe field input_size=(8,): give height and width"),
         ({"layer_decay": 0.0}, "recipe field layer_decay=0.0: give a number in (0, 1]"),
-        ({"patience": 3, "validation_fraction": 0.0}, "contradictory recipe: patience needs validation images"),
         ({"frozen": 0.5}, "contradictory recipe: frozen=0.5 keeps a backbone that was never trained"),
         ({"accumulate": 3}, "contradictory recipe: batch_size=512 does not divide into accumulate=3 parts"),
         ({"mixup": 0.1, "batch_size": 9}, "contradictory recipe: mixup and cutmix pair images: batch_size=9"),
@@ -125,3 +127,11 @@ def test_best_recipes_hold_out_no_images_and_differ_in_little():
     assert (fine.batch_size, fine.epochs) == (128, 200)
     # A rise over a tenth of the run, then a line to 0.
     assert [learning_rate(best, p) for p in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.005, 0.01, 0.005, 0.0])
+
+
+def test_lists_of_json_and_numbers_of_numpy():
+    """A run's recipe.json makes the same recipe."""
+    recipe = Recipe(input_size=(8, 8), image_sizes=((0, 8), (0.5, 16)), model_args=(("dim", 8),), rand_augment=(1, 9))
+    assert Recipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+    assert Recipe(batch_size=np.int64(10), lr=np.float32(0.5)) == Recipe(batch_size=10, lr=0.5)
+    assert type(Recipe(batch_size=np.int64(10)).batch_size) is int

@@ -122,7 +122,7 @@ def test_hugging_face_data_set(digits, tmp_path):
 
 
 def test_splits_of_a_hugging_face_data_set(digits, tmp_path):
-    """They are used as those of a folder, and a test set without labels, which are -1 there, is an error."""
+    """They are used as those of a folder, and a single image without a label, which is -1 there, is an error."""
     datasets = pytest.importorskip("datasets", reason="the train extra is not installed")
     images = load_images(digits, "test", (3, 8, 8), report=quiet)
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in images.pixels]
@@ -131,7 +131,7 @@ def test_splits_of_a_hugging_face_data_set(digits, tmp_path):
     for split, labels in {
         "train": images.labels.tolist(),
         "validation": images.labels.tolist(),
-        "test": [-1] * 60,
+        "test": [-1] * 59 + [0],
     }.items():
         rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
         rows.to_parquet(tmp_path / "set" / f"{split}-0.parquet")
