@@ -320,10 +320,12 @@ def export_model(
     dimensions: Dimensions = {0: torch.export.Dim("batch")}
     if dynamic_size:
         dimensions |= dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)
+    # Traced at a single patch, what is exported would be bound to it.
+    traced = [max(side, 2 * find_inner(reference).patch_size) for side in size] if dynamic_size else size
     job = _Job(
         model=computed,
         dtype=kind,
-        example=torch.zeros(2, find_inner(reference).in_chans, *size, dtype=torch.float32),
+        example=torch.zeros(2, find_inner(reference).in_chans, *traced, dtype=torch.float32),
         dimensions=dimensions,
         outputs=_output_names(reference),
         metadata=_metadata(reference, _preprocessing(computed if normalization else reference), size, folded or fold),

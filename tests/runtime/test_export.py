@@ -240,6 +240,13 @@ def test_any_size_and_normalization(model, tmp_path):
     assert json.loads(metadata["input_size"]) == [3, 9, 15]
 
 
+def test_open_sizes_from_a_single_patch(model, tmp_path):
+    patch = model.patch_size
+    export_model(model, tmp_path / "m.pt2", image_size=patch, dynamic_size=True)
+    images = torch.rand(1, 3, 3 * patch, 4 * patch)
+    assert torch.allclose(torch.export.load(tmp_path / "m.pt2").module()(normalized(images)), expected(model, images))
+
+
 def test_fixed_size_is_kept_to(model, tmp_path):
     export_model(model, tmp_path / "m.pt2", fold=False)
     program = torch.export.load(tmp_path / "m.pt2").module()
