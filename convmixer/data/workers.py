@@ -8,7 +8,7 @@ import multiprocessing.process
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -40,8 +40,10 @@ def load(dataset: Any, name: str, **options: Any) -> Generator[Any]:
     loader = DataLoader(dataset, worker_init_fn=_begin, generator=torch.Generator(), **options)
     others = set(multiprocessing.active_children())
     batches = iter(loader)
-    stop = functools.partial(_end, set(multiprocessing.active_children()) - others)
-    atexit.register(stop)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    stop = functools.partial(_end, os.getpid(), workers)
+    if workers:
+        atexit.register(stop)
     _note_deaths()
     try:
         yield from batches
@@ -53,15 +55,17 @@ def load(dataset: Any, name: str, **options: Any) -> Generator[Any]:
         _deaths.clear()
         raise DataError(f"a process that reads {name!r} ended: {said.split('. ')[0]}. Give fewer workers") from error
     finally:
-        atexit.unregister(stop)
         del batches  # asks the workers to end, unless the garbage collector has closed their queues already
-        stop()
+        if workers:  # where the interpreter has ended them, modules may be gone, too
+            atexit.unregister(stop)
+            stop()
 
 
-def _end(workers: Iterable[multiprocessing.process.BaseProcess]) -> None:
+def _end(owner: int, workers: list[multiprocessing.process.BaseProcess]) -> None:
     """End workers that still run. At its exit, Python would wait for ever for those that ignore its SIGTERM."""
-    for worker in workers:
-        if worker.is_alive():
+    while workers:
+        worker = workers.pop()
+        if os.getpid() == owner and worker.is_alive():  # a forked child's exit leaves its parent's workers alone
             worker.kill()
             worker.join()
             _deaths.clear()

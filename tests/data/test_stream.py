@@ -502,6 +502,28 @@ def test_workers_end_with_what_reads_them(digits, collected):
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_exits_with_streams_that_are_open(digits):
+    """That of a forked child leaves its parent's workers alone."""
+    program = f"""
+import os, sys, multiprocessing
+from convmixer.data.memory import Fit
+from convmixer.data.stream import open_stream
+from convmixer.training import Recipe
+stream = open_stream({str(digits)!r}, "test", Recipe(stream=True), Fit((3, 8, 8)), mean=(0.5,) * 3, workers=1)
+batches = iter(stream.in_order(4))
+next(batches)
+if not os.fork():
+    sys.exit()
+print(os.wait()[1], sum(1 for _ in batches))
+unfinished = iter(stream.in_order(4))  # which the interpreter's end closes
+next(unfinished)
+"""
+    result = finish([sys.executable, "-W", "ignore", "-c", program])
+    assert result.stdout.splitlines()[-1] == "0 7"
+    assert "workers.py" not in result.stderr  # multiprocessing itself complains there
+
+
 def test_nothing_unreadable_is_left_out_in_silence(digits, shards, tmp_path, capsys):
     """Of shards as of a folder: the error names the tar and the sample."""
     root = tmp_path / "folder"
