@@ -163,6 +163,8 @@ def test_a_layer_with_a_forward_of_its_own_stays():
 def test_fake_tensors_of_a_device_that_is_not_here():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        pytest.skip("layers of PyTorch 2.7 themselves ask for a device; versions up to 2.10 were not tried")
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = ConvMixer(8, 1, 5, 2, device="cuda")
         assert model(torch.empty(2, 3, 8, 8, device="cuda")).shape == (2, 1000)
