@@ -274,15 +274,17 @@ def evaluation_view(model: nn.Module) -> nn.Module:
 class DepthwiseConv2d(nn.Conv2d):
     """Depthwise k x k convolution that keeps the resolution, (B, dim, H, W) -> (B, dim, H, W).
 
-    Arguments are those of `nn.Conv2d`, as libraries such as peft make further layers of a layer's class. One that is
-    not depthwise is a plain convolution.
+    Arguments are those of `nn.Conv2d`, as libraries such as peft make further layers of a layer's class. A depthwise
+    layer chooses its padding itself; one of another geometry is a plain convolution.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.even_kernel = self.exports_kernels = False
         self.border = [0, 0, 0, 0]
-        self.is_depthwise = self.groups == self.in_channels == self.out_channels
+        height, width = self.kernel_size
+        plain_steps = self.stride == self.dilation == (1, 1) and self.padding_mode == "zeros" and height == width
+        self.is_depthwise = plain_steps and self.groups == self.in_channels == self.out_channels
         if self.is_depthwise:
             self._set_border(self.kernel_size[0])
 
@@ -495,9 +497,10 @@ class ConvMixer(nn.Module):
             if self._runs_fused(x):
                 return self._fused_features(x, self.blocks, [len(self.blocks) - 1])[0]
         x = lay_out(self.stem(x), self.channels_last)
-        if self.block_drop.p == 0 and (torch.jit.is_scripting() or not self.grad_checkpointing):
-            result: Tensor = self.blocks(x)  # called as a whole, which hooks and FSDP may wait for
-            return result
+        if not torch.jit.is_scripting():
+            if self._has_only_blocks():
+                result: Tensor = self.blocks(x)  # called as a whole, which hooks and FSDP may wait for
+                return result
         for block in self.blocks:
             x = self.block_drop(x)
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -505,6 +508,12 @@ class ConvMixer(nn.Module):
             else:
                 x = block(x)
         return x
+
+    def _has_only_blocks(self) -> bool:
+        """Return whether nothing but the blocks themselves runs from one to the next."""
+        drop = self.block_drop
+        plain_drop = type(drop) is nn.Dropout and drop.p == 0 and not (drop._forward_hooks or drop._forward_pre_hooks)
+        return plain_drop and isinstance(self.blocks, nn.Sequential) and not self.grad_checkpointing
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits (B, num_classes); with pre_logits to pooled features, (B, head_hidden_size)."""

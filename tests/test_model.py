@@ -160,6 +160,18 @@ def test_the_blocks_are_called_as_a_whole():
         assert called == [1]
 
 
+def test_what_is_put_between_the_blocks_is_called():
+    model, called = ConvMixer(8, 2, 5, 2, num_classes=3), []
+    model.block_drop.register_forward_hook(lambda *_: called.append(1))
+    model(torch.zeros(2, 3, 8, 8))
+    assert called == [1, 1]
+    x = torch.randn(2, 3, 8, 8)
+    expected = model.eval()(x)
+    model.block_drop = nn.Identity()
+    model.blocks = nn.ModuleList(model.blocks)
+    assert torch.equal(model(x), expected)
+
+
 def test_further_layers_of_a_layers_class():
     """As peft makes them for LoRA: a convolution to few channels, with all arguments of nn.Conv2d."""
     layer = ConvMixer(8, 1, 5, 2).blocks[0][0].fn[0]

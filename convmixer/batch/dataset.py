@@ -217,10 +217,10 @@ def _check_ray(ray: bool | str, actors: int | None) -> None:
 
 def _check_apart(source: Parts, output: Path) -> None:
     """Raise ArgumentError if the next call would take the files of this one for images."""
-    if isinstance(source.images, ParquetImages) and (
-        any(Path(file).is_relative_to(output) for file in source.images.files)
-        or (os.path.isdir(source.name) and output.is_relative_to(source.name))
-    ):
+    whole = source.name if os.path.isdir(source.name) else source.name.partition("**")[0]
+    deep = whole == source.name or "**" in source.name
+    read = isinstance(source.images, ParquetImages) and deep
+    if read and os.path.isdir(whole) and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(whole)):
         raise ArgumentError(
             f"{str(output)!r} would be read as a part of {source.name!r}: give a folder beside the data, and remove "
             "the files that an earlier run has left"

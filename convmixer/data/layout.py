@@ -118,10 +118,12 @@ class _DiskFolder(Folder):
             for entry in sorted(os.scandir(self.path), key=lambda entry: entry.name):
                 if _is_hidden(entry.name):
                     continue
-                if entry.is_file():
+                if entry.is_symlink() and not os.path.exists(entry.path):  # also one to itself
+                    self.odd[_LOST] += 1
+                elif entry.is_file():
                     files[entry.name] = File(entry.name, entry.path)
                 elif not entry.is_dir():
-                    self.odd[_SPECIAL if os.path.exists(entry.path) else _LOST] += 1
+                    self.odd[_SPECIAL] += 1
                 elif entry.is_symlink() and os.path.realpath(entry.path) in map(os.path.realpath, self.above):
                     self.odd["link to a folder that holds it"] += 1
                 else:
@@ -210,9 +212,13 @@ def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) ->
         else:
             found[name] = File(name, path, base + member.offset_data, member.size)
             links.pop(name, None)
-    _follow(links, found)
-    for name in links:
-        _below(top, PurePosixPath(name).parts[:-1]).odd[_LOST] += 1
+    while ready := {name: found[target] for name, target in links.items() if target in found}:  # links to links, too
+        for name, file in ready.items():
+            found[name] = file._replace(name=name)
+            del links[name]
+    folders = {str(folder) for file in found for folder in PurePosixPath(file).parents} if links else set()
+    for name, target in links.items():
+        _below(top, PurePosixPath(name).parts[:-1]).odd["link to a folder" if target in folders else _LOST] += 1
     for name, file in found.items():
         *above, last = PurePosixPath(name).parts
         _below(top, above).files[last] = file
@@ -221,20 +227,6 @@ def _add_members(archive: tarfile.TarFile, top: Folder, path: str, base: int) ->
 def _inside(name: str) -> str:
     """Return the path of a member below the top of its tar, as tar unpacks it."""
     return posixpath.normpath(f"/{name}").lstrip("/")
-
-
-def _follow(links: dict[str, str], found: dict[str, File]) -> None:
-    """Enter into `found` what links in a tar lead to, files and folders; leave in `links` those that lead nowhere."""
-    while ready := {name: target for name, target in links.items() if target in found}:  # links to links, too
-        for name, target in ready.items():
-            found[name] = found[target]._replace(name=name)
-            del links[name]
-    folders = {str(folder) for file in found for folder in PurePosixPath(file).parents} if links else set()
-    for name, target in list(links.items()):
-        if target in folders and not name.startswith(f"{target}/"):  # else a folder that holds the link
-            below = [file for file in found if file.startswith(f"{target}/")]
-            found |= {f"{name}{file[len(target) :]}": found[file] for file in below}
-            del links[name]
 
 
 def _below(top: Folder, parts: Iterable[str]) -> Folder:

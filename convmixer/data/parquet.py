@@ -181,21 +181,21 @@ def _read_footers(source: str, files: Sequence[str]) -> tuple[list[Any], list[in
 
 def _is_key(field: Any) -> bool:
     arrow: Any = optional("pyarrow", field.name, "batch")
-    kind = _plain(field.type)
+    kind = _of_values(arrow, field.type)
     return kind in (arrow.string(), arrow.large_string(), arrow.string_view()) or arrow.types.is_integer(kind)
 
 
 def _is_image(field: Any) -> bool:
     arrow: Any = optional("pyarrow", field.name, "batch")
-    kind = _plain(field.type)
+    kind = _of_values(arrow, field.type)
     if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = _plain(kind.field("bytes").type)
+        kind = _of_values(arrow, kind.field("bytes").type)
     return kind in (arrow.binary(), arrow.large_binary(), arrow.binary_view())
 
 
-def _plain(kind: Any) -> Any:
+def _of_values(arrow: Any, kind: Any) -> Any:
     """Return the type of a column's values, which a file may store by their numbers in a dictionary."""
-    return getattr(kind, "value_type", kind) if str(kind).startswith("dictionary") else kind
+    return kind.value_type if arrow.types.is_dictionary(kind) else kind
 
 
 def _image_column(source: str, schema: Any, wanted: str | None) -> str | None:

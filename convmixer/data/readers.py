@@ -543,7 +543,7 @@ def _columns(rows: Any, kind: str) -> list[str]:
 def _is_labelled(rows: Any) -> bool:
     """Return whether any row of a split has a label; where labels are kept secret, all of them are -1 or missing."""
     columns = _columns(rows, "ClassLabel")
-    return bool(columns) and any(label not in (-1, None) for label in rows[columns[0]])
+    return bool(columns) and not set(rows.unique(columns[0])) <= {-1, None}
 
 
 def _describe_choice(columns: Sequence[str]) -> str:

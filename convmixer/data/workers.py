@@ -38,9 +38,8 @@ def load(dataset: Any, name: str, **options: Any) -> Generator[Any]:
         DataError: A worker died. It is raised where a batch is asked for, never in the middle of other work.
     """
     loader = DataLoader(dataset, worker_init_fn=_begin, generator=torch.Generator(), **options)
-    others = set(multiprocessing.active_children())
     batches = iter(loader)
-    workers = [process for process in multiprocessing.active_children() if process not in others]
+    workers = list(getattr(batches, "_workers", ()))  # not all new children: another thread may start its own
     stop = functools.partial(_end, os.getpid(), workers)
     if workers:
         atexit.register(stop)

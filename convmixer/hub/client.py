@@ -177,9 +177,9 @@ class _File:
                 return cached, newest.etag or ""
         options: dict[str, Any] = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
         path = Path(_patiently(lambda: hf_hub_download(self.repo_id, self.filename, force_download=force, **options)))
-        if newest is None and not path.is_symlink():  # on a file system without links nothing else says the hash
+        if cached is None and not path.is_symlink():  # on a file system without links nothing else says the hash
             newest = self._ask()
-        return path, (newest and newest.etag) or ""
+        return path, newest.etag or "" if newest and newest.commit_hash in path.parts else ""
 
     def _ask(self) -> HfFileMetadata:
         """Ask the Hub for the commit and the hash of the file."""

@@ -87,7 +87,8 @@ def save_pretrained(
     Raises:
         ArgumentError: Not a ConvMixer, one without preprocessing, or a value that makes no sense.
         WeightsError: Weights that are not finite or do not fit the architecture.
-        ConvMixerError: The folder cannot be written. What was in it before is unchanged.
+        ConvMixerError: The folder cannot be written. What was in it before is unchanged; if that is not so, as where a
+            file cannot be replaced once others were, the text says so, and nothing opens the folder.
 
     Example:
         >>> model = convmixer.create_model("convmixer_256_8", pretrained=True)
@@ -142,10 +143,10 @@ def _put(staging: Path, folder: Path, paths: Sequence[str]) -> None:
         for path in paths:
             (staging / path).replace(folder / path)
             moved = True
-    except OSError as error:
+    except BaseException as error:
         if not moved and old.exists():
             old.replace(config)
-        if not moved:
+        if not moved or not isinstance(error, OSError):
             raise
         raise ConvMixerError(
             f"cannot write all of {str(folder)!r}: {error}. It has no config.json now, so that nothing opens what is "

@@ -99,7 +99,7 @@ def _padding(layer: Any) -> Any:
         return [(before, after) for before, after in (layer.border[2:], layer.border[:2])]
     if layer.padding == "same":
         return [((side - 1) // 2, side // 2) for side in layer.kernel_size]
-    return [(side, side) for side in layer.padding] if isinstance(layer.padding, tuple) else layer.padding
+    return [(side, side) for side in ((0, 0) if layer.padding == "valid" else layer.padding)]
 
 
 def _numbers(act: nn.Module) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from convmixer.errors import ArgumentError, ConvMixerError, ExportError, first_line, nearest, optional
+from convmixer.errors import ArgumentError, ConvMixerError, ExportError, WriteError, first_line, nearest, optional
 from convmixer.files import check_writable, write_atomically
 from convmixer.hub.checkpoints import matching_variant, read_tensors, save_weights
 from convmixer.hub.write_config import shape_of
@@ -455,7 +455,11 @@ def _move(folder: Path, path: Path) -> None:
             old.rename(path)
         raise
     for file in others:
-        _put(file, path)
+        try:
+            _put(file, path)
+        except WriteError as error:
+            why = f"{first.name!r} is new, and {path.name!r} is gone"
+            raise WriteError(f"{error.__cause__}: {why}. Export again") from error
 
 
 def _put(file: Path, path: Path) -> None:

@@ -116,7 +116,7 @@ def undisturbed() -> Iterator[None]:
     contexts = {
         "torch.inference_mode": torch.is_inference_mode_enabled(),
         "torch.no_grad": not torch.is_grad_enabled(),
-        "torch.autocast": any(map(torch.is_autocast_enabled, ("cpu", "cuda"))),
+        "torch.autocast": any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps", "xpu"))),
     }
     for name, entered in contexts.items():
         if entered:
@@ -187,6 +187,7 @@ def create_accelerator(
     accelerate = optional("accelerate", "training", "train")
     # accelerate remembers an earlier run in this process, which may have used another device.
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()  # it may say that steps are still being accumulated
     try:
         accelerator: Accelerator = accelerate.Accelerator(
             cpu=device.type == "cpu",

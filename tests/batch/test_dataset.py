@@ -581,8 +581,13 @@ def test_output_among_parquet_files(model, files, tmp_path):
     with pytest.raises(ArgumentError, match=r"in/out' would be read as a part of .*in': give a folder beside the data"):
         compute(model, tmp_path / "in", tmp_path / "in" / "out")
     assert not (tmp_path / "in" / "out").exists()
-    with pytest.raises(ArgumentError, match="would be read as a part of"):
-        compute(model, tmp_path / "in" / "*.parquet", tmp_path / "in")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for source, output in (("in/**/*.parquet", "in/out"), ("in", "link/out")):
+        with pytest.raises(ArgumentError, match="would be read as a part of"):
+            compute(model, tmp_path / source, tmp_path / output)
+    for _ in range(2):  # neither is read by the second call
+        compute(model, tmp_path / "in" / "*.parquet", tmp_path / "in" / "out")
+        compute(model, tmp_path / "in" / "a.parquet", tmp_path / "in" / "out2")
 
 
 def test_parquet_files_of_different_types(model, files, tmp_path):

@@ -284,14 +284,18 @@ def test_a_cached_file_is_not_taken_for_the_newest_where_the_hub_fails_once(fold
         assert float(run_client(NEWER, tmp_path, hub.endpoint)[-1]) == newer[1]
 
 
+@pytest.mark.parametrize("links", ["", "1"])
 @pytest.mark.parametrize("fault", [500, "hang"])
-def test_a_cached_file_is_taken_with_a_warning_where_the_hub_goes_on_failing(folder, newer, expected, tmp_path, fault):
+def test_a_cached_file_is_taken_with_a_warning_where_the_hub_goes_on_failing(
+    folder, newer, expected, tmp_path, fault, links
+):
+    options = {"HF_HUB_ETAG_TIMEOUT": "1"} | ({"HF_HUB_DISABLE_SYMLINKS": links} if links else {})
     with serve() as hub:
         hub.add("me/m", folder)
-        run_client(NEWER, tmp_path, hub.endpoint)
+        run_client(NEWER, tmp_path, hub.endpoint, **options)
         hub.add("me/m", newer[0])
         hub.faults.append(Fault("HEAD /me/m", fault, ALWAYS))
-        lines = run_client(NEWER, tmp_path, hub.endpoint, HF_HUB_ETAG_TIMEOUT="1")
+        lines = run_client(NEWER, tmp_path, hub.endpoint, **options)
         assert float(lines[-1]) == expected
         (said,) = [line for line in lines if "The cached copy may not be the newest" in line]
         assert said.startswith("cannot ask for 'config.json' of hf-hub:me/m: ")

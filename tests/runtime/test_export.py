@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import convmixer
-from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ExportError
+from convmixer.errors import ArgumentError, ConvMixerError, DependencyError, ExportError, WriteError
 from convmixer.hub.checkpoints import save_weights
 from convmixer.runtime import export, openvino_core
 from convmixer.runtime.export import FORMATS, export_model
@@ -336,14 +336,19 @@ def test_an_older_file_stays_where_its_weights_cannot_be_written(model, tmp_path
     real = Path.replace
 
     def refuse(self, target):  # as Windows does while a program has the file open
-        if Path(target).suffix == ".bin":
+        if Path(target).suffix == suffix:
             raise PermissionError(13, "Permission denied")
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
+    suffix = ".bin"
     with pytest.raises(ConvMixerError):
         export_model(model, tmp_path / "m.xml", image_size=8)
     assert (tmp_path / "m.xml").read_bytes() == before
+    suffix = ".xml"  # an old graph must not meet new weights
+    with pytest.raises(WriteError, match=r"'m\.bin' is new, and 'm\.xml' is gone\. Export again"):
+        export_model(model, tmp_path / "m.xml", image_size=8)
+    assert not (tmp_path / "m.xml").exists()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

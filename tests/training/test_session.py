@@ -59,9 +59,14 @@ def test_the_accelerator_of_the_caller_goes_on(digits, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     own = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    own.gradient_state._set_sync_gradients(False)  # as in the middle of an accumulation, in which no step is taken
     try:
-        train(get_recipe("cifar10", **QUICK), digits, tmp_path / "run", device="cpu", report=quiet)
+        result = train(get_recipe("cifar10", **QUICK), digits, tmp_path / "run", device="cpu", report=quiet)
         assert (own.mixed_precision, own.device.type) == ("bf16", "cpu")
+        assert not own.sync_gradients
+        own.gradient_state._set_sync_gradients(True)
+        again = train(get_recipe("cifar10", **QUICK), digits, tmp_path / "again", device="cpu", report=quiet)
+        assert torch.equal(result.model.head.weight, again.model.head.weight)
     finally:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
