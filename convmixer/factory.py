@@ -70,8 +70,6 @@ def _config(variant: Variant, weights: Weights | None) -> dict[str, Any]:
 def _build(variant: Variant, pretrained: bool = False, **model_args: Any) -> ConvMixer | FeatureGetterNet:
     """Build a variant as timm does; `model_args` override its architecture."""
     indices = plain(model_args.pop("out_indices", 3))
-    if isinstance(indices, list | tuple):
-        indices = [plain(i) for i in indices]
     feature_cfg = {"out_indices": indices, "feature_cls": "getter"}
     model: ConvMixer | FeatureGetterNet = build_model_with_cfg(
         ConvMixer, variant.name, pretrained, feature_cfg=feature_cfg, **{**variant.architecture, **model_args}

@@ -192,8 +192,9 @@ def check_head(tensors: Mapping[str, Any], model: "ConvMixer", source: str) -> N
 
 
 def plain(numbers: Any) -> Any:
-    """Return numbers of NumPy or PyTorch as Python's, an array as a list; anything else as it is."""
-    return numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    """Return numbers of NumPy or PyTorch as Python's; arrays, lists and tuples of them as lists; all else as it is."""
+    numbers = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    return [plain(number) for number in numbers] if isinstance(numbers, list | tuple) else numbers
 
 
 def count_outputs(model: Any) -> int:

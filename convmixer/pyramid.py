@@ -180,7 +180,7 @@ def _sample(x: Tensor, scale: float, count: int, dim: int) -> Tensor:
 def check_reductions(name: str, reductions: Any) -> tuple[int, ...]:
     """Return the reductions of a pyramid as a tuple; raise an ArgumentError, with the argument's name, for others."""
     found = plain(reductions)
-    found = [plain(r) for r in found] if isinstance(found, list | tuple) else []
+    found = found if isinstance(found, list) else []
     if not found or not all(map(is_count, found)) or sorted(set(found)) != found:
         raise ArgumentError(f"{name}={reductions!r}: give whole numbers in increasing order, such as {REDUCTIONS}")
     return tuple(found)
@@ -210,7 +210,7 @@ def _extractor(backbone: Any, out_indices: Any, count: int) -> tuple[Any, list[i
 def _indices(out_indices: Any, total: int, count: int) -> list[int]:
     """Return `count` indices from 0 to total - 1; raise an ArgumentError for what `FeaturePyramid` does not take."""
     found = [-1] if out_indices is None else plain(out_indices)
-    found = [plain(i) for i in found] if isinstance(found, list | tuple) else []
+    found = found if isinstance(found, list) else []
     valid = all(is_count(i, -total) and i < total for i in found)
     if not valid or len(found) not in (1, count):
         raise ArgumentError(

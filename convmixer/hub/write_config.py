@@ -107,12 +107,6 @@ def _numbers(act: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(act).items() if name in _ACTIVATION_SETTINGS}
 
 
-def _plain(value: Any) -> Any:
-    """Return numbers of NumPy and PyTorch, also in a sequence, as Python's; anything else as it is."""
-    value = plain(value)
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def architecture(shape: dict[str, int | str]) -> tuple[str, dict[str, Any]]:
     """Return a registered name, and the arguments by which a model of that shape differs from it.
 
@@ -163,7 +157,7 @@ def config_of(model: Any, labels: Sequence[str] | None, licence: str) -> dict[st
 
 def _pretrained_cfg(model: Any, found: Mapping[str, Any], labels: Sequence[str] | None, licence: str) -> dict[str, Any]:
     """Return the preprocessing, and what else timm keeps with weights."""
-    config = {key: _plain(found[key]) for key in PREPROCESSING_CHECKS if found.get(key) is not None}
+    config = {key: plain(found[key]) for key in PREPROCESSING_CHECKS if found.get(key) is not None}
     if "input_size" not in config:
         raise ArgumentError("the model's pretrained_cfg has no input_size: add it, such as (3, 224, 224)")
     try:

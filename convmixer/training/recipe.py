@@ -151,7 +151,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # lists, as JSON has them, and numbers of NumPy
-            object.__setattr__(self, field.name, _as_tuple(getattr(self, field.name)))
+            object.__setattr__(self, field.name, _as_tuple(plain(getattr(self, field.name))))
         for names, holds, valid in _RULES:
             for name in names.split():
                 self._check(name, holds(getattr(self, name)), valid)
@@ -237,7 +237,6 @@ class Recipe:
 
 
 def _as_tuple(value: Any) -> Any:
-    value = plain(value)
     return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
 
 
