@@ -100,13 +100,12 @@ def known_labels(model: nn.Module) -> tuple[str, ...] | None:
     """
     count = count_classes(model)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    names = config.get("label_names")
-    if names is not None and len(names):
-        names = check_names("pretrained_cfg['label_names']", names)
-    if names is not None and len(names) == count_outputs(model) == 1:
+    given = config.get("label_names")
+    names = check_names("pretrained_cfg['label_names']", given) if given is not None and len(given) else ()
+    if len(names) == count_outputs(model) == 1:
         names = (f"not {names[0]}", names[0])
-    if names is not None and len(names) == count:
-        return tuple(names)
+    if names and len(names) == count:
+        return names
     if count == 1000 and str(config.get("tag") or "").startswith("in1k"):
         return imagenet_labels()
     return None
